@@ -1,0 +1,13 @@
+"""vLLM plugin that serves MiLo checkpoints: 3-bit MoE weights plus low-rank compensators.
+
+vLLM finds :func:`register` through the entry point ``vllm.general_plugins`` and calls it in every process.
+"""
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Make ``--quantization milo`` known to vLLM. Idempotent; imports vLLM only when called."""
+    from vllm_milo.config import MiLoConfig, register_config
+
+    register_config(MiLoConfig)

@@ -1,0 +1,185 @@
+"""Check a MiLo checkpoint folder against its ``quantization_config``, from file headers alone.
+
+The plugin runs this before vLLM allocates anything, the converter after it has written, so that a missing,
+extra or wrongly shaped tensor is one clear error instead of garbage text. Pure Python.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import (
+    BASE_TENSORS,
+    EXPERT_PROJECTIONS,
+    PACKED,
+    TENSOR_NAMES,
+    CheckpointError,
+    MiLoFormat,
+    TensorSpec,
+    split_expert_name,
+)
+from .shards import TensorEntry, read_json, read_tensors
+
+SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_SHOWN_PROBLEMS = 5
+
+
+def read_format(folder: Path) -> tuple[MiLoFormat, Mapping[str, Any]]:
+    """Return the format and the whole config.json of a MiLo checkpoint.
+
+    Raises:
+        CheckpointError: the folder is not a MiLo checkpoint, or its format is not supported.
+    """
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "milo":
+        raise CheckpointError(f"{folder}: not a MiLo checkpoint; make one with `milo quantize {folder} -o OUT`")
+    try:
+        return MiLoFormat.from_dict(quantization), config
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+
+
+def quantized_modules(tensors: Mapping[str, TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
+    """Return the tensors of each quantized matrix, by module name and then by tensor name."""
+    modules: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    for full_name, entry in tensors.items():
+        module, _, tensor = full_name.rpartition(".")
+        if tensor in TENSOR_NAMES:
+            modules[module][tensor] = entry
+    return dict(modules)
+
+
+def matrix_shape(tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    """Return [N, K] of a quantized matrix from its packed codes."""
+    n, words = tensors[PACKED].shape
+    return n, words * 32 // 3
+
+
+def validate_checkpoint(folder: Path) -> MiLoFormat:
+    """Check every tensor of a MiLo checkpoint and return its format.
+
+    Raises:
+        CheckpointError: the folder breaks the format; the message lists the first problems, each with
+            tensor, expected and found.
+        ShardError: a file is missing, truncated or unreadable.
+    """
+    fmt, config = read_format(folder)
+    tensors = read_tensors(folder)
+    modules = quantized_modules(tensors)
+    dtype = SAFETENSORS_DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "BF16")
+    experts = count_experts(modules)
+    problems = [
+        *_expert_problems(modules, experts),
+        *(p for name, found in modules.items() for p in _matrix_problems(name, found, fmt, experts, dtype)),
+        *_unquantized_problems(tensors, modules, fmt),
+        *_table_problems(modules, experts, fmt),
+    ]
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        lines = problems[:_SHOWN_PROBLEMS] + ([f"… and {more} more"] if more > 0 else [])
+        raise CheckpointError(
+            f"{folder}: the checkpoint breaks format_version 1; convert it again or restore the files:\n  "
+            + "\n  ".join(lines)
+        )
+    return fmt
+
+
+def module_rank(name: str, fmt: MiLoFormat, experts: Mapping[str, int]) -> int:
+    """Return the rank that the table gives to a matrix; ``experts`` is what :func:`count_experts` returns."""
+    expert = split_expert_name(name)
+    if expert is None:
+        return fmt.ranks.of_module(name)
+    layer, index, projection = expert
+    return fmt.ranks.of_experts(layer, projection, experts[layer])[index]
+
+
+def count_experts(modules: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of experts of each layer's experts (one more than the largest index)."""
+    counts: dict[str, int] = defaultdict(int)
+    for name in modules:
+        expert = split_expert_name(name)
+        if expert is not None:
+            counts[expert[0]] = max(counts[expert[0]], expert[1] + 1)
+    return dict(counts)
+
+
+def _matrix_problems(
+    name: str,
+    found: Mapping[str, TensorEntry],
+    fmt: MiLoFormat,
+    experts: Mapping[str, int],
+    model_dtype: str,
+) -> Iterator[str]:
+    if fmt.ignores(name):
+        yield f"{name}: is in ignore but has quantized tensors"
+    missing = [tensor for tensor in BASE_TENSORS if tensor not in found]
+    if missing:
+        yield f"{name}.{missing[0]}: missing"
+        return
+    n, k = matrix_shape(found)
+    try:
+        fmt.check_matrix(name, n, k)
+        rank = module_rank(name, fmt, experts)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    expected = fmt.base_tensors(n, k) | fmt.factor_tensors(n, k, rank, model_dtype)
+    yield from _tensor_problems(name, rank, expected, found)
+
+
+def _tensor_problems(
+    name: str, rank: int, expected: Mapping[str, TensorSpec], found: Mapping[str, TensorEntry]
+) -> Iterator[str]:
+    for tensor in sorted(expected.keys() | found.keys()):
+        if tensor not in found:
+            yield f"{name}.{tensor}: missing, but the rank table gives this matrix rank {rank}"
+        elif tensor not in expected:
+            yield f"{name}.{tensor}: extra, the rank table gives this matrix rank {rank}"
+        elif (found[tensor].dtype, found[tensor].shape) != expected[tensor]:
+            dtype, shape = expected[tensor]
+            yield (
+                f"{name}.{tensor}: expected {dtype} {list(shape)} (rank {rank}), "
+                f"found {found[tensor].dtype} {list(found[tensor].shape)}"
+            )
+
+
+def _expert_problems(modules: Mapping[str, Any], experts: Mapping[str, int]) -> Iterator[str]:
+    """Every expert must hold the same projections, one of each role."""
+    projections: dict[str, set[str]] = defaultdict(set)
+    for name in modules:
+        expert = split_expert_name(name)
+        if expert is not None:
+            projections[expert[0]].add(expert[2])
+    for layer, count in experts.items():
+        names = sorted(projections[layer])
+        if sorted(EXPERT_PROJECTIONS.get(name, name) for name in names) != ["down", "gate", "up"]:
+            yield f"{layer}: expected a gate, an up and a down projection, found {names}"
+        for index in range(count):
+            for projection in names:
+                if f"{layer}.{index}.{projection}" not in modules:
+                    yield f"{layer}.{index}.{projection}: missing ({count} experts)"
+
+
+def _unquantized_problems(
+    tensors: Mapping[str, TensorEntry], modules: Mapping[str, Any], fmt: MiLoFormat
+) -> Iterator[str]:
+    for full_name, entry in tensors.items():
+        module, _, tensor = full_name.rpartition(".")
+        if tensor != "weight" or len(entry.shape) != 2 or ".layers." not in module:
+            continue
+        if module in modules:
+            yield f"{full_name}: extra, this matrix is quantized"
+        elif not fmt.ignores(module):
+            yield f"{full_name}: stored unquantized, but ignore does not name it"
+
+
+def _table_problems(modules: Mapping[str, Any], experts: Mapping[str, int], fmt: MiLoFormat) -> Iterator[str]:
+    """Exact names in the rank table must exist: a misspelt one would silently give rank 0."""
+    for table, known in ((fmt.ranks.modules, modules.keys()), (fmt.ranks.experts, experts.keys())):
+        for name in table:
+            if not name.startswith("re:") and name not in known:
+                yield f"ranks: {name} is in the table, but the files hold no such quantized matrix"
