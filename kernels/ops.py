@@ -1,0 +1,153 @@
+"""The operators ``milo::linear`` and ``milo::fused_moe``: one schema, a backend chosen at load time.
+
+Layers are prepared once for a backend (:func:`prepare_linear`, :func:`prepare_experts`), which may bring
+their tensors into a layout of its own; the operators then take the prepared tensors and the backend's name,
+so that a compiled graph holds the choice. Backends: ``torch`` (any device; the reference) and ``triton``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+
+import torch
+
+from . import reference
+from .weights import ExpertWeights, LinearSpec, LinearWeights, MoESpec
+
+logger = logging.getLogger("vllm_milo")
+
+BACKEND_VARIABLE = "VLLM_MILO_BACKEND"
+BACKENDS = ("auto", "torch", "triton")
+
+_library = torch.library.Library("milo", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor[] weights, int[] widths, int[] ranks, int group_size, int factor_bits, "
+    "str backend) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] w13, Tensor[] w2, "
+    "int group_size, int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, "
+    "str backend) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+@cache
+def choose_backend(operator: str, device_type: str) -> str:
+    """Return the backend of an operator on a device, and log the choice once.
+
+    ``VLLM_MILO_BACKEND`` forces it; ``auto`` takes Triton for expert GEMMs on GPUs, else torch.
+
+    Raises:
+        ValueError: the variable names no backend.
+    """
+    wanted = os.environ.get(BACKEND_VARIABLE, "auto")
+    if wanted not in BACKENDS:
+        raise ValueError(f"{BACKEND_VARIABLE}={wanted!r}: must be one of {', '.join(BACKENDS)}")
+    if wanted == "auto":
+        wanted = "triton" if device_type == "cuda" and operator == "fused_moe" else "torch"
+    logger.info("milo::%s on %s runs on the %s backend", operator, device_type, wanted)
+    return wanted
+
+
+def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> list[torch.Tensor]:
+    """Return a linear layer's tensors as ``backend`` takes them."""
+    return list(weights)
+
+
+def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list[torch.Tensor]:
+    """Return one expert GEMM's tensors as ``backend`` takes them."""
+    if backend == "triton":
+        from .triton.layout import prepare_experts
+
+        return list(prepare_experts(weights, spec.factor_bits))
+    return list(weights)
+
+
+def linear(x: torch.Tensor, weights: list[torch.Tensor], spec: LinearSpec, backend: str) -> torch.Tensor:
+    """Return x·Wᵀ + (x·Vᵀ)·U, [..., K] -> [..., N]; see :func:`.reference.linear`.
+
+    Args:
+        x: activations.
+        weights: what :func:`prepare_linear` returned for ``backend``.
+        spec: part widths and ranks, group size, factor bits.
+        backend: ``torch`` or ``triton``.
+    """
+    return torch.ops.milo.linear(x, weights, *spec, backend)
+
+
+def fused_moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    spec: MoESpec,
+    backend: str,
+) -> torch.Tensor:
+    """Return the routed experts' weighted sum, [T, H] -> [T, H]; see :func:`.reference.fused_moe`.
+
+    Args:
+        x: activations.
+        topk_weights: router weights [T, k].
+        topk_ids: global expert ids [T, k].
+        expert_map: global expert -> local expert or -1; None if all experts are local.
+        w13: gate and up projections as :func:`prepare_experts` returned them for ``backend``.
+        w2: down projections, likewise.
+        spec: group size, factor bits, activation, where the router weight applies.
+        backend: ``torch`` or ``triton``.
+    """
+    return torch.ops.milo.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, *spec, backend)
+
+
+def _linear(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    widths: list[int],
+    ranks: list[int],
+    group_size: int,
+    factor_bits: int,
+    backend: str,
+) -> torch.Tensor:
+    spec = LinearSpec(widths, ranks, group_size, factor_bits)
+    return reference.linear(x, LinearWeights(*weights), spec)
+
+
+def _linear_fake(x: torch.Tensor, weights: list[torch.Tensor], widths: list[int], *_: object) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(widths))
+
+
+def _fused_moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    group_size: int,
+    factor_bits: int,
+    activation: str,
+    router_weight_on_input: bool,
+    max_ranks: list[int],
+    backend: str,
+) -> torch.Tensor:
+    spec = MoESpec(group_size, factor_bits, activation, router_weight_on_input, max_ranks)
+    if backend == "triton":
+        from .triton import fused_moe as triton_moe
+
+        return triton_moe.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
+    return reference.fused_moe(x, topk_weights, topk_ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)
+
+
+def _fused_moe_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("fused_moe", _fused_moe, "CompositeExplicitAutograd")
+torch.library.register_fake("milo::linear", _linear_fake, lib=_library)
+torch.library.register_fake("milo::fused_moe", _fused_moe_fake, lib=_library)

@@ -1,0 +1,145 @@
+"""The operators in plain torch: the authority of every kernel test, and the path of CPUs.
+
+All sums run in float32 (or in float64, where the activations are float64); only the result, and the hidden
+activations between the two expert GEMMs, are rounded to the activations' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .packing import dequantize, dequantize_factor
+from .weights import ExpertWeights, LinearSpec, LinearWeights, MoESpec, factor_elements, offsets
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+"""Gated activations act(gate)·up, by vLLM's names."""
+
+
+def linear(x: torch.Tensor, weights: LinearWeights, spec: LinearSpec) -> torch.Tensor:
+    """Return x·Wᵀ + (x·Vᵀ)·U with W = s·(q - z).
+
+    Args:
+        x: activations [..., K], any floating dtype.
+        weights: the layer, in the checkpoint layout.
+        spec: part widths and ranks.
+
+    Returns:
+        [..., sum(widths)] in the dtype of x.
+    """
+    wide = x.to(_sum_dtype(x))
+    base = dequantize(weights.packed, weights.scale, weights.zero, spec.group_size, wide.dtype)
+    out = wide @ base.T
+    if sum(spec.ranks) == 0:
+        return out.to(x.dtype)
+    down = wide @ dequantize_factor(weights.v, weights.v_scale, spec.factor_bits, dtype=wide.dtype).T
+    rows, columns = offsets(spec.ranks), offsets(spec.widths)
+    for part, u in enumerate(_linear_up_factors(weights, spec, wide.dtype)):
+        block = slice(columns[part], columns[part + 1])
+        out[..., block] += down[..., rows[part] : rows[part + 1]] @ u
+    return out.to(x.dtype)
+
+
+def fused_moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    w13: ExpertWeights,
+    w2: ExpertWeights,
+    spec: MoESpec,
+) -> torch.Tensor:
+    """Return the routed experts' weighted sum for each token.
+
+    Compensators read the same activations as the base GEMMs; w13's term is added before the activation,
+    w2's before the router weight and the top-k sum.
+
+    Args:
+        x: activations [T, H].
+        topk_weights: router weights [T, k].
+        topk_ids: global expert ids [T, k]; negative ids, and experts of other ranks, add nothing.
+        expert_map: int [global experts] -> local expert or -1; None if all experts are local.
+        w13: gate and up projections, [E, 2I, ·].
+        w2: down projections, [E, H, ·].
+        spec: group size, factor bits, activation, where the router weight applies.
+
+    Returns:
+        [T, H] in the dtype of x.
+    """
+    activation = ACTIVATIONS[spec.activation]
+    local_ids = local_expert_ids(topk_ids, expert_map)
+    router_weights = topk_weights.to(_sum_dtype(x))
+    out = torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device)
+    for expert in range(w13.packed.shape[0]):
+        tokens, slots = torch.where(local_ids == expert)
+        if tokens.numel() == 0:
+            continue
+        rows = x[tokens].to(out.dtype)
+        weight = router_weights[tokens, slots].unsqueeze(-1)
+        if spec.router_weight_on_input:
+            rows = (rows * weight).to(x.dtype).to(out.dtype)
+        gate, up = expert_gemm(rows, w13, expert, spec).chunk(2, dim=-1)
+        hidden = (activation(gate) * up).to(x.dtype).to(out.dtype)
+        result = expert_gemm(hidden, w2, expert, spec)
+        out.index_add_(0, tokens, result if spec.router_weight_on_input else result * weight)
+    return out.to(x.dtype)
+
+
+def expert_gemm(rows: torch.Tensor, weights: ExpertWeights, expert: int, spec: MoESpec) -> torch.Tensor:
+    """Return rows·Wᵀ + (rows·Vᵀ)·U for one expert: [M, K] -> [M, N] in the dtype of ``rows``."""
+    base = dequantize(weights.packed[expert], weights.scale[expert], weights.zero[expert], spec.group_size, rows.dtype)
+    out = rows @ base.T
+    factors = _expert_factors(weights, expert, spec, rows.dtype)
+    if not factors:
+        return out
+    return out + torch.cat([(rows @ v.T) @ u for u, v in factors], dim=-1)
+
+
+def _expert_factors(
+    weights: ExpertWeights, expert: int, spec: MoESpec, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (U [r, N/P], V [r, K]) of each part of one expert; empty where no expert has rank."""
+    if weights.u.shape[0] == 0:
+        return []
+    bounds = weights.rank_offsets.tolist()
+    parts = (len(bounds) - 1) // weights.packed.shape[0]
+    factors = []
+    for part in range(expert * parts, (expert + 1) * parts):
+        rows = slice(bounds[part], bounds[part + 1])
+        u_scale, v_scale = (weights.u_scale[rows], weights.v_scale[rows]) if spec.factor_bits != 16 else (None, None)
+        u = dequantize_factor(weights.u[rows], u_scale, spec.factor_bits, dtype=dtype)
+        factors.append((u, dequantize_factor(weights.v[rows], v_scale, spec.factor_bits, dtype=dtype)))
+    return factors
+
+
+def _linear_up_factors(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return U [rᵢ, Nᵢ] of each part."""
+    elements = [factor_elements(width, spec.factor_bits) for width in spec.widths]
+    starts = offsets([rank * row for rank, row in zip(spec.ranks, elements, strict=True)])
+    scale_starts = offsets([rank * (width // 64) for rank, width in zip(spec.ranks, spec.widths, strict=True)])
+    factors = []
+    for part, rank in enumerate(spec.ranks):
+        u = weights.u[starts[part] : starts[part + 1]].view(rank, elements[part])
+        scale = None
+        if spec.factor_bits != 16:
+            scale = weights.u_scale[scale_starts[part] : scale_starts[part + 1]].view(rank, -1)
+        factors.append(dequantize_factor(u, scale, spec.factor_bits, dtype=dtype))
+    return factors
+
+
+def local_expert_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Return the local expert of each pair, negative where the expert is not local or the id is negative."""
+    if expert_map is None:
+        return topk_ids
+    local = expert_map[topk_ids.clamp(min=0).long()]
+    return torch.where(topk_ids >= 0, local, -1)
+
+
+def _sum_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

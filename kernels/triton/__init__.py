@@ -1,0 +1,1 @@
+"""Triton GEMMs on 3-bit weights with compensators. Imported only where Triton is used."""

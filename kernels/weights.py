@@ -1,0 +1,87 @@
+"""The tensors of quantized layers as the operators take them, in the checkpoint layout.
+
+A backend may turn them into a layout of its own (:mod:`.ops`); the tuples keep their meaning.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from .packing import WORDS_PER_UNIT
+
+
+class LinearSpec(NamedTuple):
+    """What the shapes of :class:`LinearWeights` do not say.
+
+    A fused layer (QKV, gate_up) has several parts; part i has ``widths[i]`` outputs and its own
+    compensator of rank ``ranks[i]``.
+    """
+
+    widths: list[int]
+    ranks: list[int]
+    group_size: int
+    factor_bits: int
+
+
+class LinearWeights(NamedTuple):
+    """One linear layer: W = s·(q - z), plus Uᵢᵀ·Vᵢ on the rows of part i.
+
+    Shapes, with N = sum(widths), R = sum(ranks) and 3-bit factors (8 and 16 bits: as many elements as
+    values): packed int32 [N, 3K/32]; scale, zero fp16 [N, K/g]; u int32, 1-D, the parts' [rᵢ, 3Nᵢ/32] one
+    after another, since parts differ in width; u_scale fp16, 1-D, likewise [rᵢ, Nᵢ/64]; v int32 [R, 3K/32];
+    v_scale fp16 [R, K/64]. Factors are empty where R is 0, their scales where factor_bits is 16.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    u: torch.Tensor
+    u_scale: torch.Tensor
+    v: torch.Tensor
+    v_scale: torch.Tensor
+
+
+class MoESpec(NamedTuple):
+    """What the shapes of :class:`ExpertWeights` do not say, for both GEMMs of a layer.
+
+    ``max_ranks`` are the largest ranks of an expert, its parts added, in w13 and w2: buffers and grids are
+    sized by them, since reading the ranks would wait for the device.
+    """
+
+    group_size: int
+    factor_bits: int
+    activation: str
+    router_weight_on_input: bool
+    max_ranks: list[int]
+
+
+class ExpertWeights(NamedTuple):
+    """One grouped GEMM over E experts, of P parts each (w13: gate and up; w2: one) with N/P outputs a part.
+
+    Shapes, with R = all ranks of all experts and parts and 3-bit factors: packed int32 [E, N, 3K/32]; scale,
+    zero fp16 [E, N, K/g]; u int32 [R, 3(N/P)/32]; u_scale fp16 [R, N/P/64]; v int32 [R, 3K/32]; v_scale fp16
+    [R, K/64]; rank_offsets int32 [E·P + 1]: part p of expert e owns the factor rows rank_offsets[e·P + p] to
+    rank_offsets[e·P + p + 1]. Ranks are ragged: nothing is padded to the largest.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    u: torch.Tensor
+    u_scale: torch.Tensor
+    v: torch.Tensor
+    v_scale: torch.Tensor
+    rank_offsets: torch.Tensor
+
+
+def offsets(sizes: list[int]) -> list[int]:
+    """Return where each of consecutive blocks starts, and where the last ends."""
+    return [0, *accumulate(sizes)]
+
+
+def factor_elements(columns: int, factor_bits: int) -> int:
+    """Return how many stored elements a factor row of ``columns`` values takes."""
+    return columns * WORDS_PER_UNIT // 32 if factor_bits == 3 else columns
