@@ -1,0 +1,189 @@
+"""The command ``milo``: quantize, inspect, eval, stats."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES, CheckpointError
+from vllm_milo.shards import ShardError
+
+from .convert import Conversion, Summary, convert
+from .errors import ConversionError
+from .evaluate import (
+    STRIDE,
+    WINDOW,
+    count_experts_used,
+    load_model,
+    perplexity,
+    read_expert_counts,
+    read_tokens,
+)
+from .inspect import format_report, inspect_checkpoint
+from .milo import METHODS, Recipe
+from .ranks import POLICIES, RANK_MULTIPLE, parse_policies
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FACTOR_BITS = {"int3": 3, "int8": 8, "16": 16}
+assert set(_FACTOR_BITS.values()) == set(COMPENSATOR_BITS)
+
+RANKS_HELP = f"""rank policies, comma-separated, added up; each NAME=R with NAME one of {", ".join(POLICIES)}:
+uniform: all matrices; dense: attention, shared experts and dense FFNs; sparse: routed experts;
+kurtosis: routed experts, mean rank R, doubling with each 1 of excess kurtosis (at most 6 doublings);
+kurtosis-paper: the release's formula for 16 or 32; frequency: routed experts by use, mean rank R in each
+layer (needs --expert-counts). Ranks are rounded to multiples of {RANK_MULTIPLE} and capped at min(N, K)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0, 1 for bad input, 130 when interrupted)."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ConversionError, CheckpointError, ShardError) as error:
+        print(f"milo {arguments.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"milo {arguments.command}: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="milo", description="3-bit MoE checkpoints with low-rank compensators, for vLLM."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_quantize(commands.add_parser("quantize", help="convert a model folder to a MiLo checkpoint"))
+    inspect = commands.add_parser("inspect", help="print sizes, bits a weight, ranks and errors of a checkpoint")
+    inspect.add_argument("checkpoint", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_inspect)
+    evaluate = commands.add_parser("eval", help="print the perplexity of a model or MiLo checkpoint")
+    _add_text_arguments(evaluate)
+    evaluate.add_argument("--window", type=int, default=WINDOW, help="tokens of a window (default: %(default)s)")
+    evaluate.add_argument("--stride", type=int, default=STRIDE, help="tokens between windows (default: %(default)s)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=_eval)
+    stats = commands.add_parser("stats", help="count how often each expert is used on a text")
+    _add_text_arguments(stats)
+    stats.add_argument("-o", "--output", type=Path, required=True, help="JSON file for --expert-counts")
+    stats.set_defaults(run=_stats)
+    return parser
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of the source model (safetensors)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--method", choices=METHODS, default="paper", help="default: %(default)s")
+    parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for paper, else none.")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64)
+    parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
+    parser.add_argument("--max-rounds", type=int, default=Recipe.max_rounds, help="default: %(default)s")
+    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="layer to keep as it is")
+    parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_quantize)
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of a source model or MiLo checkpoint")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    parser.add_argument("--max-windows", type=int, default=None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=list(_DTYPES), default="float32")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    ranks = arguments.ranks
+    if ranks is None:
+        ranks = DEFAULT_RANKS if arguments.method == "paper" else ""
+    policies = parse_policies(ranks)
+    if policies and arguments.method in ("rtn", "hqq"):
+        raise ConversionError(f"--ranks needs compensators, which --method {arguments.method} has not")
+    if arguments.max_rounds < 1:
+        raise ConversionError("--max-rounds must be at least 1")
+    conversion = Conversion(
+        recipe=Recipe(
+            method=arguments.method,
+            group_size=arguments.group_size,
+            factor_bits=_FACTOR_BITS[arguments.factors],
+            max_rounds=arguments.max_rounds,
+            seed=arguments.seed,
+        ),
+        policies=policies,
+        ignore=arguments.ignore,
+        expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
+        device=arguments.device,
+        overwrite=arguments.overwrite,
+    )
+    _print_summary(convert(arguments.model, arguments.output, conversion, progress=not arguments.quiet))
+
+
+DEFAULT_RANKS = "dense=64"
+
+
+def _print_summary(summary: Summary) -> None:
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    peak = f"{summary.peak_host_bytes / 2**30:.2f} GiB of host memory"
+    if summary.peak_device_bytes:
+        peak += f", {summary.peak_device_bytes / 2**30:.2f} GiB of device memory"
+    report = inspect_checkpoint(summary.out)
+    print(
+        f"{summary.out}: {summary.matrices} matrices in {summary.seconds:.1f} s, "
+        f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight, "
+        f"mean relative error {summary.mean_error:.4f}; peak {peak}"
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    report = inspect_checkpoint(arguments.checkpoint)
+    print(json.dumps(report, indent=2) if arguments.json else format_report(report))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    result = perplexity(
+        load_model(arguments.model, _DTYPES[arguments.dtype], arguments.device),
+        read_tokens(arguments.model, arguments.text),
+        arguments.max_windows,
+        window=arguments.window,
+        stride=arguments.stride,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
+        print(json.dumps({"model": str(arguments.model), "text": str(arguments.text), **result._asdict()}))
+    else:
+        print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} windows")
+        print(f"protocol: {result.protocol}; {arguments.dtype}; text {arguments.text}")
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments.model, _DTYPES[arguments.dtype], arguments.device)
+    tokens = read_tokens(arguments.model, arguments.text)
+    counts = count_experts_used(model, tokens, arguments.max_windows)
+    content = {"model": str(arguments.model), "text": str(arguments.text), "expert_counts": counts}
+    try:
+        arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConversionError(f"{arguments.output}: cannot be written: {error.strerror}") from error
+    print(f"{arguments.output}: uses of {sum(map(len, counts.values()))} experts in {len(counts)} layers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Low-rank compensators: the truncated SVD of a residual, and the storage of its factors in 3 or 8 bits.
+
+Factors are rank-major, U [..., r, N] and V [..., r, K]: the compensator of W [N, K] is Uᵀ·V.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_milo.checkpoint import COMPENSATOR_GROUP_SIZE
+
+EXACT_SIZE = 1024
+"""Matrices with a smaller side up to this get an exact SVD; larger ones a randomized one."""
+OVERSAMPLING = 16
+POWER_ITERATIONS = 2
+SMALLEST_NORMAL_HALF = 2.0**-14
+FACTOR_ZERO = 4
+
+
+class StoredFactor(NamedTuple):
+    """A factor as it is stored: ``values`` [..., r, C] (codes 0..7 uint8, int8, or floats), scales or None."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the factor's values in float32, [..., r, C]."""
+        if self.scale is None:
+            return self.values.float()
+        zero = FACTOR_ZERO if self.values.dtype == torch.uint8 else 0
+        steps = (self.values.float() - zero).unflatten(-1, (-1, COMPENSATOR_GROUP_SIZE))
+        return (steps * self.scale.float().unsqueeze(-1)).flatten(-2)
+
+
+def truncated_svd(
+    residual: torch.Tensor, rank: int, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best rank-``rank`` factors of a batch of residuals, √S split evenly (paper eq. 11-12).
+
+    Exact where the smaller side is at most :data:`EXACT_SIZE`; else randomized subspace iteration with
+    oversampling, seeded by ``generator``.
+
+    Args:
+        residual: float32 [..., N, K].
+        rank: 1 to min(N, K).
+        generator: source of the random sketch, on the device of ``residual``.
+
+    Returns:
+        U [..., rank, N] and V [..., rank, K], float32.
+    """
+    small_side = min(residual.shape[-2:])
+    if small_side <= EXACT_SIZE or rank + OVERSAMPLING >= small_side:
+        left, values, right = torch.linalg.svd(residual, full_matrices=False)
+    else:
+        left, values, right = _randomized_svd(residual, rank + OVERSAMPLING, generator)
+    root = values[..., :rank].sqrt().unsqueeze(-1)
+    return left[..., :rank].mT * root, right[..., :rank, :] * root
+
+
+def store_factor(factor: torch.Tensor, bits: int, dtype: torch.dtype) -> StoredFactor:
+    """Quantize one factor, symmetric, one fp16 scale per 64 values of a row (paper eq. 13).
+
+    3 bits: w = scale·(q - 4) with scale = 2·s/7, q = clamp(round(w/scale) + 4, 0, 7). The paper's s is the
+    largest value of the group, which for a group without large positive values is tiny or negative; here it
+    is the largest magnitude. 8 bits: w = scale·q, scale = max|w|/127.
+
+    Args:
+        factor: float32 [..., r, C], C a multiple of 64.
+        bits: 3, 8 or 16.
+        dtype: the model's dtype, in which 16-bit factors are stored.
+    """
+    if bits == 16:
+        return StoredFactor(factor.to(dtype), None)
+    groups = factor.unflatten(-1, (-1, COMPENSATOR_GROUP_SIZE))
+    largest = groups.abs().amax(-1)
+    scale = (largest * (2 / 7 if bits == 3 else 1 / 127)).clamp(min=SMALLEST_NORMAL_HALF).half()
+    steps = (groups / scale.float().unsqueeze(-1)).round().flatten(-2)
+    if bits == 3:
+        return StoredFactor((steps + FACTOR_ZERO).clamp(0, 7).to(torch.uint8), scale)
+    return StoredFactor(steps.clamp(-127, 127).to(torch.int8), scale)
+
+
+def _randomized_svd(
+    matrix: torch.Tensor, size: int, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the leading ``size`` singular triplets (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
+    sketch = torch.randn(matrix.shape[-1], size, generator=generator, device=matrix.device, dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix @ sketch).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix.mT @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    left, values, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ left, values, right

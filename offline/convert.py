@@ -1,0 +1,300 @@
+"""Streamed conversion: a model folder in, a MiLo checkpoint out, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from vllm_milo import __version__
+from vllm_milo.checkpoint import (
+    PACKED,
+    SCALE,
+    U_SCALE,
+    V_SCALE,
+    ZERO,
+    CompensatorFormat,
+    MiLoFormat,
+    RankTable,
+    U,
+    V,
+    find_key,
+)
+from vllm_milo.kernels.packing import pack_codes
+from vllm_milo.validation import validate_checkpoint
+
+from .compensator import StoredFactor
+from .errors import ConversionError
+from .milo import Quantized, Recipe, quantize_matrices
+from .ranks import Matrix, Policy, Statistics, assign_ranks, needs_counts, needs_kurtosis
+from .reader import Layer, ModelReader
+from .writer import SHARD_BYTES, CheckpointWriter
+
+REPORT_NAME = "milo_report.json"
+BATCH_ELEMENTS = 2**28
+"""Most weights that the solver takes at once; it needs about ten float32 copies of them."""
+_FUSED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that decides a conversion's result, and where it runs.
+
+    Attributes:
+        recipe: method, group size, factor bits, rounds, seed.
+        policies: rank policies, added up.
+        ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
+        expert_counts: uses of each expert, by experts' name; for the frequency policy.
+        device: where the arithmetic runs.
+        shard_bytes: size of an output shard.
+        overwrite: replace an existing output folder.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    policies: Sequence[Policy] = ()
+    ignore: Sequence[str] = ()
+    expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    device: str = "cpu"
+    shard_bytes: int = SHARD_BYTES
+    overwrite: bool = False
+
+
+class Summary(NamedTuple):
+    """What a conversion did."""
+
+    out: Path
+    seconds: float
+    matrices: int
+    bytes_written: int
+    mean_error: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+    warnings: list[str]
+
+
+class MatrixReport(NamedTuple):
+    """What the report file says of one matrix: relative error, rank, rounds."""
+
+    error: float
+    rank: int
+    rounds: int
+
+
+def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
+    """Quantize the model folder ``source`` into the MiLo checkpoint ``out``.
+
+    ``out`` appears whole or not at all.
+
+    Raises:
+        ConversionError, CheckpointError, ShardError: bad input, or the output cannot be written.
+    """
+    start = time.monotonic()
+    reader = ModelReader(source)
+    device = _device(conversion.device)
+    ignore = (*reader.family.ignore, *conversion.ignore)
+    _check_ignore(conversion.ignore, reader.matrices)
+    plan = [_without_ignored(layer, ignore) for layer in reader.layers]
+    matrices = [source_.matrix for layer in plan for source_ in layer.matrices]
+    if not matrices:
+        raise ConversionError("--ignore leaves no matrix to quantize")
+    base_format = MiLoFormat(
+        group_size=conversion.recipe.group_size,
+        compensator=CompensatorFormat(conversion.recipe.factor_bits),
+        ignore=ignore,
+        recipe=_recipe_record(conversion),
+    )
+    for matrix in matrices:
+        base_format.check_matrix(matrix.name, matrix.n, matrix.k)
+    statistics = _statistics(reader, plan, conversion, device, progress)
+    ranks, warnings = assign_ranks(conversion.policies, matrices, statistics)
+    fmt = MiLoFormat(
+        base_format.group_size, base_format.compensator, rank_table(matrices, ranks), ignore, base_format.recipe
+    )
+    report: dict[str, MatrixReport] = {}
+    with CheckpointWriter(out, conversion.overwrite, conversion.shard_bytes) as writer:
+        for layer in _bar(plan, "quantize", progress):
+            report |= _convert_layer(reader, layer, ranks, conversion.recipe, device, writer)
+        config = reader.config | {"quantization_config": fmt.to_dict()}
+        writer.seal(config, source, {REPORT_NAME: _report(report)})
+        validate_checkpoint(writer.partial)
+        writer.publish()
+    errors = [entry.error for entry in report.values()]
+    return Summary(
+        out=out,
+        seconds=time.monotonic() - start,
+        matrices=len(matrices),
+        bytes_written=writer.bytes_written,
+        mean_error=sum(errors) / len(errors),
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        warnings=warnings,
+    )
+
+
+def rank_table(matrices: Sequence[Matrix], ranks: Mapping[str, int]) -> RankTable:
+    """Return the checkpoint's rank table: exact names, and one number where all experts agree."""
+    modules = {m.name: ranks[m.name] for m in matrices if m.experts is None and ranks[m.name]}
+    by_projection: dict[str, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
+    for matrix in matrices:
+        if matrix.experts is not None and matrix.expert is not None:
+            projection = matrix.name.rpartition(".")[2]
+            by_projection[matrix.experts][projection][matrix.expert] = ranks[matrix.name]
+    experts: dict[str, dict[str, int | list[int]]] = {}
+    for name, projections in by_projection.items():
+        table: dict[str, int | list[int]] = {}
+        for projection, by_expert in projections.items():
+            values = [by_expert[index] for index in sorted(by_expert)]
+            table[projection] = values[0] if len(set(values)) == 1 else values
+        if any(table.values()):
+            experts[name] = table
+    return RankTable(0, modules, experts)
+
+
+def excess_kurtosis(values: torch.Tensor) -> float:
+    """Return E[(x - μ)⁴]/σ⁴ - 3 over all entries (the paper's section 2.1), 0 for a constant matrix."""
+    centered = values.double() - values.double().mean()
+    variance = centered.square().mean()
+    return float(centered.pow(4).mean() / variance.square() - 3) if variance > 0 else 0.0
+
+
+def _convert_layer(
+    reader: ModelReader,
+    layer: Layer,
+    ranks: Mapping[str, int],
+    recipe: Recipe,
+    device: torch.device,
+    writer: CheckpointWriter,
+) -> dict[str, MatrixReport]:
+    report: dict[str, MatrixReport] = {}
+    for batch, weights in _batches(reader.load_layer(layer, device), ranks):
+        rank = ranks[batch[0].name]
+        result = _quantize_named(batch, weights, rank, recipe, reader.dtype)
+        for index, matrix in enumerate(batch):
+            _write_matrix(writer, matrix.name, result, index)
+            report[matrix.name] = MatrixReport(float(result.errors[index]), rank, int(result.rounds[index]))
+    for tensor in layer.others:
+        writer.add(reader.family.checkpoint_name(tensor), reader.load(tensor))
+    return report
+
+
+def _batches(
+    matrices: Iterator[tuple[Matrix, torch.Tensor]], ranks: Mapping[str, int]
+) -> Iterator[tuple[list[Matrix], torch.Tensor]]:
+    """Group a layer's matrices by shape and rank, so that the solver works on many at once."""
+    groups: dict[tuple[int, int, int], list[tuple[Matrix, torch.Tensor]]] = defaultdict(list)
+    for matrix, weights in matrices:
+        groups[matrix.n, matrix.k, ranks[matrix.name]].append((matrix, weights))
+    for (n, k, _), members in groups.items():
+        size = max(1, BATCH_ELEMENTS // (n * k))
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            yield [matrix for matrix, _ in chunk], torch.stack([weights for _, weights in chunk])
+
+
+def _quantize_named(
+    batch: Sequence[Matrix], weights: torch.Tensor, rank: int, recipe: Recipe, dtype: torch.dtype
+) -> Quantized:
+    """Quantize a batch; on failure find the matrix that fails and name it."""
+    try:
+        return quantize_matrices(weights, rank, recipe, dtype)
+    except ConversionError as error:
+        for matrix, single in zip(batch, weights.split(1), strict=True):
+            try:
+                quantize_matrices(single, rank, recipe, dtype)
+            except ConversionError as single_error:
+                raise type(error)(f"{matrix.name}: {single_error}") from error
+        raise
+
+
+def _write_matrix(writer: CheckpointWriter, name: str, result: Quantized, index: int) -> None:
+    writer.add(f"{name}.{PACKED}", pack_codes(result.base.codes[index]))
+    writer.add(f"{name}.{SCALE}", result.base.scale[index])
+    writer.add(f"{name}.{ZERO}", result.base.zero[index])
+    for factor, tensor, scale in ((result.u, U, U_SCALE), (result.v, V, V_SCALE)):
+        if factor is not None:
+            _write_factor(writer, name, factor, index, tensor, scale)
+
+
+def _write_factor(
+    writer: CheckpointWriter, name: str, factor: StoredFactor, index: int, tensor: str, scale: str
+) -> None:
+    values = factor.values[index]
+    writer.add(f"{name}.{tensor}", pack_codes(values) if values.dtype == torch.uint8 else values)
+    if factor.scale is not None:
+        writer.add(f"{name}.{scale}", factor.scale[index])
+
+
+def _statistics(
+    reader: ModelReader, plan: Sequence[Layer], conversion: Conversion, device: torch.device, progress: bool
+) -> Statistics:
+    kurtosis: dict[str, float] = {}
+    if needs_kurtosis(conversion.policies):
+        for layer in _bar(plan, "kurtosis", progress):
+            for matrix, weights in reader.load_layer(layer, device):
+                kurtosis[matrix.name] = excess_kurtosis(weights)
+    if needs_counts(conversion.policies) and not conversion.expert_counts:
+        raise ConversionError(
+            "--ranks frequency=… needs --expert-counts FILE.json; make it with `milo stats MODEL --text FILE`"
+        )
+    return Statistics(kurtosis, conversion.expert_counts)
+
+
+def _without_ignored(layer: Layer, ignore: Sequence[str]) -> Layer:
+    """Move the matrices that are not to be quantized to the tensors that are copied."""
+    kept = [source for source in layer.matrices if find_key(ignore, source.matrix.name) is None]
+    dropped = [source for source in layer.matrices if find_key(ignore, source.matrix.name) is not None]
+    for source in dropped:
+        if source.matrix.experts is not None:
+            raise ConversionError(
+                f"--ignore matches {source.matrix.name}: routed experts of a layer cannot be left out one by one"
+            )
+    return Layer(layer.name, kept, layer.others + [source.tensor for source in dropped])
+
+
+def _check_ignore(ignore: Sequence[str], matrices: Sequence[Matrix]) -> None:
+    for key in ignore:
+        if all(find_key([key], matrix.name) is None for matrix in matrices):
+            raise ConversionError(f"--ignore {key!r} matches no layer; names look like {matrices[0].name!r}")
+    names = {matrix.name for matrix in matrices if matrix.experts is None}
+    for group in _FUSED_IN_VLLM:
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            if leaf == group[0]:
+                parts = [part for part in (f"{parent}.{leaf}" for leaf in group) if part in names]
+                ignored = [part for part in parts if find_key(ignore, part) is not None]
+                if ignored and len(ignored) < len(parts):
+                    kept = next(part for part in parts if part not in ignored)
+                    raise ConversionError(
+                        f"--ignore matches {ignored[0]} but not {kept}: vLLM fuses these layers, ignore both"
+                    )
+
+
+def _recipe_record(conversion: Conversion) -> dict[str, Any]:
+    policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
+    return {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
+
+
+def _report(report: Mapping[str, MatrixReport]) -> dict[str, Any]:
+    return {
+        "relative_error": "|W - W'| / |W|, Frobenius, everything as stored",
+        "matrices": {name: entry._asdict() for name, entry in report.items()},
+    }
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConversionError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def _bar(plan: Sequence[Layer], what: str, progress: bool) -> Iterator[Layer]:
+    return iter(tqdm(plan, desc=what, unit="layer", disable=not progress, file=sys.stderr))

@@ -1,0 +1,151 @@
+"""MiLo's alternating optimization: quantize W - UᵀV, then fit UᵀV to the error, until neither helps.
+
+Works on a batch of matrices of one shape and one rank; each stops by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from .compensator import StoredFactor, store_factor, truncated_svd
+from .quantizer import QUANTIZERS, GroupQuantized
+
+MAX_ROUNDS = 20
+WINDOW = 3
+MIN_IMPROVEMENT = 1e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    Attributes:
+        method: ``rtn`` and ``hqq`` quantize without compensators; ``paper`` is MiLo as published.
+        group_size: weights along K that share a scale and a zero point.
+        factor_bits: storage of the factors: 3, 8 or 16.
+        max_rounds: cap on the alternating rounds.
+        seed: of the randomized SVD.
+    """
+
+    method: str = "paper"
+    group_size: int = 64
+    factor_bits: int = 3
+    max_rounds: int = MAX_ROUNDS
+    seed: int = 0
+
+
+METHODS = ("rtn", "hqq", "paper")
+
+
+class Quantized(NamedTuple):
+    """One batch of quantized matrices.
+
+    ``errors`` holds ‖W - Ŵ‖/‖W‖ of each matrix with everything stored as it is stored; ``rounds`` the
+    alternating rounds each took.
+    """
+
+    base: GroupQuantized
+    u: StoredFactor | None
+    v: StoredFactor | None
+    errors: torch.Tensor
+    rounds: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """Return s·(q - z) + UᵀV in float32, [B, N, K]."""
+        base = self.base.dequantize()
+        if self.u is None or self.v is None:
+            return base
+        return base + self.u.dequantize().mT @ self.v.dequantize()
+
+
+@dataclass
+class _Progress:
+    """The stop rule (paper appendix A, eq. 14-15) of a batch: which matrices go on."""
+
+    active: torch.Tensor
+    history: list[torch.Tensor] = field(default_factory=list)
+
+    def record(self, error: torch.Tensor) -> None:
+        """Take the error of this round; stop those whose 3-round mean improved by less than 1e-4."""
+        self.history.append(error)
+        if len(self.history) <= WINDOW:
+            return
+        before = torch.stack(self.history[-WINDOW - 1 : -1]).mean(0)
+        now = torch.stack(self.history[-WINDOW:]).mean(0)
+        self.active = self.active & ((before - now) / before.clamp(min=1e-30) >= MIN_IMPROVEMENT)
+
+
+def quantize_matrices(weights: torch.Tensor, rank: int, recipe: Recipe, model_dtype: torch.dtype) -> Quantized:
+    """Quantize a batch of matrices of one shape, with compensators of one rank.
+
+    Args:
+        weights: float32 [B, N, K].
+        rank: compensator rank; 0 for none.
+        recipe: method, group size, factor bits, rounds, seed.
+        model_dtype: the model's dtype, in which 16-bit factors are stored.
+
+    Raises:
+        ScaleError: a group's scale does not fit fp16.
+    """
+    quantizer = QUANTIZERS["rtn" if recipe.method == "rtn" else "hqq"]
+    if rank == 0:
+        base = quantizer(weights, recipe.group_size)
+        ones = torch.ones(weights.shape[0], dtype=torch.int64, device=weights.device)
+        return _finish(weights, base, None, None, ones)
+    base, u, v, rounds = _alternate(weights, rank, recipe)
+    return _finish(
+        weights,
+        base,
+        store_factor(u, recipe.factor_bits, model_dtype),
+        store_factor(v, recipe.factor_bits, model_dtype),
+        rounds,
+    )
+
+
+def _alternate(
+    weights: torch.Tensor, rank: int, recipe: Recipe
+) -> tuple[GroupQuantized, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the alternating rounds; each matrix keeps the state of the round it stopped in."""
+    quantizer = QUANTIZERS["hqq"]
+    generator = torch.Generator(weights.device).manual_seed(recipe.seed)
+    batch, n, k = weights.shape
+    u = weights.new_zeros(batch, rank, n)
+    v = weights.new_zeros(batch, rank, k)
+    rounds = torch.zeros(batch, dtype=torch.int64, device=weights.device)
+    progress = _Progress(torch.ones(batch, dtype=torch.bool, device=weights.device))
+    base: GroupQuantized | None = None
+    for _ in range(recipe.max_rounds):
+        active = progress.active
+        fresh = quantizer(weights - u.mT @ v, recipe.group_size)
+        base = fresh if base is None else _merge(base, fresh, active)
+        residual = weights - base.dequantize()
+        new_u, new_v = truncated_svd(residual, rank, generator)
+        keep = active[:, None, None]
+        u, v = torch.where(keep, new_u, u), torch.where(keep, new_v, v)
+        rounds += active
+        progress.record((residual - u.mT @ v).flatten(1).norm(dim=1))
+        if not progress.active.any():
+            break
+    assert base is not None
+    return base, u, v, rounds
+
+
+def _merge(old: GroupQuantized, new: GroupQuantized, active: torch.Tensor) -> GroupQuantized:
+    keep = active[:, None, None]
+    return GroupQuantized(*(torch.where(keep, b, a) for a, b in zip(old, new, strict=True)))
+
+
+def _finish(
+    weights: torch.Tensor,
+    base: GroupQuantized,
+    u: StoredFactor | None,
+    v: StoredFactor | None,
+    rounds: torch.Tensor,
+) -> Quantized:
+    result = Quantized(base, u, v, torch.empty(0), rounds)
+    difference = (weights - result.dequantize()).flatten(1).norm(dim=1)
+    size = weights.flatten(1).norm(dim=1)
+    return result._replace(errors=torch.where(size > 0, difference / size.clamp(min=1e-30), difference))
