@@ -1,0 +1,133 @@
+"""``MiLoConfig``: reads the checkpoint contract and hands vLLM the methods of its layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, MiLoFormat, RankTable
+from vllm_milo.validation import validate_checkpoint
+
+FUSED_LAYERS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+"""Parts of vLLM's fused layers; models list only some of them in ``packed_modules_mapping``."""
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+class MiLoConfig(QuantizationConfig):
+    """The ``quantization_config`` of a MiLo checkpoint, as vLLM wants it.
+
+    Args:
+        fmt: the checked contract.
+    """
+
+    def __init__(self, fmt: MiLoFormat) -> None:
+        super().__init__()
+        self.format = fmt
+
+    def __repr__(self) -> str:
+        fmt = self.format
+        return f"MiLoConfig(bits=3, group_size={fmt.group_size}, compensator_bits={fmt.compensator.bits})"
+
+    def get_name(self) -> Any:
+        """Return the method's name."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the activation dtypes; float32 is for CPUs."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return compute capability 8.0: the first with bf16 tensor cores."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file names: the contract stands in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MiLoConfig:
+        """Read the ``quantization_config`` of config.json.
+
+        Raises:
+            CheckpointError: the contract is broken or of a newer version.
+        """
+        return cls(MiLoFormat.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
+        """Check a local checkpoint's files before anything is allocated.
+
+        Raises:
+            CheckpointError, ShardError: a tensor is missing, extra or wrong, or a file is truncated.
+        """
+        folder = Path(model_name)
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            validate_checkpoint(folder)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename the tables from checkpoint names to vLLM's; ``re:`` patterns stay as they are."""
+        fmt, apply = self.format, hf_to_vllm_mapper.apply_list
+
+        def rename(name: str) -> str:
+            renamed = [] if name.startswith("re:") else apply([name])
+            return renamed[0] if renamed else name
+
+        self.format = MiLoFormat(
+            fmt.group_size,
+            fmt.compensator,
+            RankTable(
+                fmt.ranks.default,
+                {rename(name): rank for name, rank in fmt.ranks.modules.items()},
+                {rename(name): table for name, table in fmt.ranks.experts.items()},
+            ),
+            tuple(rename(name) for name in fmt.ignore),
+            fmt.recipe,
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return the method of a layer: MiLo's, or vLLM's unquantized one where ``ignore`` names it.
+
+        Raises:
+            CheckpointError: ignore names only some parts of a fused layer.
+        """
+        from vllm_milo.fused_moe import MiLoMoEMethod
+        from vllm_milo.linear import MiLoLinearMethod
+
+        if isinstance(layer, RoutedExperts):
+            return MiLoMoEMethod(self.format, layer.moe_config, prefix)
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = self.parts(prefix)
+        if prefix.rpartition(".")[2] in _ROUTERS or self._ignores(prefix, parts):
+            return UnquantizedLinearMethod()
+        return MiLoLinearMethod(self.format, prefix, parts)
+
+    def parts(self, prefix: str) -> list[str]:
+        """Return the checkpoint names of the matrices that the linear layer ``prefix`` holds."""
+        parent, dot, leaf = prefix.rpartition(".")
+        names = (FUSED_LAYERS | self.packed_modules_mapping).get(leaf, [leaf])
+        return [f"{parent}{dot}{name}" for name in names]
+
+    def _ignores(self, prefix: str, parts: list[str]) -> bool:
+        ignored = [part for part in parts if self.format.ignores(part)]
+        if ignored and len(ignored) < len(parts):
+            raise CheckpointError(
+                f"quantization_config.ignore names {ignored[0]} but not all parts of {prefix}, which vLLM fuses"
+            )
+        return bool(ignored)
+
+
+def register_config(config_class: type[MiLoConfig]) -> None:
+    """Register a config class under the method's name."""
+    register_quantization_config(QUANT_METHOD)(config_class)

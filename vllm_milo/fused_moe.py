@@ -1,0 +1,313 @@
+"""``MiLoMoEMethod``: routed experts in 3 bits plus compensators of ragged rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, FusedMoeWeightScaleSupported
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_milo import compat
+from vllm_milo.checkpoint import (
+    BASE_TENSORS,
+    EXPERT_PROJECTIONS,
+    PACKED,
+    SCALE,
+    U_SCALE,
+    V_SCALE,
+    ZERO,
+    CheckpointError,
+    MiLoFormat,
+    TensorSpec,
+    U,
+    V,
+    find_key,
+    packed_words,
+)
+from vllm_milo.kernels import ops
+from vllm_milo.kernels.reference import ACTIVATIONS
+from vllm_milo.kernels.weights import ExpertWeights, MoESpec, offsets
+from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
+
+_FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
+_SHARDS = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}
+"""vLLM's shard ids: which GEMM's parameters, and which part of them, a projection fills."""
+_ROLES = {"w1": "gate", "w3": "up", "w2": "down"}
+
+
+class _Gemm(NamedTuple):
+    """One of the layer's two grouped GEMMs, on this rank.
+
+    ``ranks[e][p]`` is the compensator rank of part p of local expert e; ``n`` counts all parts.
+    """
+
+    name: str
+    n: int
+    k: int
+    ranks: list[list[int]]
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.name == "w13" else 1
+
+    @property
+    def rank_offsets(self) -> list[int]:
+        return offsets([rank for expert in self.ranks for rank in expert])
+
+
+class MiLoMoEMethod(FusedMoEMethodBase):
+    """Creates, loads and applies the routed experts of one layer.
+
+    Args:
+        fmt: the checkpoint contract.
+        moe: vLLM's description of the layer.
+        prefix: vLLM's name of the layer's experts.
+    """
+
+    def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str) -> None:
+        super().__init__(moe)
+        self.format = fmt
+        self.prefix = prefix
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether the method routes too: only where vLLM's router cannot run on the CPU."""
+        return compat.routes_inside_method()
+
+    def maybe_roundup_sizes(self, hidden_size: int, intermediate: int, *_: Any, **__: Any) -> tuple[int, int]:
+        """Return the sizes unchanged: the kernels need no padding."""
+        return hidden_size, intermediate
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
+        """Return None: activations are not quantized and the method brings its own kernels."""
+        return
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register this rank's experts: codes, scales, zero points, and factors concatenated by rank.
+
+        Raises:
+            CheckpointError: the layer has a feature, a size or a split that is not supported.
+        """
+        activation = _activation(layer, self.moe, self.prefix)
+        self.hidden, self.intermediate = hidden_size, intermediate_size_per_partition
+        self.tp_rank, self.tp_size = layer.moe_config.tp_rank, layer.moe_config.tp_size
+        self.local = _LocalExperts(layer)
+        self.gemms = [
+            _Gemm("w13", 2 * self.intermediate, hidden_size, self._local_ranks(layer, ("w1", "w3"))),
+            _Gemm("w2", hidden_size, self.intermediate, self._local_ranks(layer, ("w2",))),
+        ]
+        self.spec = MoESpec(
+            self.format.group_size,
+            self.format.compensator.bits,
+            activation,
+            bool(layer.apply_router_weight_on_input),
+            [max(map(sum, gemm.ranks), default=0) for gemm in self.gemms],
+        )
+        self._check_sizes()
+        self.dummy = compat.loads_dummy_weights()
+        self.guard = FillGuard(self.prefix)
+        self.guard.expect(self._expected_pieces())
+        for gemm in self.gemms:
+            self._register(layer, gemm, num_experts, params_dtype, extra_weight_attrs["weight_loader"])
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that everything was loaded, then bring it into the backend's layout.
+
+        Raises:
+            CheckpointError: a tensor of this layer never arrived.
+        """
+        if not self.dummy:
+            self.guard.check()
+        device_type = getattr(layer, f"w13_{PACKED}").device.type
+        self.backend = ops.choose_backend("fused_moe", device_type)
+        self.names: dict[str, list[str]] = {}
+        for gemm in self.gemms:
+            names = [f"{gemm.name}_{tensor}" for tensor in BASE_TENSORS + _FACTOR_ORDER]
+            tensors = [getattr(layer, name).data for name in names]
+            rank_offsets = torch.tensor(gemm.rank_offsets, dtype=torch.int32, device=tensors[0].device)
+            prepared = ops.prepare_experts(ExpertWeights(*tensors, rank_offsets), self.spec, self.backend)
+            for name in names:
+                delattr(layer, name)
+            # the first keeps its name: other parts of vLLM look for it
+            self.names[gemm.name] = [names[0], *(f"{gemm.name}_milo_{i}" for i in range(1, len(prepared)))]
+            for name, tensor in zip(self.names[gemm.name], prepared, strict=True):
+                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this rank's partial sum [T, H]; vLLM runs the shared experts and reduces over ranks."""
+        w13, w2 = ([getattr(layer, name) for name in self.names[gemm]] for gemm in ("w13", "w2"))
+        return ops.fused_moe(x, topk_weights, topk_ids, layer.expert_map, w13, w2, self.spec, self.backend)
+
+    def apply_monolithic(
+        self, layer: Any, x: torch.Tensor, router_logits: torch.Tensor, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """Route, then :meth:`apply`; see :attr:`is_monolithic`."""
+        topk_weights, topk_ids = compat.select_experts(layer, x, router_logits)
+        return self.apply(layer, x, topk_weights, topk_ids)
+
+    def _local_ranks(self, layer: Any, shards: tuple[str, ...]) -> list[list[int]]:
+        """Return the ranks of this process's experts, by local expert and part."""
+        table = self.format.ranks
+        by_shard = []
+        for shard in shards:
+            projection = self._projection(shard)
+            ranks = table.of_experts(self.prefix, projection, layer.global_num_experts)
+            by_shard.append([ranks[expert] for expert in self.local.global_ids])
+        return [list(expert) for expert in zip(*by_shard, strict=True)]
+
+    def _projection(self, shard: str) -> str:
+        """Return the checkpoint's name of a shard, by the rank table; w1 and gate_proj mean the same."""
+        key = find_key(self.format.ranks.experts, self.prefix)
+        names = self.format.ranks.experts[key] if key is not None else {}
+        roles = {EXPERT_PROJECTIONS[name]: name for name in names}
+        return roles.get(_ROLES[shard], shard)
+
+    def _check_sizes(self) -> None:
+        for gemm in self.gemms:
+            full_n = gemm.n * (self.tp_size if gemm.name == "w13" else 1) // gemm.parts
+            full_k = gemm.k * (self.tp_size if gemm.name == "w2" else 1)
+            self.format.check_matrix(f"{self.prefix} {gemm.name}", full_n, full_k)
+            require_split(
+                f"{self.prefix} {gemm.name}",
+                gemm.n // gemm.parts,
+                gemm.k,
+                self.format.group_size,
+                self.format.compensator,
+                any(map(any, gemm.ranks)),
+                self.tp_size,
+            )
+
+    def _expected_pieces(self) -> Iterator[tuple[str, TensorSpec]]:
+        full = self.intermediate * self.tp_size
+        shapes = {"w1": (full, self.hidden), "w3": (full, self.hidden), "w2": (self.hidden, full)}
+        for shard, (n, k) in shapes.items():
+            gemm, part = self._place(shard)
+            for local, expert in enumerate(self.local.global_ids):
+                specs = self.format.base_tensors(n, k)
+                specs |= self.format.factor_tensors(n, k, gemm.ranks[local][part], ANY_FLOAT)
+                for tensor, spec in specs.items():
+                    yield self._piece(expert, shard, tensor), spec
+
+    def _piece(self, expert: int, shard: str, tensor: str) -> str:
+        return f"{self.prefix}.{expert}.{self._projection(shard)}.{tensor}"
+
+    def _place(self, shard: str) -> tuple[_Gemm, int]:
+        name, part = _SHARDS[shard]
+        return next(gemm for gemm in self.gemms if gemm.name == name), part
+
+    def _register(
+        self, layer: torch.nn.Module, gemm: _Gemm, experts: int, params_dtype: torch.dtype, loader: Callable[..., Any]
+    ) -> None:
+        compensator = self.format.compensator
+        columns = gemm.n // gemm.parts
+        total = gemm.rank_offsets[-1]
+        groups = (experts, gemm.n, gemm.k // self.format.group_size)
+        shapes: dict[str, tuple[int, ...]] = {
+            PACKED: (experts, gemm.n, packed_words(gemm.k)),
+            SCALE: groups,
+            ZERO: groups,
+            U: (total, compensator.row(columns, "")[1]),
+            U_SCALE: (total, columns // compensator.group_size) if compensator.quantized else (0, 0),
+            V: (total, compensator.row(gemm.k, "")[1]),
+            V_SCALE: (total, gemm.k // compensator.group_size) if compensator.quantized else (0, 0),
+        }
+        dtypes = {PACKED: torch.int32, SCALE: torch.float16, ZERO: torch.float16}
+        for tensor, shape in shapes.items():
+            is_base = tensor in BASE_TENSORS
+            dtype = dtypes[tensor] if is_base else factor_dtype(tensor, compensator, params_dtype)
+            parameter = Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            attributes = {
+                "weight_loader": self._loader(tensor, loader if is_base else None),
+                "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
+            }
+            set_weight_attrs(parameter, attributes)
+            layer.register_parameter(f"{gemm.name}_{tensor}", parameter)
+
+    def _loader(self, tensor: str, base: Callable[..., Any] | None) -> Callable[..., bool | None]:
+        """Return a weight loader that checks a tensor, then hands it to vLLM's or cuts the factor itself."""
+
+        def load(
+            param: Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            local = self.local.index(expert_id)
+            if local is None:
+                return False if return_success else None
+            self.guard.fill(self._piece(expert_id, shard_id, tensor), loaded_weight)
+            if base is None:
+                self._load_factor(param, loaded_weight, tensor, shard_id, local)
+            else:
+                base(param, loaded_weight, weight_name, shard_id, expert_id)
+            return True if return_success else None
+
+        return load
+
+    def _load_factor(self, param: Parameter, loaded: torch.Tensor, tensor: str, shard: str, local: int) -> None:
+        gemm, part = self._place(shard)
+        rows = gemm.rank_offsets[local * gemm.parts + part :][:2]
+        # U of w1 and w3 runs along the intermediate size, which is cut; so does V of w2
+        is_cut = (shard == "w2") == (tensor in (V, V_SCALE))
+        columns = gemm.n // gemm.parts if tensor in (U, U_SCALE) else gemm.k
+        cut = FactorSlice(self.tp_rank * columns if is_cut else 0, columns)
+        is_scale = tensor in (U_SCALE, V_SCALE)
+        param.data[rows[0] : rows[1]].copy_(cut.elements(self.format.compensator, loaded, is_scale))
+
+
+class _LocalExperts:
+    """Which global experts this process holds, by local index."""
+
+    def __init__(self, layer: Any) -> None:
+        number = layer.global_num_experts
+        local = {expert: layer._map_global_expert_id_to_local_expert_id(expert) for expert in range(number)}
+        self._index = {expert: int(index) for expert, index in local.items() if index >= 0}
+        self.global_ids = sorted(self._index, key=lambda expert: self._index[expert])
+
+    def index(self, expert: int) -> int | None:
+        """Return the local index of a global expert; None if another process holds it."""
+        return self._index.get(expert)
+
+
+def _activation(layer: Any, moe: FusedMoEConfig, prefix: str) -> str:
+    """Return the layer's activation by name, or refuse the layer.
+
+    Raises:
+        CheckpointError: the layer has biases, no gate, a clamp, or an activation that MiLo does not know.
+    """
+    name = str(getattr(layer.activation, "value", layer.activation))
+    reason = None
+    if moe.has_bias:
+        reason = "experts with biases"
+    elif not moe.is_act_and_mul:
+        reason = "experts without a gate"
+    elif name not in ACTIVATIONS:
+        reason = f"the activation {name!r} (known are {', '.join(ACTIVATIONS)})"
+    elif getattr(layer, "swiglu_limit", None):
+        reason = "a clamped activation (swiglu_limit)"
+    elif moe.is_lora_enabled:
+        reason = "LoRA on experts"
+    if reason is not None:
+        raise CheckpointError(f"{prefix}: MiLo does not support {reason}; serve the model unquantized")
+    return name

@@ -1,0 +1,222 @@
+"""``MiLoLinearMethod``: attention, shared-expert and dense FFN layers in 3 bits plus compensators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
+
+from vllm_milo.checkpoint import (
+    BASE_TENSORS,
+    FACTOR_TENSORS,
+    PACKED,
+    SCALE,
+    U_SCALE,
+    V_SCALE,
+    ZERO,
+    CheckpointError,
+    MiLoFormat,
+    U,
+    V,
+    packed_words,
+)
+from vllm_milo.compat import loads_dummy_weights
+from vllm_milo.kernels import ops
+from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
+from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
+
+_QKV = {"q": 0, "k": 1, "v": 2}
+_Loader = Callable[..., None]
+
+
+@register_weight_loader_v2_supported_method
+class MiLoLinearMethod(LinearMethodBase):
+    """Creates, loads and applies one linear layer of a MiLo checkpoint.
+
+    Args:
+        fmt: the checkpoint contract.
+        prefix: vLLM's name of the layer.
+        parts: checkpoint names of the matrices it holds, in order.
+    """
+
+    def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str]) -> None:
+        self.format = fmt
+        self.prefix = prefix
+        self.parts = parts
+        self.ranks = [fmt.ranks.of_module(part) for part in parts]
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register this rank's share of codes, scales, zero points and factors.
+
+        Raises:
+            CheckpointError: the layer's sizes, or its split over ranks, do not fit the format.
+        """
+        widths = output_partition_sizes
+        if len(widths) != len(self.parts):
+            raise CheckpointError(f"{self.prefix}: vLLM fuses {len(widths)} matrices here, MiLo knows {self.parts}")
+        self.spec = LinearSpec(widths, self.ranks, self.format.group_size, self.format.compensator.bits)
+        self.split = _Split(layer, input_size_per_partition, widths, input_size, output_size)
+        self._check_sizes(input_size, input_size_per_partition)
+        self.dummy = loads_dummy_weights()
+        self.guard = FillGuard(self.prefix)
+        for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
+            n = self.split.full_width(part)
+            specs = self.format.base_tensors(n, input_size)
+            specs |= self.format.factor_tensors(n, input_size, rank, ANY_FLOAT)
+            self.guard.expect((f"{name}.{tensor}", spec) for tensor, spec in specs.items())
+        loader = extra_weight_attrs["weight_loader"]
+        self._register_base(layer, sum(widths), input_size_per_partition, loader)
+        self._register_factors(layer, input_size_per_partition, params_dtype)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that everything was loaded, then bring it into the backend's layout.
+
+        Raises:
+            CheckpointError: a tensor of this layer never arrived.
+        """
+        if not self.dummy:
+            self.guard.check()
+        weights = LinearWeights(*(getattr(layer, name).data for name in BASE_TENSORS + _FACTOR_ORDER))
+        self.backend = ops.choose_backend("linear", weights.packed.device.type)
+        prepared = ops.prepare_linear(weights, self.spec, self.backend)
+        for name in BASE_TENSORS + _FACTOR_ORDER:
+            delattr(layer, name)
+        # the first keeps its name: MLA and LoRA look for weight_packed
+        self.names = [PACKED, *(f"milo_{index}" for index in range(1, len(prepared)))]
+        for name, tensor in zip(self.names, prepared, strict=True):
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x·Wᵀ + (x·Vᵀ)·U + bias."""
+        weights = [getattr(layer, name) for name in self.names]
+        out = ops.linear(x, weights, self.spec, self.backend)
+        return out if bias is None else out + bias
+
+    def _check_sizes(self, input_size: int, k: int) -> None:
+        for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
+            self.format.check_matrix(name, self.split.full_width(part), input_size)
+            require_split(
+                name,
+                self.spec.widths[part],
+                k,
+                self.format.group_size,
+                self.format.compensator,
+                rank > 0,
+                max(self.split.column_tp, self.split.row_tp),
+            )
+
+    def _register_base(self, layer: torch.nn.Module, n: int, k: int, loader: _Loader) -> None:
+        dims: dict[str, Any] = {"input_dim": 1, "output_dim": 0}
+        packed = PackedvLLMParameter(
+            data=torch.empty(n, packed_words(k), dtype=torch.int32),
+            packed_dim=1,
+            packed_factor=Fraction(32, 3),
+            weight_loader=self._loader(PACKED, loader),
+            **dims,
+        )
+        layer.register_parameter(PACKED, packed)
+        for name in (SCALE, ZERO):
+            groups = torch.empty(n, k // self.format.group_size, dtype=torch.float16)
+            parameter = GroupQuantScaleParameter(data=groups, weight_loader=self._loader(name, loader), **dims)
+            layer.register_parameter(name, parameter)
+
+    def _register_factors(self, layer: torch.nn.Module, k: int, params_dtype: torch.dtype) -> None:
+        for name, shape in self._factor_shapes(k).items():
+            dtype = factor_dtype(name, self.format.compensator, params_dtype)
+            data = torch.empty(shape, dtype=dtype)
+            layer.register_parameter(name, BasevLLMParameter(data=data, weight_loader=self._loader(name)))
+
+    def _factor_shapes(self, k: int) -> dict[str, tuple[int, ...]]:
+        """Return this rank's shapes: U and its scales 1-D, since parts differ in width; V in rows."""
+        compensator = self.format.compensator
+        total = sum(self.ranks)
+        u = [rank * compensator.row(n, "")[1] for rank, n in zip(self.ranks, self.spec.widths, strict=True)]
+        scales = [rank * (n // compensator.group_size) for rank, n in zip(self.ranks, self.spec.widths, strict=True)]
+        shapes: dict[str, tuple[int, ...]] = {
+            U: (sum(u),),
+            U_SCALE: (sum(scales),),
+            V: (total, compensator.row(k, "")[1]),
+            V_SCALE: (total, k // compensator.group_size),
+        }
+        self.u_starts = {U: offsets(u), U_SCALE: offsets(scales)}
+        if not compensator.quantized:
+            shapes |= {U_SCALE: (0,), V_SCALE: (0, 0)}
+        return shapes
+
+    def _loader(self, tensor: str, base: _Loader | None = None) -> _Loader:
+        """Return a weight loader that checks a tensor, then hands it to vLLM's or cuts the factor itself."""
+
+        def load(param: BasevLLMParameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+            part = self._part(shard_id)
+            self.guard.fill(f"{self.parts[part]}.{tensor}", loaded_weight)
+            if base is None:
+                self._load_factor(param, loaded_weight, tensor, part)
+            elif shard_id is None:
+                base(param, loaded_weight)
+            else:
+                base(param, loaded_weight, shard_id)
+
+        return load
+
+    def _load_factor(self, param: BasevLLMParameter, loaded: torch.Tensor, tensor: str, part: int) -> None:
+        compensator, is_scale = self.format.compensator, tensor in (U_SCALE, V_SCALE)
+        if tensor in (U, U_SCALE):
+            cut = self.split.output_slice(part, param.tp_rank)
+            starts = self.u_starts[tensor]
+            target = param.data[starts[part] : starts[part + 1]].view(self.ranks[part], -1)
+        else:
+            cut = self.split.input_slice(param.tp_rank)
+            rows = offsets(self.ranks)
+            target = param.data[rows[part] : rows[part + 1]]
+        target.copy_(cut.elements(compensator, loaded, is_scale))
+
+    def _part(self, shard_id: Any) -> int:
+        if shard_id is None and len(self.parts) > 1:
+            raise CheckpointError(f"{self.prefix}: MiLo checkpoints store {self.parts} apart, found one tensor")
+        return _QKV.get(shard_id, 0 if shard_id is None else shard_id)
+
+
+class _Split:
+    """How a layer's sizes are cut over tensor-parallel ranks."""
+
+    def __init__(self, layer: torch.nn.Module, k: int, widths: list[int], input_size: int, output_size: int) -> None:
+        self.k = k
+        self.widths = widths
+        self.column_tp = output_size // sum(widths)
+        self.row_tp = input_size // k
+        # K and V heads fewer than ranks are replicated: rank r holds slice r // replicas
+        self.replicas = getattr(layer, "num_kv_head_replicas", 1)
+
+    def full_width(self, part: int) -> int:
+        """Return the unsharded output size of a part."""
+        return self.widths[part] * self.column_tp // self._replicas(part)
+
+    def output_slice(self, part: int, tp_rank: int) -> FactorSlice:
+        """Return which outputs of a part a rank holds."""
+        index = tp_rank // self._replicas(part) if self.column_tp > 1 else 0
+        return FactorSlice(index * self.widths[part], self.widths[part])
+
+    def input_slice(self, tp_rank: int) -> FactorSlice:
+        """Return which inputs a rank holds."""
+        return FactorSlice(tp_rank * self.k if self.row_tp > 1 else 0, self.k)
+
+    def _replicas(self, part: int) -> int:
+        return self.replicas if part > 0 else 1
+
+
+_FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
+assert set(_FACTOR_ORDER) == set(FACTOR_TENSORS)
