@@ -1,0 +1,105 @@
+"""Real vLLM on MiLo checkpoints equals the Hugging Face model with the weights s·(q - z) + UᵀV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import vllm_runner
+from tiny_models import FAMILIES, compare, expert_counts, make_model, make_prompts
+from transformers import AutoConfig
+
+from vllm_milo.offline.convert import Conversion, convert
+from vllm_milo.offline.evaluate import load_model
+from vllm_milo.offline.milo import Recipe
+from vllm_milo.offline.ranks import parse_policies
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+MODELS = [*FAMILIES, "bundled"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# group size and factor bits vary over the families, so that each combination is served at least once
+FORMATS = {"mixtral": (64, 3), "qwen2_moe": (32, 8), "qwen3_moe": (128, 3), "olmoe": (64, 16), "bundled": (64, 3)}
+EAGER = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "gpu_memory_utilization": 0.3}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> dict[str, Path]:
+    """A MiLo checkpoint of every family, with ragged expert ranks, and of the bundled model."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {}
+    for name in MODELS:
+        source = bundled_model if name == "bundled" else make_model(name, root / f"{name}-source")
+        counts = expert_counts(AutoConfig.from_pretrained(source))
+        group_size, bits = FORMATS[name]
+        conversion = Conversion(
+            recipe=Recipe(group_size=group_size, factor_bits=bits, max_rounds=2),
+            policies=parse_policies("dense=16,frequency=16"),
+            expert_counts=counts,
+        )
+        folders[name] = convert(source, root / name, conversion, progress=False).out
+    return folders
+
+
+def job(checkpoints: dict[str, Path], **engine) -> dict:
+    """Return a job that runs all given checkpoints."""
+    prompts = {}
+    for name, folder in checkpoints.items():
+        prompts[name] = make_prompts(AutoConfig.from_pretrained(folder).vocab_size)
+    models = {name: str(folder) for name, folder in checkpoints.items()}
+    return {"models": models, "prompts": prompts, "max_tokens": 12, "engine": {**EAGER, **engine}}
+
+
+@pytest.fixture(scope="session")
+def served(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """vLLM's output on all checkpoints: float32 on the CPU, so that little rounding hides errors."""
+    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
+    return vllm_runner.run(job(checkpoints, dtype=dtype, quantization="milo"), tmp_path_factory.mktemp("served"))
+
+
+def assert_matches(name: str, checkpoints: dict[str, Path], outputs: dict, bf16: bool) -> None:
+    """Assert that vLLM's log-probabilities and greedy tokens are those of the dequantized model."""
+    assert "error" not in outputs[name], outputs[name]
+    model = load_model(checkpoints[name], torch.float32, DEVICE)
+    differences, shortfall = compare(model, make_prompts(model.config.vocab_size), outputs[name])
+    assert len(differences) == 1 + 16 + 63 + 128 + 299
+    mean, worst = sum(differences) / len(differences), max(differences)
+    limits = (0.05, 0.6, 0.2) if bf16 else (1e-4, 2e-3, 2e-3)
+    assert (mean < limits[0], worst < limits[1], shortfall < limits[2]) == (True, True, True), (mean, worst, shortfall)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_dequantized_model(name: str, checkpoints: dict[str, Path], served: dict):
+    assert_matches(name, checkpoints, served, bf16=DEVICE == "cuda")
+
+
+def test_tensor_parallel_equals_single(checkpoints: dict[str, Path], served: dict, tmp_path: Path):
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    subset = {"bundled": checkpoints["bundled"]}
+    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
+    parallel = vllm_runner.run(job(subset, dtype=dtype, tensor_parallel_size=2), tmp_path)
+    assert_matches("bundled", checkpoints, parallel, bf16=DEVICE == "cuda")
+    for one, two in zip(served["bundled"], parallel["bundled"], strict=True):
+        assert one["prompt_logprobs"] == pytest.approx(two["prompt_logprobs"], abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_all_families_in_16_bits(dtype: str, checkpoints: dict[str, Path], tmp_path: Path):
+    outputs = vllm_runner.run(job(checkpoints, dtype=dtype), tmp_path)
+    for name in MODELS:
+        assert_matches(name, checkpoints, outputs, bf16=True)
+
+
+@pytest.mark.slow
+def test_all_families_tensor_parallel(checkpoints: dict[str, Path], tmp_path: Path):
+    """Families whose sizes allow it: Mixtral replicates its one K/V head, OLMoE and Qwen2-MoE cut all."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
+    for name in ("mixtral", "qwen2_moe", "olmoe"):
+        folder = tmp_path / name
+        folder.mkdir()
+        outputs = vllm_runner.run(job({name: checkpoints[name]}, dtype=dtype, tensor_parallel_size=2), folder)
+        assert_matches(name, checkpoints, outputs, bf16=DEVICE == "cuda")

@@ -1,0 +1,121 @@
+"""Tiny random models of every supported family, and the Hugging Face side of comparisons with vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 256
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    # one K/V head, so that tensor parallelism replicates it
+    "mixtral": {
+        "intermediate_size": 128,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+    },
+    "qwen2_moe": {
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 256,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "decoder_sparse_step": 2,  # layer 0 is dense
+    },
+    "qwen3_moe": {
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {
+        "intermediate_size": 128,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "clip_qkv": None,
+    },
+}
+
+
+def make_model(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Save a random model with weights, biases and norms large enough that every part of it matters."""
+    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1)
+        model.get_input_embeddings().weight.normal_(std=1.0)
+        model.get_output_embeddings().weight.normal_(std=0.25)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def expert_counts(config: Any) -> dict[str, list[int]]:
+    """Uneven counts for every MoE layer, so that the frequency policy gives ragged ranks, some 0."""
+    number = getattr(config, "num_local_experts", None) or config.num_experts
+    block = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
+    counts = [(7 * expert) % number**2 for expert in range(number)]
+    return {f"model.layers.{layer}.{block}.experts": counts for layer in range(config.num_hidden_layers)}
+
+
+def make_prompts(vocabulary: int, lengths: tuple[int, ...] = (1, 2, 17, 64, 129, 300)) -> list[list[int]]:
+    """Random token ids of several lengths."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
+    """Return the model's log-probabilities [tokens, vocabulary]."""
+    return torch.log_softmax(model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double(), -1).cpu()
+
+
+def compare(model: Any, prompts: list[list[int]], outputs: list[dict[str, Any]]) -> tuple[list[float], float]:
+    """Compare vLLM's output with a Hugging Face model.
+
+    Returns:
+        The absolute differences of all prompt log-probabilities, and by how much, at worst, vLLM's greedy token
+        falls short of the model's best one (0 where they agree).
+    """
+    differences: list[float] = []
+    shortfall = 0.0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        generated = output["generated"]
+        table = logprobs(model, prompt + generated)
+        for position, value in enumerate(output["prompt_logprobs"], start=1):
+            differences.append(abs(float(table[position - 1, prompt[position]]) - value))
+        for step, token in enumerate(generated):
+            row = table[len(prompt) + step - 1]
+            shortfall = max(shortfall, float(row.max() - row[token]))
+    return differences, shortfall

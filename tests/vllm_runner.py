@@ -1,0 +1,81 @@
+"""Runs vLLM on several checkpoints in a process of its own: ``python vllm_runner.py JOB.json OUT.json``.
+
+JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}.
+OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def run(job: dict[str, Any], folder: Path, timeout: float = 600) -> dict[str, Any]:
+    """Run a job in a subprocess and return its results."""
+    (folder / "job.json").write_text(json.dumps(job))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
+    if job["engine"].get("tensor_parallel_size", 1) > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+    else:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    command = [sys.executable, __file__, str(folder / "job.json"), str(folder / "out.json")]
+    log = folder / "vllm.log"
+    with log.open("w") as file:
+        code = subprocess.run(
+            command, env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=False
+        ).returncode
+    if code != 0:
+        raise RuntimeError(f"vLLM ended with {code}:\n" + log.read_text()[-6000:])
+    return json.loads((folder / "out.json").read_text())
+
+
+def _generate(folder: str, prompts: list[list[int]], max_tokens: int, engine: dict[str, Any]) -> list[dict[str, Any]]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=folder, skip_tokenizer_init=True, **engine)
+    parameters = SamplingParams(
+        max_tokens=max_tokens, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    return [
+        {
+            "prompt_logprobs": [
+                table[token].logprob for token, table in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
+            ],
+            "generated": list(output.outputs[0].token_ids),
+        }
+        for ids, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def main() -> None:
+    """Run the job file named on the command line."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    results: dict[str, Any] = {}
+    for name, folder in job["models"].items():
+        start = time.monotonic()
+        try:
+            results[name] = _generate(folder, job["prompts"][name], job["max_tokens"], job["engine"])
+        except Exception as error:  # the test of this model fails with it; the others still run
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        print(name, "took", round(time.monotonic() - start, 1), flush=True)
+        gc.collect()
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
