@@ -15,7 +15,8 @@ EXACT_SIZE = 1024
 """Matrices with a smaller side up to this get an exact SVD; larger ones a randomized one."""
 OVERSAMPLING = 16
 POWER_ITERATIONS = 2
-SMALLEST_NORMAL_HALF = 2.0**-14
+MIN_SCALE = 2.0**-18
+"""Factor scales may be subnormal in fp16; down to here they keep six bits."""
 FACTOR_ZERO = 4
 
 
@@ -75,7 +76,7 @@ def store_factor(factor: torch.Tensor, bits: int, dtype: torch.dtype) -> StoredF
         return StoredFactor(factor.to(dtype), None)
     groups = factor.unflatten(-1, (-1, COMPENSATOR_GROUP_SIZE))
     largest = groups.abs().amax(-1)
-    scale = (largest * (2 / 7 if bits == 3 else 1 / 127)).clamp(min=SMALLEST_NORMAL_HALF).half()
+    scale = (largest * (2 / 7 if bits == 3 else 1 / 127)).clamp(min=MIN_SCALE).half()
     steps = (groups / scale.float().unsqueeze(-1)).round().flatten(-2)
     if bits == 3:
         return StoredFactor((steps + FACTOR_ZERO).clamp(0, 7).to(torch.uint8), scale)

@@ -18,6 +18,7 @@ from vllm_milo.offline.ranks import parse_policies
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 MODELS = [*FAMILIES, "bundled"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"  # float32, so that little rounding hides errors
 # group size and factor bits vary over the families, so that each combination is served at least once
 FORMATS = {"mixtral": (64, 3), "qwen2_moe": (32, 8), "qwen3_moe": (128, 3), "olmoe": (64, 16), "bundled": (64, 3)}
 EAGER = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "gpu_memory_utilization": 0.3}
@@ -43,43 +44,46 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -
 
 def job(checkpoints: dict[str, Path], **engine) -> dict:
     """Return a job that runs all given checkpoints."""
-    prompts = {}
-    for name, folder in checkpoints.items():
-        prompts[name] = make_prompts(AutoConfig.from_pretrained(folder).vocab_size)
     models = {name: str(folder) for name, folder in checkpoints.items()}
+    prompts = {name: make_prompts(folder) for name, folder in checkpoints.items()}
     return {"models": models, "prompts": prompts, "max_tokens": 12, "engine": {**EAGER, **engine}}
 
 
 @pytest.fixture(scope="session")
 def served(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """vLLM's output on all checkpoints: float32 on the CPU, so that little rounding hides errors."""
-    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
-    return vllm_runner.run(job(checkpoints, dtype=dtype, quantization="milo"), tmp_path_factory.mktemp("served"))
+    """vLLM's output on all checkpoints."""
+    return vllm_runner.run(job(checkpoints, dtype=DTYPE, quantization="milo"), tmp_path_factory.mktemp("served"))
 
 
-def assert_matches(name: str, checkpoints: dict[str, Path], outputs: dict, bf16: bool) -> None:
-    """Assert that vLLM's log-probabilities and greedy tokens are those of the dequantized model."""
+def assert_matches(name: str, checkpoints: dict[str, Path], outputs: dict, dtype: str) -> None:
+    """Assert that vLLM's log-probabilities and greedy tokens are those of the dequantized model in float32."""
     assert "error" not in outputs[name], outputs[name]
     model = load_model(checkpoints[name], torch.float32, DEVICE)
-    differences, shortfall = compare(model, make_prompts(model.config.vocab_size), outputs[name])
-    assert len(differences) == 1 + 16 + 63 + 128 + 299
-    mean, worst = sum(differences) / len(differences), max(differences)
-    limits = (0.05, 0.6, 0.2) if bf16 else (1e-4, 2e-3, 2e-3)
-    assert (mean < limits[0], worst < limits[1], shortfall < limits[2]) == (True, True, True), (mean, worst, shortfall)
+    found = compare(model, make_prompts(checkpoints[name]), outputs[name])
+    assert len(found.differences) == 1 + 16 + 63 + 128 + 299
+    mean, worst = sum(found.differences) / len(found.differences), max(found.differences)
+    if dtype == "float32":
+        assert mean < 1e-4
+        assert worst < 2e-3
+        assert max(found.shortfalls) < 2e-3
+    else:
+        # in 16 bits a router's near-tie may fall the other way, which moves a few tokens of a random model
+        outliers = sum(value > 0.3 for value in found.differences + found.shortfalls)
+        assert mean < 0.05
+        assert outliers <= (2 if name == "bundled" else 10)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_dequantized_model(name: str, checkpoints: dict[str, Path], served: dict):
-    assert_matches(name, checkpoints, served, bf16=DEVICE == "cuda")
+    assert_matches(name, checkpoints, served, DTYPE)
 
 
 def test_tensor_parallel_equals_single(checkpoints: dict[str, Path], served: dict, tmp_path: Path):
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     subset = {"bundled": checkpoints["bundled"]}
-    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
-    parallel = vllm_runner.run(job(subset, dtype=dtype, tensor_parallel_size=2), tmp_path)
-    assert_matches("bundled", checkpoints, parallel, bf16=DEVICE == "cuda")
+    parallel = vllm_runner.run(job(subset, dtype=DTYPE, tensor_parallel_size=2), tmp_path)
+    assert_matches("bundled", checkpoints, parallel, DTYPE)
     for one, two in zip(served["bundled"], parallel["bundled"], strict=True):
         assert one["prompt_logprobs"] == pytest.approx(two["prompt_logprobs"], abs=2e-3)
 
@@ -89,7 +93,7 @@ def test_tensor_parallel_equals_single(checkpoints: dict[str, Path], served: dic
 def test_all_families_in_16_bits(dtype: str, checkpoints: dict[str, Path], tmp_path: Path):
     outputs = vllm_runner.run(job(checkpoints, dtype=dtype), tmp_path)
     for name in MODELS:
-        assert_matches(name, checkpoints, outputs, bf16=True)
+        assert_matches(name, checkpoints, outputs, dtype)
 
 
 @pytest.mark.slow
@@ -97,9 +101,8 @@ def test_all_families_tensor_parallel(checkpoints: dict[str, Path], tmp_path: Pa
     """Families whose sizes allow it: Mixtral replicates its one K/V head, OLMoE and Qwen2-MoE cut all."""
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
     for name in ("mixtral", "qwen2_moe", "olmoe"):
         folder = tmp_path / name
         folder.mkdir()
-        outputs = vllm_runner.run(job({name: checkpoints[name]}, dtype=dtype, tensor_parallel_size=2), folder)
-        assert_matches(name, checkpoints, outputs, bf16=DEVICE == "cuda")
+        outputs = vllm_runner.run(job({name: checkpoints[name]}, dtype=DTYPE, tensor_parallel_size=2), folder)
+        assert_matches(name, checkpoints, outputs, DTYPE)

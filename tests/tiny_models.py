@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 VOCABULARY = 256
+TEXT = Path(__file__).parent / "assets" / "valid.txt"
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -89,10 +90,15 @@ def expert_counts(config: Any) -> dict[str, list[int]]:
     return {f"model.layers.{layer}.{block}.experts": counts for layer in range(config.num_hidden_layers)}
 
 
-def make_prompts(vocabulary: int, lengths: tuple[int, ...] = (1, 2, 17, 64, 129, 300)) -> list[list[int]]:
-    """Random token ids of several lengths."""
+def make_prompts(folder: Path, lengths: tuple[int, ...] = (1, 2, 17, 64, 129, 300)) -> list[list[int]]:
+    """Token ids of several lengths: real text where the model has a tokenizer, else random."""
+    if (folder / "tokenizer.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(TEXT.read_text(encoding="utf-8")[:20000], add_special_tokens=False)["input_ids"]
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 @torch.inference_mode()
@@ -101,21 +107,27 @@ def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
     return torch.log_softmax(model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double(), -1).cpu()
 
 
-def compare(model: Any, prompts: list[list[int]], outputs: list[dict[str, Any]]) -> tuple[list[float], float]:
-    """Compare vLLM's output with a Hugging Face model.
+class Comparison(NamedTuple):
+    """How vLLM's output differs from a Hugging Face model.
 
-    Returns:
-        The absolute differences of all prompt log-probabilities, and by how much, at worst, vLLM's greedy token
-        falls short of the model's best one (0 where they agree).
+    Attributes:
+        differences: absolute differences of all prompt log-probabilities.
+        shortfalls: by how much each greedy token falls short of the model's best one; 0 where they agree.
     """
-    differences: list[float] = []
-    shortfall = 0.0
+
+    differences: list[float]
+    shortfalls: list[float]
+
+
+def compare(model: Any, prompts: list[list[int]], outputs: list[dict[str, Any]]) -> Comparison:
+    """Compare vLLM's prompt log-probabilities and greedy tokens with a Hugging Face model."""
+    result = Comparison([], [])
     for prompt, output in zip(prompts, outputs, strict=True):
         generated = output["generated"]
         table = logprobs(model, prompt + generated)
         for position, value in enumerate(output["prompt_logprobs"], start=1):
-            differences.append(abs(float(table[position - 1, prompt[position]]) - value))
+            result.differences.append(abs(float(table[position - 1, prompt[position]]) - value))
         for step, token in enumerate(generated):
             row = table[len(prompt) + step - 1]
-            shortfall = max(shortfall, float(row.max() - row[token]))
-    return differences, shortfall
+            result.shortfalls.append(float(row.max() - row[token]))
+    return result

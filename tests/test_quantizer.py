@@ -1,0 +1,167 @@
+import pytest
+import torch
+
+from vllm_milo.offline.compensator import store_factor, truncated_svd
+from vllm_milo.offline.milo import METHODS, Recipe, _Progress, quantize_matrices
+from vllm_milo.offline.quantizer import QUANTIZERS, ScaleError, quantize_hqq, quantize_rtn
+
+
+def heavy_tailed(*shape):
+    return torch.randn(shape) * torch.rand(shape[-2:]).square() * 0.1
+
+
+@pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=list(QUANTIZERS))
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_shapes_and_domain(quantize, group):
+    result = quantize(heavy_tailed(2, 64, 256), group)
+    assert result.codes.dtype == torch.uint8
+    assert result.codes.shape == (2, 64, 256)
+    assert int(result.codes.max()) <= 7
+    for tensor in (result.scale, result.zero):
+        assert tensor.dtype == torch.float16
+        assert tensor.shape == (2, 64, 256 // group)
+        assert torch.isfinite(tensor).all()
+    assert (result.scale >= 2.0**-14).all()
+
+
+@pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=list(QUANTIZERS))
+def test_codes_are_the_nearest_for_the_stored_scale_and_zero(quantize):
+    weights = heavy_tailed(1, 64, 128)
+    result = quantize(weights, 64)
+    grid = torch.arange(8.0)
+    values = result.scale.float().repeat_interleave(64, -1).unsqueeze(-1) * (
+        grid - result.zero.float().repeat_interleave(64, -1).unsqueeze(-1)
+    )
+    nearest = (values - weights.unsqueeze(-1)).abs().min(-1).values
+    assert torch.allclose((result.dequantize() - weights).abs(), nearest, atol=1e-6)
+
+
+def test_rtn_is_within_half_a_step():
+    weights = heavy_tailed(1, 64, 128)
+    result = quantize_rtn(weights, 64)
+    step = result.scale.float().repeat_interleave(64, -1)
+    assert ((result.dequantize() - weights).abs() <= 0.51 * step).all()
+
+
+def test_hqq_beats_rtn():
+    weights = heavy_tailed(4, 128, 256)
+    errors = [(quantize(weights, 64).dequantize() - weights).abs().mean() for quantize in (quantize_hqq, quantize_rtn)]
+    assert errors[0] < 0.97 * errors[1]
+
+
+@pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=list(QUANTIZERS))
+@pytest.mark.parametrize(
+    ("constant", "scale", "zero", "code"),
+    [(0.25, 0.25, 0, 1), (-0.25, 0.25, 1, 0), (0.0, 1.0, 0, 0)],
+)
+def test_constant_groups(quantize, constant, scale, zero, code):
+    weights = heavy_tailed(1, 64, 128)
+    weights[0, 3, 64:] = constant
+    result = quantize(weights, 64)
+    assert (float(result.scale[0, 3, 1]), float(result.zero[0, 3, 1])) == (scale, zero)
+    assert (result.codes[0, 3, 64:] == code).all()
+
+
+def test_tiny_groups_of_a_normal_matrix_are_kept():
+    weights = heavy_tailed(1, 64, 128)
+    weights[0, 0, :64] *= 1e-6
+    weights[0, 1, :64] = 3e-7
+    result = quantize_hqq(weights, 64)
+    assert (result.dequantize()[0, :2, :64] - weights[0, :2, :64]).abs().max() < 2.0**-14
+
+
+def test_nearly_constant_group_has_a_finite_zero():
+    weights = heavy_tailed(1, 64, 128)
+    weights[0, 0, :64] = 1.0 + torch.rand(64) * 1e-6
+    result = quantize_rtn(weights, 64)
+    assert torch.isfinite(result.zero).all()
+    assert (result.dequantize()[0, 0, :64] - 1).abs().max() < 1e-3
+
+
+def test_scales_that_do_not_fit_are_errors():
+    weights = heavy_tailed(1, 64, 128)
+    weights[0, 5, 70] = 1e6
+    with pytest.raises(ScaleError, match=r"group 1 of row 5 needs scale .*, above fp16's 65504"):
+        quantize_rtn(weights, 64)
+    with pytest.raises(ScaleError, match="below fp16's smallest normal"):
+        quantize_rtn(heavy_tailed(1, 64, 128) * 1e-6, 64)
+
+
+@pytest.mark.parametrize("shape", [(2, 96, 64), (1, 64, 160)])
+def test_truncated_svd_is_the_best_low_rank_approximation(shape):
+    residual = torch.randn(shape, dtype=torch.float64).float()
+    u, v = truncated_svd(residual, 16)
+    values = torch.linalg.svdvals(residual)
+    error = (residual - u.mT @ v).flatten(1).norm(dim=1)
+    assert torch.allclose(error, values[:, 16:].norm(dim=1), rtol=1e-4)
+    # the root of each singular value goes to both sides
+    assert torch.allclose(u.norm(dim=-1), v.norm(dim=-1), rtol=1e-4)
+
+
+def test_randomized_svd_is_close_and_seeded(monkeypatch):
+    monkeypatch.setattr("vllm_milo.offline.compensator.EXACT_SIZE", 32)
+    residual = torch.randn(2, 256, 320)
+    found = [truncated_svd(residual, 24, torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(found[0][0], found[1][0])
+    u, v = found[0]
+    best = torch.linalg.svdvals(residual)[:, 24:].norm(dim=1)
+    assert ((residual - u.mT @ v).flatten(1).norm(dim=1) < 1.02 * best).all()
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(3, 0.35), (8, 0.01), (16, 0.004)])
+def test_stored_factors(bits, limit):
+    factor = torch.randn(2, 8, 128) * torch.logspace(-3, 3, 8)[:, None]
+    factor[0, 0, :64] = -factor[0, 0, :64].abs()  # a group without positive values
+    factor[1, 1] = 0
+    stored = store_factor(factor, bits, torch.bfloat16)
+    error = (stored.dequantize() - factor).norm(dim=-1) / factor.norm(dim=-1).clamp(min=1e-9)
+    assert error.max() < limit
+    assert stored.values.dtype == {3: torch.uint8, 8: torch.int8, 16: torch.bfloat16}[bits]
+
+
+def test_stop_rule():
+    progress = _Progress(torch.ones(3, dtype=torch.bool))
+    for step in range(8):
+        progress.record(torch.tensor([0.9**step, 1.0, 1.0 + 0.1 * step]))
+    # the first still improves; the flat and the diverging one have stopped
+    assert progress.active.tolist() == [True, False, False]
+
+
+def test_stop_rule_needs_two_windows():
+    progress = _Progress(torch.ones(1, dtype=torch.bool))
+    for _ in range(3):
+        progress.record(torch.tensor([1.0]))
+    assert progress.active.tolist() == [True]
+    progress.record(torch.tensor([1.0]))
+    assert progress.active.tolist() == [False]
+
+
+def test_milo_reduces_the_error_and_reports_it():
+    weights = heavy_tailed(3, 128, 192)
+    plain = quantize_matrices(weights, 0, Recipe(), torch.bfloat16)
+    result = quantize_matrices(weights, 32, Recipe(factor_bits=8), torch.bfloat16)
+    assert (result.errors < 0.9 * plain.errors).all()
+    expected = (weights - result.dequantize()).flatten(1).norm(dim=1) / weights.flatten(1).norm(dim=1)
+    assert torch.allclose(result.errors, expected)
+    assert (result.rounds >= 4).all()
+    assert (result.rounds <= 20).all()
+
+
+def test_batches_do_not_mix_matrices():
+    weights = heavy_tailed(3, 64, 128)
+    together = quantize_matrices(weights, 16, Recipe(), torch.bfloat16)
+    alone = [quantize_matrices(matrix[None], 16, Recipe(), torch.bfloat16) for matrix in weights]
+    assert torch.allclose(together.errors, torch.cat([one.errors for one in alone]), rtol=1e-4)
+    assert torch.equal(together.rounds, torch.cat([one.rounds for one in alone]))
+
+
+def test_methods():
+    weights = heavy_tailed(1, 64, 128)
+    errors = {
+        method: float(
+            quantize_matrices(weights, 16 if method == "paper" else 0, Recipe(method=method), torch.bfloat16).errors
+        )
+        for method in METHODS
+    }
+    assert errors["paper"] < errors["hqq"]
+    assert errors["paper"] < errors["rtn"]
