@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 CONTEXT = 512
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 def load_data(folder: Path, vocabulary: int | None) -> tuple[PreTrainedTokenizerFast, torch.Tensor, torch.Tensor]:
     """Return the tokenizer and the ids of both texts, encoded anew if a vocabulary is asked for."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     train = np.frombuffer(lzma.decompress((folder / "train.bin.xz").read_bytes()), np.uint16)
     valid = np.fromfile(folder / "valid.bin", np.uint16)
     if vocabulary in (None, len(tokenizer)):

@@ -16,7 +16,7 @@ import torch
 from . import reference
 from .weights import ExpertWeights, LinearSpec, LinearWeights, MoESpec
 
-logger = logging.getLogger("vllm_milo")
+logger = logging.getLogger("vllm.milo")  # vLLM shows what is logged below "vllm"
 
 BACKEND_VARIABLE = "VLLM_MILO_BACKEND"
 BACKENDS = ("auto", "torch", "triton")

@@ -128,7 +128,7 @@ def _linear_up_factors(weights: LinearWeights, spec: LinearSpec, dtype: torch.dt
         u = weights.u[starts[part] : starts[part + 1]].view(rank, elements[part])
         scale = None
         if spec.factor_bits != 16:
-            scale = weights.u_scale[scale_starts[part] : scale_starts[part + 1]].view(rank, -1)
+            scale = weights.u_scale[scale_starts[part] : scale_starts[part + 1]].view(rank, spec.widths[part] // 64)
         factors.append(dequantize_factor(u, scale, spec.factor_bits, dtype=dtype))
     return factors
 

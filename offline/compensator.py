@@ -40,8 +40,8 @@ def truncated_svd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the best rank-``rank`` factors of a batch of residuals, √S split evenly (paper eq. 11-12).
 
-    Exact where the smaller side is at most :data:`EXACT_SIZE`; else randomized subspace iteration with
-    oversampling, seeded by ``generator``.
+    Exact, by the eigenvectors of the smaller Gram matrix, where the smaller side is at most :data:`EXACT_SIZE`;
+    else randomized subspace iteration with oversampling, seeded by ``generator``.
 
     Args:
         residual: float32 [..., N, K].
@@ -51,13 +51,18 @@ def truncated_svd(
     Returns:
         U [..., rank, N] and V [..., rank, K], float32.
     """
-    small_side = min(residual.shape[-2:])
-    if small_side <= EXACT_SIZE or rank + OVERSAMPLING >= small_side:
-        left, values, right = torch.linalg.svd(residual, full_matrices=False)
+    n, k = residual.shape[-2:]
+    if n < k:
+        v, u = truncated_svd(residual.mT, rank, generator)
+        return u, v
+    if k <= EXACT_SIZE or rank + OVERSAMPLING >= k:
+        # ascending; squaring costs accuracy only in directions far below the leading ones, which are cut off
+        right = torch.linalg.eigh(residual.mT @ residual).eigenvectors[..., -rank:].flip(-1).mT
     else:
-        left, values, right = _randomized_svd(residual, rank + OVERSAMPLING, generator)
-    root = values[..., :rank].sqrt().unsqueeze(-1)
-    return left[..., :rank].mT * root, right[..., :rank, :] * root
+        right = _leading_directions(residual, rank + OVERSAMPLING, generator)[..., :rank, :]
+    left = residual @ right.mT  # columns U·S
+    root = left.norm(dim=-2).clamp(min=1e-30).sqrt().unsqueeze(-1)
+    return left.mT / root, right * root
 
 
 def store_factor(factor: torch.Tensor, bits: int, dtype: torch.dtype) -> StoredFactor:
@@ -83,14 +88,14 @@ def store_factor(factor: torch.Tensor, bits: int, dtype: torch.dtype) -> StoredF
     return StoredFactor(steps.clamp(-127, 127).to(torch.int8), scale)
 
 
-def _randomized_svd(
-    matrix: torch.Tensor, size: int, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the leading ``size`` singular triplets (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
+def _leading_directions(matrix: torch.Tensor, size: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Return about the ``size`` leading right singular vectors as rows, the first ones the most exact.
+
+    Randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
+    """
     sketch = torch.randn(matrix.shape[-1], size, generator=generator, device=matrix.device, dtype=matrix.dtype)
     basis = torch.linalg.qr(matrix @ sketch).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix.mT @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
-    left, values, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
-    return basis @ left, values, right
+    return torch.linalg.svd(basis.mT @ matrix, full_matrices=False).Vh

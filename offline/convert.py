@@ -39,8 +39,9 @@ from .reader import Layer, ModelReader
 from .writer import SHARD_BYTES, CheckpointWriter
 
 REPORT_NAME = "milo_report.json"
-BATCH_ELEMENTS = 2**28
-"""Most weights that the solver takes at once; it needs about ten float32 copies of them."""
+BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
+"""Most weights that the solver takes at once: on a CPU what its cache holds, on a GPU what fills it. The solver
+needs about ten float32 copies of them."""
 _FUSED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -193,7 +194,7 @@ def _batches(
     for matrix, weights in matrices:
         groups[matrix.n, matrix.k, ranks[matrix.name]].append((matrix, weights))
     for (n, k, _), members in groups.items():
-        size = max(1, BATCH_ELEMENTS // (n * k))
+        size = max(1, BATCH_ELEMENTS.get(members[0][1].device.type, 2**26) // (n * k))
         for start in range(0, len(members), size):
             chunk = members[start : start + size]
             yield [matrix for matrix, _ in chunk], torch.stack([weights for _, weights in chunk])

@@ -75,21 +75,26 @@ def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
     groups = weights.unflatten(-1, (-1, group_size))
     scale, zero = _min_max(groups)
     constant = groups.amax(-1) == groups.amin(-1)
-    step = scale.float()
+    step = scale.float().unsqueeze(-1)
+    scaled = groups / step
+    scaled_mean = scaled.mean(-1)
     current, best_zero = zero.float(), zero.float()
     best_error = torch.full(groups.shape[:-3], torch.inf, device=groups.device)
+    codes, residual, size = (torch.empty_like(groups) for _ in range(3))
     beta = HQQ_BETA
     for _ in range(HQQ_ROUNDS):
-        codes = _codes(groups, step, current)
-        residual = groups - _dequantize(codes, step, current)
-        error = residual.abs().mean(dim=(-3, -2, -1))
+        torch.add(scaled, current.unsqueeze(-1), out=codes).round_().clamp_(0, MAX_CODE)
+        torch.sub(scaled, codes, out=residual).add_(current.unsqueeze(-1)).mul_(step)
+        torch.abs(residual, out=size)
+        error = size.mean(dim=(-3, -2, -1))
         improved = error < best_error
         if not improved.any():
             break
         best_error = torch.where(improved, error, best_error)
         best_zero = torch.where(improved[..., None, None], current, best_zero)
-        target = groups - _shrink(residual, beta)
-        update = (codes - target / step.unsqueeze(-1)).mean(-1)
+        shrunk = _shrink(residual, size, beta)
+        # the mean of q - (w - m)/s over a group, m the shrunk error: the zero point that is optimal for it
+        update = codes.mean(-1) - scaled_mean + shrunk.div_(step).mean(-1)
         current = torch.where(improved[..., None, None] & ~constant, update, current)
         beta *= HQQ_KAPPA
     return _encode(groups, scale, _fit_zero(best_zero))
@@ -166,7 +171,10 @@ def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) ->
     return scale.float().unsqueeze(-1) * (codes - zero.float().unsqueeze(-1))
 
 
-def _shrink(x: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return the generalized soft threshold sign(x)·max(|x| - |x|^(p-1)/β, 0), 0 at 0 (paper eq. 7)."""
-    size = x.abs()
-    return x.sign() * (size - size.clamp(min=1e-30).pow(HQQ_NORM - 1) / beta).clamp(min=0)
+def _shrink(residual: torch.Tensor, size: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return the generalized soft threshold sign(x)·max(|x| - |x|^(p-1)/β, 0) (paper eq. 7).
+
+    Overwrites ``size``, which holds |x|; where x is 0 the power is infinite and the result 0.
+    """
+    threshold = size.pow(HQQ_NORM - 1).div_(beta)
+    return size.sub_(threshold).clamp_(min=0).copysign_(residual)

@@ -77,9 +77,11 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         """Whether the method routes too: only where vLLM's router cannot run on the CPU."""
         return compat.routes_inside_method()
 
-    def maybe_roundup_sizes(self, hidden_size: int, intermediate: int, *_: Any, **__: Any) -> tuple[int, int]:
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype, moe_parallel_config: Any
+    ) -> tuple[int, int]:
         """Return the sizes unchanged: the kernels need no padding."""
-        return hidden_size, intermediate
+        return hidden_size, intermediate_size_per_partition
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
         """Return None: activations are not quantized and the method brings its own kernels."""
@@ -135,8 +137,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         for gemm in self.gemms:
             names = [f"{gemm.name}_{tensor}" for tensor in BASE_TENSORS + _FACTOR_ORDER]
             tensors = [getattr(layer, name).data for name in names]
-            rank_offsets = torch.tensor(gemm.rank_offsets, dtype=torch.int32, device=tensors[0].device)
-            prepared = ops.prepare_experts(ExpertWeights(*tensors, rank_offsets), self.spec, self.backend)
+            tensors.append(torch.tensor(gemm.rank_offsets, dtype=torch.int32, device=tensors[0].device))
+            prepared = ops.prepare_experts(ExpertWeights(*tensors), self.spec, self.backend)
             for name in names:
                 delattr(layer, name)
             # the first keeps its name: other parts of vLLM look for it

@@ -1,0 +1,153 @@
+"""The repository itself: packaging, import rules, and the README's commands."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_repository_root_does_not_pose_as_the_kernels_package():
+    """`kernels` is Hugging Face's package, which transformers probes for by name."""
+    code = (
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "from transformers import MixtralConfig, MixtralForCausalLM\n"
+        "assert not is_kernels_available()\n"
+        "MixtralForCausalLM(MixtralConfig(hidden_size=64, num_hidden_layers=1, intermediate_size=64, vocab_size=64))\n"
+    )
+    python("-c", code, cwd=ROOT)
+
+
+def test_wheel_holds_the_mapped_packages(tmp_path: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("vllm_milo-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+        assert {name for name in tops if not name.endswith(".dist-info")} == {"vllm_milo"}
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import vllm_milo.kernels.ops, vllm_milo.offline.cli, vllm_milo.kernels.triton.layout as layout\n"
+        "print(layout.__file__)"
+    )
+    found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()[-1]
+    assert found.startswith(str(tmp_path / "site"))
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever it does."""
+    package = "vllm_milo." + ".".join(path.relative_to(ROOT).parent.parts)
+    package = "vllm_milo" if path.parent == ROOT / "vllm_milo" else package
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else None
+            found.add(".".join(filter(None, (parent, node.module))) if node.level else str(node.module))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [
+        ("kernels", {"torch", "triton", "vllm_milo.kernels"}),
+        (
+            "offline",
+            {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
+            | {"vllm_milo", "vllm_milo.checkpoint", "vllm_milo.shards", "vllm_milo.validation"},
+        ),
+    ],
+)
+def test_packages_import_in_one_direction(folder: str, allowed: set[str]):
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in imports(path):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names:
+                continue
+            nested = any(name.startswith(f"{package}.") for package in ("vllm_milo.kernels", "vllm_milo.offline"))
+            inside = f"vllm_milo.{folder}"
+            known = name in allowed or top in allowed - {"vllm_milo"} or (nested and name.startswith(inside))
+            assert known, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("name", ["__init__", "checkpoint", "shards", "validation"])
+def test_pure_modules_need_nothing(name: str):
+    code = (
+        f"import sys; import vllm_milo.{name}; print({{'torch', 'vllm', 'triton', 'transformers'}} & set(sys.modules))"
+    )
+    assert python("-c", code.replace(".__init__", ""), cwd=ROOT.parent).strip() == "set()"
+
+
+def test_only_the_plugin_imports_vllm():
+    users = {
+        path.name for path in (ROOT / "vllm_milo").glob("*.py") if any(n.split(".")[0] == "vllm" for n in imports(path))
+    }
+    assert users == {"config.py", "linear.py", "fused_moe.py", "parameters.py", "compat.py"} & users
+    assert {"config.py", "compat.py"} <= users
+
+
+def readme_commands() -> list[str]:
+    """Commands of the README's shell blocks, without comments, continued lines joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+RUN_ELSEWHERE = {
+    "make demo": "by hand and by the release check; its parts are in test_vllm_server and test_cli",
+    "make test": ".ci/run",
+    "make lint": ".ci/run",
+    "make test-slow": "by hand before a release",
+}
+
+
+def test_readme_commands_run(tmp_path: Path):
+    """Every `milo` command of the README runs as it stands, from a folder that looks like the repository."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    for command in readme_commands():
+        words = command.split()
+        if words[0] == "milo":
+            python("-m", "vllm_milo.offline.cli", *words[1:], cwd=tmp_path, TRITON_INTERPRET="0")
+
+
+def test_every_readme_command_is_known():
+    for command in readme_commands():
+        known = command in RUN_ELSEWHERE or command.startswith(
+            ("milo ", "vllm serve ", "curl ", "pip install ", "git clone ")
+        )
+        assert known, f"the README's command {command!r} is run by no test"
+
+
+def test_files_stay_small():
+    """One concern a file."""
+    for folder in ("vllm_milo", "kernels", "offline", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
