@@ -12,6 +12,13 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tiny_models import expert_counts, make_model
+from transformers import AutoConfig
+
+from vllm_milo.offline.convert import Conversion, convert
+from vllm_milo.offline.milo import Recipe
+from vllm_milo.offline.ranks import parse_policies
+
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -33,6 +40,33 @@ def _seed() -> None:
 def bundled_model() -> Path:
     """The bundled trained model."""
     return ASSETS / "tiny-qwen2-moe"
+
+
+# group size and factor bits vary over the families, so that each combination is served at least once
+CHECKPOINT_FORMATS = {
+    "mixtral": (64, 3),
+    "qwen2_moe": (32, 8),
+    "qwen3_moe": (128, 3),
+    "olmoe": (64, 16),
+    "bundled": (64, 3),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> dict[str, Path]:
+    """A MiLo checkpoint of every family, with ragged expert ranks, and of the bundled model."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {}
+    for name, (group_size, bits) in CHECKPOINT_FORMATS.items():
+        source = bundled_model if name == "bundled" else make_model(name, root / f"{name}-source")
+        counts = expert_counts(AutoConfig.from_pretrained(source))
+        conversion = Conversion(
+            recipe=Recipe(group_size=group_size, factor_bits=bits, max_rounds=2),
+            policies=parse_policies("dense=16,frequency=16"),
+            expert_counts=counts,
+        )
+        folders[name] = convert(source, root / name, conversion, progress=False).out
+    return folders
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

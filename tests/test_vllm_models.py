@@ -7,39 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_runner
-from tiny_models import FAMILIES, compare, expert_counts, make_model, make_prompts
-from transformers import AutoConfig
+from tiny_models import FAMILIES, compare, make_prompts
 
-from vllm_milo.offline.convert import Conversion, convert
 from vllm_milo.offline.evaluate import load_model
-from vllm_milo.offline.milo import Recipe
-from vllm_milo.offline.ranks import parse_policies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 MODELS = [*FAMILIES, "bundled"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"  # float32, so that little rounding hides errors
-# group size and factor bits vary over the families, so that each combination is served at least once
-FORMATS = {"mixtral": (64, 3), "qwen2_moe": (32, 8), "qwen3_moe": (128, 3), "olmoe": (64, 16), "bundled": (64, 3)}
-EAGER = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "gpu_memory_utilization": 0.3}
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> dict[str, Path]:
-    """A MiLo checkpoint of every family, with ragged expert ranks, and of the bundled model."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    folders = {}
-    for name in MODELS:
-        source = bundled_model if name == "bundled" else make_model(name, root / f"{name}-source")
-        counts = expert_counts(AutoConfig.from_pretrained(source))
-        group_size, bits = FORMATS[name]
-        conversion = Conversion(
-            recipe=Recipe(group_size=group_size, factor_bits=bits, max_rounds=2),
-            policies=parse_policies("dense=16,frequency=16"),
-            expert_counts=counts,
-        )
-        folders[name] = convert(source, root / name, conversion, progress=False).out
-    return folders
+EAGER = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
+if DEVICE == "cuda":
+    EAGER |= {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 2**30}  # other tests may use the GPU too
 
 
 def job(checkpoints: dict[str, Path], **engine) -> dict:
