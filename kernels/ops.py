@@ -39,7 +39,7 @@ _library.define(
 def choose_backend(operator: str, device_type: str) -> str:
     """Return the backend of an operator on a device, and log the choice once.
 
-    ``VLLM_MILO_BACKEND`` forces it; ``auto`` takes Triton for expert GEMMs on GPUs, else torch.
+    ``VLLM_MILO_BACKEND`` forces it; ``auto`` takes Triton on GPUs, else torch.
 
     Raises:
         ValueError: the variable names no backend.
@@ -48,13 +48,17 @@ def choose_backend(operator: str, device_type: str) -> str:
     if wanted not in BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE}={wanted!r}: must be one of {', '.join(BACKENDS)}")
     if wanted == "auto":
-        wanted = "triton" if device_type == "cuda" and operator == "fused_moe" else "torch"
+        wanted = "triton" if device_type == "cuda" else "torch"
     logger.info("milo::%s on %s runs on the %s backend", operator, device_type, wanted)
     return wanted
 
 
 def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> list[torch.Tensor]:
     """Return a linear layer's tensors as ``backend`` takes them."""
+    if backend == "triton":
+        from .triton.layout import prepare_linear
+
+        return list(prepare_linear(weights, spec))
     return list(weights)
 
 
@@ -63,7 +67,7 @@ def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list
     if backend == "triton":
         from .triton.layout import prepare_experts
 
-        return list(prepare_experts(weights, spec.factor_bits))
+        return list(prepare_experts(weights, spec.group_size, spec.factor_bits))
     return list(weights)
 
 
@@ -114,6 +118,10 @@ def _linear(
     backend: str,
 ) -> torch.Tensor:
     spec = LinearSpec(widths, ranks, group_size, factor_bits)
+    if backend == "triton":
+        from .triton import linear as triton_linear
+
+        return triton_linear.linear(x, weights, spec)
     return reference.linear(x, LinearWeights(*weights), spec)
 
 

@@ -5,6 +5,7 @@ A backend may turn them into a layout of its own (:mod:`.ops`); the tuples keep 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ class LinearWeights(NamedTuple):
 class MoESpec(NamedTuple):
     """What the shapes of :class:`ExpertWeights` do not say, for both GEMMs of a layer.
 
-    ``max_ranks`` are the largest ranks of an expert, its parts added, in w13 and w2: buffers and grids are
-    sized by them, since reading the ranks would wait for the device.
+    ``max_ranks`` are what :func:`largest_rank` says of w13 and w2: buffers and grids are sized by them, since
+    reading the ranks would wait for the device.
     """
 
     group_size: int
@@ -75,6 +76,20 @@ class ExpertWeights(NamedTuple):
     v: torch.Tensor
     v_scale: torch.Tensor
     rank_offsets: torch.Tensor
+
+
+RANK_BLOCK = 16
+"""Kernels take ranks in blocks of so many; the ranks of each part are padded to whole blocks."""
+
+
+def rank_blocks(rank: int) -> int:
+    """Return how many blocks of 16 ranks a part of this rank takes."""
+    return -(-rank // RANK_BLOCK)
+
+
+def largest_rank(ranks: Iterable[Sequence[int]]) -> int:
+    """Return the largest rank of an expert, its parts padded to whole blocks and added; ``ranks[e][p]``."""
+    return max((RANK_BLOCK * sum(map(rank_blocks, expert)) for expert in ranks), default=0)
 
 
 def offsets(sizes: list[int]) -> list[int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from vllm_milo.kernels.packing import pack_codes
 from vllm_milo.kernels.reference import ACTIVATIONS, expert_gemm
-from vllm_milo.kernels.weights import ExpertWeights, LinearSpec, LinearWeights, MoESpec, offsets
+from vllm_milo.kernels.weights import ExpertWeights, LinearSpec, LinearWeights, MoESpec, largest_rank, offsets
 
 
 def random_base(shape: Sequence[int], n: int, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def moe_spec(
     on_input: bool = False,
 ) -> MoESpec:
     """The spec of a layer with these ranks."""
-    return MoESpec(group, bits, activation, on_input, [max(map(sum, ranks)) for ranks in (w13_ranks, w2_ranks)])
+    return MoESpec(group, bits, activation, on_input, [largest_rank(ranks) for ranks in (w13_ranks, w2_ranks)])
 
 
 def exact_moe(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vllm_milo.kernels.packing import dequantize, dequantize_factor, pack_codes, unpack_codes
-from vllm_milo.kernels.triton.layout import pack_scale_zero, pack_units, repack, unpack_units
+from vllm_milo.kernels.triton.layout import from_units, join_scale_zero, repack_matrix, to_units
 
 
 def test_golden_vector():
@@ -56,25 +56,31 @@ def test_dequantize_factor(bits):
         dequantize_factor(stored, None, bits)
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (3, 64, 384)])
-def test_kernel_layout_round_trip(shape):
+@pytest.mark.parametrize(("shape", "rows"), [((64, 128), 64), ((3, 192, 384), 64), ((48, 256), 16)])
+def test_kernel_layout_round_trip(shape, rows):
     codes = torch.randint(0, 8, shape, dtype=torch.uint8)
-    units = pack_units(codes)
+    units = to_units(codes, rows)
+    assert units.shape == (*shape[:-2], shape[-2] // rows, shape[-1] // 128, 3, rows, 4)
     assert units.numel() * 32 == codes.numel() * 3  # nothing wasted
-    assert torch.equal(unpack_units(units), codes)
-    assert torch.equal(unpack_units(repack(pack_codes(codes))), codes)
+    assert torch.equal(from_units(units), codes)
 
 
-def test_kernel_layout_pads_half_a_unit_with_zeros():
-    codes = torch.randint(0, 8, (64, 192), dtype=torch.uint8)
-    found = unpack_units(repack(pack_codes(codes)))
+def test_repack_pads_half_a_unit_with_zeros():
+    codes = torch.randint(0, 8, (128, 192), dtype=torch.uint8)
+    packed = repack_matrix(pack_codes(codes))  # [unit, N/64, 3, 64, 4]
+    found = from_units(packed.movedim(0, 1))
     assert torch.equal(found[:, :192], codes)
     assert not found[:, 192:].any()
 
 
-def test_scale_and_zero_share_a_word():
-    scale, zero = torch.rand(2, 64, 1).half(), torch.randn(2, 64, 1).half()
-    words = pack_scale_zero(scale, zero)
-    assert words.shape == (2, 1, 64)
-    assert torch.equal((words & 0xFFFF).to(torch.int16).view(torch.float16), scale.mT)
-    assert torch.equal((words >> 16).to(torch.int16).view(torch.float16), zero.mT)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_scale_and_zero_share_a_word(group):
+    scale, zero = torch.rand(2, 64, 192 // 32).half(), torch.randn(2, 64, 192 // 32).half()
+    scale, zero = scale[..., : 256 // group], zero[..., : 256 // group]
+    words = join_scale_zero(scale, zero, group)
+    groups = scale.shape[-1]
+    assert words.shape == (2, -(-groups * group // 128), 64, 128 // group)
+    flat = words.movedim(2, 1).flatten(2)  # [2, 64, groups]
+    assert torch.equal((flat[..., :groups] & 0xFFFF).to(torch.int16).view(torch.float16), scale)
+    assert torch.equal((flat[..., :groups] >> 16).to(torch.int16).view(torch.float16), zero)
+    assert not flat[..., groups:].any()

@@ -9,6 +9,8 @@ import torch
 from random_layers import exact_moe, moe_spec, random_experts, random_routing, relative_error
 
 from vllm_milo.kernels import ops
+from vllm_milo.kernels.triton import fused_moe as triton_moe
+from vllm_milo.kernels.triton.gemm import GemmConfig
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # bf16 dots are wrong interpreted
@@ -95,8 +97,11 @@ class Layer:
             ops.prepare_experts(type(w)(*(t.to(device) for t in w)), self.spec, "triton") for w in (self.w13, self.w2)
         ]
 
-    def run(self, x, weights, ids):
+    def run(self, x, weights, ids, configs=None):
         x, weights, ids = (t.to(self.device) for t in (x, weights, ids))
+        if configs is not None:
+            arguments = (x, weights, ids, self.expert_map, *self.prepared, self.spec)
+            return triton_moe.fused_moe(*arguments, (configs, configs))
         return ops.fused_moe(x, weights, ids, self.expert_map, *self.prepared, self.spec, "triton")
 
     def exact(self, x, weights, ids):
@@ -116,6 +121,42 @@ def test_matches_float64(case: Case, dtype: torch.dtype, kernel_device: str):
         assert not found.any()
     else:
         assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+# every kind of tile: products or weights scaled, split K, tails, groups of blocks, 64 and 128 outputs
+TILES = [
+    GemmConfig(16, 64, 1, False, 4, 2),
+    GemmConfig(16, 128, 2, False, 4, 4),
+    GemmConfig(32, 128, 3, False, 4, 3, group_blocks=2),
+    GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=16),
+    GemmConfig(64, 64, 1, True, 4, 2),
+    GemmConfig(128, 128, 1, True, 8, 3, group_blocks=4, tail_m=32),
+    GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=64),
+]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tile", "group"),
+    [(tile, 64) for tile in TILES] + [(TILES[1], 128), (TILES[3], 128)],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else f"group{value}",
+)
+def test_every_tile(tile: GemmConfig, dtype: torch.dtype, group: int, kernel_device: str):
+    """bf16 with scaled weights computes in fp16, so it runs interpreted too."""
+    if kernel_device == "cpu" and dtype == torch.bfloat16 and not tile.scaled:
+        pytest.skip("bf16 dots are wrong in the interpreter")
+    tokens = tile.block_m + tile.block_m // 4 + 3
+    case = Case(tokens=tokens, top_k=2, experts=3, hidden=256, intermediate=128 if group == 128 else 192, group=group)
+    layer = Layer(case, kernel_device)
+    reach = 9 if dtype == torch.bfloat16 else 1  # binary orders of magnitude of the rows
+    x = (torch.randn(tokens, case.hidden) * torch.exp2(torch.randint(-reach, reach, (tokens, 1)).float())).to(dtype)
+    weights, ids = make_routing(case)
+    found, expected = layer.run(x, weights, ids, tile), layer.exact(x, weights, ids)
+    scale = expected.norm(dim=1, keepdim=True)
+    # the interpreter truncates where a GPU rounds to bf16
+    tolerance = 2.5e-2 if kernel_device == "cpu" and dtype == torch.bfloat16 else TOLERANCE[dtype]
+    assert relative_error(found.cpu().double() / scale, expected / scale) < tolerance
 
 
 def test_negative_ids_add_nothing(kernel_device: str):

@@ -29,7 +29,7 @@ from vllm_milo.checkpoint import (
 )
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.reference import ACTIVATIONS
-from vllm_milo.kernels.weights import ExpertWeights, MoESpec, offsets
+from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
 from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
@@ -114,7 +114,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.format.compensator.bits,
             activation,
             bool(layer.apply_router_weight_on_input),
-            [max(map(sum, gemm.ranks), default=0) for gemm in self.gemms],
+            [largest_rank(gemm.ranks) for gemm in self.gemms],
         )
         self._check_sizes()
         self.dummy = compat.loads_dummy_weights()

@@ -1,12 +1,19 @@
 """Device code: from packed codes in registers to MMA operands.
 
-Codes never become scaled weights. An operand holds, exactly, BIAS + q·ONE (first half of a unit) or
-BIAS + 8·q·ONE (second half); the GEMM takes BIAS and the zero point off with the sums of the activations, and
-multiplies the fp32 sum of each group by its scale. That costs less than scaling weights while few tokens share
-them, and rounds nothing: an identity input returns fp32(s·(q - z)), rounded once.
+``code_operand`` holds, exactly, BIAS + q·ONE (first half of a unit) or BIAS + 8·q·ONE (second half):
 
 - fp16: codes are the low mantissa bits of subnormals, which tensor cores multiply exactly: BIAS 0, ONE 2^-24.
-- bf16: codes are or-ed to the mantissa of 128: BIAS 128, ONE 1.
+- bf16: codes are or-ed to the mantissa of 128: BIAS 128, ONE 1. (``WIDE``: of an fp32 128, one instruction a code.)
+
+From there three ways lead to s·(q - z):
+
+- few tokens: the operand is multiplied as it is, and BIAS, zero point and scale are applied to the fp32 sum of
+  each group (:func:`add_group`). That costs less than scaling weights which few tokens share, and rounds nothing.
+- many tokens: the operand is scaled in fp32 and rounded once (:func:`scaled`).
+- many tokens of a bf16 model in a MoE layer: fp16 operands, scaled two at a time (:func:`fast_operand`); the
+  activations go to fp16 with a power of two a row, which loses nothing.
+
+The first two return fp32(s·(q - z)), rounded once, for an identity input.
 """
 
 from __future__ import annotations
@@ -14,67 +21,103 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BF16_MAGIC = tl.constexpr(0x43004300)  # 128.0 in both halves of a word
+_FP16_ONE = tl.constexpr(5.9604644775390625e-08)  # 2^-24
 
 
 @triton.jit
-def _pair(bits, BF16: tl.constexpr):
-    """int32 [.., 4] with a code in each half -> 16-bit floats [.., 4, 2]."""
-    if BF16:
-        bits = bits | BF16_MAGIC
-        low = (bits & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+def _and_or_bf16(word, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """Codes of both halves in the mantissa of bf16 128.
+
+    ASM: one three-input logic instruction, which compilers do not form from two constants by themselves.
+    """
+    if ASM and HIGH:
+        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380038, 0x43004300, 0xEA;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    if ASM:
+        asm_low: tl.constexpr = "lop3.b32 $0, $1, 0x00070007, 0x43004300, 0xEA;"
+        return tl.inline_asm_elementwise(asm_low, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    return (word & (0x00380038 if HIGH else 0x00070007)) | 0x43004300
+
+
+@triton.jit
+def _and_or_wide(word, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """The code of the upper half in the mantissa of fp32 128."""
+    if ASM and HIGH:
+        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380000, 0x43000000, 0xEA;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    if ASM:
+        asm_low: tl.constexpr = "lop3.b32 $0, $1, 0x00070000, 0x43000000, 0xEA;"
+        return tl.inline_asm_elementwise(asm_low, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    return (word & (0x00380000 if HIGH else 0x00070000)) | 0x43000000
+
+
+@triton.jit
+def _fields(word, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
+    """int32 [.., 4] -> floats [.., 4, 2] of the codes at bits 0 and 16 (HIGH: 3 and 19)."""
+    if WIDE:
+        low = _and_or_wide(word << 16, HIGH, ASM).to(tl.float32, bitcast=True)
+        high = _and_or_wide(word, HIGH, ASM).to(tl.float32, bitcast=True)
     else:
-        low = (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+        bits = _and_or_bf16(word, HIGH, ASM) if BF16 else word & (0x00380038 if HIGH else 0x00070007)
+        low = (bits & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
     return tl.join(low, high)
 
 
 @triton.jit
-def quarter(x0, x1, x2, x3, ROWS: tl.constexpr):
-    """Four pairs [ROWS, t, b] of two 16-wide steps -> operand [ROWS, 32], k = 16·i + 8·h + 2·t + b."""
-    pairs = tl.join(tl.join(x0, x1), tl.join(x2, x3))  # [ROWS, t, b, h, i]
+def shifted_words(w0, w1, w2, HALF: tl.constexpr):
+    """Words of a unit -> eight words with the pairs of its first (second) half at bits 0 and 16 (3 and 19)."""
+    if HALF == 0:
+        words = (w0, w1, w2, w0 >> 6, w1 >> 6, w2 >> 6, w0 >> 12, w1 >> 12)
+    else:
+        spare = ((w0 >> 12) & 0x00080008) | ((w1 >> 11) & 0x00100010) | ((w2 >> 10) & 0x00200020)
+        words = (w0, w1, w2, w0 >> 6, w1 >> 6, w2 >> 6, w2 >> 9, spare)
+    return words
+
+
+@triton.jit
+def code_operand(
+    w0, w1, w2, HALF: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr
+):
+    """Words [ROWS, 4] of a unit -> the 64 codes of a half, BIAS + q·ONE (or 8·q), as an operand [ROWS, 64].
+
+    WIDE: in fp32, for :func:`scaled`; else in 16 bits.
+    """
+    v0, v1, v2, v3, v4, v5, v6, v7 = shifted_words(w0, w1, w2, HALF)
+    return operand(
+        _fields(v0, HALF, BF16, WIDE, ASM),
+        _fields(v1, HALF, BF16, WIDE, ASM),
+        _fields(v2, HALF, BF16, WIDE, ASM),
+        _fields(v3, HALF, BF16, WIDE, ASM),
+        _fields(v4, HALF, BF16, WIDE, ASM),
+        _fields(v5, HALF, BF16, WIDE, ASM),
+        _fields(v6, HALF, BF16, WIDE, ASM),
+        _fields(v7, HALF, BF16, WIDE, ASM),
+        ROWS,
+    )
+
+
+@triton.jit
+def quarter_operand(w0, w1, w2, QUARTER: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
+    """Words [ROWS, 4] of a unit -> 32 of its codes, as an operand [ROWS, 32]."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = shifted_words(w0, w1, w2, QUARTER // 2)
+    half: tl.constexpr = QUARTER // 2
+    if QUARTER % 2 == 1:
+        v0, v1, v2, v3 = v4, v5, v6, v7
+    low = tl.join(_fields(v0, half, BF16, False, ASM), _fields(v1, half, BF16, False, ASM))
+    high = tl.join(_fields(v2, half, BF16, False, ASM), _fields(v3, half, BF16, False, ASM))
+    pairs = tl.join(low, high)  # [ROWS, t, b, h, i]
     return tl.reshape(tl.permute(pairs, (0, 4, 3, 1, 2)), (ROWS, 32))
 
 
 @triton.jit
-def half(x0, x1, x2, x3, x4, x5, x6, x7, ROWS: tl.constexpr):
-    """Eight pairs [ROWS, t, b] of four 16-wide steps -> operand [ROWS, 64]."""
-    low = tl.join(tl.join(x0, x1), tl.join(x2, x3))
-    high = tl.join(tl.join(x4, x5), tl.join(x6, x7))
+def operand(p0, p1, p2, p3, p4, p5, p6, p7, ROWS: tl.constexpr):
+    """Eight pairs [ROWS, t, b] of four 16-wide steps -> operand [ROWS, 64], k = 16·i + 8·h + 2·t + b."""
+    low = tl.join(tl.join(p0, p1), tl.join(p2, p3))
+    high = tl.join(tl.join(p4, p5), tl.join(p6, p7))
     pairs = tl.join(low, high)  # [ROWS, t, b, h, i0, i1]
     return tl.reshape(tl.permute(pairs, (0, 5, 4, 3, 1, 2)), (ROWS, 64))
-
-
-@triton.jit
-def first_pairs(w0, w1, w2, BF16: tl.constexpr):
-    """Words [ROWS, 4] of a unit -> the pairs of codes 0..63, as BIAS + q·ONE."""
-    return (
-        _pair(w0 & 0x00070007, BF16),
-        _pair(w1 & 0x00070007, BF16),
-        _pair(w2 & 0x00070007, BF16),
-        _pair((w0 >> 6) & 0x00070007, BF16),
-        _pair((w1 >> 6) & 0x00070007, BF16),
-        _pair((w2 >> 6) & 0x00070007, BF16),
-        _pair((w0 >> 12) & 0x00070007, BF16),
-        _pair((w1 >> 12) & 0x00070007, BF16),
-    )
-
-
-@triton.jit
-def second_pairs(w0, w1, w2, BF16: tl.constexpr):
-    """Words [ROWS, 4] of a unit -> the pairs of codes 64..127, as BIAS + 8·q·ONE."""
-    spare = ((w0 >> 12) & 0x00080008) | ((w1 >> 11) & 0x00100010) | ((w2 >> 10) & 0x00200020)
-    return (
-        _pair(w0 & 0x00380038, BF16),
-        _pair(w1 & 0x00380038, BF16),
-        _pair(w2 & 0x00380038, BF16),
-        _pair((w0 >> 6) & 0x00380038, BF16),
-        _pair((w1 >> 6) & 0x00380038, BF16),
-        _pair((w2 >> 6) & 0x00380038, BF16),
-        _pair((w2 >> 9) & 0x00380038, BF16),
-        _pair(spare, BF16),
-    )
 
 
 @triton.jit
@@ -86,23 +129,107 @@ def scale_and_zero(word):
 
 
 @triton.jit
-def add_group(acc, product, x_sum, scale, zero, FACTOR: tl.constexpr, BF16: tl.constexpr):
-    """acc += scale·(Σ q·x - zero·Σ x), for one group of codes read at ``FACTOR`` times their value."""
-    one: tl.constexpr = FACTOR if BF16 else FACTOR * 5.9604644775390625e-08
-    if BF16:
-        product = product - 128.0 * x_sum[None, :]
-    return acc + (scale / one)[:, None] * (product - (zero * one)[:, None] * x_sum[None, :])
+def add_group(acc, product, x_sum, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
+    """acc += scale·(Σ q·x - zero·Σ x), from the product with the operand of one group."""
+    one: tl.constexpr = (8.0 if HALF else 1.0) if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
+    bias: tl.constexpr = 128.0 if BF16 else 0.0
+    return acc + (scale * (1.0 / one))[:, None] * (product - (bias + zero * one)[:, None] * x_sum[None, :])
 
 
 @triton.jit
-def codes_along_rows(words_ptr, row_words, columns, mask):
-    """Codes 0..7 at ``columns`` of rows of the checkpoint layout, int32 [columns, rows].
+def scaled(codes, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
+    """Operand of codes [ROWS, k] -> scale·(q - zero) in fp32, rounded once to 16 bits.
 
-    ``row_words`` are the rows' first words. A code may straddle two words.
+    fp16: the product inside the FMA and zero·scale are exact. bf16: the FMA takes 128 off as well, which costs
+    at most 2^-17 of a step.
     """
-    bit = 3 * columns
-    shift = (bit % 32)[:, None]
-    place = row_words[None, :] + (bit // 32)[:, None]
-    low = tl.load(words_ptr + place, mask=mask, other=0).to(tl.uint32, bitcast=True)
-    high = tl.load(words_ptr + place + 1, mask=mask & (shift > 29), other=0).to(tl.uint32, bitcast=True)
-    return ((low >> shift) | tl.where(shift > 29, high << (32 - shift), 0)).to(tl.int32, bitcast=True) & 7
+    one: tl.constexpr = (8.0 if HALF else 1.0) if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
+    bias: tl.constexpr = 128.0 if BF16 else 0.0
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    factor = scale * (1.0 / one)
+    offset = factor * (bias + zero * one)
+    return (codes.to(tl.float32) * factor[:, None] - offset[:, None]).to(dtype)
+
+
+@triton.jit
+def _fast_scales(word, ASM: tl.constexpr):
+    """int32 [ROWS] with scale and zero point -> fp16 pairs (s, s) and (-z·s, -z·s) as int32."""
+    if ASM:
+        scale = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x1010;", "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        offset = tl.inline_asm_elementwise(
+            "{ .reg .b32 s, z; prmt.b32 s, $1, 0, 0x1010; prmt.b32 z, $1, 0, 0x3232;"
+            " mul.rn.f16x2 z, z, s; neg.f16x2 $0, z; }",
+            "=r,r",
+            [word],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        s, z = scale_and_zero(word)
+        bits = (-(s * z)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        scale = (word & 0xFFFF) | (word << 16)
+        offset = bits | (bits << 16)
+    return scale, offset
+
+
+@triton.jit
+def _fast_fields(word, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """int32 [ROWS, 4] -> fp16 [ROWS, 4, 2]: q·s - z·s of the codes at bits 0 and 16 (HIGH: 3 and 19).
+
+    Two codes an instruction: into the mantissa of 1024, 1024 off (exact), then one FMA.
+    """
+    if ASM:
+        if HIGH:
+            bits = tl.inline_asm_elementwise(
+                "{ .reg .b32 t, a, b; lop3.b32 t, $1, 0x00380038, 0x64006400, 0xEA; mov.b32 a, 0x30003000;"
+                " mov.b32 b, 0xD800D800; fma.rn.f16x2 t, t, a, b; fma.rn.f16x2 $0, t, $2, $3; }",
+                "=r,r,r,r",
+                [word, scale, offset],
+                tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{ .reg .b32 t, b; lop3.b32 t, $1, 0x00070007, 0x64006400, 0xEA; mov.b32 b, 0xE400E400;"
+                " add.rn.f16x2 t, t, b; fma.rn.f16x2 $0, t, $2, $3; }",
+                "=r,r,r,r",
+                [word, scale, offset],
+                tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        low = (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        codes = word >> 3 if HIGH else word
+        s = (scale & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        c = (offset & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        low = ((codes & 7).to(tl.float32) * s + c).to(tl.float16)
+        high = (((codes >> 16) & 7).to(tl.float32) * s + c).to(tl.float16)
+    return tl.join(low, high)
+
+
+@triton.jit
+def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
+    """Words [ROWS, 4] of a unit and int32 [ROWS] -> fp16 operand [ROWS, 64] of s·q - fp16(z·s), rounded once.
+
+    Less exact than :func:`scaled`, which fp16 models get, and for bf16 models, whose weights it holds in fp16,
+    more exact than weights rounded to bf16.
+    """
+    scale, offset = _fast_scales(scale_zero, ASM)
+    scale = scale[:, None]
+    offset = offset[:, None]
+    v0, v1, v2, v3, v4, v5, v6, v7 = shifted_words(w0, w1, w2, HALF)
+    return operand(
+        _fast_fields(v0, scale, offset, HALF, ASM),
+        _fast_fields(v1, scale, offset, HALF, ASM),
+        _fast_fields(v2, scale, offset, HALF, ASM),
+        _fast_fields(v3, scale, offset, HALF, ASM),
+        _fast_fields(v4, scale, offset, HALF, ASM),
+        _fast_fields(v5, scale, offset, HALF, ASM),
+        _fast_fields(v6, scale, offset, HALF, ASM),
+        _fast_fields(v7, scale, offset, HALF, ASM),
+        ROWS,
+    )

@@ -1,16 +1,33 @@
-"""The routed experts of one layer on Triton: sort, two grouped GEMMs with compensators, weighted sum."""
+"""The routed experts of one layer on Triton. At decode six launches: each needs all of the one before.
+
+1. project: sums of x and V13·x, which every tile of the first GEMM needs whole; sorts the pairs as well
+2. gemm: gate and up, with U13 in the epilogue
+3. activate: h = act(gate)·up and its sums
+4. project: V2·h
+5. gemm: down, with U2 in the epilogue
+6. weighted_sum: over top-k
+
+With many tokens the sort is a launch of its own before them, since the projection then reads sorted pairs too.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ..reference import local_expert_ids
 from ..weights import MoESpec
-from .activation import gate_up, weighted_sum
-from .compensator import down_project, group_sums
-from .expert_gemm import GemmConfig, expert_gemm
-from .layout import KernelExperts
-from .routing import TokenBlocks, sort_pairs
+from .activation import MAX_ROW, activate, activate_to_half, to_half
+from .dispatch import moe_configs
+from .gemm import GemmConfig, gemm
+from .launch import launch_mode
+from .layout import KernelWeights
+from .project import project
+from .reduce import weighted_sum
+from .routing import Routes, allocate_blocks, sort_pairs
+
+FUSED_SORT_PAIRS = 96
+"""Up to so many pairs the sort rides with the projection, which then takes each pair by itself."""
+FEW_PAIRS = 1024
+"""Up to so many pairs launches count, and start early."""
 
 
 def fused_moe(
@@ -21,58 +38,54 @@ def fused_moe(
     w13: list[torch.Tensor],
     w2: list[torch.Tensor],
     spec: MoESpec,
+    configs: tuple[GemmConfig, GemmConfig] | None = None,
 ) -> torch.Tensor:
     """Return the routed experts' weighted sum; arguments as in :func:`..reference.fused_moe`.
 
-    ``w13`` and ``w2`` are :class:`.layout.KernelExperts`. Every shape depends on the shapes of the arguments
-    alone, and nothing waits for the host, so the launches can be captured in a CUDA graph.
+    ``w13`` and ``w2`` are :class:`.layout.KernelWeights`. Every shape depends on the shapes of the arguments
+    alone, and nothing waits for the host, so the launches can be captured in a CUDA graph. ``configs`` forces
+    the tiles of the two GEMMs, which must agree in block_m. The same input gives the same bits.
     """
-    gate_up_weights, down_weights = KernelExperts(*w13), KernelExperts(*w2)
+    gate_up, down = KernelWeights(*w13), KernelWeights(*w2)
     tokens, top_k = topk_ids.shape
     if tokens == 0:
         return torch.empty_like(x)
-    local_ids = local_expert_ids(topk_ids, expert_map).contiguous()
+    routes = Routes(topk_ids.contiguous(), expert_map)
     x = x.contiguous()
-    rows_per_pair = top_k
+    pairs_per_row = top_k
     if spec.router_weight_on_input:
         x = (x.unsqueeze(1) * topk_weights.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
-        rows_per_pair = 1
-    num_experts = gate_up_weights.packed.shape[0]
-    config = choose_config(tokens * top_k, num_experts)
-    blocks = sort_pairs(local_ids, num_experts, config.block_m)
-    y = _gemm(x, gate_up_weights, blocks, rows_per_pair, 2, spec, config)
-    hidden = gate_up(y, spec.activation, x.dtype)
-    y = _gemm(hidden, down_weights, blocks, 1, 1, spec, config)
-    return weighted_sum(y, topk_weights.contiguous(), local_ids, not spec.router_weight_on_input, x.dtype)
+        pairs_per_row = 1
+    num_experts = gate_up.packed.shape[0]
+    first, second = configs or moe_configs(routes.num_pairs, gate_up, down, spec.group_size, x.device)
+    mode = launch_mode(x.device, few_tokens=routes.num_pairs <= FEW_PAIRS)
+    rank13, rank2 = spec.max_ranks
+    format_ = (spec.group_size, spec.factor_bits)
+    fast = _is_fast(x, down, first, second, spec)
+    row_scale = None
+    dtype = x.dtype
+    if fast:
+        x, row_scale = to_half(x)
+    sort = tokens > 1 and rank13 > 0 and routes.num_pairs <= FUSED_SORT_PAIRS
+    if sort:
+        blocks = allocate_blocks(routes, num_experts, first.block_m)
+    else:
+        blocks = sort_pairs(routes, num_experts, first.block_m, mode)
+    needs_sums = first.needs_sums or spec.group_size == 32
+    source = project(x, gate_up, blocks, routes, pairs_per_row, *format_, rank13, needs_sums, mode, sort, row_scale)
+    half = gate_up.columns // 2
+    y = gemm(source, gate_up, [half, half], blocks, routes, pairs_per_row, *format_, first, mode, dtype)
+    if fast:
+        h = activate_to_half(y[0], spec.activation)
+        source = project(h.x, down, blocks, routes, 1, *format_, rank2, second.needs_sums, mode, row_scale=h.row_scale)
+    else:
+        h = activate(y, spec.activation, spec.group_size, dtype, mode)
+        source = project(h.x, down, blocks, routes, 1, *format_, rank2, False, mode)._replace(sums=h.sums)
+    y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
+    return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
 
 
-def choose_config(num_pairs: int, num_experts: int) -> GemmConfig:
-    """Return a tile for the mean number of pairs an expert has."""
-    mean = num_pairs / num_experts
-    block_m = 16 if mean <= 16 else 32 if mean <= 64 else 64
-    return GemmConfig(block_m=block_m, block_n=64, split_k=1, num_warps=4, num_stages=3)
-
-
-def _gemm(
-    x: torch.Tensor,
-    weights: KernelExperts,
-    blocks: TokenBlocks,
-    top_k: int,
-    parts: int,
-    spec: MoESpec,
-    config: GemmConfig,
-) -> torch.Tensor:
-    x_sum = group_sums(x, spec.group_size)
-    down = down_project(
-        x,
-        x_sum,
-        weights,
-        blocks,
-        top_k,
-        parts,
-        spec.group_size,
-        spec.factor_bits,
-        max_rank=spec.max_ranks[2 - parts],
-        splits=4,
-    )
-    return expert_gemm(x, x_sum, weights, down, blocks, top_k, parts, spec.group_size, spec.factor_bits, config)
+def _is_fast(x: torch.Tensor, down: KernelWeights, first: GemmConfig, second: GemmConfig, spec: MoESpec) -> bool:
+    """Whether both GEMMs scale weights in fp16: many tokens of a bf16 model."""
+    whole = first.split_k == 1 and max(x.shape[1], down.units * 128) <= MAX_ROW
+    return x.dtype == torch.bfloat16 and first.scaled and second.scaled and spec.group_size != 32 and whole

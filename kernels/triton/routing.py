@@ -1,53 +1,147 @@
-"""Sorts (token, expert) pairs by expert into blocks that one GEMM tile takes. Static shapes, no host sync."""
+"""Sorts (token, expert) pairs by expert into blocks that one GEMM tile takes. One launch, no host sync."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+
+from .launch import LaunchMode
+
+
+class Routes(NamedTuple):
+    """Which experts the tokens go to.
+
+    Attributes:
+        ids: int [T, k], contiguous, global expert of each pair; negative ids go nowhere.
+        expert_map: int32 [global experts], local expert or -1; None if all experts are local.
+    """
+
+    ids: torch.Tensor
+    expert_map: torch.Tensor | None
+
+    @property
+    def num_pairs(self) -> int:
+        """T·k."""
+        return self.ids.numel()
 
 
 class TokenBlocks(NamedTuple):
     """Pairs sorted by local expert, every expert padded to whole blocks.
 
+    ``pairs`` is None where each pair is a block by itself, in order (a single token); the kernels then read
+    the routes.
+
     Attributes:
         pairs: int32 [max_blocks·block_m], pair index, or num_pairs in padding.
         experts: int32 [max_blocks], local expert of a block.
         num_blocks: int32 [1], blocks in use; the rest is never read.
-        num_pairs: tokens·top_k.
+        max_blocks: upper bound of blocks, known without the device.
         block_m: pairs of a block.
     """
 
-    pairs: torch.Tensor
-    experts: torch.Tensor
-    num_blocks: torch.Tensor
-    num_pairs: int
+    pairs: torch.Tensor | None
+    experts: torch.Tensor | None
+    num_blocks: torch.Tensor | None
+    max_blocks: int
     block_m: int
 
 
-def sort_pairs(local_ids: torch.Tensor, num_experts: int, block_m: int) -> TokenBlocks:
-    """Sort pairs by expert.
+@triton.jit
+def local_expert(ids_ptr, map_ptr, pair, mask, HAS_MAP: tl.constexpr):
+    """Local expert of pairs; -1 where it is not local, the id is negative or the mask is off."""
+    ids = tl.load(ids_ptr + pair, mask=mask, other=-1).to(tl.int32)
+    if HAS_MAP:
+        return tl.load(map_ptr + ids, mask=ids >= 0, other=-1).to(tl.int32)
+    return ids
 
-    Args:
-        local_ids: int [T, k], local expert of each pair; negative where the expert is not local.
-        num_experts: local experts.
-        block_m: pairs of a block.
-    """
-    ids = local_ids.flatten().to(torch.int64)
-    ids = torch.where(ids < 0, num_experts, ids)
-    device, num_pairs = ids.device, ids.numel()
+
+@triton.jit
+def sort_expert(
+    ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, expert, num_pairs, num_experts,
+    HAS_MAP: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write the blocks of one expert. Every program counts all pairs, so that none waits for another."""
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, num_pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        local = local_expert(ids_ptr, map_ptr, pair, pair < num_pairs, HAS_MAP)
+        counts += tl.histogram(tl.where(local >= 0, local, BINS - 1), BINS)
+    counts = tl.where(bins < num_experts, counts, 0)  # the last bin takes what is not local
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(bins < expert, blocks, 0))
+    own_blocks = tl.sum(tl.where(bins == expert, blocks, 0))
+    own_pairs = tl.sum(tl.where(bins == expert, counts, 0))
+    if expert == 0:
+        tl.store(num_blocks_ptr, tl.sum(blocks))
+    done = 0
+    for start in range(0, num_pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        mine = local_expert(ids_ptr, map_ptr, pair, pair < num_pairs, HAS_MAP) == expert
+        place = done + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(pairs_ptr + first * BLOCK_M + place, pair, mask=mine)
+        done += tl.sum(mine.to(tl.int32))
+    pad = own_pairs + tl.arange(0, BLOCK_M)
+    tl.store(pairs_ptr + first * BLOCK_M + pad, num_pairs, mask=pad < own_blocks * BLOCK_M)
+    for start in range(0, own_blocks, BINS):
+        block = start + bins
+        tl.store(experts_ptr + first + block, expert, mask=block < own_blocks)
+
+
+@triton.jit
+def _sort_kernel(
+    ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, num_pairs, num_experts,
+    HAS_MAP: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sort_expert(
+        ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, tl.program_id(0), num_pairs, num_experts,
+        HAS_MAP, BLOCK_M, BINS, CHUNK,
+    )  # fmt: skip
+
+
+def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBlocks:
+    """Return uninitialized blocks for the sort to fill; a single token needs no sort."""
+    num_pairs, device = routes.num_pairs, routes.ids.device
+    if routes.ids.shape[0] == 1:
+        return TokenBlocks(None, None, None, num_pairs, block_m)
     max_blocks = min(num_pairs, num_experts + num_pairs // block_m)
-    experts, order = torch.sort(ids, stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=device).scatter_add_(0, ids, torch.ones_like(ids))
-    blocks = (counts + block_m - 1) // block_m
-    ends = blocks[:num_experts].cumsum(0)
-    first_block = torch.nn.functional.pad(ends, (1, 0))
-    first_pair = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    place = first_block[experts] * block_m + torch.arange(num_pairs, device=device) - first_pair[experts]
-    # pairs of other processes' experts go to one spare slot behind the end
-    place = torch.where(experts < num_experts, place, max_blocks * block_m)
-    pairs = torch.full((max_blocks * block_m + 1,), num_pairs, dtype=torch.int32, device=device)
-    pairs.scatter_(0, place, order.to(torch.int32))
-    number = torch.arange(max_blocks, device=device)
-    block_experts = torch.searchsorted(ends, number, right=True).clamp_(max=num_experts - 1)
-    return TokenBlocks(pairs[:-1], block_experts.to(torch.int32), ends[-1:].to(torch.int32), num_pairs, block_m)
+    # one buffer: pairs, experts, count
+    buffer = torch.empty(max_blocks * (block_m + 1) + 1, dtype=torch.int32, device=device)
+    pairs, experts, number = buffer.split([max_blocks * block_m, max_blocks, 1])
+    return TokenBlocks(pairs, experts, number, max_blocks, block_m)
+
+
+def sort_sizes(num_experts: int, num_pairs: int) -> tuple[int, int]:
+    """Return BINS and CHUNK of :func:`sort_expert`."""
+    return triton.next_power_of_2(num_experts + 1), max(32, min(4096, triton.next_power_of_2(num_pairs)))
+
+
+def sort_pairs(routes: Routes, num_experts: int, block_m: int, mode: LaunchMode) -> TokenBlocks:
+    """Sort pairs by local expert; see :class:`TokenBlocks`."""
+    blocks = allocate_blocks(routes, num_experts, block_m)
+    if blocks.pairs is None:
+        return blocks
+    bins, chunk = sort_sizes(num_experts, routes.num_pairs)
+    _sort_kernel[(num_experts,)](
+        routes.ids,
+        routes.expert_map,
+        blocks.pairs,
+        blocks.experts,
+        blocks.num_blocks,
+        routes.num_pairs,
+        num_experts,
+        HAS_MAP=routes.expert_map is not None,
+        BLOCK_M=block_m,
+        BINS=bins,
+        CHUNK=chunk,
+        PDL=mode.early,
+        num_warps=8 if chunk > 1024 else 4,
+        **mode.options(),
+    )
+    return blocks

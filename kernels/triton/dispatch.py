@@ -1,0 +1,70 @@
+"""Which tile a GEMM runs with, by shape and tokens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from .gemm import GemmConfig
+from .launch import processors
+from .layout import KernelWeights
+
+
+def moe_configs(
+    num_pairs: int, gate_up: KernelWeights, down: KernelWeights, group_size: int, device: torch.device
+) -> tuple[GemmConfig, GemmConfig]:
+    """Return the tiles of the two GEMMs of a MoE layer, which agree in block_m."""
+    experts = gate_up.packed.shape[0]
+    block_m = _block_m(num_pairs / experts, group_size)
+    # blocks that have pairs, on average, were the routes uniform
+    active = experts * (1 - (1 - 1 / experts) ** num_pairs)
+    blocks = max(active, num_pairs / block_m)
+    first = _config(block_m, gate_up.columns // 2, 2, gate_up.units, blocks, group_size, device)
+    # what makes the second GEMM's input in fp16 reads whole sums
+    first = first._replace(split_k=1) if first.scaled else first
+    return first, _config(block_m, down.columns, 1, down.units, blocks, group_size, device)
+
+
+def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:
+    """Return the tile of a dense layer."""
+    block_m = _block_m(rows, group_size)
+    return _config(block_m, layer.columns, 1, layer.units, triton.cdiv(rows, block_m), group_size, device)
+
+
+def _block_m(mean: float, group_size: int) -> int:
+    """Return the tokens of a tile for so many pairs an expert."""
+    if mean <= 9:
+        return 16
+    if mean <= 36:
+        return 32
+    if group_size == 32 or mean <= 80:
+        return 64
+    return 128 if mean <= 160 else 256
+
+
+def _config(
+    block_m: int, width: int, parts: int, units: int, blocks: float, group_size: int, device: torch.device
+) -> GemmConfig:
+    """Return the tile for so many blocks of tokens that have work.
+
+    K is split until there are ``rounds`` times as many tiles as fit on the device at once, which registers
+    limit to ``resident`` a multiprocessor: few rounds leave multiprocessors idle in the last one.
+    """
+    scaled = block_m >= 64 and group_size != 32
+    block_n = 128
+    resident = {16: 3, 32: 2, 64: 2}.get(block_m, 1)
+    rounds = 3 if scaled else 2
+    programs = triton.cdiv(width, block_n) * parts * blocks
+    split_k = 1
+    while split_k < 8 and programs * split_k < rounds * resident * processors(device) and units >= 8 * split_k:
+        split_k *= 2
+    return GemmConfig(
+        block_m=block_m,
+        block_n=block_n,
+        split_k=split_k,
+        scaled=scaled,
+        num_warps=8 if block_m >= 128 else 4,
+        num_stages=4 if block_m <= 32 else 3,
+        group_blocks=4 if scaled else 1,
+        tail_m={32: 16, 64: 16, 128: 32, 256: 64}.get(block_m, 0),
+    )

@@ -1,0 +1,87 @@
+"""The Triton path of dense layers against float64, in the interpreter (fp16) and on the GPU (fp16 and bf16)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_layers import random_linear, relative_error
+
+from vllm_milo.kernels import ops, reference
+from vllm_milo.kernels.weights import LinearWeights
+
+TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+CASES = {
+    # name: tokens, widths, ranks, K, group, factor bits
+    "one part": (5, [128], [16], 128, 64, 3),
+    "qkv": (7, [192, 64, 64], [24, 8, 0], 192, 64, 3),
+    "gate_up, 8 bits": (33, [64, 64], [16, 16], 128, 64, 8),
+    "16 bits": (3, [128], [40], 128, 64, 16),
+    "group 32": (9, [64], [8], 64, 32, 3),
+    "group 128": (40, [192], [16], 256, 128, 3),
+    "no rank": (2, [64, 128], [0, 0], 128, 64, 3),
+    "rank above K": (4, [64], [136], 128, 64, 3),
+    "one token": (1, [320], [64], 320, 64, 3),
+    "many tokens": (150, [128, 64], [16, 8], 192, 64, 3),
+}
+
+
+def prepare(weights: LinearWeights, spec, device: str):
+    return ops.prepare_linear(LinearWeights(*(t.to(device) for t in weights)), spec, "triton")
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(case: str, dtype: torch.dtype, kernel_device: str):
+    tokens, widths, ranks, k, group, bits = CASES[case]
+    weights, spec = random_linear(widths, ranks, k, group, bits)
+    x = torch.randn(tokens, k).to(dtype)
+    found = ops.linear(x.to(kernel_device), prepare(weights, spec, kernel_device), spec, "triton")
+    assert found.dtype == dtype
+    assert found.shape == (tokens, sum(widths))
+    assert relative_error(found, reference.linear(x.double(), weights, spec)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: str):
+    weights, spec = random_linear([128], [16], 128, 64, 3)
+    x = torch.randn(2, tokens, 256).half()[..., ::2]
+    found = ops.linear(x.to(kernel_device), prepare(weights, spec, kernel_device), spec, "triton")
+    assert found.shape == (2, tokens, 128)
+    if tokens:
+        assert relative_error(found, reference.linear(x.double(), weights, spec)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [128, 16])
+def test_identity_returns_the_weights(tokens: int, dtype: torch.dtype, kernel_device: str):
+    """x = I: bit-equal to fp32(s·(q - z)) rounded once in fp16, within one step in bf16."""
+    k = 128
+    weights, spec = random_linear([192], [0], k, 64, 3)
+    prepared = prepare(weights, spec, kernel_device)
+    x = torch.eye(k, dtype=dtype, device=kernel_device)
+    found = torch.cat([ops.linear(rows, prepared, spec, "triton") for rows in x.split(tokens)]).cpu()
+    expected = reference.linear(torch.eye(k), weights, spec).to(dtype)
+    if dtype == torch.float16:
+        assert torch.equal(found, expected)
+    else:
+        steps = (found.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
+        assert int(steps.max()) <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 48])
+def test_opcheck_and_graph(tokens: int):
+    weights, spec = random_linear([192, 64], [24, 8], 256, 64, 3)
+    prepared = prepare(weights, spec, "cuda")
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.milo.linear.default, (x, prepared, *spec, "triton"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.linear(x, prepared, spec, "triton")
+    fresh = torch.randn(tokens, 256).bfloat16()
+    x.copy_(fresh)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert relative_error(out, reference.linear(fresh.double(), weights, spec)) < TOLERANCE[torch.bfloat16]
