@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from kernel_bench import DTYPE
 from random_weights import CODE_SPREAD, random_scales, random_words
-
-DTYPE = torch.bfloat16
 
 
 class HummingGemm:

@@ -10,11 +10,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from kernel_bench import DTYPE
 from random_weights import moe_spec, random_experts, random_scales, random_words
 
 from vllm_milo.kernels import ops, reference
-
-DTYPE = torch.bfloat16
 
 LayerCall = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(weights, x [T, H], router weights fp32 [T, k], expert ids int32 [T, k]) -> [T, H]."""

@@ -12,29 +12,16 @@ measured in the same run. A contender that fails is recorded with its error; the
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gc
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import kernel_bench
 import torch
-from moe_contenders import DEFAULT, DTYPE, Layer, MoEShape, contenders
-from moe_report import format_report, plot
-from timing import (
-    CALLS_IN_GRAPH,
-    Budget,
-    Ceilings,
-    environment,
-    error_text,
-    l2_bytes,
-    measure_ceilings,
-    roof,
-    time_calls,
-    write_json,
-)
+from kernel_bench import DTYPE, Point, Subject
+from moe_contenders import DEFAULT, Layer, MoEShape, contenders
+from timing import CALLS_IN_GRAPH, l2_bytes
 
 SHAPES = {
     "mixtral": MoEShape("Mixtral-8x7B", 8, 2, 4096, 14336),
@@ -43,12 +30,9 @@ SHAPES = {
     "tiny": MoEShape("tiny", 4, 2, 128, 192),
 }
 BITS_3 = 3.5
-MAX_ERROR = 0.02
-"""Largest relative error of our bf16 layer against float32; rounding alone gives about 0.004."""
 
 
-@dataclasses.dataclass
-class Inputs:
+class Inputs(NamedTuple):
     """Inputs and routings of the calls of one graph."""
 
     x: list[torch.Tensor]
@@ -77,140 +61,50 @@ def copies_needed(shape: MoEShape, l2: int) -> int:
     return 1 if active > l2 else CALLS_IN_GRAPH
 
 
-def measure_point(
-    shape: MoEShape, layer: Layer, copies: Sequence[Sequence[torch.Tensor]], tokens: int, ceilings: Ceilings,
-    seconds: float, device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
-    """Time one layer at one token count and return its row."""
-    torch.manual_seed(tokens)  # the same inputs and routings for every contender
+def make_point(
+    shape: MoEShape, layer: Layer, copies: Sequence[Sequence[torch.Tensor]], device: torch.device, tokens: int
+) -> Point:
+    """Return the calls, bytes and operations of one layer at one token count."""
     inputs = random_inputs(shape, tokens, device)
     calls = [
         partial(layer.call, weights, *routed)
         for weights, *routed in zip(cycle(copies), inputs.x, inputs.router, inputs.ids, strict=False)
     ]
-    timing, outputs = time_calls(calls, device, seconds)
-    error = None
-    if layer.reference is not None:
-        expected = layer.reference(inputs.x[0], inputs.router[0], inputs.ids[0])
-        error = float((outputs[0].float() - expected).norm() / expected.norm())
-        if not error < MAX_ERROR:
-            raise ValueError(f"relative error {error:.3g} against float32, above {MAX_ERROR}")
     active = inputs.active_experts()
-    pairs = tokens * shape.top_k
-    num_bytes = active * layer.expert_bytes(shape.experts) + 2 * tokens * shape.hidden * DTYPE.itemsize
     compensators = 3 * layer.rank * (shape.hidden + shape.intermediate)
-    flops = 2.0 * pairs * (shape.expert_weights + compensators)
-    floor = roof(num_bytes, flops, ceilings)
-    return {
-        "tokens": tokens,
-        "microseconds": timing.median * 1e6,
-        "minimum_microseconds": timing.minimum * 1e6,
-        "replays": timing.replays,
-        "active_experts": active,
-        "bytes": num_bytes,
-        "flops": flops,
-        "roof_microseconds": floor.seconds * 1e6,
-        "bound": floor.bound,
-        "roof_fraction": floor.seconds / timing.median,
-        "relative_error": error,
+    expected = None
+    if layer.reference is not None:
+        expected = partial(layer.reference, inputs.x[0], inputs.router[0], inputs.ids[0])
+    return Point(
+        calls,
+        active * layer.expert_bytes(shape.experts) + 2 * tokens * shape.hidden * DTYPE.itemsize,
+        2.0 * tokens * shape.top_k * (shape.expert_weights + compensators),
+        expected,
+        {"active_experts": active},
+    )
+
+
+def build(name: str, contender: str, arguments: argparse.Namespace) -> Subject:
+    """Make one contender's random layer of one shape, and the copies that the calls rotate over."""
+    shape, device = SHAPES[name], arguments.device
+    layer = contenders(arguments.rank)[contender](shape, arguments.tokens, device)
+    count = copies_needed(shape, l2_bytes(device))
+    copies = [layer.weights, *([w.clone() for w in layer.weights] for _ in range(count - 1))]
+    about = {
+        "model": shape.name,
+        "bits_per_weight": 8 * layer.expert_bytes(shape.experts) / shape.expert_weights,
+        "rank": layer.rank,
+        "copies": count,
     }
-
-
-def measure_contender(
-    shape: MoEShape,
-    name: str,
-    arguments: argparse.Namespace,
-    ceilings: Ceilings,
-    budget: Budget,
-    record: dict[str, Any],
-) -> None:
-    """Build one contender for one shape, time it at every token count, and add its rows to the record."""
-    device = arguments.device
-    about: dict[str, Any] = {"shape": shape.name, "contender": name}
-    if budget.spent():
-        record["skipped"].append(about)
-        return
-    torch.manual_seed(0)
-    try:
-        layer = contenders(arguments.rank)[name](shape, arguments.tokens, device)
-        count = copies_needed(shape, l2_bytes(device))
-        copies = [layer.weights, *([w.clone() for w in layer.weights] for _ in range(count - 1))]
-    except Exception as error:  # a peer that fails must not stop the others; the record and the table say so
-        record["errors"].append(about | {"error": error_text(error)})
-        return
-    about["bits_per_weight"] = 8 * layer.expert_bytes(shape.experts) / shape.expert_weights
-    about["rank"] = layer.rank
-    about["copies"] = count
-    for tokens in arguments.tokens:
-        if budget.spent():
-            record["skipped"].append({"shape": shape.name, "contender": name, "tokens": tokens})
-            continue
-        try:
-            row = measure_point(shape, layer, copies, tokens, ceilings, arguments.point_seconds, device)
-        except Exception as error:
-            record["errors"].append(
-                {"shape": shape.name, "contender": name, "tokens": tokens, "error": error_text(error)}
-            )
-        else:
-            record["rows"].append(about | row)
-            print(f"{shape.name} {name} {tokens}: {row['microseconds']:.1f} us", flush=True)
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the arguments ask for; the record is written after every contender."""
-    budget = Budget(arguments.seconds)
-    device = arguments.device
-    ceilings = measure_ceilings(device)
-    gc.collect()
-    record: dict[str, Any] = {
-        "benchmark": "moe_layer",
-        "environment": environment(device),
-        "ceilings": ceilings._asdict(),
-        "settings": {"dtype": str(DTYPE), "rank": arguments.rank, "calls_in_graph": CALLS_IN_GRAPH},
-        "rows": [],
-        "errors": [],
-        "skipped": [],
-    }
-    for shape in (SHAPES[name] for name in arguments.shapes):
-        for name in arguments.contenders:
-            measure_contender(shape, name, arguments, ceilings, budget, record)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            write_json(arguments.output, record)
-    return record
-
-
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON; table and plot are written beside it")
-    parser.add_argument("--shapes", default="mixtral,deepseek,qwen3", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", default="1,4,16,64,256,1024,4096")
-    parser.add_argument("--contenders", default=",".join(DEFAULT), help=f"of {', '.join(contenders(0))}")
-    parser.add_argument("--rank", type=int, default=16, help="of our experts' compensators, in 3 bits")
-    parser.add_argument("--seconds", type=float, default=400, help="start nothing new after this long")
-    parser.add_argument("--point-seconds", type=float, default=0.15, help="measuring time of one number")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args(words)
-    arguments.shapes = arguments.shapes.split(",")
-    arguments.contenders = arguments.contenders.split(",")
-    arguments.tokens = [int(count) for count in arguments.tokens.split(",")]
-    for given, known in ((arguments.shapes, set(SHAPES)), (arguments.contenders, set(contenders(0)))):
-        unknown = set(given) - known
-        if unknown:
-            parser.error(f"unknown {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
-    return arguments
+    return Subject(about, partial(make_point, shape, layer, copies, device))
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, then write JSON, Markdown and PNG."""
-    arguments = parse(words)
-    record = run(arguments)
-    text = format_report(record)
-    arguments.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    print(plot(record, arguments.output.with_suffix(".png")))
+    """Measure what the command line asks for."""
+    parser = kernel_bench.parser(__doc__, SHAPES, list(contenders(0)))
+    parser.add_argument("--rank", type=int, default=16, help="of our experts' compensators, in 3 bits")
+    parser.set_defaults(shapes=["mixtral", "deepseek", "qwen3"], contenders=list(DEFAULT))
+    kernel_bench.main("moe_layer", parser.parse_args(words), build)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import linear
 import moe_layer
 import pytest
 import torch
+from kernel_report import format_report
 from moe_contenders import Layer, MoEShape, contenders
-from moe_report import format_report
 from timing import BadOutputError, Ceilings, check_outputs, markdown_table, microseconds, roof, time_calls
 
 CPU = torch.device("cpu")
@@ -154,5 +155,28 @@ def test_report_compares_with_the_fastest_peer():
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        moe_layer.parse(["-o", "x.json", "--shapes", "mixtrel"])
+        moe_layer.main(["-o", "x.json", "--shapes", "mixtrel"])
     assert "unknown mixtrel" in capsys.readouterr().err
+
+
+def test_dense_layers_rotate_over_three_times_l2():
+    l2 = 50 * 2**20
+    assert linear.copies_needed(linear.SHAPES["mixtral-qkv"], l2) == 15
+    assert linear.copies_needed(linear.SHAPES["tiny"], 0) == 1
+
+
+def test_linear_dry_run(tmp_path: Path):
+    output = tmp_path / "linear.json"
+    words = ["-o", str(output), "--shapes", "tiny", "--device", "cpu", "--point-seconds", "0.001", "--tokens", "1,4"]
+    linear.main([*words, "--contenders", "milo,milo-no-compensators,bf16", "--rank", "32"])
+    record = json.loads(output.read_text())
+    assert record["errors"] == record["skipped"] == []
+    assert len(record["rows"]) == 6
+    rows = {row["contender"]: row for row in record["rows"]}
+    assert rows["milo"]["ranks"] == [32, 32]
+    assert rows["milo"]["relative_error"] < 0.01
+    assert rows["milo-no-compensators"]["bits_per_weight"] == 3.5
+    # two parts of rank 32: 3.25 bits for each factor value
+    assert rows["milo"]["bits_per_weight"] == 3.5 + 3.25 * 32 * (128 + 64 + 2 * 128) / (192 * 128)
+    assert rows["bf16"]["bits_per_weight"] == 16
+    assert "| milo / fastest peer |" in output.with_suffix(".md").read_text()
