@@ -52,7 +52,11 @@ class Budget:
 
     def spent(self) -> bool:
         """Tell whether the time is up."""
-        return time.monotonic() > self.deadline
+        return self.left() < 0
+
+    def left(self) -> float:
+        """Return the seconds left; negative when the time is up."""
+        return self.deadline - time.monotonic()
 
 
 def time_calls(

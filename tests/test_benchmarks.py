@@ -9,9 +9,12 @@ import linear
 import moe_layer
 import pytest
 import torch
+import tune
 from kernel_report import format_report
 from moe_contenders import Layer, MoEShape, contenders
-from timing import BadOutputError, Ceilings, check_outputs, markdown_table, microseconds, roof, time_calls
+from timing import BadOutputError, Budget, Ceilings, check_outputs, markdown_table, microseconds, roof, time_calls
+
+from vllm_milo.kernels import tuned
 
 CPU = torch.device("cpu")
 
@@ -180,3 +183,49 @@ def test_linear_dry_run(tmp_path: Path):
     assert rows["milo"]["bits_per_weight"] == 3.5 + 3.25 * 32 * (128 + 64 + 2 * 128) / (192 * 128)
     assert rows["bf16"]["bits_per_weight"] == 16
     assert "| milo / fastest peer |" in output.with_suffix(".md").read_text()
+
+
+def test_tiles_are_tried_near_the_mean_and_the_heuristic_first():
+    shape = moe_layer.SHAPES["mixtral"]
+    for tokens in (1, 16, 64, 4096):
+        tried = tune.candidates(tokens, shape)
+        assert tried[0] == tune.fused_moe.choose_config(tokens * shape.top_k, shape.experts)
+        assert len(set(tried)) == len(tried) > 4
+    assert {config.block_m for config in tune.candidates(1, shape)} == {16}
+    assert {config.split_k for config in tune.candidates(1, shape)} == {1, 2, 4}
+    assert {config.split_k for config in tune.candidates(4096, shape)} == {1}
+    assert max(config.block_m for config in tune.candidates(4096, shape)) == 128
+
+
+def test_failing_tiles_are_passed_over_and_the_fastest_is_kept():
+    configs = tune.candidates(1, moe_layer.SHAPES["mixtral"])[:3]
+    times = iter([30.0, RuntimeError("out of resource: shared memory"), 20.0])
+
+    def time_one() -> float:
+        assert tune.fused_moe.choose_config(7, 7) in configs  # the tile is forced while it is timed
+        value = next(times)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    results = list(tune.measure(configs, time_one, Budget(10)))
+    assert [result.microseconds for result in results] == [30.0, None, 20.0]
+    assert results[1].error == "RuntimeError: out of resource: shared memory"
+    winner = tune.best(results)
+    assert winner is not None
+    assert winner.config == configs[2]
+    assert tune.best(results[1:2]) is None
+    assert list(tune.measure(configs, time_one, Budget(-1))) == []
+
+
+def test_tuning_writes_a_file_that_the_loader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "SPACE", {"block_m": (16, 32), "num_warps": (2, 4)})
+    words = ["-o", str(tmp_path), "--shape", "tiny", "--tokens", "1,64", "--device", "cpu", "--compilers", "0"]
+    tune.main([*words, "--point-seconds", "0.001"])
+    path = next(tmp_path.glob("E=4,N=192,*.json"))
+    configs = tuned.read_file(path)
+    assert set(configs) == {1, 64}
+    fields = tune.fused_moe.choose_config(1, 1)._fields
+    assert set(configs[64]) == set(fields)
+    log = json.loads(path.with_suffix(".log").read_text())
+    assert all(row["microseconds"] > 0 for row in log["results"]["1"])
