@@ -43,6 +43,7 @@ class HummingGemm:
             device: a CUDA device.
         """
         from humming.config import GemmType
+        from humming.dtypes import DataType
         from humming.layer import HummingMethod
         from humming.schema import HummingWeightSchema
 
@@ -55,7 +56,10 @@ class HummingGemm:
             shape_n=n,
             shape_k=k,
             weight_schema=HummingWeightSchema(
-                b_dtype="uint3", weight_scale_group_size=group, has_zero_point=True, is_fp_zero_point=float_zero
+                b_dtype=DataType.from_str("uint3"),
+                weight_scale_group_size=group,
+                has_zero_point=True,
+                is_fp_zero_point=float_zero,
             ),
             num_experts=experts,
             pad_n_to_multiple=256,

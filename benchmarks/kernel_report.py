@@ -1,7 +1,12 @@
-"""Tables and plots of kernel benchmark records: one block a shape, contenders against token counts."""
+"""Tables and plots of kernel benchmark records: one block a shape, contenders against token counts.
+
+python benchmarks/kernel_report.py out/moe.json      # table and plot again, where the GPU machine had no matplotlib
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,3 +127,16 @@ def plot(record: Record, path: Path) -> str:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return f"wrote {path}"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the table of each record named on the command line and draw its plot beside it."""
+    for word in sys.argv[1:] if words is None else words:
+        path = Path(word)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        print(format_report(record))
+        print(plot(record, path.with_suffix(".png")))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import kernel_report
 import linear
 import moe_layer
 import pytest
@@ -101,6 +103,17 @@ def test_dry_run_writes_record_and_report(tmp_path: Path):
     text = (tmp_path / "moe.md").read_text()
     assert "| milo |" in text
     assert "overhead of compensators" in text
+
+
+def test_a_record_is_shown_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(tmp_path, "--contenders", "milo")
+    capsys.readouterr()
+    kernel_report.main([str(tmp_path / "moe.json")])
+    shown = capsys.readouterr().out
+    assert "| milo |" in shown
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "moe.png").exists() == has_matplotlib
+    assert ("matplotlib is not installed" in shown) != has_matplotlib
 
 
 def test_the_reference_check_catches_a_wrong_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
