@@ -1,0 +1,247 @@
+"""Tunes the tiles of our MoE layer for a shape on this GPU and writes a configuration file for it.
+
+    python benchmarks/tune.py -o kernels/tuned --shape mixtral
+    python benchmarks/tune.py -o out/tuned --experts 60 --top-k 4 --hidden 2048 --intermediate 1408 --tokens 1,16
+
+Every candidate is timed as in ``moe_layer.py`` (8 routings in a CUDA graph), after its result was compared with the
+float32 reference; the fastest correct one is kept. Processes that only compile fill Triton's cache first, since
+compiling takes far longer than timing. ``VLLM_MILO_TUNED_CONFIG_FOLDER`` makes a folder other than the package's own
+known to the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from kernel_bench import measure_point
+from moe_contenders import Layer, MoEShape, milo
+from moe_layer import SHAPES, copies_needed, make_point, random_inputs
+from timing import Budget, Ceilings, environment, error_text, l2_bytes, measure_ceilings
+
+from vllm_milo.kernels import tuned
+from vllm_milo.kernels.triton import fused_moe
+
+Config = Any
+"""The launcher's tile: a NamedTuple."""
+
+SPACE: dict[str, tuple[int, ...]] = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (64, 128),
+    "split_k": (1, 2, 4),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+"""Values tried by field of the tile. Fields that are not here keep the heuristic's value."""
+
+
+class Result(NamedTuple):
+    """A candidate's time, or why it has none."""
+
+    config: Config
+    microseconds: float | None
+    error: str | None
+
+
+def candidates(tokens: int, shape: MoEShape) -> list[Config]:
+    """Return the tiles to try, the heuristic's own first.
+
+    Blocks of tokens far from the mean number of pairs of an expert are left out, and K is split only where the
+    blocks do not fill the GPU many times over.
+    """
+    pairs = tokens * shape.top_k
+    default = fused_moe.choose_config(pairs, shape.experts)
+    fields = [field for field in default._fields if field in SPACE]
+    tried = [default]
+    for values in itertools.product(*(SPACE[field] for field in fields)):
+        config = default._replace(**dict(zip(fields, values, strict=True)))
+        if config not in tried and _is_plausible(config, pairs, shape):
+            tried.append(config)
+    return tried
+
+
+def _is_plausible(config: Config, pairs: int, shape: MoEShape) -> bool:
+    mean = pairs / min(shape.experts, pairs)
+    block_m, split_k = getattr(config, "block_m", None), getattr(config, "split_k", 1)
+    fits = block_m is None or block_m == SPACE["block_m"][0] or block_m <= 2 * mean
+    if mean > 64:
+        fits = fits and (block_m is None or block_m >= 64)
+    return fits and (split_k == 1 or pairs <= 4 * shape.experts)
+
+
+@contextlib.contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Make the layer use one tile, whatever the number of tokens."""
+    with mock.patch.object(fused_moe, "choose_config", return_value=config):
+        yield
+
+
+def best(results: Sequence[Result]) -> Result | None:
+    """Return the fastest candidate; None where none is correct."""
+    timed = [result for result in results if result.microseconds is not None]
+    return min(timed, key=lambda result: result.microseconds or 0.0, default=None)
+
+
+def measure(configs: Sequence[Config], time_one: Callable[[], float], budget: Budget) -> Iterator[Result]:
+    """Time each tile; one that does not compile, does not fit or is wrong is reported and passed over."""
+    for config in configs:
+        if budget.spent():
+            return
+        try:
+            with forced(config):
+                yield Result(config, time_one(), None)
+        except Exception as error:  # out of shared memory, unsupported tiles, wrong results: all of interest
+            yield Result(config, None, error_text(error))
+
+
+class Tuner:
+    """Tunes one shape.
+
+    Args:
+        shape: the layer.
+        arguments: of the command line.
+    """
+
+    def __init__(self, shape: MoEShape, arguments: argparse.Namespace) -> None:
+        self.shape = shape
+        self.device = arguments.device
+        self.seconds = arguments.point_seconds
+        self.budget = Budget(arguments.seconds)
+        self.ceilings: Ceilings = measure_ceilings(self.device)
+        torch.manual_seed(0)
+        self.layer: Layer = milo(shape, arguments.tokens, self.device, arguments.rank)
+        copies = copies_needed(shape, l2_bytes(self.device))
+        self.copies = [self.layer.weights, *([w.clone() for w in self.layer.weights] for _ in range(copies - 1))]
+
+    def tune(self, tokens: int, counts_left: int) -> list[Result]:
+        """Return the results of the candidates at one token count, in its share of the time that is left."""
+        budget = Budget(self.budget.left() / counts_left)
+        torch.manual_seed(tokens)
+        point = make_point(self.shape, self.layer, self.copies, self.device, tokens)
+        if point.expected is not None:
+            expected = point.expected()
+            point = point._replace(expected=lambda: expected)
+
+        def time_one() -> float:
+            return float(measure_point(point, self.ceilings, self.seconds, self.device)["microseconds"])
+
+        return list(measure(candidates(tokens, self.shape), time_one, budget))
+
+
+def compile_part(shape: MoEShape, arguments: argparse.Namespace) -> None:
+    """Compile every ``parts``-th candidate by running it once; failures show when they are timed."""
+    part, parts = arguments.compile_part
+    layer = milo(shape, arguments.tokens, arguments.device, arguments.rank)
+    # Triton compiles anew for integers that are 1 or divisible by 16, so small counts are taken as they are
+    wanted = {(config, min(tokens, 16)) for tokens in arguments.tokens for config in candidates(tokens, shape)}
+    for config, tokens in sorted(wanted)[part::parts]:
+        inputs = random_inputs(shape, tokens, arguments.device)
+        with forced(config), contextlib.suppress(Exception):
+            layer.call(layer.weights, inputs.x[0], inputs.router[0], inputs.ids[0])
+
+
+def compile_all(words: Sequence[str], parts: int, seconds: float) -> None:
+    """Run ``parts`` processes that compile, and wait for them; what they do not finish is compiled later."""
+    command = [sys.executable, str(Path(__file__).resolve()), *words]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    processes = [
+        subprocess.Popen([*command, "--compile-part", f"{part}/{parts}"], env=os.environ | {"PYTHONPATH": path})
+        for part in range(parts)
+    ]
+    budget = Budget(seconds)
+    for process in processes:
+        try:
+            process.wait(max(0.1, budget.left()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def write_results(folder: Path, shape: MoEShape, device: torch.device, results: Mapping[int, Sequence[Result]]) -> Path:
+    """Write the configuration file of the best candidates, and all times beside it; return the file."""
+    about = environment(device)
+    path = folder / tuned.file_name(shape.experts, shape.intermediate, about["device"])
+    chosen = {tokens: winner for tokens, rows in results.items() if (winner := best(rows)) is not None}
+    if chosen:
+        configs = {tokens: winner.config._asdict() for tokens, winner in chosen.items()}
+        tuned.write_file(path, configs, str(about["triton"]))
+    rows = {
+        str(tokens): [result._asdict() | {"config": result.config._asdict()} for result in rows]
+        for tokens, rows in results.items()
+    }
+    log = {"environment": about, "shape": shape._asdict(), "results": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".log").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the configuration file")
+    parser.add_argument("--shape", choices=list(SHAPES))
+    for name in ("experts", "top-k", "hidden", "intermediate"):
+        parser.add_argument(f"--{name}", type=int, help="of a shape that --shape does not know")
+    parser.add_argument(
+        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 64, 256, 1024, 4096]
+    )
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=300, help="time no new candidate after this long")
+    parser.add_argument("--point-seconds", type=float, default=0.02, help="measuring time of one candidate")
+    parser.add_argument("--compilers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="0: no processes")
+    parser.add_argument("--compile-seconds", type=float, default=240, help="stop the compiling processes after this")
+    parser.add_argument("--compile-part", type=_part, help=argparse.SUPPRESS)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(words)
+    if arguments.shape is None and None in (
+        arguments.experts, arguments.top_k, arguments.hidden, arguments.intermediate
+    ):  # fmt: skip
+        parser.error("give --shape, or all of --experts, --top-k, --hidden and --intermediate")
+    return arguments
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, parts = text.split("/")
+    return int(part), int(parts)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Tune what the command line asks for; files are written after each token count."""
+    words = sys.argv[1:] if words is None else words
+    arguments = parse(words)
+    shape = (
+        SHAPES[arguments.shape]
+        if arguments.shape is not None
+        else MoEShape("given", arguments.experts, arguments.top_k, arguments.hidden, arguments.intermediate)
+    )
+    if arguments.compile_part is not None:
+        compile_part(shape, arguments)
+        return
+    if arguments.compilers:
+        compile_all(words, arguments.compilers, arguments.compile_seconds)
+    tuner = Tuner(shape, arguments)
+    results: dict[int, list[Result]] = {}
+    for done, tokens in enumerate(arguments.tokens):
+        results[tokens] = tuner.tune(tokens, len(arguments.tokens) - done)
+        path = write_results(arguments.output, shape, arguments.device, results)
+        winner = best(results[tokens])
+        if winner is None or winner.microseconds is None:
+            print(f"{tokens} tokens: no correct candidate of {len(results[tokens])}", flush=True)
+        else:
+            default = results[tokens][0].microseconds
+            was = "failed" if default is None else f"{default:.1f}"
+            print(f"{tokens} tokens: {winner.microseconds:.1f} us (heuristic {was}), {winner.config}", flush=True)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
