@@ -418,6 +418,7 @@ _INTERRUPTED = """
 import os, signal, sys
 from vllm_milo.offline import convert
 from vllm_milo.offline.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
 real = convert.quantize_matrices
 calls = []
 def quantize(*arguments):
