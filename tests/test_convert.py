@@ -494,10 +494,11 @@ def test_wrong_dtype_of_a_checkpoint(broken: Path):
     assert_invalid(broken, r"o_proj\.weight_zero: expected F16 .*, found BF16")
 
 
-def test_extra_tensor_of_a_checkpoint(broken: Path):
-    name = "model.layers.1.self_attn.o_proj.weight"
+@pytest.mark.parametrize("tensor", ["weight", "weight_g_idx"])
+def test_extra_tensor_of_a_checkpoint(broken: Path, tensor: str):
+    name = f"model.layers.1.self_attn.o_proj.{tensor}"
     edit_tensors(broken, SHARD, lambda tensors: tensors.update({name: torch.zeros(128, 128)}))
-    assert_invalid(broken, r"o_proj\.weight: extra, this matrix is quantized")
+    assert_invalid(broken, rf"o_proj\.{tensor}: extra, this matrix is quantized")
 
 
 def test_unquantized_layer_that_ignore_does_not_name(broken: Path):
