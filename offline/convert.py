@@ -182,7 +182,7 @@ def _convert_layer(
             _write_matrix(writer, matrix.name, result, index)
             report[matrix.name] = MatrixReport(float(result.errors[index]), rank, int(result.rounds[index]))
     for tensor in layer.others:
-        writer.add(reader.family.checkpoint_name(tensor), reader.load(tensor))
+        writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
     return report
 
 

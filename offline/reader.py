@@ -19,6 +19,7 @@ from .ranks import Matrix
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _OUTSIDE = "outside the layers"
+_BROKEN = "the source model is broken"
 _DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -61,6 +62,7 @@ class ModelReader:
         self.tensors = read_tensors(folder)
         self.layers = _plan(self.tensors, self.family)
         _check_complete(self.layers, self.config)
+        _check_shapes(self.layers, self.tensors)
         _check_experts(self.matrices, self.family.num_experts(self.config))
 
     @property
@@ -86,6 +88,17 @@ class ModelReader:
         except (OSError, SafetensorError) as error:
             raise ConversionError(f"{entry.file}: cannot read tensor {tensor}: {error}") from error
 
+    def load_finite(self, tensor: str) -> torch.Tensor:
+        """Return a tensor that is copied unquantized.
+
+        Raises:
+            ConversionError: it holds NaN or Inf.
+        """
+        values = self.load(tensor)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise ConversionError(f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf; {_BROKEN}")
+        return values
+
     def load_layer(self, layer: Layer, device: torch.device) -> Iterator[tuple[Matrix, torch.Tensor]]:
         """Yield the matrices of a layer in float32 on ``device``; each source tensor is read once.
 
@@ -103,7 +116,7 @@ class ModelReader:
                 if not torch.isfinite(matrix).all():
                     raise ConversionError(
                         f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf "
-                        f"(matrix {source.matrix.name}); the source model is broken"
+                        f"(matrix {source.matrix.name}); {_BROKEN}"
                     )
                 yield source.matrix, matrix
 
@@ -191,6 +204,23 @@ def _check_complete(layers: list[Layer], config: Mapping[str, Any]) -> None:
             raise ConversionError(f"{tensor}: missing; are the model's files complete?")
     if not config.get("tie_word_embeddings") and "lm_head.weight" not in outside:
         raise ConversionError("lm_head.weight: missing, and config.json does not tie it to the embeddings")
+
+
+def _check_shapes(layers: list[Layer], tensors: Mapping[str, TensorEntry]) -> None:
+    """Refuse a tensor whose shape differs from its like in another layer: the layers of these families are alike."""
+    first: dict[tuple[bool, str], str] = {}
+    for layer in layers:
+        if layer.name == _OUTSIDE:
+            continue
+        names = sorted({source.tensor for source in layer.matrices} | set(layer.others))
+        has_experts = any(".experts" in name for name in names)
+        for name in names:
+            like = first.setdefault((has_experts, name.removeprefix(layer.name)), name)
+            if tensors[name].shape != tensors[like].shape:
+                raise ConversionError(
+                    f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)}, "
+                    f"but {like} has {list(tensors[like].shape)}; {_BROKEN}"
+                )
 
 
 def _contents(layer: Layer) -> frozenset[str]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# before torch: the models are too small for threads, which wait for each other longer than they compute,
+# above all where two test processes and vLLM share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

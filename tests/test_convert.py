@@ -257,10 +257,22 @@ def test_missing_layer(source: Path, tmp_path: Path):
     refused(source, tmp_path / "out", r"model\.layers\.2: missing")
 
 
-def test_wrong_shape(source: Path, tmp_path: Path):
-    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
-    edit_tensors(source, WEIGHTS, lambda tensors: tensors.update({name: tensors[name][:64].clone()}))
+def test_wrong_expert_shape(source: Path, tmp_path: Path):
+    def edit(tensors):
+        for layer in range(2):
+            name = f"model.layers.{layer}.block_sparse_moe.experts.1.w1.weight"
+            tensors[name] = tensors[name][:64].clone()
+
+    edit_tensors(source, WEIGHTS, edit)
     refused(source, tmp_path / "out", r"experts: w1 has experts of different shapes: \[\(64, 128\), \(128, 128\)\]")
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "input_layernorm.weight", "block_sparse_moe.gate.weight"])
+def test_wrong_shape(source: Path, tmp_path: Path, name: str):
+    first, second = (f"model.layers.{layer}.{name}" for layer in range(2))
+    edit_tensors(source, WEIGHTS, lambda tensors: tensors.update({second: tensors[second][1:].clone()}))
+    message = rf"{second} has shape \[.*\], but {first} has \[.*\]".replace(".weight", r"\.weight")
+    refused(source, tmp_path / "out", message)
 
 
 def test_wrong_dimensions(source: Path, tmp_path: Path):
@@ -274,12 +286,13 @@ def test_wrong_dtype(source: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite(source: Path, tmp_path: Path, value: float):
+@pytest.mark.parametrize("name", [Q_PROJ, "model.embed_tokens.weight", "model.norm.weight"])
+def test_not_finite(source: Path, tmp_path: Path, name: str, value: float):
     def edit(tensors):
-        tensors[Q_PROJ][3, 5] = value
+        tensors[name].view(-1)[5] = value
 
     edit_tensors(source, WEIGHTS, edit)
-    refused(source, tmp_path / "out", r"q_proj\.weight holds NaN or Inf")
+    refused(source, tmp_path / "out", rf"tensor {name} holds NaN or Inf")
 
 
 def test_scale_that_does_not_fit_names_tensor_and_group(source: Path, tmp_path: Path):
@@ -418,6 +431,7 @@ _INTERRUPTED = """
 import os, signal, sys
 from vllm_milo.offline import convert
 from vllm_milo.offline.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
 real = convert.quantize_matrices
 calls = []
 def quantize(*arguments):
@@ -480,10 +494,11 @@ def test_wrong_dtype_of_a_checkpoint(broken: Path):
     assert_invalid(broken, r"o_proj\.weight_zero: expected F16 .*, found BF16")
 
 
-def test_extra_tensor_of_a_checkpoint(broken: Path):
-    name = "model.layers.1.self_attn.o_proj.weight"
+@pytest.mark.parametrize("tensor", ["weight", "weight_g_idx"])
+def test_extra_tensor_of_a_checkpoint(broken: Path, tensor: str):
+    name = f"model.layers.1.self_attn.o_proj.{tensor}"
     edit_tensors(broken, SHARD, lambda tensors: tensors.update({name: torch.zeros(128, 128)}))
-    assert_invalid(broken, r"o_proj\.weight: extra, this matrix is quantized")
+    assert_invalid(broken, rf"o_proj\.{tensor}: extra, this matrix is quantized")
 
 
 def test_unquantized_layer_that_ignore_does_not_name(broken: Path):

@@ -303,6 +303,18 @@ def test_unsupported_experts_are_refused(layer, moe, message):
         create_experts(moe_layer(**layer), **moe)
 
 
+@pytest.mark.parametrize("routes", [True, False])
+def test_routing_choice_can_be_traced(routes: bool, monkeypatch: pytest.MonkeyPatch):
+    """torch.compile traces reads of is_monolithic, but cannot trace the search for vLLM's router."""
+    from vllm_milo import compat
+
+    monkeypatch.setattr(compat, "routes_inside_method", lambda: routes)
+    method = create_experts(moe_layer())
+    monkeypatch.undo()
+    compiled = torch.compile(lambda x: x + method.is_monolithic, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == routes
+
+
 def test_expert_split_that_cuts_a_group_is_refused():
     with pytest.raises(CheckpointError, match=r"tensor parallel size 2 leaves .* 96, .* --enable-expert-parallel"):
         create_experts(moe_layer(tp_size=2), intermediate=96)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from readme import ROOT, readme_commands
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
@@ -114,15 +111,8 @@ def test_only_the_plugin_imports_vllm():
     assert {"config.py", "compat.py"} <= users
 
 
-def readme_commands() -> list[str]:
-    """Commands of the README's shell blocks, without comments, continued lines joined."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
 RUN_ELSEWHERE = {
-    "make demo": "by hand and by the release check; its parts are in test_vllm_server and test_cli",
+    "make demo": ".ci/run",
     "make test": ".ci/run",
     "make lint": ".ci/run",
     "make test-slow": "by hand before a release",
@@ -140,10 +130,16 @@ def test_readme_commands_run(tmp_path: Path):
 
 def test_every_readme_command_is_known():
     for command in readme_commands():
-        known = command in RUN_ELSEWHERE or command.startswith(
-            ("milo ", "vllm serve ", "curl ", "pip install ", "git clone ")
-        )
+        # milo: above; vllm and curl: test_vllm_server
+        known = command in RUN_ELSEWHERE or command.startswith(("milo ", "vllm serve ", "curl "))
         assert known, f"the README's command {command!r} is run by no test"
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {command for command, place in RUN_ELSEWHERE.items() if place == ".ci/run"} <= set(script)
+
+
+def test_bundled_model_is_small():
+    files = (ROOT / "tests" / "assets").rglob("*")
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 8 * 2**20
 
 
 def test_files_stay_small():

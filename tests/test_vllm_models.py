@@ -84,3 +84,14 @@ def test_all_families_tensor_parallel(checkpoints: dict[str, Path], tmp_path: Pa
         folder.mkdir()
         outputs = vllm_runner.run(job({name: checkpoints[name]}, dtype=DTYPE, tensor_parallel_size=2), folder)
         assert_matches(name, checkpoints, outputs, DTYPE)
+
+
+@pytest.mark.slow
+def test_expert_parallel(checkpoints: dict[str, Path], tmp_path: Path):
+    """Each of two ranks holds half of the experts whole; attention and shared experts are cut."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    subset = {"bundled": checkpoints["bundled"]}
+    work = job(subset, dtype=DTYPE, tensor_parallel_size=2, enable_expert_parallel=True)
+    assert_matches("bundled", checkpoints, vllm_runner.run(work, tmp_path), DTYPE)
+    assert "number of experts: 6/12" in (tmp_path / "vllm.log").read_text()

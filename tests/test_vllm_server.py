@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from readme import readme_words
 from serving import ServerError, post, serve
-from tiny_models import logprobs
+from tiny_models import logprobs, make_prompts
 from transformers import AutoTokenizer
 
 from vllm_milo.offline.convert import Conversion, convert
@@ -20,7 +21,9 @@ from vllm_milo.offline.milo import Recipe
 from vllm_milo.offline.ranks import parse_policies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-ARGUMENTS = ["--quantization", "milo", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
+README_MODEL, *README_ARGUMENTS = readme_words("vllm serve ")[2:]
+NAMES = ["--served-model-name", "milo", README_MODEL]
+SMALL = ["--enforce-eager", "--max-num-seqs", "16"]
 EXACT = ["--dtype", "float32"]  # batching then tips no near-tie
 PROMPTS = ["The function returns", "In the morning the old man", "To install the package, run", "The definition of"]
 
@@ -33,7 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) ->
 
 @pytest.fixture(scope="module")
 def url(checkpoint: Path) -> Iterator[str]:
-    with serve(checkpoint, *ARGUMENTS, *EXACT, log=checkpoint.parent / "server.log") as url:
+    arguments = [*README_ARGUMENTS, *NAMES, *SMALL, *EXACT]
+    with serve(checkpoint, *arguments, log=checkpoint.parent / "server.log") as url:
         yield url
 
 
@@ -41,14 +45,42 @@ def complete(url: str, prompt: str, **options) -> dict:
     return post(url, "/v1/completions", prompt=prompt, temperature=0, **{"max_tokens": 16, **options})["choices"][0]
 
 
+def assert_exact(url: str, checkpoint: Path) -> None:
+    """Assert that log-probabilities over HTTP, of prompts of 1 to 300 tokens, are those of the dequantized model."""
+    model = load_model(checkpoint, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for prompt in [*make_prompts(checkpoint), tokenizer(PROMPTS[1], add_special_tokens=False)["input_ids"]]:
+        answer = post(
+            url,
+            "/v1/completions",
+            prompt=prompt,
+            max_tokens=8,
+            temperature=0,
+            echo=True,
+            logprobs=0,
+            return_token_ids=True,
+            ignore_eos=True,
+        )
+        choice = answer["choices"][0]
+        ids = prompt + choice["token_ids"][-8:]
+        table = logprobs(model, ids)
+        found = choice["logprobs"]["token_logprobs"]
+        assert len(found) == len(ids)
+        assert found[1:] == pytest.approx([float(table[i, token]) for i, token in enumerate(ids[1:])], abs=2e-3)
+
+
 def test_logprobs_are_those_of_the_dequantized_model(url: str, checkpoint: Path):
-    choice = complete(url, PROMPTS[1], max_tokens=8, echo=True, logprobs=0)
-    ids = AutoTokenizer.from_pretrained(checkpoint)(choice["text"], add_special_tokens=False)["input_ids"]
-    table = logprobs(load_model(checkpoint, torch.float32), ids)
-    found = choice["logprobs"]["token_logprobs"]
-    assert len(found) == len(ids)
-    expected = [float(table[i, token]) for i, token in enumerate(ids[1:])]
-    assert found[1:] == pytest.approx(expected, abs=2e-3)
+    assert_exact(url, checkpoint)
+
+
+def test_readme_request(url: str):
+    """The README's curl command, with this server's address and without curl."""
+    _, address, *options = readme_words("curl ")
+    path = address.removeprefix("http://localhost:8000")
+    assert path.startswith("/v1/")
+    body = json.loads(options[options.index("-d") + 1])
+    answer = post(url, path, **body)
+    assert 1 <= answer["usage"]["completion_tokens"] <= body["max_tokens"]
 
 
 def test_chat(url: str):
@@ -79,9 +111,20 @@ def test_concurrent_requests(url: str):
 
 
 @pytest.mark.slow
-def test_serves_without_the_flag(checkpoint: Path, tmp_path: Path):
-    with serve(checkpoint, *ARGUMENTS[2:], log=tmp_path / "server.log") as url:
-        assert complete(url, PROMPTS[0])["text"]
+def test_serves_without_the_flag_and_compiled(checkpoint: Path, tmp_path: Path):
+    """From config.json alone, and as vLLM runs by default: through torch.compile."""
+    arguments = [*README_ARGUMENTS[2:], "--max-num-seqs", "16", *EXACT]
+    with serve(checkpoint, *arguments, log=tmp_path / "server.log", timeout=500) as url:
+        assert_exact(url, checkpoint)
+
+
+@pytest.mark.slow
+def test_serves_tensor_parallel(checkpoint: Path, tmp_path: Path):
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    arguments = [*README_ARGUMENTS, *SMALL, *EXACT, "-tp", "2"]
+    with serve(checkpoint, *arguments, log=tmp_path / "server.log") as url:
+        assert_exact(url, checkpoint)
 
 
 @pytest.mark.slow
@@ -91,6 +134,6 @@ def test_broken_checkpoint_stops_the_server_with_the_reason(checkpoint: Path, tm
     for file in checkpoint.iterdir():
         content = file.read_bytes()
         (broken / file.name).write_bytes(content[:-1000] if file.suffix == ".safetensors" else content)
-    server = serve(broken, *ARGUMENTS, log=tmp_path / "server.log")
+    server = serve(broken, *README_ARGUMENTS, *SMALL, log=tmp_path / "server.log")
     with pytest.raises(ServerError, match=r"model-00001-of-00001\.safetensors: truncated"), server:
         pass

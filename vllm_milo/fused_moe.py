@@ -68,6 +68,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
     """
 
     def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str) -> None:
+        # asked once: torch.compile traces reads of is_monolithic, and cannot trace a search for modules
+        self._routes = compat.routes_inside_method()
         super().__init__(moe)
         self.format = fmt
         self.prefix = prefix
@@ -75,7 +77,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
     @property
     def is_monolithic(self) -> bool:
         """Whether the method routes too: only where vLLM's router cannot run on the CPU."""
-        return compat.routes_inside_method()
+        return self._routes
 
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype, moe_parallel_config: Any

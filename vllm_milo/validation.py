@@ -169,11 +169,12 @@ def _unquantized_problems(
 ) -> Iterator[str]:
     for full_name, entry in tensors.items():
         module, _, tensor = full_name.rpartition(".")
-        if tensor != "weight" or len(entry.shape) != 2 or ".layers." not in module:
-            continue
         if module in modules:
-            yield f"{full_name}: extra, this matrix is quantized"
-        elif not fmt.ignores(module):
+            if tensor not in (*TENSOR_NAMES, "bias"):
+                yield f"{full_name}: extra, this matrix is quantized"
+            continue
+        is_matrix = tensor == "weight" and len(entry.shape) == 2 and ".layers." in module
+        if is_matrix and not fmt.ignores(module):
             yield f"{full_name}: stored unquantized, but ignore does not name it"
 
 

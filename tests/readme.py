@@ -1,0 +1,23 @@
+"""The README's shell commands, for the tests that run them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_commands() -> list[str]:
+    """Commands of the README's shell blocks, without comments, continued lines joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def readme_words(start: str) -> list[str]:
+    """The words of the one README command that starts so."""
+    (command,) = [command for command in readme_commands() if command.startswith(start)]
+    return shlex.split(command)
