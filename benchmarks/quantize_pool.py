@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -81,7 +82,8 @@ class QuantizePool:
             outcome = Outcome(job.out, 0.0, "skipped: out of time")
             if not late:
                 try:
-                    outcome = self._results.next(max(0.0, self.deadline - time.monotonic()))
+                    left = max(0.0, self.deadline - time.monotonic())
+                    outcome = self._results.next(None if math.isinf(left) else left)
                 except multiprocessing.TimeoutError:
                     late = True  # a result that comes later would be taken for the next contender's
             yield contender, outcome
