@@ -117,7 +117,8 @@ def large_section(shape: Shape, rounds: int) -> list[Contender]:
         preset("balanced", round(small, 4)),
         preset("best", round(large, 4), calibrated=True),
     ]
-    dense = [paper(f"paper dense={r}", "paper dense", f"dense={r}", rounds) for r in map(shape.rank, (1 / 16, 1 / 8))]
+    fractions = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    dense = [paper(f"paper dense={r}", "paper dense", f"dense={r}", rounds) for r in map(shape.rank, fractions)]
     tail = [
         preset("best", 3.5, calibrated=True),
         preset("best", 3.59, calibrated=True),
@@ -128,8 +129,6 @@ def large_section(shape: Shape, rounds: int) -> list[Contender]:
         preset("best", 3.75, calibrated=True),
         preset("small", 3.25),
         preset("small", 3.4),
-        paper(f"paper dense={shape.rank(1 / 4)}", "paper dense", f"dense={shape.rank(1 / 4)}", rounds),
-        paper(f"paper dense={shape.rank(1 / 2)}", "paper dense", f"dense={shape.rank(1 / 2)}", rounds),
     ]
     wide = [
         f"dense={shape.rank(1 / 16)},kurtosis={shape.mean(1 / 256)}",
@@ -140,7 +139,7 @@ def large_section(shape: Shape, rounds: int) -> list[Contender]:
     tail += [paper(f"paper {ranks}", "paper dense + kurtosis", ranks, rounds) for ranks in wide]
     uniform = [paper(f"paper uniform={r}", "paper uniform", f"uniform={r}", rounds) for r in (8, shape.rank(1 / 32))]
     sparse = [paper(f"paper sparse={r}", "paper sparse", f"sparse={r}", rounds) for r in (8, shape.rank(1 / 32))]
-    return [*head, *dense, *tail, *uniform, *sparse]
+    return [*head, *dense[:3], *tail, dense[3], *uniform, *sparse]
 
 
 def iterations_section(shape: Shape, _: int) -> list[Contender]:

@@ -48,7 +48,7 @@ def main() -> int:
         calibration_windows=CALIBRATION_WINDOWS,
         rounds=arguments.rounds,
         device=arguments.device,
-        quantize_device=arguments.device,
+        quantize_device=arguments.quantize_device or arguments.device,
         jobs=arguments.jobs,
         deadline=start + arguments.max_seconds,
     )
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, help="processes of `milo quantize`")
     parser.add_argument("--only", default="", help="only contenders whose names match this pattern (and HQQ)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quantize-device", help="where `milo quantize` runs (default: --device)")
     return parser
 
 

@@ -6,6 +6,8 @@ import contextlib
 import io
 import math
 import multiprocessing
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,9 @@ import torch
 from contenders import Contender
 
 from vllm_milo.offline.cli import main as milo
+
+INTERRUPTED = 130
+"""Exit status of `milo` after SIGTERM or Ctrl-C."""
 
 
 class Job(NamedTuple):
@@ -46,6 +51,10 @@ def run_job(job: Job) -> Outcome:
         except Exception as error:  # one broken contender must not end the benchmark; its row says what happened
             print(f"{type(error).__name__}: {error}")
             code = 1
+    # `milo` turns SIGTERM, by which the pool ends its workers, into an orderly return: that must end this process too
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if code == INTERRUPTED:
+        sys.exit(code)
     lines = output.getvalue().strip().splitlines()
     message = (lines[-1] if lines else f"exit status {code}") if code else None
     return Outcome(job.out, time.monotonic() - start, message)

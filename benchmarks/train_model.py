@@ -173,6 +173,7 @@ def run_training(model: Any, ids: torch.Tensor, preset: Preset, limits: Limits) 
     device = model.device
     steps = max(1, int(preset.epochs * ids.numel() / (preset.batch * CONTEXT)))
     steps = min(steps, limits.steps) if limits.steps else steps
+    warmup = min(100, max(1, steps // 20))
     masters = [parameter.detach().clone() for parameter in model.parameters()]
     model.to(torch.bfloat16)
     parameters = list(model.parameters())
@@ -190,7 +191,7 @@ def run_training(model: Any, ids: torch.Tensor, preset: Preset, limits: Limits) 
         for master, parameter in zip(masters, parameters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
         for group in optimizer.param_groups:
-            group["lr"] = preset.learning_rate * schedule(done, step / steps)
+            group["lr"] = preset.learning_rate * schedule(done, (step + 1) / warmup)
         optimizer.step()
         with torch.no_grad():
             for master, parameter in zip(masters, parameters, strict=True):
@@ -205,9 +206,8 @@ def run_training(model: Any, ids: torch.Tensor, preset: Preset, limits: Limits) 
     return {"steps": step, "epochs": round(epochs, 3), "train_loss": loss.item()}
 
 
-def schedule(done: float, steps_done: float, warmup: float = 0.03, floor: float = 0.02) -> float:
-    """Return the learning rate's factor: a rise over the first steps, then a cosine down to ``floor``."""
-    rise = min(1.0, (steps_done + 1e-3) / warmup)
+def schedule(done: float, rise: float, floor: float = 0.02) -> float:
+    """Return the learning rate's factor: ``rise`` while that is below a cosine from 1 down to ``floor``."""
     return min(rise, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 

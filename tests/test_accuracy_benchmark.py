@@ -222,6 +222,16 @@ def test_pool_reports_failures_and_gives_up_at_the_deadline(tmp_path: Path, bund
         assert [outcome.error for _, outcome in pool] == ["skipped: out of time"] * 2
 
 
+def test_pool_ends_workers_that_are_busy_at_the_deadline(tmp_path: Path, bundled_model: Path):
+    slow = Contender("slow", "added", ("--ranks", "uniform=64", "--max-rounds", "20"))
+    jobs = [(slow, Job(bundled_model, tmp_path / str(number), slow.arguments)) for number in range(200)]
+    with QuantizePool(jobs, 1, time.monotonic() + 5) as pool:
+        assert [outcome.error for _, outcome in pool][-1] == "skipped: out of time"
+        start = time.monotonic()
+    assert time.monotonic() - start < 10
+    assert not [path for path in tmp_path.iterdir() if ".partial" in path.name]
+
+
 def test_calibration_text_is_not_scored(tmp_path: Path):
     scored, calibration = split_text(TEXT, None, tmp_path)
     whole = TEXT.read_text(encoding="utf-8")
