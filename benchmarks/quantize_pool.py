@@ -88,10 +88,12 @@ class QuantizePool:
     def __iter__(self) -> Iterator[tuple[Contender, Outcome]]:
         late = False
         for contender, job in self.jobs:
+            left = self.deadline - time.monotonic()
+            # scoring may be slower than the workers: their results do not count after the deadline either
+            late = late or left <= 0
             outcome = Outcome(job.out, 0.0, "skipped: out of time")
             if not late:
                 try:
-                    left = max(0.0, self.deadline - time.monotonic())
                     outcome = self._results.next(None if math.isinf(left) else left)
                 except multiprocessing.TimeoutError:
                     late = True  # a result that comes later would be taken for the next contender's

@@ -222,6 +222,18 @@ def test_pool_reports_failures_and_gives_up_at_the_deadline(tmp_path: Path, bund
         assert [outcome.error for _, outcome in pool] == ["skipped: out of time"] * 2
 
 
+def test_pool_drops_results_that_are_ready_but_late(tmp_path: Path, bundled_model: Path):
+    good = Contender("good", "added", ("--method", "rtn"))
+    jobs = [(good, Job(bundled_model, tmp_path / str(number), good.arguments)) for number in range(2)]
+    with QuantizePool(jobs, 1, math.inf) as pool:
+        found = iter(pool)
+        assert next(found)[1].error is None
+        while not (tmp_path / "1" / "config.json").exists():
+            time.sleep(0.05)
+        pool.deadline = time.monotonic()
+        assert next(found)[1].error == "skipped: out of time"
+
+
 def test_pool_ends_workers_that_are_busy_at_the_deadline(tmp_path: Path, bundled_model: Path):
     slow = Contender("slow", "added", ("--ranks", "uniform=64", "--max-rounds", "20"))
     jobs = [(slow, Job(bundled_model, tmp_path / str(number), slow.arguments)) for number in range(200)]
