@@ -1,134 +1,120 @@
-"""Perplexity against stored bits of every method on one model and text; a table and JSON.
+"""Perplexity against stored bits of every method on one model and text: JSON, tables and a plot.
 
-    python benchmarks/accuracy.py MODEL --text FILE -o OUT.json --dense 32 --sparse 8
+    python benchmarks/accuracy.py MODEL --text FILE -o OUT --jobs 4
 
-Each method is converted to a checkpoint by the public path and read back, so the bits are those on disk: codes,
-scales, zero points and factors of the quantized matrices.
+OUT gets results.json (after every row), results.md and perplexity.png. Contenders are calls of `milo quantize`, so
+their bits are those on disk; GPTQ is benchmarks/gptq.py. The last part of the text is for calibration, expert counts
+and output errors and is not scored. `--section` chooses what to compare: main (methods, ranks, presets), iterations,
+factors, policies.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import tempfile
+import shlex
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
+from accuracy_report import format_report
+from accuracy_run import Benchmark, Settings
+from contenders import SECTIONS, Contender
+from plots import plot
 
-from vllm_milo import __version__
-from vllm_milo.offline.convert import Conversion, convert
-from vllm_milo.offline.evaluate import count_experts_used, load_model, perplexity, read_tokens
-from vllm_milo.offline.inspect import inspect_checkpoint
-from vllm_milo.offline.milo import Recipe
-from vllm_milo.offline.ranks import needs_counts, parse_policies
-
-COUNT_WINDOWS = 16
+from vllm_milo.offline.evaluate import read_tokens
 
 
-class Contender(NamedTuple):
-    """A row of the table: a method and its ranks."""
+def main() -> int:
+    """Measure; return 1 where a contender could not be measured."""
+    arguments = _parser().parse_args()
+    start = time.monotonic()
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    scored, calibration = split_text(arguments.text, arguments.calibration, output)
+    settings = Settings(
+        window=arguments.window,
+        windows=arguments.windows,
+        seeds=arguments.seeds,
+        calibration_windows=arguments.calibration_windows,
+        batch=arguments.batch,
+        rounds=arguments.rounds,
+        device=arguments.device,
+        quantize_device=arguments.quantize_device or arguments.device,
+        jobs=arguments.jobs,
+        deadline=start + arguments.max_seconds,
+    )
+    bench = Benchmark(
+        folder=arguments.model,
+        tokens=read_tokens(arguments.model, scored),
+        calibration_tokens=read_tokens(arguments.model, calibration),
+        calibration_text=calibration,
+        output=output,
+        settings=settings,
+        record={"model": arguments.model.resolve().name, "text": arguments.text.name},
+    )
+    bench.run(arguments.section, arguments.only, [_extra(text) for text in arguments.add])
+    return finish(bench, start)
 
-    name: str
-    method: str
-    ranks: str = ""
+
+def finish(bench: Benchmark, start: float) -> int:
+    """Write tables and plot; return 1 where a contender could not be measured."""
+    bench.save({"seconds": round(time.monotonic() - start, 1)})
+    report = format_report(bench.contents())
+    (bench.output / "results.md").write_text(report, encoding="utf-8")
+    print(report)
+    try:
+        plot(bench.contents(), bench.output / "perplexity.png")
+    except ImportError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    failures = bench.failures()
+    if failures:
+        print(f"{len(failures)} contenders were not measured:\n" + "\n".join(failures), file=sys.stderr)
+    return 1 if failures else 0
 
 
-def contenders(dense: int, sparse: int) -> list[Contender]:
-    """Return the baselines and MiLo with each rank policy at comparable ranks."""
-    policies = [
-        f"uniform={sparse}",
-        f"dense={dense}",
-        f"sparse={sparse}",
-        f"kurtosis={sparse}",
-        "kurtosis-paper=16",
-        f"frequency={sparse}",
-        f"dense={dense},kurtosis={sparse}",
-        f"dense={2 * dense},kurtosis={sparse}",
-    ]
-    return [
-        Contender("RTN", "rtn"),
-        Contender("HQQ", "hqq"),
-        *(Contender(f"MiLo {policy}", "paper", policy) for policy in policies),
-    ]
+def split_text(text: Path, calibration: Path | None, output: Path, share: float = 0.3) -> tuple[Path, Path]:
+    """Return files of what is scored and what calibrates: two texts, or the two parts of one, cut at a line."""
+    if calibration is not None:
+        return text, calibration
+    content = text.read_text(encoding="utf-8")
+    cut = content.find("\n", int(len(content) * (1 - share))) + 1
+    if cut == 0:
+        raise ValueError(f"{text}: no line break in its last part to cut it at; pass --calibration FILE")
+    parts = output / "scored.txt", output / "calibration.txt"
+    for path, part in zip(parts, (content[:cut], content[cut:]), strict=True):
+        path.write_text(part, encoding="utf-8")
+    return parts
 
 
-def main() -> None:
-    """Measure all contenders and write the results."""
+def _extra(text: str) -> Contender:
+    name, _, arguments = text.partition("=")
+    return Contender(name, "added", tuple(shlex.split(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections: Sequence[str] = list(SECTIONS)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--dense", type=int, default=32, help="rank of attention and shared experts")
-    parser.add_argument("--sparse", type=int, default=8, help="mean rank of routed experts")
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--max-windows", type=int, default=128)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--calibration", type=Path, help="text for calibration (default: the last 30 %% of --text)")
+    parser.add_argument("--section", nargs="+", choices=sections, default=["main"])
+    parser.add_argument("--only", default="", help="only contenders whose names match this pattern (and HQQ)")
+    parser.add_argument("--add", action="append", default=[], metavar="NAME=ARGUMENTS", help="one more contender")
+    parser.add_argument("--window", type=int, default=Settings.window)
+    parser.add_argument("--windows", type=int, default=Settings.windows, help="of a seed, at most")
+    parser.add_argument("--seeds", type=int, default=Settings.seeds)
+    parser.add_argument("--calibration-windows", type=int, default=Settings.calibration_windows)
+    parser.add_argument("--batch", type=int, default=Settings.batch, help="windows of a forward pass")
+    parser.add_argument("--rounds", type=int, default=Settings.rounds, help="cap for the paper's method")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    rows = list(measure(arguments))
-    for row in rows:
-        row["gap_closed"] = gap_closed(row, rows)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"model": arguments.model.name, "text": arguments.text.name, **environment(arguments), "rows": rows}
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
-    print(format_table(rows))
-
-
-def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield one row a contender: name, bits, perplexity, seconds."""
-    tokens = read_tokens(arguments.model, arguments.text)
-    source = load_model(arguments.model, device=arguments.device)
-    yield {"name": "bf16", "bits": 16.0, **score(source, tokens, arguments)}
-    entries = contenders(arguments.dense, arguments.sparse)
-    counts = {}
-    if any(needs_counts(parse_policies(entry.ranks)) for entry in entries):
-        # from the end of the text, which the windows below do not reach
-        counts = count_experts_used(source, tokens[-COUNT_WINDOWS * arguments.window :])
-    for entry in entries:
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            conversion = Conversion(
-                Recipe(method=entry.method), parse_policies(entry.ranks), expert_counts=counts, device=arguments.device
-            )
-            out = convert(arguments.model, Path(folder) / "out", conversion, progress=False).out
-            seconds = time.monotonic() - start
-            report = inspect_checkpoint(out)
-            model = load_model(out, device=arguments.device)
-        row = {"name": entry.name, "bits": report["bits_per_weight"], **score(model, tokens, arguments)}
-        row |= {"relative_error": report["relative_error"], "seconds": round(seconds, 1)}
-        print(f"{row['name']:<36}{row['bits']:8.3f}{row['perplexity']:10.4f}", flush=True)
-        yield row
-
-
-def score(model: Any, tokens: torch.Tensor, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return perplexity and protocol."""
-    found = perplexity(model, tokens, arguments.max_windows, window=arguments.window, stride=arguments.window)
-    return {"perplexity": found.perplexity, "windows": found.windows, "protocol": found.protocol}
-
-
-def gap_closed(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the share of HQQ's distance to bf16 in perplexity that a row closes."""
-    best, worst = (next(r["perplexity"] for r in rows if r["name"] == name) for name in ("bf16", "HQQ"))
-    return (worst - row["perplexity"]) / (worst - best)
-
-
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the numbers were made with."""
-    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine()
-    return {"vllm_milo": __version__, "torch": torch.__version__, "device": device}
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = ["| method | bits a weight | perplexity | gap closed |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['name']} | {row['bits']:.3f} | {row['perplexity']:.3f} | {row['gap_closed']:.2f} |" for row in rows
-    ]
-    return "\n".join(lines)
+    parser.add_argument("--quantize-device", help="where `milo quantize` runs (default: --device)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of `milo quantize`")
+    parser.add_argument("--max-seconds", type=float, default=3600, help="give up contenders after this time")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

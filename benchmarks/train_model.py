@@ -5,7 +5,8 @@
 DATA holds token ids (train.bin.xz and valid.bin, uint16) and the tokenizer they were made with. The preset
 ``bundled`` made tests/assets/tiny-qwen2-moe; it has a tokenizer of its own, so its text is encoded anew (with
 ``--encode-only`` into a data folder that later runs take, without a GPU). ``large`` is the
-few-hundred-million-parameter model of the accuracy report. Training needs a GPU and takes minutes.
+few-hundred-million-parameter model of benchmarks/large_model.py, ``smoke`` a minute's check of all that on a CPU.
+Training of the others needs a GPU and takes minutes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import json
 import lzma
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +47,8 @@ class Preset:
 
 PRESETS = {
     "bundled": Preset(128, 4, 4, 12, 3, 128, 256, 4096, epochs=3.0, batch=64, learning_rate=4e-3),
-    "large": Preset(1024, 8, 16, 16, 2, 1024, 1024, None, epochs=2.0, batch=48, learning_rate=8e-4),
+    "large": Preset(1024, 8, 16, 16, 2, 1024, 1024, None, epochs=3.0, batch=48, learning_rate=8e-4),
+    "smoke": Preset(64, 2, 4, 4, 2, 64, 64, None, epochs=0.005, batch=8, learning_rate=4e-3),
 }
 
 
@@ -56,28 +60,46 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encode-only", action="store_true", help="write a data folder to OUT and stop")
     parser.add_argument("--max-steps", type=int, default=None)
+    parser.add_argument("--train-seconds", type=float, default=math.inf, help="end the schedule after this time")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
     preset = PRESETS[arguments.preset]
-    tokenizer, train, valid = load_data(arguments.data, preset.vocabulary)
     if arguments.encode_only:
-        save_data(arguments.out, tokenizer, train, valid)
+        save_data(arguments.out, *load_data(arguments.data, preset.vocabulary))
         return
-    model = build_model(preset, tokenizer).to(arguments.device)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {train.numel() / 1e6:.1f} M tokens")
-    run_training(model, train, preset, arguments.max_steps)
-    record = {
-        "valid_loss": validation_loss(model, valid),
-        "unigram_loss": unigram_loss(train, valid, len(tokenizer)),
-        "tokens": train.numel(),
-        "preset": arguments.preset,
-    }
-    print(record)
-    model.to(torch.bfloat16).save_pretrained(arguments.out, max_shard_size="4GB")
-    tokenizer.save_pretrained(arguments.out)
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    limits = Limits(arguments.max_steps, arguments.train_seconds)
+    train_and_save(arguments.preset, arguments.data, arguments.out, limits, arguments.device, arguments.seed)
+
+
+class Limits(NamedTuple):
+    """What ends training before the preset's epochs: steps, or seconds since its start."""
+
+    steps: int | None = None
+    seconds: float = math.inf
+
+
+def train_and_save(
+    name: str, data: Path, out: Path, limits: Limits, device: str = "cuda", seed: int = 0
+) -> dict[str, Any]:
+    """Train a preset, save model, tokenizer and training.json into ``out``; return what training.json holds."""
+    torch.manual_seed(seed)
+    preset = PRESETS[name]
+    tokenizer, train, valid = load_data(data, preset.vocabulary)
+    model: Any = build_model(preset, tokenizer)
+    model.to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.1f} M parameters, {train.numel() / 1e6:.1f} M tokens", flush=True)
+    start = time.monotonic()
+    record: dict[str, Any] = {"preset": name, "parameters": parameters, "tokens": train.numel()}
+    record |= run_training(model, train, preset, limits)
+    record |= {"seconds": round(time.monotonic() - start, 1), "valid_loss": validation_loss(model, valid)}
+    record["unigram_loss"] = unigram_loss(train, valid, len(tokenizer))
+    print(record, flush=True)
+    model.save_pretrained(out, max_shard_size="4GB")
+    tokenizer.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def load_data(folder: Path, vocabulary: int | None) -> tuple[PreTrainedTokenizerFast, torch.Tensor, torch.Tensor]:
@@ -138,36 +160,71 @@ def build_model(preset: Preset, tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeF
     return model
 
 
-def run_training(model: Qwen2MoeForCausalLM, ids: torch.Tensor, preset: Preset, max_steps: int | None) -> None:
-    """AdamW with warm-up and cosine decay, bf16 autocast over fp32 weights, random windows of the text."""
+def run_training(model: Any, ids: torch.Tensor, preset: Preset, limits: Limits) -> dict[str, float | int]:
+    """Train in place: AdamW with warm-up and cosine decay, over shuffled windows, each once an epoch.
+
+    Model and gradients are bf16, the optimizer's weights fp32: grouped GEMMs of experts are fast in bf16 only, and
+    autocast does not reach them. The schedule follows steps or time, whichever is further, so that it always decays
+    to its end. Leaves the model in bf16.
+
+    Returns:
+        steps taken, epochs, and the last loss.
+    """
     device = model.device
-    steps = int(preset.epochs * ids.numel() / (preset.batch * CONTEXT))
-    steps = min(steps, max_steps) if max_steps else steps
-    optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / steps))),
+    steps = max(1, int(preset.epochs * ids.numel() / (preset.batch * CONTEXT)))
+    steps = min(steps, limits.steps) if limits.steps else steps
+    warmup = min(100, max(1, steps // 20))
+    masters = [parameter.detach().clone() for parameter in model.parameters()]
+    model.to(torch.bfloat16)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        masters, lr=preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
     )
-    ids = ids.to(device)
+    batches = shuffled_batches(ids.to(device), preset.batch)
     start = time.monotonic()
-    for step in range(steps):
-        offsets = torch.randint(0, ids.numel() - CONTEXT, (preset.batch,), device=device)
-        batch = ids[offsets[:, None] + torch.arange(CONTEXT, device=device)]
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False).loss
+    step, done, loss = 0, 0.0, torch.zeros(())
+    while done < 1:
+        batch = next(batches)
+        loss = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for master, parameter in zip(masters, parameters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        for group in optimizer.param_groups:
+            group["lr"] = preset.learning_rate * schedule(done, (step + 1) / warmup)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 200 == 0 or step == steps - 1:
+        with torch.no_grad():
+            for master, parameter in zip(masters, parameters, strict=True):
+                parameter.copy_(master)
+        model.zero_grad(set_to_none=True)
+        if step % 100 == 0:
             print(f"step {step}/{steps} loss {loss.item():.3f} {time.monotonic() - start:.0f} s", flush=True)
+        step += 1
+        done = max(step / steps, (time.monotonic() - start) / limits.seconds)
+    epochs = step * preset.batch * CONTEXT / ids.numel()
+    print(f"step {step} loss {loss.item():.3f} {time.monotonic() - start:.0f} s", flush=True)
+    return {"steps": step, "epochs": round(epochs, 3), "train_loss": loss.item()}
+
+
+def schedule(done: float, rise: float, floor: float = 0.02) -> float:
+    """Return the learning rate's factor: ``rise`` while that is below a cosine from 1 down to ``floor``."""
+    return min(rise, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def shuffled_batches(ids: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
+    """Yield batches of windows [batch, CONTEXT] without end; in each epoch every window once, cut anew."""
+    while True:
+        offset = int(torch.randint(0, CONTEXT, ()))
+        number = (ids.numel() - offset) // CONTEXT
+        windows = ids[offset : offset + number * CONTEXT].view(number, CONTEXT)
+        order = torch.randperm(number).to(ids.device)
+        for start in range(0, number - batch + 1, batch):
+            yield windows[order[start : start + batch]]
 
 
 @torch.inference_mode()
 def validation_loss(model: Qwen2MoeForCausalLM, ids: torch.Tensor, windows: int = 128) -> float:
-    """Return the mean loss in nats a token over windows of the held-out text, in float32."""
+    """Return the mean loss in nats a token over windows of the held-out text, in the model's dtype."""
     losses = [
         model(input_ids=window, labels=window, use_cache=False, output_router_logits=False).loss.item()
         for window in ids[: windows * CONTEXT].view(-1, 1, CONTEXT).to(model.device)
