@@ -27,8 +27,8 @@ from .evaluate import (
     read_tokens,
 )
 from .inspect import format_report, inspect_checkpoint
-from .milo import METHODS, Recipe
 from .ranks import POLICIES, RANK_MULTIPLE, parse_policies
+from .recipe import METHODS, PLAIN_METHODS, Recipe
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FACTOR_BITS = {"int3": 3, "int8": 8, "16": 16}
@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="folder of the source model (safetensors)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--method", choices=METHODS, default="paper", help="default: %(default)s")
-    parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for paper, else none.")
+    parser.add_argument("--method", choices=METHODS, default="milo", help="default: %(default)s")
+    parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for milo and paper.")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64)
     parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
     parser.add_argument("--max-rounds", type=int, default=Recipe.max_rounds, help="default: %(default)s")
@@ -112,9 +112,9 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
     ranks = arguments.ranks
     if ranks is None:
-        ranks = DEFAULT_RANKS if arguments.method == "paper" else ""
+        ranks = DEFAULT_RANKS if arguments.method in ("milo", "paper") else ""
     policies = parse_policies(ranks)
-    if policies and arguments.method in ("rtn", "hqq"):
+    if policies and arguments.method in PLAIN_METHODS:
         raise ConversionError(f"--ranks needs compensators, which --method {arguments.method} has not")
     if arguments.max_rounds < 1:
         raise ConversionError("--max-rounds must be at least 1")
