@@ -7,11 +7,14 @@ the metric of the second moments if there are any. The best state seen is what c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .compensator import StoredFactor
+from .error_feedback import feedback_factor, quantize_with_feedback
+from .least_squares import FITS as COLD_FITS
 from .least_squares import quantize_mse
 from .low_rank import StoredPair, leading_rows, store_pair
 from .metric import Metric, Moments
@@ -23,6 +26,10 @@ WARM_FITS = 2
 RELAXATION = 1.5
 """The compensator is fitted to C + 1.5·(E - C), C the last one and E the base's error: a step past the paper's, which
 gets further in the same rounds; the first and the last round take the plain step."""
+
+
+BaseQuantizer = Callable[[torch.Tensor, GroupQuantized | None], GroupQuantized]
+"""Weights [B, N, K] and the result of the round before, or None, to codes and grids."""
 
 
 @dataclass
@@ -50,16 +57,35 @@ def quantize_jointly(weights: torch.Tensor, rank: int, moments: Moments, recipe:
     Returns:
         The best state seen.
     """
-    metric = Metric.of(moments)
-    importance = metric.importance(of_inputs=True)
-    if rank == 0:
-        return State(quantize_mse(weights, recipe.group_size, importance), None, torch.empty(0))
     refuse_bad_scales(weights, recipe.group_size)
+    metric = Metric.of(moments)
+    if rank == 0:
+        return State(_base_quantizer(metric, recipe)(weights, None), None, torch.empty(0))
     zeros = torch.zeros_like(weights)
     best = _alternate(weights, zeros, rank, metric, recipe, dtype)
     return _better(
         best, _alternate(weights, _low_rank_part(weights, rank, metric, recipe, dtype), rank, metric, recipe, dtype)
     )
+
+
+def _base_quantizer(metric: Metric, recipe: Recipe) -> BaseQuantizer:
+    """Return the quantizer for a metric: with error feedback where the inputs' second moment is full."""
+    if metric.right is not None and metric.right.dim() == 3:
+        factor = feedback_factor(metric.right)
+
+        def with_feedback(weights: torch.Tensor, start: GroupQuantized | None) -> GroupQuantized:
+            return quantize_with_feedback(
+                weights, recipe.group_size, factor, start, COLD_FITS if start is None else WARM_FITS
+            )
+
+        return with_feedback
+    importance = metric.importance(of_inputs=True)
+
+    def plain(weights: torch.Tensor, start: GroupQuantized | None) -> GroupQuantized:
+        fits = COLD_FITS if start is None else WARM_FITS
+        return quantize_mse(weights, recipe.group_size, importance, start, fits, strict=False)
+
+    return plain
 
 
 def _low_rank_part(
@@ -76,9 +102,9 @@ def _alternate(
     weights: torch.Tensor, compensator: torch.Tensor, rank: int, metric: Metric, recipe: Recipe, dtype: torch.dtype
 ) -> State:
     """Alternate from a first compensator [B, N, K]; return the best state of each matrix."""
-    importance = metric.importance(of_inputs=True)
+    quantize = _base_quantizer(metric, recipe)
     generator = torch.Generator(weights.device).manual_seed(recipe.seed)
-    base = quantize_mse(weights - compensator, recipe.group_size, importance, strict=False)
+    base = quantize(weights - compensator, None)
     best: State | None = None
     start: torch.Tensor | None = None
     for step in range(recipe.max_rounds):
@@ -90,7 +116,7 @@ def _alternate(
         pair = store_pair(target, whitened, left, metric, recipe.factor_bits, dtype)
         compensator = pair.product()
         rest = weights - compensator
-        base = quantize_mse(rest, recipe.group_size, importance, base, WARM_FITS, strict=False)
+        base = quantize(rest, base)
         state = State(base, pair, metric.cost(rest - base.dequantize()))
         best = state if best is None else _better(best, state)
     assert best is not None

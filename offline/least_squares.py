@@ -50,14 +50,27 @@ def quantize_mse(
     Raises:
         ScaleError: a group's range does not fit fp16.
     """
+    old = None if start is None else Grid(start.scale, start.zero)
+    grid = fit_grid(weights, group_size, importance, old, fits, strict)
+    return encode(weights.unflatten(-1, (-1, group_size)), grid)
+
+
+def fit_grid(
+    weights: torch.Tensor,
+    group_size: int,
+    importance: torch.Tensor | None = None,
+    start: Grid | None = None,
+    fits: int = FITS,
+    strict: bool = False,
+) -> Grid:
+    """Return the grid that :func:`quantize_mse` finds for each group."""
     groups = weights.unflatten(-1, (-1, group_size))
     share = None if importance is None else _shares(importance, group_size)
-    fallback = Grid(*min_max(groups, strict))
-    best, error = fallback, None
-    starts = _clipped(fallback) if start is None else [Grid(start.scale, start.zero)]
-    for grid in starts:
+    best = Grid(*min_max(groups, strict))
+    error: torch.Tensor | None = None
+    for grid in _clipped(best) if start is None else [start]:
         best, error = _fit(groups, share, grid, best, error, fits)
-    return encode(groups, best)
+    return best
 
 
 def encode(groups: torch.Tensor, grid: Grid) -> GroupQuantized:
