@@ -7,8 +7,8 @@ costs in loss, on one scale for all matrices of the model.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from .ranks import Matrix
 
 MAX_FULL_SIZE = 8192
 """Sides up to this get full second moments; larger ones only the diagonal."""
+UNSEEN = 1e-12
+"""Second moment of what the text never reaches, so that such an expert is still quantized by plain squares."""
+WINDOW = 512
+"""Tokens of a window of :func:`spread_windows`."""
 PRIOR_TOKENS = 1.0
 """Correlations are shrunk as if so many times K tokens of uncorrelated inputs had been seen beside the real ones."""
 
@@ -44,11 +48,8 @@ class Moment:
     def shrunk(self, device: torch.device) -> torch.Tensor:
         """Return Σ a·aᵀ with correlations shrunk, [size, size] or [size]; the identity's share where none was seen."""
         if self.total is None:
-            return (
-                torch.full((self.size,), 1e-12, device=device).diag_embed()
-                if self.full
-                else torch.full((self.size,), 1e-12, device=device)
-            )
+            unseen = torch.full((self.size,), UNSEEN, device=device)
+            return unseen.diag_embed() if self.full else unseen
         total = self.total.to(device)
         if not self.full:
             return total
@@ -78,12 +79,28 @@ class Calibration:
             outputs.append(self.outputs[matrix.name].shrunk(device) / max(1, self.outputs[matrix.name].rows))
         return Moments(torch.stack(inputs), torch.stack(outputs))
 
-    def record(self, name: str, inputs: Moment, rows: torch.Tensor, outputs: torch.Tensor) -> None:
+    def record(self, name: str, inputs: Moment, outputs: torch.Tensor) -> None:
         """Take the inputs of a matrix, which others may share, and watch for the gradient at its outputs."""
         self.inputs.setdefault(name, inputs)
         moment = self.outputs.setdefault(name, Moment(outputs.shape[-1]))
         if outputs.requires_grad:
             outputs.register_hook(moment.add)
+
+
+def spread_windows(tokens: torch.Tensor, number: int, length: int = WINDOW) -> torch.Tensor:
+    """Return ``number`` windows [number, length], evenly spread over a text's token ids, as many as it holds.
+
+    Raises:
+        ConversionError: the text is shorter than one window, or the number not positive.
+    """
+    if number < 1:
+        raise ConversionError("--calibration-windows must be at least 1")
+    whole = tokens.numel() // length
+    if whole == 0:
+        raise ConversionError(f"the calibration text has {tokens.numel()} tokens; it needs at least {length}")
+    number = min(number, whole)
+    starts = [index * whole // number * length for index in range(number)]
+    return torch.stack([tokens[start : start + length] for start in starts])
 
 
 def calibrate(model: Any, windows: torch.Tensor, seed: int = 0, progress: bool = False) -> Calibration:
@@ -128,7 +145,7 @@ def _watch(model: Any, family: Family, calibration: Calibration) -> list[Callabl
             undo.append(module.register_forward_hook(_linear_hook(checkpoint, calibration)).remove)
         elif name.endswith(".experts") and hasattr(module, "gate_up_proj"):
             module.forward = _experts_forward(module, checkpoint, family, calibration)
-            undo.append(lambda module=module: delattr(module, "forward"))
+            undo.append(partial(delattr, module, "forward"))
     return undo
 
 
@@ -136,7 +153,7 @@ def _linear_hook(name: str, calibration: Calibration) -> Callable[..., None]:
     def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         moment = calibration.inputs.setdefault(name, Moment(args[0].shape[-1]))
         moment.add(args[0])
-        calibration.record(name, moment, args[0], output)
+        calibration.record(name, moment, output)
 
     return hook
 
@@ -144,7 +161,7 @@ def _linear_hook(name: str, calibration: Calibration) -> Callable[..., None]:
 def _experts_forward(module: Any, name: str, family: Family, calibration: Calibration) -> Callable[..., torch.Tensor]:
     """Return a forward of fused experts (transformers 5) that records every expert's inputs and gradients."""
     gate_name, up_name, down_name = family.projections
-    moments: dict[tuple[int, str], Moment] = defaultdict(lambda: Moment(0))
+    moments: dict[tuple[int, str], Moment] = {}
     inner = module.down_proj.shape[-1]
     hidden = module.down_proj.shape[-2]
     for expert in range(module.down_proj.shape[0]):
@@ -162,12 +179,12 @@ def _experts_forward(module: Any, name: str, family: Family, calibration: Calibr
             prefix = f"{name}.{expert}"
             moments[expert, "in"].add(rows)
             gate, up = torch.nn.functional.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            calibration.record(f"{prefix}.{gate_name}", moments[expert, "in"], rows, gate)
-            calibration.record(f"{prefix}.{up_name}", moments[expert, "in"], rows, up)
+            calibration.record(f"{prefix}.{gate_name}", moments[expert, "in"], gate)
+            calibration.record(f"{prefix}.{up_name}", moments[expert, "in"], up)
             middle = module.act_fn(gate) * up
             moments[expert, "mid"].add(middle)
             out = torch.nn.functional.linear(middle, module.down_proj[expert])
-            calibration.record(f"{prefix}.{down_name}", moments[expert, "mid"], middle, out)
+            calibration.record(f"{prefix}.{down_name}", moments[expert, "mid"], out)
             result = result.index_add(0, tokens, (out * top_k_weights[tokens, place, None]).to(result.dtype))
         return result
 

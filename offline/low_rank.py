@@ -48,8 +48,9 @@ def leading_rows(
     """
     rounds = 1 if start is not None else POWER_ITERATIONS
     if start is None:
-        shape = (matrix.shape[0], rank, matrix.shape[-1])
-        start = torch.randn(shape, generator=generator, device=matrix.device, dtype=matrix.dtype)
+        # one sketch for all, so that a matrix's result does not depend on its place in the batch
+        start = torch.randn(rank, matrix.shape[-1], generator=generator, device=matrix.device, dtype=matrix.dtype)
+        start = start.expand(*matrix.shape[:-2], -1, -1)
     right = start
     for _ in range(rounds):
         left = orthonormal_rows(right @ matrix.mT)

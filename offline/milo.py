@@ -80,14 +80,15 @@ def quantize_matrices(
     """
     if recipe.method == "milo":
         state = quantize_jointly(weights, rank, moments or Moments(), recipe, model_dtype)
-        u, v = state.pair if state.pair is not None else (None, None)
-        return _finish(weights, state.base, u, v, _rounds(weights, recipe.max_rounds if rank else 1))
+        rounds = _rounds(weights, recipe.max_rounds if rank else 1)
+        u, v = (state.pair.u, state.pair.v) if state.pair else (None, None)
+        return _finish(weights, state.base, u, v, rounds)
     if recipe.method in PLAIN_METHODS or rank == 0:
         quantizer = {"rtn": quantize_rtn, "mse": quantize_mse}.get(recipe.method, quantize_hqq)
         return _finish(weights, quantizer(weights, recipe.group_size), None, None, _rounds(weights, 1))
     base, real_u, real_v, rounds = _alternate(weights, rank, recipe)
-    stored = (store_factor(factor, recipe.factor_bits, model_dtype) for factor in (real_u, real_v))
-    return _finish(weights, base, *stored, rounds)
+    stored = [store_factor(factor, recipe.factor_bits, model_dtype) for factor in (real_u, real_v)]
+    return _finish(weights, base, stored[0], stored[1], rounds)
 
 
 def _rounds(weights: torch.Tensor, number: int) -> torch.Tensor:
