@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import torch
 
 from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES, CheckpointError
-from vllm_milo.shards import ShardError
+from vllm_milo.shards import ShardError, read_json
 
+from .calibration import Calibration, calibrate, spread_windows
 from .convert import Conversion, Summary, convert
 from .errors import ConversionError
 from .evaluate import (
@@ -27,8 +28,9 @@ from .evaluate import (
     read_tokens,
 )
 from .inspect import format_report, inspect_checkpoint
-from .milo import METHODS, Recipe
-from .ranks import POLICIES, RANK_MULTIPLE, parse_policies
+from .presets import DEFAULT_PRESET, PRESETS, Preset
+from .ranks import POLICIES, RANK_MULTIPLE, Policy, parse_policies
+from .recipe import METHODS, PLAIN_METHODS, Recipe
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FACTOR_BITS = {"int3": 3, "int8": 8, "16": 16}
@@ -39,6 +41,11 @@ uniform: all matrices; dense: attention, shared experts and dense FFNs; sparse: 
 kurtosis: routed experts, mean rank R, doubling with each 1 of excess kurtosis (at most 6 doublings);
 kurtosis-paper: the release's formula for 16 or 32; frequency: routed experts by use, mean rank R in each
 layer (needs --expert-counts). Ranks are rounded to multiples of {RANK_MULTIPLE} and capped at min(N, K)."""
+
+
+BUDGET_HELP = """average stored bits of a quantized weight, codes, scales, zero points and compensators counted.
+Without --ranks, method milo gives the ranks to the matrices where they remove most of the expected loss; with --ranks
+or a paper preset the policies are scaled to fit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,9 +93,19 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="folder of the source model (safetensors)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--method", choices=METHODS, default="paper", help="default: %(default)s")
-    parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for paper, else none.")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64)
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help=f"method, group size and ranks in one; default: {DEFAULT_PRESET}, unless --method or --ranks is given",
+    )
+    parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
+    parser.add_argument("--calibration", type=Path, metavar="TEXT", help="UTF-8 text to weigh errors by (method milo)")
+    parser.add_argument("--calibration-windows", type=int, default=64, help="default: %(default)s of 512 tokens")
+    parser.add_argument("--method", choices=METHODS, default=None, help="default: milo")
+    parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for milo and paper.")
+    parser.add_argument(
+        "--group-size", type=int, choices=GROUP_SIZES, default=None, help="default: the preset's, or 64"
+    )
     parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
     parser.add_argument("--max-rounds", type=int, default=Recipe.max_rounds, help="default: %(default)s")
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="layer to keep as it is")
@@ -110,29 +127,66 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    ranks = arguments.ranks
-    if ranks is None:
-        ranks = DEFAULT_RANKS if arguments.method == "paper" else ""
-    policies = parse_policies(ranks)
-    if policies and arguments.method in ("rtn", "hqq"):
-        raise ConversionError(f"--ranks needs compensators, which --method {arguments.method} has not")
+    preset = _preset(arguments)
+    method = preset.method if preset else arguments.method or Recipe.method
+    budget = arguments.budget_bits
+    if preset is not None:
+        policies = preset.policies(read_json(arguments.model / "config.json")) if preset.fractions else []
+        budget = preset.budget_bits if budget is None else budget
+    else:
+        policies = _policies(arguments, method)
     if arguments.max_rounds < 1:
         raise ConversionError("--max-rounds must be at least 1")
+    if preset is not None and preset.calibrated and arguments.calibration is None:
+        raise ConversionError(f"--preset {arguments.preset} needs --calibration TEXT, a text of the kind to be served")
+    if arguments.calibration is not None and method != "milo":
+        raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
     conversion = Conversion(
         recipe=Recipe(
-            method=arguments.method,
-            group_size=arguments.group_size,
+            method=method,
+            group_size=arguments.group_size or (preset.group_size if preset else Recipe.group_size),
             factor_bits=_FACTOR_BITS[arguments.factors],
             max_rounds=arguments.max_rounds,
             seed=arguments.seed,
         ),
         policies=policies,
+        budget_bits=budget,
+        calibration=_calibrate(arguments) if arguments.calibration else None,
         ignore=arguments.ignore,
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,
         overwrite=arguments.overwrite,
     )
     _print_summary(convert(arguments.model, arguments.output, conversion, progress=not arguments.quiet))
+
+
+def _preset(arguments: argparse.Namespace) -> Preset | None:
+    """Return the preset, or None where the method or the ranks are chosen by hand."""
+    by_hand = [f"--{name}" for name in ("method", "ranks") if getattr(arguments, name) is not None]
+    if arguments.preset is None:
+        return None if by_hand else PRESETS[DEFAULT_PRESET]
+    if by_hand:
+        raise ConversionError(f"--preset {arguments.preset} and {by_hand[0]} exclude each other; drop one")
+    return PRESETS[arguments.preset]
+
+
+def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
+    if method in PLAIN_METHODS:
+        for option, value in (("--ranks", arguments.ranks), ("--budget-bits", arguments.budget_bits)):
+            if value:
+                raise ConversionError(f"{option} needs compensators, which --method {method} has not")
+        return []
+    if arguments.ranks is None:
+        return [] if method == "milo" and arguments.budget_bits is not None else parse_policies(DEFAULT_RANKS)
+    return parse_policies(arguments.ranks)
+
+
+def _calibrate(arguments: argparse.Namespace) -> Calibration:
+    """Run the model on the calibration text, in windows spread over all of it."""
+    tokens = read_tokens(arguments.model, arguments.calibration)
+    windows = spread_windows(tokens, arguments.calibration_windows)
+    model = load_model(arguments.model, device=arguments.device)
+    return calibrate(model, windows, arguments.seed, progress=not arguments.quiet)
 
 
 DEFAULT_RANKS = "dense=64"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from vllm_milo import __version__
 from vllm_milo.checkpoint import (
@@ -32,40 +30,20 @@ from vllm_milo.kernels.packing import pack_codes
 from vllm_milo.validation import validate_checkpoint
 
 from .compensator import StoredFactor
+from .conversion import Conversion
 from .errors import ConversionError
-from .milo import Quantized, Recipe, quantize_matrices
-from .ranks import Matrix, Policy, Statistics, assign_ranks, needs_counts, needs_kurtosis
+from .metric import Moments
+from .milo import Quantized, quantize_matrices
+from .planning import batches, excess_kurtosis, plan_ranks, progress_bar
+from .ranks import Matrix
 from .reader import Layer, ModelReader
-from .writer import SHARD_BYTES, CheckpointWriter
+from .recipe import Recipe
+from .writer import CheckpointWriter
+
+__all__ = ["Conversion", "Summary", "convert", "excess_kurtosis", "rank_table"]
 
 REPORT_NAME = "milo_report.json"
-BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
-"""Most weights that the solver takes at once: on a CPU what its cache holds, on a GPU what fills it. The solver
-needs about ten float32 copies of them."""
 _FUSED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """Everything that decides a conversion's result, and where it runs.
-
-    Attributes:
-        recipe: method, group size, factor bits, rounds, seed.
-        policies: rank policies, added up.
-        ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
-        expert_counts: uses of each expert, by experts' name; for the frequency policy.
-        device: where the arithmetic runs.
-        shard_bytes: size of an output shard.
-        overwrite: replace an existing output folder.
-    """
-
-    recipe: Recipe = field(default_factory=Recipe)
-    policies: Sequence[Policy] = ()
-    ignore: Sequence[str] = ()
-    expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    device: str = "cpu"
-    shard_bytes: int = SHARD_BYTES
-    overwrite: bool = False
 
 
 class Summary(NamedTuple):
@@ -114,15 +92,16 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
     )
     for matrix in matrices:
         base_format.check_matrix(matrix.name, matrix.n, matrix.k)
-    statistics = _statistics(reader, plan, conversion, device, progress)
-    ranks, warnings = assign_ranks(conversion.policies, matrices, statistics)
+    if conversion.calibration is not None and conversion.recipe.method != "milo":
+        raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
+    ranks, warnings = plan_ranks(reader, plan, conversion, device, progress)
     fmt = MiLoFormat(
         base_format.group_size, base_format.compensator, rank_table(matrices, ranks), ignore, base_format.recipe
     )
     report: dict[str, MatrixReport] = {}
     with CheckpointWriter(out, conversion.overwrite, conversion.shard_bytes) as writer:
-        for layer in _bar(plan, "quantize", progress):
-            report |= _convert_layer(reader, layer, ranks, conversion.recipe, device, writer)
+        for layer in progress_bar(plan, "quantize", progress):
+            report |= _convert_layer(reader, layer, ranks, conversion, device, writer)
         config = reader.config | {"quantization_config": fmt.to_dict()}
         writer.seal(config, source, {REPORT_NAME: _report(report)})
         validate_checkpoint(writer.partial)
@@ -159,25 +138,20 @@ def rank_table(matrices: Sequence[Matrix], ranks: Mapping[str, int]) -> RankTabl
     return RankTable(0, modules, experts)
 
 
-def excess_kurtosis(values: torch.Tensor) -> float:
-    """Return E[(x - μ)⁴]/σ⁴ - 3 over all entries (the paper's section 2.1), 0 for a constant matrix."""
-    centered = values.double() - values.double().mean()
-    variance = centered.square().mean()
-    return float(centered.pow(4).mean() / variance.square() - 3) if variance > 0 else 0.0
-
-
 def _convert_layer(
     reader: ModelReader,
     layer: Layer,
     ranks: Mapping[str, int],
-    recipe: Recipe,
+    conversion: Conversion,
     device: torch.device,
     writer: CheckpointWriter,
 ) -> dict[str, MatrixReport]:
     report: dict[str, MatrixReport] = {}
-    for batch, weights in _batches(reader.load_layer(layer, device), ranks):
+    calibration = conversion.calibration
+    for batch, weights in batches(reader.load_layer(layer, device), ranks, calibration is not None):
         rank = ranks[batch[0].name]
-        result = _quantize_named(batch, weights, rank, recipe, reader.dtype)
+        moments = calibration.moments(batch, device) if calibration else Moments()
+        result = _quantize_named(batch, weights, rank, conversion.recipe, reader.dtype, moments)
         for index, matrix in enumerate(batch):
             _write_matrix(writer, matrix.name, result, index)
             report[matrix.name] = MatrixReport(float(result.errors[index]), rank, int(result.rounds[index]))
@@ -186,30 +160,23 @@ def _convert_layer(
     return report
 
 
-def _batches(
-    matrices: Iterator[tuple[Matrix, torch.Tensor]], ranks: Mapping[str, int]
-) -> Iterator[tuple[list[Matrix], torch.Tensor]]:
-    """Group a layer's matrices by shape and rank, so that the solver works on many at once."""
-    groups: dict[tuple[int, int, int], list[tuple[Matrix, torch.Tensor]]] = defaultdict(list)
-    for matrix, weights in matrices:
-        groups[matrix.n, matrix.k, ranks[matrix.name]].append((matrix, weights))
-    for (n, k, _), members in groups.items():
-        size = max(1, BATCH_ELEMENTS.get(members[0][1].device.type, 2**26) // (n * k))
-        for start in range(0, len(members), size):
-            chunk = members[start : start + size]
-            yield [matrix for matrix, _ in chunk], torch.stack([weights for _, weights in chunk])
-
-
 def _quantize_named(
-    batch: Sequence[Matrix], weights: torch.Tensor, rank: int, recipe: Recipe, dtype: torch.dtype
+    batch: Sequence[Matrix],
+    weights: torch.Tensor,
+    rank: int,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    moments: Moments,
 ) -> Quantized:
     """Quantize a batch; on failure find the matrix that fails and name it."""
     try:
-        return quantize_matrices(weights, rank, recipe, dtype)
+        return quantize_matrices(weights, rank, recipe, dtype, moments)
     except ConversionError as error:
-        for matrix, single in zip(batch, weights.split(1), strict=True):
+        for index, matrix in enumerate(batch):
+            one = slice(index, index + 1)
+            single = Moments(*(None if part is None else part[one] for part in moments))
             try:
-                quantize_matrices(single, rank, recipe, dtype)
+                quantize_matrices(weights[one], rank, recipe, dtype, single)
             except ConversionError as single_error:
                 raise type(error)(f"{matrix.name}: {single_error}") from error
         raise
@@ -231,21 +198,6 @@ def _write_factor(
     writer.add(f"{name}.{tensor}", pack_codes(values) if values.dtype == torch.uint8 else values)
     if factor.scale is not None:
         writer.add(f"{name}.{scale}", factor.scale[index])
-
-
-def _statistics(
-    reader: ModelReader, plan: Sequence[Layer], conversion: Conversion, device: torch.device, progress: bool
-) -> Statistics:
-    kurtosis: dict[str, float] = {}
-    if needs_kurtosis(conversion.policies):
-        for layer in _bar(plan, "kurtosis", progress):
-            for matrix, weights in reader.load_layer(layer, device):
-                kurtosis[matrix.name] = excess_kurtosis(weights)
-    if needs_counts(conversion.policies) and not conversion.expert_counts:
-        raise ConversionError(
-            "--ranks frequency=… needs --expert-counts FILE.json; make it with `milo stats MODEL --text FILE`"
-        )
-    return Statistics(kurtosis, conversion.expert_counts)
 
 
 def _without_ignored(layer: Layer, ignore: Sequence[str]) -> Layer:
@@ -280,7 +232,12 @@ def _check_ignore(ignore: Sequence[str], matrices: Sequence[Matrix]) -> None:
 
 def _recipe_record(conversion: Conversion) -> dict[str, Any]:
     policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
-    return {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
+    record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
+    if conversion.budget_bits is not None:
+        record["budget_bits"] = conversion.budget_bits
+    if conversion.calibration is not None:
+        record["calibration_tokens"] = conversion.calibration.tokens
+    return record
 
 
 def _report(report: Mapping[str, MatrixReport]) -> dict[str, Any]:
@@ -295,7 +252,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConversionError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     return device
-
-
-def _bar(plan: Sequence[Layer], what: str, progress: bool) -> Iterator[Layer]:
-    return iter(tqdm(plan, desc=what, unit="layer", disable=not progress, file=sys.stderr))

@@ -52,6 +52,8 @@ class Family:
         projections: an expert's gate, up and down projection.
         shared: name of the shared expert inside the block, if any.
         num_experts_keys: config.json keys that may hold the number of experts.
+        normalizes_router: whether the weights of a token's experts add up to 1, where config.json
+            (``norm_topk_prob``) does not say.
     """
 
     model_type: str
@@ -59,6 +61,7 @@ class Family:
     projections: Projections = LLAMA_PROJECTIONS
     shared: str | None = None
     num_experts_keys: tuple[str, ...] = ("num_experts",)
+    normalizes_router: bool = False
 
     def kind(self, module: str) -> Kind | None:
         """Return what the matrix ``module`` is part of; None for what is never quantized."""
@@ -121,6 +124,7 @@ FAMILIES = {
             moe="block_sparse_moe",
             projections=Projections("w1", "w3", "w2"),
             num_experts_keys=("num_local_experts",),
+            normalizes_router=True,
         ),
         Family("qwen2_moe", shared="shared_expert"),
         Family("qwen3_moe", num_experts_keys=("num_experts", "num_local_experts")),

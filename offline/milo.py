@@ -1,4 +1,6 @@
-"""MiLo's alternating optimization: quantize W - UᵀV, then fit UᵀV to the error, until neither helps.
+"""One entry for every method, and MiLo's alternating optimization as published.
+
+The paper's loop: quantize W - UᵀV, then fit UᵀV to the error, until neither helps.
 
 Works on a batch of matrices of one shape and one rank; each stops by itself.
 """
@@ -11,33 +13,16 @@ from typing import NamedTuple
 import torch
 
 from .compensator import StoredFactor, store_factor, truncated_svd
-from .quantizer import QUANTIZERS, GroupQuantized
+from .joint import quantize_jointly
+from .least_squares import quantize_mse
+from .metric import Moments
+from .quantizer import GroupQuantized, quantize_hqq, quantize_rtn
+from .recipe import METHODS, PLAIN_METHODS, Recipe
 
-MAX_ROUNDS = 20
 WINDOW = 3
 MIN_IMPROVEMENT = 1e-4
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is quantized.
-
-    Attributes:
-        method: ``rtn`` and ``hqq`` quantize without compensators; ``paper`` is MiLo as published.
-        group_size: weights along K that share a scale and a zero point.
-        factor_bits: storage of the factors: 3, 8 or 16.
-        max_rounds: cap on the alternating rounds.
-        seed: of the randomized SVD.
-    """
-
-    method: str = "paper"
-    group_size: int = 64
-    factor_bits: int = 3
-    max_rounds: int = MAX_ROUNDS
-    seed: int = 0
-
-
-METHODS = ("rtn", "hqq", "paper")
+__all__ = ["METHODS", "Quantized", "Recipe", "quantize_matrices"]
 
 
 class Quantized(NamedTuple):
@@ -78,7 +63,9 @@ class _Progress:
         self.active = self.active & ((before - now) / before.clamp(min=1e-30) >= MIN_IMPROVEMENT)
 
 
-def quantize_matrices(weights: torch.Tensor, rank: int, recipe: Recipe, model_dtype: torch.dtype) -> Quantized:
+def quantize_matrices(
+    weights: torch.Tensor, rank: int, recipe: Recipe, model_dtype: torch.dtype, moments: Moments | None = None
+) -> Quantized:
     """Quantize a batch of matrices of one shape, with compensators of one rank.
 
     Args:
@@ -86,30 +73,32 @@ def quantize_matrices(weights: torch.Tensor, rank: int, recipe: Recipe, model_dt
         rank: compensator rank; 0 for none.
         recipe: method, group size, factor bits, rounds, seed.
         model_dtype: the model's dtype, in which 16-bit factors are stored.
+        moments: what errors cost (method ``milo`` only); None for plain squares.
 
     Raises:
         ScaleError: a group's scale does not fit fp16.
     """
-    quantizer = QUANTIZERS["rtn" if recipe.method == "rtn" else "hqq"]
-    if rank == 0:
-        base = quantizer(weights, recipe.group_size)
-        ones = torch.ones(weights.shape[0], dtype=torch.int64, device=weights.device)
-        return _finish(weights, base, None, None, ones)
-    base, u, v, rounds = _alternate(weights, rank, recipe)
-    return _finish(
-        weights,
-        base,
-        store_factor(u, recipe.factor_bits, model_dtype),
-        store_factor(v, recipe.factor_bits, model_dtype),
-        rounds,
-    )
+    if recipe.method == "milo":
+        state = quantize_jointly(weights, rank, moments or Moments(), recipe, model_dtype)
+        rounds = _rounds(weights, recipe.max_rounds if rank else 1)
+        u, v = (state.pair.u, state.pair.v) if state.pair else (None, None)
+        return _finish(weights, state.base, u, v, rounds)
+    if recipe.method in PLAIN_METHODS or rank == 0:
+        quantizer = {"rtn": quantize_rtn, "mse": quantize_mse}.get(recipe.method, quantize_hqq)
+        return _finish(weights, quantizer(weights, recipe.group_size), None, None, _rounds(weights, 1))
+    base, real_u, real_v, rounds = _alternate(weights, rank, recipe)
+    stored = [store_factor(factor, recipe.factor_bits, model_dtype) for factor in (real_u, real_v)]
+    return _finish(weights, base, stored[0], stored[1], rounds)
+
+
+def _rounds(weights: torch.Tensor, number: int) -> torch.Tensor:
+    return torch.full(weights.shape[:1], number, dtype=torch.int64, device=weights.device)
 
 
 def _alternate(
     weights: torch.Tensor, rank: int, recipe: Recipe
 ) -> tuple[GroupQuantized, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the alternating rounds; each matrix keeps the state of the round it stopped in."""
-    quantizer = QUANTIZERS["hqq"]
     generator = torch.Generator(weights.device).manual_seed(recipe.seed)
     batch, n, k = weights.shape
     u = weights.new_zeros(batch, rank, n)
@@ -119,7 +108,7 @@ def _alternate(
     base: GroupQuantized | None = None
     for _ in range(recipe.max_rounds):
         active = progress.active
-        fresh = quantizer(weights - u.mT @ v, recipe.group_size)
+        fresh = quantize_hqq(weights - u.mT @ v, recipe.group_size)
         base = fresh if base is None else _merge(base, fresh, active)
         residual = weights - base.dequantize()
         new_u, new_v = truncated_svd(residual, rank, generator)

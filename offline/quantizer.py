@@ -6,7 +6,6 @@ always chosen against the fp16 scale and zero point that are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,9 +35,6 @@ class GroupQuantized(NamedTuple):
         return _dequantize(_groups(self.codes, self.scale).float(), self.scale, self.zero).flatten(-2)
 
 
-Quantizer = Callable[[torch.Tensor, int], GroupQuantized]
-
-
 class ScaleError(ConversionError):
     """A group's scale or zero point does not fit fp16."""
 
@@ -54,7 +50,7 @@ def quantize_rtn(weights: torch.Tensor, group_size: int) -> GroupQuantized:
         ScaleError: a group's range does not fit fp16.
     """
     groups = weights.unflatten(-1, (-1, group_size))
-    scale, zero = _min_max(groups)
+    scale, zero = min_max(groups)
     return _encode(groups, scale, zero)
 
 
@@ -73,7 +69,7 @@ def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
         ScaleError: a group's range does not fit fp16.
     """
     groups = weights.unflatten(-1, (-1, group_size))
-    scale, zero = _min_max(groups)
+    scale, zero = min_max(groups)
     constant = groups.amax(-1) == groups.amin(-1)
     step = scale.float().unsqueeze(-1)
     scaled = groups / step
@@ -100,11 +96,16 @@ def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
     return _encode(groups, scale, _fit_zero(best_zero))
 
 
-QUANTIZERS: dict[str, Quantizer] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
+def refuse_bad_scales(weights: torch.Tensor, group_size: int) -> None:
+    """Raise ScaleError where a group of ``weights`` [..., N, K] cannot be stored with an fp16 scale."""
+    min_max(weights.unflatten(-1, (-1, group_size)))
 
 
-def _min_max(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fp16 scale and zero point from the range of each group [..., G, g]."""
+def min_max(groups: torch.Tensor, strict: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fp16 scale and zero point from the range of each group [..., G, g].
+
+    ``strict`` refuses matrices that the smallest normal scale would lose a visible part of.
+    """
     low, high = groups.amin(-1), groups.amax(-1)
     largest = torch.maximum(low.abs(), high.abs())
     constant = low == high
@@ -113,7 +114,8 @@ def _min_max(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _refuse_large_scales(scale)
     # An fp16 zero point has 11 bits, so it cannot address a grid finer than 1/2048 of the largest weight.
     scale = torch.maximum(scale, largest / 2048)
-    _refuse_lossy_floor(scale, groups)
+    if strict:
+        _refuse_lossy_floor(scale, groups)
     stored = scale.clamp(MIN_SCALE, MAX_SCALE).half()
     zero = torch.where(constant, (low < 0).float(), -low / stored.float())
     # a constant too small for a normal scale is held by a fractional zero point instead

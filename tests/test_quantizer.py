@@ -2,8 +2,13 @@ import pytest
 import torch
 
 from vllm_milo.offline.compensator import store_factor, truncated_svd
+from vllm_milo.offline.least_squares import Grid, nearest_codes, quantize_mse, regress
 from vllm_milo.offline.milo import METHODS, Recipe, _Progress, quantize_matrices
-from vllm_milo.offline.quantizer import QUANTIZERS, ScaleError, quantize_hqq, quantize_rtn
+from vllm_milo.offline.quantizer import ScaleError, quantize_hqq, quantize_rtn
+from vllm_milo.offline.recipe import PLAIN_METHODS
+
+QUANTIZERS = {"rtn": quantize_rtn, "hqq": quantize_hqq, "mse": quantize_mse}
+PAPER = Recipe("paper")
 
 
 def heavy_tailed(*shape):
@@ -138,8 +143,8 @@ def test_stop_rule_needs_two_windows():
 
 def test_milo_reduces_the_error_and_reports_it():
     weights = heavy_tailed(3, 128, 192)
-    plain = quantize_matrices(weights, 0, Recipe(), torch.bfloat16)
-    result = quantize_matrices(weights, 32, Recipe(factor_bits=8), torch.bfloat16)
+    plain = quantize_matrices(weights, 0, PAPER, torch.bfloat16)
+    result = quantize_matrices(weights, 32, Recipe("paper", factor_bits=8), torch.bfloat16)
     assert (result.errors < 0.9 * plain.errors).all()
     expected = (weights - result.dequantize()).flatten(1).norm(dim=1) / weights.flatten(1).norm(dim=1)
     assert torch.allclose(result.errors, expected)
@@ -149,19 +154,57 @@ def test_milo_reduces_the_error_and_reports_it():
 
 def test_batches_do_not_mix_matrices():
     weights = heavy_tailed(3, 64, 128)
-    together = quantize_matrices(weights, 16, Recipe(), torch.bfloat16)
-    alone = [quantize_matrices(matrix[None], 16, Recipe(), torch.bfloat16) for matrix in weights]
+    together = quantize_matrices(weights, 16, PAPER, torch.bfloat16)
+    alone = [quantize_matrices(matrix[None], 16, PAPER, torch.bfloat16) for matrix in weights]
     assert torch.allclose(together.errors, torch.cat([one.errors for one in alone]), rtol=1e-4)
     assert torch.equal(together.rounds, torch.cat([one.rounds for one in alone]))
 
 
 def test_methods():
     weights = heavy_tailed(1, 64, 128)
-    errors = {
-        method: float(
-            quantize_matrices(weights, 16 if method == "paper" else 0, Recipe(method=method), torch.bfloat16).errors
-        )
-        for method in METHODS
-    }
-    assert errors["paper"] < errors["hqq"]
-    assert errors["paper"] < errors["rtn"]
+    errors = {}
+    for method in METHODS:
+        rank = 0 if method in PLAIN_METHODS else 16
+        errors[method] = float(quantize_matrices(weights, rank, Recipe(method), torch.bfloat16).errors)
+    assert sorted(errors, key=lambda method: errors[method]) == ["milo", "paper", "mse", "hqq", "rtn"]
+
+
+def test_mse_beats_hqq_and_its_own_start():
+    weights = heavy_tailed(4, 128, 256)
+
+    def error(result):
+        return float((result.dequantize() - weights).square().mean())
+
+    assert error(quantize_mse(weights, 64)) < 0.9 * error(quantize_hqq(weights, 64))
+    first = quantize_mse(weights, 64, fits=1)
+    assert error(quantize_mse(weights, 64, start=first)) < error(first)
+
+
+def test_mse_never_does_worse_than_rtn_in_any_group():
+    weights = heavy_tailed(2, 64, 256) ** 3
+    groups = [
+        (quantize(weights, 64).dequantize() - weights).square().unflatten(-1, (-1, 64)).sum(-1)
+        for quantize in (quantize_mse, quantize_rtn)
+    ]
+    assert (groups[0] <= groups[1] * (1 + 1e-5)).all()
+
+
+def test_importance_moves_the_error_to_unimportant_inputs():
+    weights = heavy_tailed(1, 64, 128)
+    importance = torch.ones(1, 1, 128)
+    importance[..., ::4] = 100
+    plain, weighted = (
+        (quantize_mse(weights, 64, given).dequantize() - weights).square() for given in (None, importance)
+    )
+    assert weighted[..., ::4].mean() < 0.7 * plain[..., ::4].mean()
+    assert (weighted * importance).sum() < (plain * importance).sum()
+
+
+def test_regression_finds_the_grid_that_made_the_weights():
+    codes = torch.randint(0, 8, (3, 5, 64)).float()
+    scale, zero = torch.rand(3, 5).half() + 0.1, (torch.rand(3, 5) * 7).half()
+    groups = scale.float().unsqueeze(-1) * (codes - zero.float().unsqueeze(-1))
+    found = regress(groups, codes, None, Grid(torch.ones_like(scale), torch.zeros_like(zero)))
+    assert torch.allclose(found.scale.float(), scale.float(), rtol=2e-3)
+    assert torch.allclose(found.zero.float(), zero.float(), atol=2e-2)
+    assert torch.equal(nearest_codes(groups, found), codes)

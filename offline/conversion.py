@@ -1,0 +1,39 @@
+"""What decides a conversion: the recipe, the ranks and where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .calibration import Calibration
+from .ranks import Policy
+from .recipe import Recipe
+from .writer import SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that decides a conversion's result, and where it runs.
+
+    Attributes:
+        recipe: method, group size, factor bits, rounds, seed.
+        policies: rank policies, added up; with a budget they are scaled to fit it.
+        budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks
+            come from measured spectra (see :mod:`.allocation`).
+        calibration: second moments of the model on a text, for method ``milo``.
+        ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
+        expert_counts: uses of each expert, by experts' name; for the frequency policy.
+        device: where the arithmetic runs.
+        shard_bytes: size of an output shard.
+        overwrite: replace an existing output folder.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    policies: Sequence[Policy] = ()
+    budget_bits: float | None = None
+    calibration: Calibration | None = None
+    ignore: Sequence[str] = ()
+    expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    device: str = "cpu"
+    shard_bytes: int = SHARD_BYTES
+    overwrite: bool = False

@@ -1,0 +1,105 @@
+"""What an error of a matrix costs: plain squares, or weighed by the second moments of its inputs and outputs.
+
+For y = W·x the expected squared output error of E = W - Ŵ is tr(E·R·Eᵀ), R = E[x·xᵀ]; with a second moment G of the
+gradients at y it becomes tr(G·E·R·Eᵀ), a Kronecker-factored estimate of the loss that E costs. R and G are given in
+full, as their diagonals, or not at all (the identity: the Frobenius norm).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to a full second moment's diagonal."""
+_MAX_DAMPING_STEPS = 6
+
+
+class Moments(NamedTuple):
+    """Second moments of a batch of matrices [B, N, K], float32.
+
+    Attributes:
+        inputs: E[x·xᵀ] [B, K, K], its diagonal [B, K], or None for the identity.
+        outputs: second moment of the gradients at the outputs, [B, N, N], [B, N] or None.
+    """
+
+    inputs: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The square roots of the moments: ``left``·``left``ᵀ = G, ``right``·``right``ᵀ = R.
+
+    Attributes:
+        left: [B, N] (diagonal), [B, N, N] (lower triangular) or None.
+        right: the same for K.
+    """
+
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, moments: Moments) -> Metric:
+        """Return the metric of second moments, damped where they are full."""
+        return cls(_root(moments.outputs), _root(moments.inputs))
+
+    def whiten(self, error: torch.Tensor) -> torch.Tensor:
+        """Return leftᵀ·E·right, whose Frobenius norm is the cost of E [B, N, K]."""
+        if self.right is not None:
+            error = error * self.right.unsqueeze(-2) if self.right.dim() == 2 else error @ self.right
+        if self.left is not None:
+            error = error * self.left.unsqueeze(-1) if self.left.dim() == 2 else self.left.mT @ error
+        return error
+
+    def cost(self, error: torch.Tensor) -> torch.Tensor:
+        """Return the squared cost of each E of a batch [B, N, K]."""
+        return self.whiten(error).flatten(1).square().sum(1)
+
+    def color_rows(self, rows: torch.Tensor, of_inputs: bool) -> torch.Tensor:
+        """Undo the whitening of rank-major factor rows: V' [B, r, K] -> V'·right⁻¹, or U' [B, r, N] -> U'·left⁻¹."""
+        root = self.right if of_inputs else self.left
+        if root is None:
+            return rows
+        if root.dim() == 2:
+            return rows / root.unsqueeze(-2)
+        return torch.linalg.solve_triangular(root, rows, upper=False, left=False)
+
+    def whiten_rows(self, rows: torch.Tensor, of_inputs: bool) -> torch.Tensor:
+        """Return V·right [B, r, K] or U·left [B, r, N] of rank-major factor rows."""
+        root = self.right if of_inputs else self.left
+        if root is None:
+            return rows
+        return rows * root.unsqueeze(-2) if root.dim() == 2 else rows @ root
+
+    def importance(self, of_inputs: bool) -> torch.Tensor | None:
+        """Return the diagonal of R as [B, 1, K], or of G as [B, 1, N]; None for the identity."""
+        root = self.right if of_inputs else self.left
+        if root is None:
+            return None
+        return (root if root.dim() == 2 else root.norm(dim=-1)).square().unsqueeze(-2)
+
+    def select(self, index: torch.Tensor | slice) -> Metric:
+        """Return the metric of a part of the batch."""
+        return Metric(*(None if root is None else root[index] for root in (self.left, self.right)))
+
+
+def _root(moment: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the square root of a diagonal, or the Cholesky factor of a full moment, damped until it exists."""
+    if moment is None:
+        return None
+    if moment.dim() == 2:
+        floor = moment.mean(-1, keepdim=True).clamp(min=1e-30) * DAMPING
+        return (moment + floor).sqrt()
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
+    damping = DAMPING
+    for _ in range(_MAX_DAMPING_STEPS):
+        damped = moment.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean.unsqueeze(-1))
+        root, info = torch.linalg.cholesky_ex(damped)
+        if not info.any():
+            return root
+        damping *= 10
+    raise ValueError("a second moment is not positive semidefinite; were its activations finite?")

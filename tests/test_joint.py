@@ -1,0 +1,141 @@
+"""The joint loop: low-rank factors in a metric, stored inside the loop, and the best state seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_milo.offline.compensator import store_factor
+from vllm_milo.offline.joint import quantize_jointly
+from vllm_milo.offline.least_squares import quantize_mse
+from vllm_milo.offline.low_rank import leading_rows, orthonormal_rows, store_pair
+from vllm_milo.offline.metric import Metric, Moments
+from vllm_milo.offline.milo import quantize_matrices
+from vllm_milo.offline.recipe import Recipe
+
+
+def trained_like(*shape):
+    """Weights with a few strong directions, as attention's."""
+    rank = 8
+    left, right = torch.randn(*shape[:-1], rank), torch.randn(*shape[:-2], rank, shape[-1])
+    return 0.02 * torch.randn(shape) + 0.02 * left @ right
+
+
+def moment(batch, size):
+    """A second moment with outlier channels and correlations."""
+    samples = torch.randn(batch, 4 * size, size) * torch.logspace(-1, 1, size)
+    samples = samples + torch.randn(batch, 4 * size, 1)
+    return samples.mT @ samples / samples.shape[1]
+
+
+def metrics(batch, n, k):
+    full = Moments(moment(batch, k), moment(batch, n))
+    diagonal = Moments(*(part.diagonal(dim1=-2, dim2=-1) for part in full))
+    return {"none": Moments(), "diagonal": diagonal, "full": full}
+
+
+@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
+def test_cost_is_the_trace_form(kind):
+    moments = metrics(2, 64, 128)[kind]
+    error = torch.randn(2, 64, 128)
+    inputs = torch.eye(128).expand(2, -1, -1) if moments.inputs is None else moments.inputs
+    outputs = torch.eye(64).expand(2, -1, -1) if moments.outputs is None else moments.outputs
+    inputs, outputs = (torch.diag_embed(part) if part.dim() == 2 else part for part in (inputs, outputs))
+    expected = (outputs @ error @ inputs @ error.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+    # the damping of the moments adds a little
+    assert torch.allclose(Metric.of(moments).cost(error), expected, rtol=0.05 if kind != "none" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
+def test_rows_are_whitened_and_back(kind):
+    metric = Metric.of(metrics(2, 64, 128)[kind])
+    u, v = torch.randn(2, 8, 64), torch.randn(2, 8, 128)
+    whitened = metric.whiten(u.mT @ v)
+    left, right = metric.whiten_rows(u, of_inputs=False), metric.whiten_rows(v, of_inputs=True)
+    assert torch.allclose(left.mT @ right, whitened, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(metric.color_rows(left, of_inputs=False), u, atol=1e-3)
+    assert torch.allclose(metric.color_rows(right, of_inputs=True), v, atol=1e-3)
+
+
+def test_singular_moments_are_damped():
+    samples = torch.randn(1, 3, 128)
+    metric = Metric.of(Moments(samples.mT @ samples))
+    assert torch.isfinite(metric.color_rows(torch.randn(1, 4, 128), of_inputs=True)).all()
+
+
+def test_leading_rows_are_orthonormal_and_near_the_best():
+    matrix = torch.randn(2, 256, 192)
+    left, right = leading_rows(matrix, 24, torch.Generator().manual_seed(0))
+    assert torch.allclose(left @ left.mT, torch.eye(24).expand(2, -1, -1), atol=1e-4)
+    best = torch.linalg.svdvals(matrix)[:, 24:].norm(dim=1)
+    assert ((matrix - left.mT @ right).flatten(1).norm(dim=1) < 1.02 * best).all()
+    again, _ = leading_rows(matrix, 24, torch.Generator().manual_seed(0), start=right)
+    assert again.shape == left.shape
+
+
+def test_dependent_rows_stay_finite():
+    rows = torch.randn(1, 4, 64).repeat(1, 2, 1)
+    rows[:, 0] = 0
+    assert torch.isfinite(orthonormal_rows(rows)).all()
+
+
+@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
+def test_refitted_factors_cost_less_than_stored_ones(kind):
+    metric = Metric.of(metrics(2, 128, 192)[kind])
+    residual = trained_like(2, 128, 192)
+    whitened = metric.whiten(residual)
+    left, right = leading_rows(whitened, 16, torch.Generator().manual_seed(0))
+    root = right.norm(dim=-1, keepdim=True).sqrt()
+    u, v = metric.color_rows(left * root, of_inputs=False), metric.color_rows(right / root, of_inputs=True)
+    plain = store_factor(u, 3, torch.float32).dequantize().mT @ store_factor(v, 3, torch.float32).dequantize()
+    fitted = store_pair(residual, whitened, left, metric, 3, torch.float32).product()
+    assert (metric.cost(residual - fitted) < 0.95 * metric.cost(residual - plain)).all()
+
+
+@pytest.mark.parametrize("bits", [3, 8, 16])
+@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
+def test_more_rounds_and_more_ranks_never_cost_more(kind, bits):
+    weights, moments = trained_like(2, 64, 128), metrics(2, 64, 128)[kind]
+
+    def cost(rank, rounds):
+        recipe = Recipe(factor_bits=bits, max_rounds=rounds)
+        state = quantize_jointly(weights, rank, moments, recipe, torch.bfloat16)
+        compensator = state.pair.product() if state.pair else 0
+        return Metric.of(moments).cost(weights - state.base.dequantize() - compensator)
+
+    plain = Metric.of(moments).cost(weights - quantize_mse(weights, 64).dequantize())
+    few, many, wide = cost(8, 1), cost(8, 6), cost(24, 6)
+    assert (few < plain).all()
+    assert (many <= few).all()
+    assert (wide < many).all()
+
+
+@pytest.mark.parametrize("bits", [3, 8, 16])
+def test_beats_the_published_loop(bits):
+    weights = torch.randn(2, 128, 256) * torch.rand(128, 256) * 0.1
+    paper, joint = (
+        quantize_matrices(weights, 32, Recipe(method, factor_bits=bits), torch.bfloat16).errors
+        for method in ("paper", "milo")
+    )
+    assert (joint < 0.9 * paper).all()
+
+
+def test_a_matrix_of_low_rank_goes_to_the_compensator():
+    left, right = torch.randn(1, 64, 8), torch.randn(1, 8, 128)
+    result = quantize_matrices(left @ right * 0.01, 8, Recipe(factor_bits=8), torch.bfloat16)
+    assert float(result.errors) < 0.01
+
+
+def test_zero_and_constant_matrices():
+    weights = torch.zeros(2, 64, 128)
+    weights[1] = 0.25
+    result = quantize_matrices(weights, 8, Recipe(max_rounds=3), torch.bfloat16)
+    assert torch.isfinite(result.dequantize()).all()
+    assert result.errors.max() < 1e-3
+
+
+def test_same_seed_same_result():
+    weights = trained_like(2, 64, 128)
+    first, second = (quantize_matrices(weights, 16, Recipe(max_rounds=3), torch.bfloat16) for _ in range(2))
+    assert torch.equal(first.base.codes, second.base.codes)
+    assert torch.equal(first.u.values, second.u.values)
