@@ -27,62 +27,75 @@ import torch
 from kernel_bench import measure_point
 from moe_contenders import Layer, MoEShape, milo
 from moe_layer import SHAPES, copies_needed, make_point, random_inputs
+from random_weights import GROUP as GROUP_SIZE
 from timing import Budget, Ceilings, environment, error_text, l2_bytes, measure_ceilings
 
 from vllm_milo.kernels import tuned
 from vllm_milo.kernels.triton import fused_moe
+from vllm_milo.kernels.triton.dispatch import TUNED_KEYS, heuristic_configs
+from vllm_milo.kernels.triton.dispatch import MoEShape as LocalShape
+from vllm_milo.kernels.triton.gemm import GemmConfig
 
-Config = Any
-"""The launcher's tile: a NamedTuple."""
+Configs = tuple[GemmConfig, GemmConfig]
+"""The tiles of a layer's two GEMMs, gate/up first."""
 
-SPACE: dict[str, tuple[int, ...]] = {
-    "block_m": (16, 32, 64, 128),
-    "block_n": (64, 128),
-    "split_k": (1, 2, 4),
-    "num_warps": (4, 8),
-    "num_stages": (2, 3, 4),
-}
-"""Values tried by field of the tile. Fields that are not here keep the heuristic's value."""
+EXACT = [(16, 3), (16, 4), (16, 5), (32, 4)]
+"""(block_m, num_stages) of tiles that scale products."""
+SCALED = [(64, 4, 3), (128, 8, 3), (128, 4, 3), (256, 8, 3)]
+"""(block_m, num_warps, num_stages) of tiles that scale weights."""
+SPLITS = (1, 2, 4, 8)
 
 
 class Result(NamedTuple):
     """A candidate's time, or why it has none."""
 
-    config: Config
+    config: Configs
     microseconds: float | None
     error: str | None
 
 
-def candidates(tokens: int, shape: MoEShape) -> list[Config]:
-    """Return the tiles to try, the heuristic's own first.
+def heuristic(tokens: int, shape: MoEShape, device: torch.device) -> Configs:
+    """Return the tiles that are used without a file."""
+    local = LocalShape(shape.experts, shape.hidden, shape.intermediate, GROUP_SIZE)
+    return heuristic_configs(tokens * shape.top_k, local, device)
 
-    Blocks of tokens far from the mean number of pairs of an expert are left out, and K is split only where the
-    blocks do not fill the GPU many times over.
+
+def candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[Configs]:
+    """Return the pairs of tiles to try, the heuristic's own first.
+
+    Tiles far larger than the mean number of pairs of an expert are left out, and K is split only where tokens
+    are few or the second GEMM has few outputs.
     """
-    pairs = tokens * shape.top_k
-    default = fused_moe.choose_config(pairs, shape.experts)
-    fields = [field for field in default._fields if field in SPACE]
-    tried = [default]
-    for values in itertools.product(*(SPACE[field] for field in fields)):
-        config = default._replace(**dict(zip(fields, values, strict=True)))
-        if config not in tried and _is_plausible(config, pairs, shape):
-            tried.append(config)
+    mean = tokens * shape.top_k / min(shape.experts, tokens * shape.top_k)
+    tried = [heuristic(tokens, shape, device)]
+    for tile in _tiles(mean):
+        first_splits = SPLITS if tokens <= 4 and not tile.scaled else (1,)
+        for first_split, second_split in itertools.product(first_splits, SPLITS):
+            pair = (tile._replace(split_k=first_split), tile._replace(split_k=second_split))
+            if pair not in tried:
+                tried.append(pair)
     return tried
 
 
-def _is_plausible(config: Config, pairs: int, shape: MoEShape) -> bool:
-    mean = pairs / min(shape.experts, pairs)
-    block_m, split_k = getattr(config, "block_m", None), getattr(config, "split_k", 1)
-    fits = block_m is None or block_m == SPACE["block_m"][0] or block_m <= 2 * mean
-    if mean > 64:
-        fits = fits and (block_m is None or block_m >= 64)
-    return fits and (split_k == 1 or pairs <= 4 * shape.experts)
+def _tiles(mean: float) -> list[GemmConfig]:
+    tiles = [
+        GemmConfig(block_m, 128, 1, False, 4, stages, tail_m=tail)
+        for block_m, stages in EXACT
+        for tail in ((0,) if block_m == 16 else (0, 16))
+    ]
+    tiles += [
+        GemmConfig(block_m, 128, 1, True, warps, stages, group_blocks=group, tail_m=block_m // 4)
+        for block_m, warps, stages in SCALED
+        for group in (2, 4)
+    ]
+    fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 4 * mean)]
+    return fitting or tiles[-1:]
 
 
 @contextlib.contextmanager
-def forced(config: Config) -> Iterator[None]:
-    """Make the layer use one tile, whatever the number of tokens."""
-    with mock.patch.object(fused_moe, "choose_config", return_value=config):
+def forced(configs: Configs) -> Iterator[None]:
+    """Make the layer use these tiles, whatever the number of tokens."""
+    with mock.patch.object(fused_moe, "moe_configs", return_value=configs):
         yield
 
 
@@ -92,7 +105,7 @@ def best(results: Sequence[Result]) -> Result | None:
     return min(timed, key=lambda result: result.microseconds or 0.0, default=None)
 
 
-def measure(configs: Sequence[Config], time_one: Callable[[], float], budget: Budget) -> Iterator[Result]:
+def measure(configs: Sequence[Configs], time_one: Callable[[], float], budget: Budget) -> Iterator[Result]:
     """Time each tile; one that does not compile, does not fit or is wrong is reported and passed over."""
     for config in configs:
         if budget.spent():
@@ -135,7 +148,7 @@ class Tuner:
         def time_one() -> float:
             return float(measure_point(point, self.ceilings, self.seconds, self.device)["microseconds"])
 
-        return list(measure(candidates(tokens, self.shape), time_one, budget))
+        return list(measure(candidates(tokens, self.shape, self.device), time_one, budget))
 
 
 def compile_part(shape: MoEShape, arguments: argparse.Namespace) -> None:
@@ -143,7 +156,11 @@ def compile_part(shape: MoEShape, arguments: argparse.Namespace) -> None:
     part, parts = arguments.compile_part
     layer = milo(shape, arguments.tokens, arguments.device, arguments.rank)
     # Triton compiles anew for integers that are 1 or divisible by 16, so small counts are taken as they are
-    wanted = {(config, min(tokens, 16)) for tokens in arguments.tokens for config in candidates(tokens, shape)}
+    wanted = {
+        (config, min(tokens, 16))
+        for tokens in arguments.tokens
+        for config in candidates(tokens, shape, arguments.device)
+    }
     for config, tokens in sorted(wanted)[part::parts]:
         inputs = random_inputs(shape, tokens, arguments.device)
         with forced(config), contextlib.suppress(Exception):
@@ -166,16 +183,21 @@ def compile_all(words: Sequence[str], parts: int, seconds: float) -> None:
             process.kill()
 
 
+def as_entry(configs: Configs) -> dict[str, Any]:
+    """Return tiles as an entry of a tuned file."""
+    return {key: config._asdict() for key, config in zip(TUNED_KEYS, configs, strict=True)}
+
+
 def write_results(folder: Path, shape: MoEShape, device: torch.device, results: Mapping[int, Sequence[Result]]) -> Path:
     """Write the configuration file of the best candidates, and all times beside it; return the file."""
     about = environment(device)
     path = folder / tuned.file_name(shape.experts, shape.intermediate, about["device"])
     chosen = {tokens: winner for tokens, rows in results.items() if (winner := best(rows)) is not None}
     if chosen:
-        configs = {tokens: winner.config._asdict() for tokens, winner in chosen.items()}
+        configs = {tokens: as_entry(winner.config) for tokens, winner in chosen.items()}
         tuned.write_file(path, configs, str(about["triton"]))
     rows = {
-        str(tokens): [result._asdict() | {"config": result.config._asdict()} for result in rows]
+        str(tokens): [result._asdict() | {"config": as_entry(result.config)} for result in rows]
         for tokens, rows in results.items()
     }
     log = {"environment": about, "shape": shape._asdict(), "results": rows}

@@ -199,23 +199,24 @@ def test_linear_dry_run(tmp_path: Path):
 
 
 def test_tiles_are_tried_near_the_mean_and_the_heuristic_first():
-    shape = moe_layer.SHAPES["mixtral"]
+    shape, device = moe_layer.SHAPES["mixtral"], torch.device("cpu")
     for tokens in (1, 16, 64, 4096):
-        tried = tune.candidates(tokens, shape)
-        assert tried[0] == tune.fused_moe.choose_config(tokens * shape.top_k, shape.experts)
+        tried = tune.candidates(tokens, shape, device)
+        assert tried[0] == tune.heuristic(tokens, shape, device)
         assert len(set(tried)) == len(tried) > 4
-    assert {config.block_m for config in tune.candidates(1, shape)} == {16}
-    assert {config.split_k for config in tune.candidates(1, shape)} == {1, 2, 4}
-    assert {config.split_k for config in tune.candidates(4096, shape)} == {1}
-    assert max(config.block_m for config in tune.candidates(4096, shape)) == 128
+        assert all(first.block_m == second.block_m for first, second in tried)
+        assert all(first.split_k == 1 for first, _ in tried if first.scaled)
+    assert {first.block_m for first, _ in tune.candidates(1, shape, device)} == {16}
+    assert {second.split_k for _, second in tune.candidates(1, shape, device)} == {1, 2, 4, 8}
+    assert max(first.block_m for first, _ in tune.candidates(4096, shape, device)) == 256
 
 
 def test_failing_tiles_are_passed_over_and_the_fastest_is_kept():
-    configs = tune.candidates(1, moe_layer.SHAPES["mixtral"])[:3]
+    configs = tune.candidates(1, moe_layer.SHAPES["mixtral"], torch.device("cpu"))[:3]
     times = iter([30.0, RuntimeError("out of resource: shared memory"), 20.0])
 
     def time_one() -> float:
-        assert tune.fused_moe.choose_config(7, 7) in configs  # the tile is forced while it is timed
+        assert tune.fused_moe.moe_configs() in configs  # the tile is forced while it is timed
         value = next(times)
         if isinstance(value, Exception):
             raise value
@@ -232,13 +233,12 @@ def test_failing_tiles_are_passed_over_and_the_fastest_is_kept():
 
 
 def test_tuning_writes_a_file_that_the_loader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tune, "SPACE", {"block_m": (16, 32), "num_warps": (2, 4)})
+    monkeypatch.setattr(tune, "SPLITS", (1, 2))
     words = ["-o", str(tmp_path), "--shape", "tiny", "--tokens", "1,64", "--device", "cpu", "--compilers", "0"]
     tune.main([*words, "--point-seconds", "0.001"])
     path = next(tmp_path.glob("E=4,N=192,*.json"))
     configs = tuned.read_file(path)
     assert set(configs) == {1, 64}
-    fields = tune.fused_moe.choose_config(1, 1)._fields
-    assert set(configs[64]) == set(fields)
+    assert [set(configs[64][key]) for key in tune.TUNED_KEYS] == [set(tune.GemmConfig._fields)] * 2
     log = json.loads(path.with_suffix(".log").read_text())
     assert all(row["microseconds"] > 0 for row in log["results"]["1"])

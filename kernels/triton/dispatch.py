@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 
+from .. import tuned
 from .gemm import GemmConfig
 from .launch import processors
-from .layout import KernelWeights
+from .layout import UNIT, KernelWeights
+
+TUNED_KEYS = ("gate_up", "down")
+"""An entry of a tuned file holds the tiles of the two GEMMs under these keys."""
 
 
-def moe_configs(
-    num_pairs: int, gate_up: KernelWeights, down: KernelWeights, group_size: int, device: torch.device
-) -> tuple[GemmConfig, GemmConfig]:
-    """Return the tiles of the two GEMMs of a MoE layer, which agree in block_m."""
-    experts = gate_up.packed.shape[0]
-    block_m = _block_m(num_pairs / experts, group_size)
+class MoEShape(NamedTuple):
+    """The sizes of a layer on this process: local experts, hidden and intermediate size, group size."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+    group_size: int
+
+
+def moe_configs(tokens: int, top_k: int, shape: MoEShape, device: torch.device) -> tuple[GemmConfig, GemmConfig]:
+    """Return the tiles of the two GEMMs of a MoE layer: from a tuned file, else by :func:`heuristic_configs`.
+
+    Raises:
+        ValueError: the tuned file of this shape and device is broken.
+    """
+    entry = tuned.find(shape.experts, shape.intermediate, tokens, device)
+    if entry is None:
+        return heuristic_configs(tokens * top_k, shape, device)
+    try:
+        first, second = (GemmConfig(**entry[gemm]) for gemm in TUNED_KEYS)
+    except (KeyError, TypeError) as error:
+        name = tuned.file_name(shape.experts, shape.intermediate, "…")
+        raise ValueError(f"{name}, {tokens} tokens: not a pair of tiles ({error}); tune again or remove it") from None
+    return first, second
+
+
+def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> tuple[GemmConfig, GemmConfig]:
+    """Return tiles for a mean load of the experts. The two GEMMs of a layer agree in block_m."""
+    block_m = _block_m(num_pairs / shape.experts, shape.group_size)
     # blocks that have pairs, on average, were the routes uniform
-    active = experts * (1 - (1 - 1 / experts) ** num_pairs)
+    active = shape.experts * (1 - (1 - 1 / shape.experts) ** num_pairs)
     blocks = max(active, num_pairs / block_m)
-    first = _config(block_m, gate_up.columns // 2, 2, gate_up.units, blocks, group_size, device)
+    first = _config(block_m, shape.intermediate, 2, triton.cdiv(shape.hidden, UNIT), blocks, shape.group_size, device)
     # what makes the second GEMM's input in fp16 reads whole sums
     first = first._replace(split_k=1) if first.scaled else first
-    return first, _config(block_m, down.columns, 1, down.units, blocks, group_size, device)
+    units = triton.cdiv(shape.intermediate, UNIT)
+    return first, _config(block_m, shape.hidden, 1, units, blocks, shape.group_size, device)
 
 
 def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:

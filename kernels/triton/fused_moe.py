@@ -16,7 +16,7 @@ import torch
 
 from ..weights import MoESpec
 from .activation import MAX_ROW, activate, activate_to_half, to_half
-from .dispatch import moe_configs
+from .dispatch import MoEShape, moe_configs
 from .gemm import GemmConfig, gemm
 from .launch import launch_mode
 from .layout import KernelWeights
@@ -57,7 +57,8 @@ def fused_moe(
         x = (x.unsqueeze(1) * topk_weights.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
         pairs_per_row = 1
     num_experts = gate_up.packed.shape[0]
-    first, second = configs or moe_configs(routes.num_pairs, gate_up, down, spec.group_size, x.device)
+    shape = MoEShape(num_experts, down.columns, gate_up.columns // 2, spec.group_size)
+    first, second = configs or moe_configs(tokens, top_k, shape, x.device)
     mode = launch_mode(x.device, few_tokens=routes.num_pairs <= FEW_PAIRS)
     rank13, rank2 = spec.max_ranks
     format_ = (spec.group_size, spec.factor_bits)

@@ -1,0 +1,54 @@
+"""Tiles by shape and tokens: the heuristic, tuned files, and what a broken file says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vllm_milo.kernels import tuned
+from vllm_milo.kernels.triton import dispatch
+from vllm_milo.kernels.triton.dispatch import MoEShape, heuristic_configs, moe_configs
+
+SHAPES = [(8, 4096, 14336), (64, 2048, 1408), (128, 2048, 768), (1, 64, 64), (512, 7168, 2048)]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_heuristic_holds_what_the_kernels_want(sizes, group):
+    for pairs in (1, 2, 7, 64, 500, 4096, 200_000):
+        first, second = heuristic_configs(pairs, MoEShape(*sizes, group), CPU)
+        assert first.block_m == second.block_m
+        assert not (first.scaled and first.split_k > 1)
+        for config in (first, second):
+            assert config.block_n % 64 == 0
+            assert config.tail_m < config.block_m
+            assert not (group == 32 and config.scaled)
+
+
+def test_more_tokens_take_larger_tiles():
+    tiles = [heuristic_configs(pairs, MoEShape(8, 4096, 14336, 64), CPU)[0].block_m for pairs in (2, 128, 512, 8192)]
+    assert tiles == sorted(tiles)
+    assert tiles[0] == 16
+    assert tiles[-1] == 256
+
+
+def test_a_tuned_file_is_used_and_a_broken_one_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuned.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuned, "_device_name", lambda device: "Some GPU")
+    tuned.load.cache_clear()
+    shape, device = MoEShape(8, 128, 256, 64), torch.device("cuda")
+    path = tmp_path / tuned.file_name(8, 256, "Some GPU")
+    pair = heuristic_configs(2, shape, CPU)
+    entry = {key: config._asdict() for key, config in zip(dispatch.TUNED_KEYS, pair, strict=True)}
+    entry["down"]["split_k"] = 7
+    tuned.write_file(path, {16: entry}, "3.6.0")
+    found = moe_configs(20, 2, shape, device)
+    assert found == (pair[0], pair[1]._replace(split_k=7))
+    tuned.load.cache_clear()
+    path.write_text(json.dumps({"16": {"gate_up": entry["gate_up"]}}))
+    with pytest.raises(ValueError, match=r"E=8,N=256.*20 tokens.*'down'"):
+        moe_configs(20, 2, shape, device)
+    tuned.load.cache_clear()
