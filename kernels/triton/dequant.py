@@ -52,28 +52,36 @@ def _and_or_wide(word, HIGH: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _fields(word, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """int32 [.., 4] -> floats [.., 4, 2] of the codes at bits 0 and 16 (HIGH: 3 and 19)."""
+def _codes(words, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
+    """int32 [..] -> floats [.., 2] of the codes at bits 0 and 16 (HIGH: 3 and 19)."""
     if WIDE:
-        low = _and_or_wide(word << 16, HIGH, ASM).to(tl.float32, bitcast=True)
-        high = _and_or_wide(word, HIGH, ASM).to(tl.float32, bitcast=True)
+        low = _and_or_wide(words << 16, HIGH, ASM).to(tl.float32, bitcast=True)
+        high = _and_or_wide(words, HIGH, ASM).to(tl.float32, bitcast=True)
     else:
         dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-        bits = _and_or_bf16(word, HIGH, ASM) if BF16 else word & (0x00380038 if HIGH else 0x00070007)
+        bits = _and_or_bf16(words, HIGH, ASM) if BF16 else words & (0x00380038 if HIGH else 0x00070007)
         low = (bits & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
         high = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
     return tl.join(low, high)
 
 
 @triton.jit
-def shifted_words(w0, w1, w2, HALF: tl.constexpr):
-    """Words of a unit -> eight words with the pairs of its first (second) half at bits 0 and 16 (3 and 19)."""
+def _shifted_words(w0, w1, w2, HALF: tl.constexpr):
+    """Words [ROWS, t] of a unit -> [ROWS, t, h, i0, i1], pairs of a half at bits 0 and 16 (second half: 3 and 19)."""
     if HALF == 0:
-        words = (w0, w1, w2, w0 >> 6, w1 >> 6, w2 >> 6, w0 >> 12, w1 >> 12)
+        v6 = w0 >> 12
+        v7 = w1 >> 12
     else:
-        spare = ((w0 >> 12) & 0x00080008) | ((w1 >> 11) & 0x00100010) | ((w2 >> 10) & 0x00200020)
-        words = (w0, w1, w2, w0 >> 6, w1 >> 6, w2 >> 6, w2 >> 9, spare)
-    return words
+        v6 = w2 >> 9
+        v7 = ((w0 >> 12) & 0x00080008) | ((w1 >> 11) & 0x00100010) | ((w2 >> 10) & 0x00200020)
+    low = tl.join(tl.join(w0, w1), tl.join(w2, w0 >> 6))
+    return tl.join(low, tl.join(tl.join(w1 >> 6, w2 >> 6), tl.join(v6, v7)))
+
+
+@triton.jit
+def _operand(pairs, ROWS: tl.constexpr):
+    """[ROWS, t, h, i0, i1, b] -> MMA operand [ROWS, 64], k = 16·i + 8·h + 2·t + b, which moves nothing."""
+    return tl.reshape(tl.permute(pairs, (0, 4, 3, 2, 1, 5)), (ROWS, 64))
 
 
 @triton.jit
@@ -84,40 +92,16 @@ def code_operand(
 
     WIDE: in fp32, for :func:`scaled`; else in 16 bits.
     """
-    v0, v1, v2, v3, v4, v5, v6, v7 = shifted_words(w0, w1, w2, HALF)
-    return operand(
-        _fields(v0, HALF, BF16, WIDE, ASM),
-        _fields(v1, HALF, BF16, WIDE, ASM),
-        _fields(v2, HALF, BF16, WIDE, ASM),
-        _fields(v3, HALF, BF16, WIDE, ASM),
-        _fields(v4, HALF, BF16, WIDE, ASM),
-        _fields(v5, HALF, BF16, WIDE, ASM),
-        _fields(v6, HALF, BF16, WIDE, ASM),
-        _fields(v7, HALF, BF16, WIDE, ASM),
-        ROWS,
-    )
+    return _operand(_codes(_shifted_words(w0, w1, w2, HALF), HALF, BF16, WIDE, ASM), ROWS)
 
 
 @triton.jit
 def quarter_operand(w0, w1, w2, QUARTER: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
     """Words [ROWS, 4] of a unit -> 32 of its codes, as an operand [ROWS, 32]."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = shifted_words(w0, w1, w2, QUARTER // 2)
-    half: tl.constexpr = QUARTER // 2
-    if QUARTER % 2 == 1:
-        v0, v1, v2, v3 = v4, v5, v6, v7
-    low = tl.join(_fields(v0, half, BF16, False, ASM), _fields(v1, half, BF16, False, ASM))
-    high = tl.join(_fields(v2, half, BF16, False, ASM), _fields(v3, half, BF16, False, ASM))
-    pairs = tl.join(low, high)  # [ROWS, t, b, h, i]
-    return tl.reshape(tl.permute(pairs, (0, 4, 3, 1, 2)), (ROWS, 32))
-
-
-@triton.jit
-def operand(p0, p1, p2, p3, p4, p5, p6, p7, ROWS: tl.constexpr):
-    """Eight pairs [ROWS, t, b] of four 16-wide steps -> operand [ROWS, 64], k = 16·i + 8·h + 2·t + b."""
-    low = tl.join(tl.join(p0, p1), tl.join(p2, p3))
-    high = tl.join(tl.join(p4, p5), tl.join(p6, p7))
-    pairs = tl.join(low, high)  # [ROWS, t, b, h, i0, i1]
-    return tl.reshape(tl.permute(pairs, (0, 5, 4, 3, 1, 2)), (ROWS, 64))
+    first, second = tl.split(_shifted_words(w0, w1, w2, QUARTER // 2))  # by i1
+    words = first if QUARTER % 2 == 0 else second
+    pairs = _codes(words, QUARTER // 2, BF16, False, ASM)  # [ROWS, t, h, i0, b]
+    return tl.reshape(tl.permute(pairs, (0, 3, 2, 1, 4)), (ROWS, 32))
 
 
 @triton.jit
@@ -174,8 +158,8 @@ def _fast_scales(word, ASM: tl.constexpr):
 
 
 @triton.jit
-def _fast_fields(word, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """int32 [ROWS, 4] -> fp16 [ROWS, 4, 2]: q·s - z·s of the codes at bits 0 and 16 (HIGH: 3 and 19).
+def _fast_weights(words, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """int32 [..] -> fp16 [.., 2]: q·s - z·s of the codes at bits 0 and 16 (HIGH: 3 and 19).
 
     Two codes an instruction: into the mantissa of 1024, 1024 off (exact), then one FMA.
     """
@@ -185,7 +169,7 @@ def _fast_fields(word, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
                 "{ .reg .b32 t, a, b; lop3.b32 t, $1, 0x00380038, 0x64006400, 0xEA; mov.b32 a, 0x30003000;"
                 " mov.b32 b, 0xD800D800; fma.rn.f16x2 t, t, a, b; fma.rn.f16x2 $0, t, $2, $3; }",
                 "=r,r,r,r",
-                [word, scale, offset],
+                [words, scale, offset],
                 tl.int32,
                 is_pure=True,
                 pack=1,
@@ -195,7 +179,7 @@ def _fast_fields(word, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
                 "{ .reg .b32 t, b; lop3.b32 t, $1, 0x00070007, 0x64006400, 0xEA; mov.b32 b, 0xE400E400;"
                 " add.rn.f16x2 t, t, b; fma.rn.f16x2 $0, t, $2, $3; }",
                 "=r,r,r,r",
-                [word, scale, offset],
+                [words, scale, offset],
                 tl.int32,
                 is_pure=True,
                 pack=1,
@@ -203,7 +187,7 @@ def _fast_fields(word, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
         low = (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
         high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     else:
-        codes = word >> 3 if HIGH else word
+        codes = words >> 3 if HIGH else words
         s = (scale & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         c = (offset & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         low = ((codes & 7).to(tl.float32) * s + c).to(tl.float16)
@@ -219,17 +203,6 @@ def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, 
     more exact than weights rounded to bf16.
     """
     scale, offset = _fast_scales(scale_zero, ASM)
-    scale = scale[:, None]
-    offset = offset[:, None]
-    v0, v1, v2, v3, v4, v5, v6, v7 = shifted_words(w0, w1, w2, HALF)
-    return operand(
-        _fast_fields(v0, scale, offset, HALF, ASM),
-        _fast_fields(v1, scale, offset, HALF, ASM),
-        _fast_fields(v2, scale, offset, HALF, ASM),
-        _fast_fields(v3, scale, offset, HALF, ASM),
-        _fast_fields(v4, scale, offset, HALF, ASM),
-        _fast_fields(v5, scale, offset, HALF, ASM),
-        _fast_fields(v6, scale, offset, HALF, ASM),
-        _fast_fields(v7, scale, offset, HALF, ASM),
-        ROWS,
-    )
+    scale = scale[:, None, None, None, None]
+    offset = offset[:, None, None, None, None]
+    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, offset, HALF, ASM), ROWS)

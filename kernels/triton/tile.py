@@ -1,0 +1,197 @@
+"""Device code of one GEMM tile: the loop over K, then the compensators' up-projection, then the store.
+
+Operands are swapped: weights are the MMA's A operand (rows of outputs), tokens its B operand, since at decode
+an expert has few tokens, and because dequantized weights then go from registers into the MMA. See
+:mod:`.dequant` for the arithmetic and :mod:`.layout` for the weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dequant import add_group, code_operand, fast_operand, quarter_operand, scale_and_zero, scaled
+
+
+@triton.jit
+def _tile_part(tile, n0, n1, n2, n3, BLOCK_N: tl.constexpr):
+    """(part, first column of the part, first column of the tile in its part, width of the part) of a tile."""
+    end0 = tl.cdiv(n0, BLOCK_N)
+    end1 = end0 + tl.cdiv(n1, BLOCK_N)
+    end2 = end1 + tl.cdiv(n2, BLOCK_N)
+    part = (tile >= end0).to(tl.int32) + (tile >= end1).to(tl.int32) + (tile >= end2).to(tl.int32)
+    first_tile = tl.where(part == 0, 0, tl.where(part == 1, end0, tl.where(part == 2, end1, end2)))
+    start = tl.where(part == 0, 0, tl.where(part == 1, n0, tl.where(part == 2, n0 + n1, n0 + n1 + n2)))
+    width = tl.where(part == 0, n0, tl.where(part == 1, n1, tl.where(part == 2, n2, n3)))
+    return part, start, (tile - first_tile) * BLOCK_N, width
+
+
+@triton.jit
+def _up_operand(
+    u_ptr, u_scale_ptr, u_start, rank_block, columns, inside, width, dtype: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Uᵀ of 16 ranks as an operand [BLOCK_N, 16], scaled in fp32 and rounded once."""
+    scale_base = u_scale_ptr + u_start + (rank_block * (width // 64)).to(tl.int64) * 16
+    base = (u_start // 16 * 64 + (rank_block * width).to(tl.int64)) * (4 if FACTOR_BITS == 3 else 16)
+    rank = tl.arange(0, 16)
+    if FACTOR_BITS == 3:
+        lane = tl.arange(0, 4)
+        place = u_ptr + base + columns[:, None] * 4 + lane[None, :]
+        word = tl.load(place, mask=inside[:, None] & (lane >= 0)[None, :], other=0).to(tl.int32)
+        low = tl.join(word & 7, (word >> 4) & 7)
+        high = tl.join((word >> 8) & 7, (word >> 12) & 7)
+        codes = tl.reshape(tl.permute(tl.join(low, high), (0, 3, 1, 2)), (BLOCK_N, 16))  # h, t, b
+        u = (codes - 4).to(tl.float32)
+    else:
+        place = u_ptr + base + columns[:, None] * 16 + rank[None, :]
+        u = tl.load(place, mask=inside[:, None] & (rank >= 0)[None, :], other=0).to(tl.float32)
+    if FACTOR_BITS != 16:
+        place = scale_base + (columns // 64)[:, None] * 16 + rank[None, :]
+        u *= tl.load(place, mask=inside[:, None] & (rank >= 0)[None, :], other=0.0).to(tl.float32)
+    return u.to(dtype)
+
+
+@triton.jit
+def _add_up_projection(
+    acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, slot, first_slot, columns, inside, width,
+    pairs, valid, num_pairs, max_rank, DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """acc += Uᵀ·(V·x) for this tile. ``slot`` is the part of the expert, ``first_slot`` the expert's first."""
+    first = tl.load(rank_blocks_ptr + slot)
+    blocks = tl.load(rank_blocks_ptr + slot + 1) - first
+    ranks_before = (first - tl.load(rank_blocks_ptr + first_slot)) * 16
+    u_start = tl.load(u_starts_ptr + slot)
+    for block in tl.range(0, blocks, num_stages=1):
+        u = _up_operand(u_ptr, u_scale_ptr, u_start, block, columns, inside, width, dtype, FACTOR_BITS, BLOCK_N)
+        rank = ranks_before + block * 16 + tl.arange(0, 16)
+        down = tl.zeros((16, BLOCK_M), tl.float32)
+        for split in tl.static_range(DOWN_SPLITS):
+            source = down_ptr + (split * num_pairs + pairs)[None, :].to(tl.int64) * max_rank + rank[:, None]
+            down += tl.load(source, mask=valid[None, :] & (rank >= 0)[:, None], other=0.0)
+        acc = tl.dot(u, down.to(dtype), acc)
+    return acc
+
+
+@triton.jit
+def compute_tile(
+    x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+    row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
+    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+    SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of :func:`.gemm._gemm_kernel`, for BLOCK_M pairs."""
+    valid = pairs < num_pairs
+    rows = tl.where(valid, pairs // top_k, 0)
+    part, start, tile_column, width = _tile_part(tile, n0, n1, n2, n3, BLOCK_N)
+    column = tile_column + tl.arange(0, BLOCK_N)
+    inside = column < width
+    if EVEN_N:
+        inside = column >= 0
+    n = start + column
+
+    units = (K + 127) // 128
+    chunk = tl.cdiv(units, SPLIT_K)
+    begin = split_index * chunk
+    end = tl.minimum(begin + chunk, units)
+    lane = tl.arange(0, 4)
+    k64 = tl.arange(0, 64)
+    first_unit = expert.to(tl.int64) * units + begin
+    words = packed_ptr + first_unit * (12 * N) + (n // 64 * 768 + n % 64 * 4)[:, None] + lane[None, :]
+    word_mask = inside[:, None] & (lane >= 0)[None, :]
+    groups: tl.constexpr = 128 // GROUP
+    group = tl.arange(0, groups)
+    scales = scale_zero_ptr + first_unit * (N * groups) + (n * groups)[:, None] + group[None, :]
+    scale_mask = inside[:, None] & (group >= 0)[None, :]
+    x_rows = x_ptr + rows[None, :].to(tl.int64) * K + begin * 128
+    sums_per_unit: tl.constexpr = 4 if GROUP == 32 else 2
+    sum_lane = tl.arange(0, sums_per_unit)
+    sums = sums_ptr + ((begin.to(tl.int64) * num_rows + rows) * sums_per_unit)[:, None] + sum_lane[None, :]
+    x_mask = valid[None, :] & (k64 >= 0)[:, None]
+    wide: tl.constexpr = SCALE == "weights" and BF16
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for unit in tl.range(begin, end, num_stages=STAGES):
+        if EVEN_N:
+            w0 = tl.load(words)
+            w1 = tl.load(words + 256)
+            w2 = tl.load(words + 512)
+            scale_zero = tl.load(scales)
+        else:
+            w0 = tl.load(words, mask=word_mask, other=0)
+            w1 = tl.load(words + 256, mask=word_mask, other=0)
+            w2 = tl.load(words + 512, mask=word_mask, other=0)
+            scale_zero = tl.load(scales, mask=scale_mask, other=0)
+        if GROUP == 32:
+            even, odd = tl.split(tl.reshape(scale_zero, (BLOCK_N, 2, 2)))
+            first, third = tl.split(even)
+            second, fourth = tl.split(odd)
+            sum_even, sum_odd = tl.split(tl.reshape(tl.load(sums), (BLOCK_M, 2, 2)))
+            sum0, sum2 = tl.split(sum_even)
+            sum1, sum3 = tl.split(sum_odd)
+            k32 = tl.arange(0, 32)
+            low_mask = valid[None, :] & (k32 >= 0)[:, None]
+            high_mask = low_mask & (unit * 128 + 64 < K)
+            y0 = tl.load(x_rows + k32[:, None], mask=low_mask, other=0.0)
+            y1 = tl.load(x_rows + (32 + k32)[:, None], mask=low_mask, other=0.0)
+            y2 = tl.load(x_rows + (64 + k32)[:, None], mask=high_mask, other=0.0)
+            y3 = tl.load(x_rows + (96 + k32)[:, None], mask=high_mask, other=0.0)
+            scale, zero = scale_and_zero(first)
+            product = tl.dot(quarter_operand(w0, w1, w2, 0, BF16, ASM, BLOCK_N), y0)
+            acc = add_group(acc, product, sum0, scale, zero, 0, BF16)
+            scale, zero = scale_and_zero(second)
+            product = tl.dot(quarter_operand(w0, w1, w2, 1, BF16, ASM, BLOCK_N), y1)
+            acc = add_group(acc, product, sum1, scale, zero, 0, BF16)
+            scale, zero = scale_and_zero(third)
+            product = tl.dot(quarter_operand(w0, w1, w2, 2, BF16, ASM, BLOCK_N), y2)
+            acc = add_group(acc, product, sum2, scale, zero, 1, BF16)
+            scale, zero = scale_and_zero(fourth)
+            product = tl.dot(quarter_operand(w0, w1, w2, 3, BF16, ASM, BLOCK_N), y3)
+            acc = add_group(acc, product, sum3, scale, zero, 1, BF16)
+        else:
+            x0 = tl.load(x_rows + k64[:, None], mask=x_mask, other=0.0)
+            if EVEN_K:
+                x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask, other=0.0)
+            else:
+                x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask & (unit * 128 + 64 < K), other=0.0)
+            if GROUP == 64:
+                word0, word1 = tl.split(scale_zero)
+            else:
+                word0 = tl.reshape(scale_zero, (BLOCK_N,))
+                word1 = word0
+            if SCALE == "fast":
+                acc = tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N), x0, acc)
+                acc = tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N), x1, acc)
+            else:
+                scale0, zero0 = scale_and_zero(word0)
+                scale1, zero1 = scale_and_zero(word1)
+                codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, BLOCK_N)
+                codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, BLOCK_N)
+                if SCALE == "weights":
+                    acc = tl.dot(scaled(codes0, scale0, zero0, 0, BF16), x0, acc)
+                    acc = tl.dot(scaled(codes1, scale1, zero1, 1, BF16), x1, acc)
+                else:
+                    sum0, sum1 = tl.split(tl.load(sums))
+                    acc = add_group(acc, tl.dot(codes0, x0), sum0, scale0, zero0, 0, BF16)
+                    acc = add_group(acc, tl.dot(codes1, x1), sum1, scale1, zero1, 1, BF16)
+        words += 12 * N
+        scales += N * groups
+        x_rows += 128
+        sums += num_rows * sums_per_unit
+
+    if PDL:  # not sooner: what is launched next would take the place of this launch's own tiles
+        tl.extra.cuda.gdc_launch_dependents()
+    if HAS_RANK:  # noqa: SIM102 (a constant, which Triton must see by itself)
+        if split_index == 0:
+            acc = _add_up_projection(
+                acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+                expert * PARTS + part, expert * PARTS, column, inside, width, pairs, valid, num_pairs, max_rank,
+                DOWN_SPLITS, x_ptr.dtype.element_ty, FACTOR_BITS, BLOCK_N, BLOCK_M,
+            )  # fmt: skip
+    if HAS_ROW_SCALE:
+        acc *= tl.load(row_scale_ptr + rows)[None, :]
+    target = (split_index.to(tl.int64) * num_pairs + pairs)[None, :] * N + n[:, None]
+    tl.store(out_ptr + target, acc.to(out_ptr.dtype.element_ty), mask=valid[None, :] & inside[:, None])
