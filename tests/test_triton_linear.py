@@ -22,6 +22,7 @@ CASES = {
     "no rank": (2, [64, 128], [0, 0], 128, 64, 3),
     "rank above K": (4, [64], [136], 128, 64, 3),
     "one token": (1, [320], [64], 320, 64, 3),
+    "long rows": (3, [64], [16], 14336, 64, 3),
     "many tokens": (150, [128, 64], [16, 8], 192, 64, 3),
 }
 
@@ -68,6 +69,19 @@ def test_identity_returns_the_weights(tokens: int, dtype: torch.dtype, kernel_de
     else:
         steps = (found.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
         assert int(steps.max()) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 24, 130])
+def test_error_is_no_larger_than_that_of_rounded_weights(tokens: int, dtype: torch.dtype, kernel_device: str):
+    """Against float64 with unrounded weights, and a plain matrix product with weights rounded to ``dtype``."""
+    weights, spec = random_linear([192], [0], 512, 64, 3)
+    x = torch.randn(tokens, 512).to(dtype)
+    exact = reference.linear(x.double(), weights, spec)
+    found = ops.linear(x.to(kernel_device), prepare(weights, spec, kernel_device), spec, "triton")
+    rounded = reference.dequantize(weights.packed, weights.scale, weights.zero, 64).to(dtype)
+    plain = x.to(kernel_device) @ rounded.to(kernel_device).T
+    assert relative_error(found, exact) < 1.5 * relative_error(plain, exact)
 
 
 @pytest.mark.gpu

@@ -55,6 +55,7 @@ CASES = [
     Case(local=[2, 0], tokens=11),
     Case(local=[3], tokens=4, routing="no local expert"),
     Case(experts=129, top_k=3, tokens=4, intermediate=64),
+    Case(experts=257, top_k=4, tokens=5, hidden=64),
     Case(experts=1, top_k=1, tokens=70),
 ]
 
