@@ -72,6 +72,8 @@ def main_section(shape: Shape, rounds: int) -> list[Contender]:
     baselines = [
         Contender("RTN", "baseline", ("--method", "rtn")),
         Contender("HQQ g128", "baseline", ("--method", "hqq", "--group-size", "128")),
+        Contender("least squares", "baseline", ("--method", "mse")),
+        Contender("least squares g128", "baseline", ("--method", "mse", "--group-size", "128")),
     ]
     presets = [preset("balanced", bits) for bits in (3.55, 3.6, 3.75)]
     presets += [preset("best", bits, calibrated=True) for bits in (3.5, 3.59, 3.6, 3.75)]

@@ -40,10 +40,10 @@ class Row:
 METHODS = {
     "RTN": ["--method", "rtn"],
     "HQQ": ["--method", "hqq"],
-    "MiLo dense=16": ["--ranks", "dense=16"],
-    "MiLo dense=16,kurtosis=8": ["--ranks", "dense=16,kurtosis=8"],
+    "paper": ["--method", "paper", "--ranks", "dense=16"],
+    "balanced": ["--preset", "balanced"],
 }
-SERVED = "MiLo dense=16,kurtosis=8"
+SERVED = "balanced"
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     start = time.monotonic()
     folders = {}
     for name, options in METHODS.items():
-        folders[name] = out / name.lower().replace(" ", "-").replace("=", "").replace(",", "-")
+        folders[name] = out / name.lower()
         milo("quantize", str(arguments.model), "-o", str(folders[name]), "--quiet", *options)
     rows = [source_row(arguments.model, arguments.text, arguments.max_windows)]
     rows += [quantized_row(name, folder, arguments.text, arguments.max_windows) for name, folder in folders.items()]

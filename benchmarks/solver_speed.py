@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from accuracy_run import device_name
 
-from vllm_milo.offline.convert import BATCH_ELEMENTS
 from vllm_milo.offline.milo import Recipe, quantize_matrices
+from vllm_milo.offline.planning import BATCH_ELEMENTS
 
 LAYERS = 32
 SOURCE_STD = 0.02

@@ -13,14 +13,17 @@ from accuracy import split_text
 from accuracy_report import format_report
 from accuracy_run import Benchmark, Settings
 from activations import second_moments
-from contenders import COUNTS, SECTIONS, Contender, Shape, policies_section
+from contenders import CALIBRATION, COUNTS, SECTIONS, Contender, Shape, policies_section
 from gptq import Gptq, gptq, quantize_model
 from quantize_pool import Job, QuantizePool
 from quantized_model import QuantizedModel
 from scores import choose_windows, gap_closed, interpolate, paired_difference, paper_share, perplexities, spread
 from tiny_models import TEXT, make_model
 
+from vllm_milo.offline import cli
+from vllm_milo.offline.calibration import Calibration
 from vllm_milo.offline.cli import main as milo
+from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.evaluate import load_model
 from vllm_milo.offline.quantizer import quantize_rtn
 from vllm_milo.offline.ranks import Statistics, assign_ranks, parse_policies
@@ -207,6 +210,31 @@ def test_sections_name_each_contender_once_on_a_wide_model(section: str, bundled
     assert len(names) == len(set(names)) > 5
     for contender in contenders:
         assert (COUNTS in contender.arguments) == ("frequency" in " ".join(contender.arguments))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_contenders_are_calls_that_the_command_line_takes(
+    section: str, bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each gets as far as the conversion, with the method, budget and calibration that its name says."""
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({"expert_counts": {"model.layers.0.mlp.experts": [1] * 12}}), encoding="utf-8")
+    seen: list[Conversion] = []
+    monkeypatch.setattr(cli, "convert", lambda source, out, conversion, progress: seen.append(conversion))
+    monkeypatch.setattr(cli, "calibrate", lambda *arguments, **options: Calibration())
+    monkeypatch.setattr(cli, "_print_summary", lambda summary: None)
+    values = {COUNTS: str(counts), CALIBRATION: str(TEXT)}
+    for contender in SECTIONS[section](Shape(1024, ModelReader(bundled_model).matrices), 20):
+        arguments = [values.get(argument, argument) for argument in contender.arguments]
+        assert milo(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *arguments]) == 0, contender
+        made = seen.pop()
+        assert (made.calibration is not None) == (CALIBRATION in contender.arguments)
+        if contender.group.startswith("paper"):
+            assert made.recipe.method == "paper"
+            assert made.policies
+        elif "--budget-bits" in contender.arguments:
+            assert made.recipe.method == "milo"
+            assert f"{contender.name.split()[0]} {made.budget_bits:g}" == contender.name.partition(",")[0]
 
 
 def test_pool_reports_failures_and_gives_up_at_the_deadline(tmp_path: Path, bundled_model: Path):
