@@ -109,8 +109,12 @@ def _materialize(module: torch.nn.Module, layer: Layer, reader: ModelReader, dev
             raise ConversionError(f"{tensor}: transformers has no such parameter; calibrate without it (data-free)")
         parameters[name].copy_(reader.load_finite(tensor))
         missing.discard(name)
-    if missing or next(module.buffers(), None) is not None:
-        raise ConversionError(f"{layer.name}: transformers needs {sorted(missing)}, which the model's files lack")
+    missing.update(name for name, _ in module.named_buffers())
+    if missing:
+        raise ConversionError(
+            f"{layer.name}: transformers needs {sorted(missing)}, which the model's files lack; "
+            f"calibrate the whole model (--calibration-moments full) or not at all"
+        )
 
 
 def _place(matrix: Matrix, parameters: dict[str, Any], reader: ModelReader) -> tuple[str, torch.Tensor]:
@@ -119,7 +123,7 @@ def _place(matrix: Matrix, parameters: dict[str, Any], reader: ModelReader) -> t
         name = f"{matrix.name}.weight"
         return name, parameters[name]
     projection = matrix.name.rpartition(".")[2]
-    gate, up, down = reader.family.projections
+    _, up, down = reader.family.projections
     name = f"{matrix.experts}.{'down_proj' if projection == down else 'gate_up_proj'}"
     if name not in parameters or matrix.expert is None:
         raise ConversionError(f"{name}: transformers holds the experts of this model otherwise; use version 5")
