@@ -58,15 +58,24 @@ class Moment:
 
 
 class Calibration:
-    """The moments of every matrix of a model; see :func:`calibrate`."""
+    """The moments of every matrix of a model; see :func:`calibrate`.
 
-    def __init__(self) -> None:
+    Attributes:
+        inputs: of each matrix, by name.
+        outputs: of the gradients at its outputs; never filled without ``gradients``.
+        tokens: of the text.
+        gradients: whether the costs of errors are those of the loss, comparable over all matrices; without, they are
+            squared output errors.
+    """
+
+    def __init__(self, gradients: bool = True) -> None:
         self.inputs: dict[str, Moment] = {}
         self.outputs: dict[str, Moment] = {}
         self.tokens = 0
+        self.gradients = gradients
 
     def moments(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:
-        """Return the moments of matrices of one shape, stacked, per token of the text.
+        """Return the moments of matrices of one shape, stacked, per token of the text; no outputs without gradients.
 
         Raises:
             ConversionError: the model never ran one of them.
@@ -76,8 +85,15 @@ class Calibration:
             if matrix.name not in self.inputs:
                 raise ConversionError(f"{matrix.name}: the calibration found no such module in the model")
             inputs.append(self.inputs[matrix.name].shrunk(device) / max(1, self.tokens))
-            outputs.append(self.outputs[matrix.name].shrunk(device) / max(1, self.outputs[matrix.name].rows))
-        return Moments(torch.stack(inputs), torch.stack(outputs))
+            if self.gradients:
+                outputs.append(self.outputs[matrix.name].shrunk(device) / max(1, self.outputs[matrix.name].rows))
+        return Moments(torch.stack(inputs), torch.stack(outputs) if self.gradients else None)
+
+    def move(self, prefix: str, device: torch.device) -> None:
+        """Move the moments of the matrices whose names begin with ``prefix``."""
+        for name, moment in self.inputs.items():
+            if name.startswith(prefix) and moment.total is not None:
+                moment.total = moment.total.to(device)
 
     def record(self, name: str, inputs: Moment, outputs: torch.Tensor) -> None:
         """Take the inputs of a matrix, which others may share, and watch for the gradient at its outputs."""
@@ -116,7 +132,7 @@ def calibrate(model: Any, windows: torch.Tensor, seed: int = 0, progress: bool =
     generator = torch.Generator(model.device).manual_seed(seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    handles = _watch(model, family, calibration)
+    handles = watch(model, family, calibration)
     try:
         for window in tqdm(windows, desc="calibrate", unit="window", disable=not progress):
             _backward(model, window.to(model.device), generator)
@@ -136,11 +152,14 @@ def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> N
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
 
 
-def _watch(model: Any, family: Family, calibration: Calibration) -> list[Callable[[], None]]:
-    """Hook every linear layer that is quantized and replace the forward of fused experts; return the undo steps."""
+def watch(root: Any, family: Family, calibration: Calibration, prefix: str = "") -> list[Callable[[], None]]:
+    """Hook every linear layer that is quantized and replace the forward of fused experts; return the undo steps.
+
+    ``prefix`` is the name of ``root`` in its model, with a dot at the end.
+    """
     undo: list[Callable[[], None]] = []
-    for name, module in model.named_modules():
-        checkpoint = family.checkpoint_name(name)
+    for name, module in root.named_modules():
+        checkpoint = family.checkpoint_name(prefix + name)
         if isinstance(module, torch.nn.Linear) and family.kind(checkpoint) is not None:
             undo.append(module.register_forward_hook(_linear_hook(checkpoint, calibration)).remove)
         elif name.endswith(".experts") and hasattr(module, "gate_up_proj"):

@@ -15,6 +15,7 @@ import torch
 from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES, CheckpointError
 from vllm_milo.shards import ShardError, read_json
 
+from . import memory
 from .calibration import Calibration, calibrate, spread_windows
 from .convert import Conversion, Summary, convert
 from .errors import ConversionError
@@ -30,7 +31,9 @@ from .evaluate import (
 from .inspect import format_report, inspect_checkpoint
 from .presets import DEFAULT_PRESET, PRESETS, Preset
 from .ranks import POLICIES, RANK_MULTIPLE, Policy, parse_policies
+from .reader import ModelReader
 from .recipe import METHODS, PLAIN_METHODS, Recipe
+from .streamed import calibrate_streamed
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FACTOR_BITS = {"int3": 3, "int8": 8, "16": 16}
@@ -46,6 +49,11 @@ layer (needs --expert-counts). Ranks are rounded to multiples of {RANK_MULTIPLE}
 BUDGET_HELP = """average stored bits of a quantized weight, codes, scales, zero points and compensators counted.
 Without --ranks, method milo gives the ranks to the matrices where they remove most of the expected loss; with --ranks
 or a paper preset the policies are scaled to fit."""
+
+
+MOMENTS_HELP = """what a calibration measures. full: inputs of every matrix and gradients at its outputs, which needs
+the whole model in float32 on the device; inputs: a layer at a time, for models of any size; auto (default): full if
+it fits, else inputs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +109,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
     parser.add_argument("--calibration", type=Path, metavar="TEXT", help="UTF-8 text to weigh errors by (method milo)")
     parser.add_argument("--calibration-windows", type=int, default=64, help="default: %(default)s of 512 tokens")
+    parser.add_argument("--calibration-moments", choices=("auto", "full", "inputs"), default="auto", help=MOMENTS_HELP)
     parser.add_argument("--method", choices=METHODS, default=None, help="default: milo")
     parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for milo and paper.")
     parser.add_argument(
@@ -182,11 +191,32 @@ def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
 
 
 def _calibrate(arguments: argparse.Namespace) -> Calibration:
-    """Run the model on the calibration text, in windows spread over all of it."""
+    """Run the model on the calibration text, in windows spread over all of it; a layer at a time if it is large."""
     tokens = read_tokens(arguments.model, arguments.calibration)
     windows = spread_windows(tokens, arguments.calibration_windows)
-    model = load_model(arguments.model, device=arguments.device)
-    return calibrate(model, windows, arguments.seed, progress=not arguments.quiet)
+    reader = ModelReader(arguments.model)
+    progress = not arguments.quiet
+    if _fits_whole(reader, arguments):
+        return calibrate(load_model(arguments.model, device=arguments.device), windows, arguments.seed, progress)
+    memory.refuse_what_does_not_fit(reader, windows.numel(), arguments.device)
+    return calibrate_streamed(reader, windows, arguments.device, progress)
+
+
+def _fits_whole(reader: ModelReader, arguments: argparse.Namespace) -> bool:
+    """Return whether to run the model as a whole, for gradients too; say so on stderr if that is refused for memory."""
+    if arguments.calibration_moments == "inputs":
+        return False
+    need, have = memory.whole_model_need(reader), memory.available(arguments.device)
+    if need <= have:
+        return True
+    lack = (
+        f"gradients need the whole model with all moments on {arguments.device}: {memory.gib(need)}, "
+        f"and {memory.gib(have)} are free"
+    )
+    if arguments.calibration_moments == "full":
+        raise ConversionError(f"--calibration-moments full: {lack}; use --calibration-moments inputs")
+    print(f"warning: {lack}; using the moments of inputs alone, a layer at a time", file=sys.stderr)
+    return False
 
 
 DEFAULT_RANKS = "dense=64"

@@ -11,10 +11,12 @@ import torch
 
 from vllm_milo.checkpoint import COMPENSATOR_GROUP_SIZE
 
+from .orthonormal import orthonormal_rows
+
 EXACT_SIZE = 1024
 """Matrices with a smaller side up to this get an exact SVD; larger ones a randomized one."""
 OVERSAMPLING = 16
-POWER_ITERATIONS = 2
+POWER_ITERATIONS = 4
 MIN_SCALE = 2.0**-18
 """Factor scales may be subnormal in fp16; down to here they keep six bits."""
 FACTOR_ZERO = 4
@@ -41,7 +43,9 @@ def truncated_svd(
     """Return the best rank-``rank`` factors of a batch of residuals, √S split evenly (paper eq. 11-12).
 
     Exact, by the eigenvectors of the smaller Gram matrix, where the smaller side is at most :data:`EXACT_SIZE`;
-    else randomized subspace iteration with oversampling, seeded by ``generator``.
+    else randomized subspace iteration with oversampling, seeded by ``generator``. A residual is nearly noise, with a
+    flat spectrum that a randomized SVD separates badly: on one of side 1024 it leaves 0.1 % more than the exact one
+    at rank 16 and 0.8 % more at rank 256.
 
     Args:
         residual: float32 [..., N, K].
@@ -93,9 +97,11 @@ def _leading_directions(matrix: torch.Tensor, size: int, generator: torch.Genera
 
     Randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
     """
-    sketch = torch.randn(matrix.shape[-1], size, generator=generator, device=matrix.device, dtype=matrix.dtype)
-    basis = torch.linalg.qr(matrix @ sketch).Q
+    sketch = torch.randn(size, matrix.shape[-1], generator=generator, device=matrix.device, dtype=matrix.dtype)
+    left = orthonormal_rows(sketch @ matrix.mT)
     for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix.mT @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    return torch.linalg.svd(basis.mT @ matrix, full_matrices=False).Vh
+        left = orthonormal_rows(orthonormal_rows(left @ matrix) @ matrix.mT)
+    projected = left @ matrix
+    # its right singular vectors, by the eigenvectors of the small Gram matrix; ascending
+    turn = torch.linalg.eigh(projected @ projected.mT).eigenvectors.flip(-1).mT
+    return orthonormal_rows(turn @ projected)

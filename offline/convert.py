@@ -237,6 +237,7 @@ def _recipe_record(conversion: Conversion) -> dict[str, Any]:
         record["budget_bits"] = conversion.budget_bits
     if conversion.calibration is not None:
         record["calibration_tokens"] = conversion.calibration.tokens
+        record["calibration_moments"] = "full" if conversion.calibration.gradients else "inputs"
     return record
 
 

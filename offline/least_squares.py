@@ -63,14 +63,48 @@ def fit_grid(
     fits: int = FITS,
     strict: bool = False,
 ) -> Grid:
-    """Return the grid that :func:`quantize_mse` finds for each group."""
-    groups = weights.unflatten(-1, (-1, group_size))
-    share = None if importance is None else _shares(importance, group_size)
-    best = Grid(*min_max(groups, strict))
-    error: torch.Tensor | None = None
+    """Return the grid that :func:`quantize_mse` finds for each group: the best of all that the fits go through."""
+    fitter = _Fitter(weights, group_size, importance)
+    best = Grid(*min_max(weights.unflatten(-1, (-1, group_size)), strict))
+    score = fitter.score(best, fitter.measure(best))
     for grid in _clipped(best) if start is None else [start]:
-        best, error = _fit(groups, share, grid, best, error, fits)
+        for step in range(fits + 1):
+            codes = fitter.measure(grid)
+            found = fitter.score(grid, codes)
+            better = found < score
+            best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best, strict=True)))
+            score = torch.minimum(found, score)
+            if step < fits:
+                grid = fitter.regress(grid, codes)
     return best
+
+
+def refit(
+    weights: torch.Tensor,
+    old: GroupQuantized,
+    group_size: int,
+    importance: torch.Tensor | None,
+    fits: int,
+    work: tuple[torch.Tensor, torch.Tensor],
+) -> GroupQuantized:
+    """Go on from the grids of an earlier result for similar weights: codes and regressions, ``fits`` times.
+
+    The fast path of a loop: nothing of the weights' size is allocated but the codes, and errors are not compared,
+    since neither step raises them (but for the rounding of the grid to fp16).
+
+    Args:
+        weights: float32 [..., N, K].
+        old: the earlier result.
+        group_size: as in :func:`quantize_mse`.
+        importance: as in :func:`quantize_mse`.
+        fits: regressions.
+        work: two tensors like the weights, overwritten.
+    """
+    fitter = _Fitter(weights, group_size, importance, work)
+    grid = Grid(old.scale, old.zero)
+    for _ in range(fits):
+        grid = fitter.regress(grid, fitter.measure(grid))
+    return GroupQuantized(fitter.codes(grid).to(torch.uint8).flatten(-2), *grid)
 
 
 def encode(groups: torch.Tensor, grid: Grid) -> GroupQuantized:
@@ -78,56 +112,73 @@ def encode(groups: torch.Tensor, grid: Grid) -> GroupQuantized:
     return GroupQuantized(nearest_codes(groups, grid).to(torch.uint8).flatten(-2), grid.scale, grid.zero)
 
 
-def nearest_codes(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return the codes 0..7, as floats, nearest to ``groups`` [..., G, g] on the stored grid."""
-    codes = groups / grid.scale.float().unsqueeze(-1)
-    return codes.add_(grid.zero.float().unsqueeze(-1)).round_().clamp_(0, MAX_CODE)
+def nearest_codes(groups: torch.Tensor, grid: Grid, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the codes 0..7, as floats, nearest to ``groups`` [..., G, g] on the stored grid, in ``out`` if given."""
+    inverse = grid.scale.float().reciprocal().unsqueeze(-1)
+    return torch.addcmul(grid.zero.float().unsqueeze(-1), groups, inverse, out=out).round_().clamp_(0, MAX_CODE)
 
 
-def regress(groups: torch.Tensor, codes: torch.Tensor, share: torch.Tensor | None, old: Grid) -> Grid:
-    """Return the grid that fits ``groups`` best for these codes, as stored; ``old`` where codes are all alike.
+class _CodeMoments(NamedTuple):
+    """Means over each group, [..., G]: of the codes, their variance, and their covariance with the weights."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    covariance: torch.Tensor
+
+
+class _Fitter:
+    """Codes and regressions of the groups of some weights [..., N, K], in two work tensors like them.
 
     Args:
-        groups: float32 [..., G, g].
-        codes: float32 [..., G, g].
-        share: weights that sum to 1 in each group, or None for equal ones.
-        old: the grid that the codes come from.
+        weights: float32 [..., N, K].
+        group_size: divides K.
+        importance: weights of the squared errors, broadcastable to [..., N, K], or None for equal ones.
+        work: two tensors like the weights; allocated if missing.
     """
-    mean_code, mean = _mean(codes, share), _mean(groups, share)
-    covariance = _mean(codes * groups, share) - mean_code * mean
-    variance = _mean(codes.square(), share) - mean_code.square()
-    scale = covariance / variance.clamp(min=1e-6)
-    usable = (variance > 1e-4) & (scale >= MIN_SCALE) & (scale <= MAX_SCALE)
-    stored = torch.where(usable, scale, old.scale.float()).half()
-    zero = (mean_code - mean / stored.float()).clamp(-MAX_SCALE, MAX_SCALE).half()
-    return Grid(stored, torch.where(usable, zero, old.zero))
 
+    def __init__(
+        self,
+        weights: torch.Tensor,
+        group_size: int,
+        importance: torch.Tensor | None,
+        work: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        buffers = work or (torch.empty(weights.shape, device=weights.device) for _ in range(2))
+        self._groups = weights.unflatten(-1, (-1, group_size))
+        self._codes, self._products = (buffer.unflatten(-1, (-1, group_size)) for buffer in buffers)
+        self._share = None if importance is None else _shares(importance, group_size)
+        self._mean = _mean(self._groups, self._share)
 
-def _fit(
-    groups: torch.Tensor,
-    share: torch.Tensor | None,
-    grid: Grid,
-    best: Grid,
-    best_error: torch.Tensor | None,
-    fits: int,
-) -> tuple[Grid, torch.Tensor]:
-    """Alternate codes and regressions from ``grid``; return the best grid seen, ``best`` included."""
-    if best_error is None:
-        best_error = _error(groups, nearest_codes(groups, best), share, best)
-    for step in range(fits + 1):
-        codes = nearest_codes(groups, grid)
-        error = _error(groups, codes, share, grid)
-        better = error < best_error
-        best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best, strict=True)))
-        best_error = torch.where(better, error, best_error)
-        if step < fits:
-            grid = regress(groups, codes, share, grid)
-    return best, best_error
+    def codes(self, grid: Grid) -> torch.Tensor:
+        """Return the nearest codes as floats; valid until the next call."""
+        return nearest_codes(self._groups, grid, self._codes)
 
+    def measure(self, grid: Grid) -> _CodeMoments:
+        """Return the moments of the nearest codes, with each error weighed by its share."""
+        codes, groups, products = self.codes(grid), self._groups, self._products
+        if self._share is None:
+            mean = codes.mean(-1)
+            square = torch.linalg.vector_norm(codes, dim=-1).square() / codes.shape[-1]
+            product = torch.mul(codes, groups, out=products).mean(-1)
+        else:
+            mean = torch.mul(codes, self._share, out=products).sum(-1)
+            square = codes.mul_(products).sum(-1)
+            product = products.mul_(groups).sum(-1)
+        return _CodeMoments(mean, square - mean.square(), product - mean * self._mean)
 
-def _error(groups: torch.Tensor, codes: torch.Tensor, share: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-    values = (codes - grid.zero.float().unsqueeze(-1)).mul_(grid.scale.float().unsqueeze(-1))
-    return _mean(values.sub_(groups).square_(), share)
+    def score(self, grid: Grid, codes: _CodeMoments) -> torch.Tensor:
+        """Return the mean squared error of each group minus the variance of its weights, the same for all grids."""
+        scale = grid.scale.float()
+        offset = scale * (codes.mean - grid.zero.float()) - self._mean
+        return scale * (scale * codes.variance - 2 * codes.covariance) + offset.square()
+
+    def regress(self, old: Grid, codes: _CodeMoments) -> Grid:
+        """Return the grid that fits the weights best for these codes, as stored; ``old`` where all are alike."""
+        scale = codes.covariance / codes.variance.clamp(min=1e-6)
+        usable = (codes.variance > 1e-4) & (scale >= MIN_SCALE) & (scale <= MAX_SCALE)
+        stored = torch.where(usable, scale, old.scale.float()).half()
+        zero = (codes.mean - self._mean / stored.float()).clamp(-MAX_SCALE, MAX_SCALE).half()
+        return Grid(stored, torch.where(usable, zero, old.zero))
 
 
 def _mean(values: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:

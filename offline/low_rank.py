@@ -1,7 +1,6 @@
 """Low-rank factors that go back into the loop: best in a metric, fitted again to what their storage makes of them.
 
-Every step is matrix products, Cholesky factorizations of r x r and triangular solves, batched over matrices: no
-large QR or SVD, so that thousands of experts cost a GPU seconds.
+Every step is matrix products, Cholesky factorizations of r x r and triangular solves, batched over matrices.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from vllm_milo.checkpoint import COMPENSATOR_GROUP_SIZE
 
 from .compensator import FACTOR_ZERO, MIN_SCALE, StoredFactor, store_factor
 from .metric import Metric
+from .orthonormal import damped_cholesky, orthonormal_rows
 
 POWER_ITERATIONS = 3
 """Of the first round; later ones go on from the round before."""
@@ -38,7 +38,7 @@ def leading_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return U [B, r, N], orthonormal rows, and V = U·matrix [B, r, K] near the best of rank ``rank``.
 
-    Subspace iteration with Cholesky QR, from ``start`` or a random sketch.
+    Subspace iteration with Cholesky QR: one step from ``start``, or more from a random sketch.
 
     Args:
         matrix: float32 [B, N, K].
@@ -46,46 +46,29 @@ def leading_rows(
         generator: source of the sketch, on the matrix's device.
         start: rows [B, r, K] that span about the right space.
     """
-    rounds = 1 if start is not None else POWER_ITERATIONS
-    if start is None:
-        # one sketch for all, so that a matrix's result does not depend on its place in the batch
-        start = torch.randn(rank, matrix.shape[-1], generator=generator, device=matrix.device, dtype=matrix.dtype)
-        start = start.expand(*matrix.shape[:-2], -1, -1)
     right = start
-    for _ in range(rounds):
-        left = orthonormal_rows(right @ matrix.mT)
-        right = left @ matrix
-        if rounds > 1:
-            right = orthonormal_rows(right)
+    if right is None:
+        # one sketch for all, so that a matrix's result does not depend on its place in the batch
+        right = torch.randn(rank, matrix.shape[-1], generator=generator, device=matrix.device, dtype=matrix.dtype)
+        right = right.expand(*matrix.shape[:-2], -1, -1)
+        for _ in range(POWER_ITERATIONS):
+            right = orthonormal_rows(orthonormal_rows(right @ matrix.mT) @ matrix)
     left = orthonormal_rows(right @ matrix.mT)
     return left, left @ matrix
 
 
-def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Return an orthonormal basis of the span of ``rows`` [B, r, C], by Cholesky QR applied twice.
-
-    Rows that depend on others come out as noise of unit size or less; products with them stay finite.
-    """
-    for _ in range(2):
-        rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-        rows = torch.linalg.solve_triangular(_cholesky(rows @ rows.mT), rows, upper=False)
-    return rows
-
-
 def store_pair(
-    residual: torch.Tensor, whitened: torch.Tensor, left: torch.Tensor, metric: Metric, bits: int, dtype: torch.dtype
+    whitened: torch.Tensor, right: torch.Tensor, metric: Metric, bits: int, dtype: torch.dtype
 ) -> StoredPair:
-    """Store factors of ``residual`` near the whitened ones, each fitted again to the other as stored.
+    """Store factors of a residual near the whitened ones, each fitted again to the other as stored.
 
     Args:
-        residual: float32 [B, N, K].
-        whitened: the residual in the metric, [B, N, K].
-        left: orthonormal rows U' [B, r, N] of a good space of the whitened residual.
+        whitened: the residual in the metric, float32 [B, N, K].
+        right: V' [B, r, K] of :func:`leading_rows` of it.
         metric: what errors cost.
         bits: 3, 8 or 16.
         dtype: dtype of 16-bit factors.
     """
-    right = left @ whitened
     size = right.norm(dim=-1, keepdim=True).clamp(min=1e-30).sqrt()
     v = _store(metric.color_rows(right / size, of_inputs=True), bits, dtype, metric.importance(of_inputs=True))
     for refit in range(REFITS):
@@ -134,18 +117,4 @@ def _weigh(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 def _solve(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return (rows·rowsᵀ)⁻¹·target for rows [B, r, C] and target [B, r, D]."""
-    return torch.cholesky_solve(target, _cholesky(rows @ rows.mT))
-
-
-def _cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """Return the Cholesky factor of Gram matrices [B, r, r], with just enough on the diagonal that it exists."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    size = diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
-    damping = 1e-6
-    while True:
-        damped = gram.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping * size)
-        root, info = torch.linalg.cholesky_ex(damped)
-        if damping > 1 or not info.any():
-            return root
-        damping *= 10
+    return torch.cholesky_solve(target, damped_cholesky(rows @ rows.mT))

@@ -56,7 +56,7 @@ class Metric:
 
     def cost(self, error: torch.Tensor) -> torch.Tensor:
         """Return the squared cost of each E of a batch [B, N, K]."""
-        return self.whiten(error).flatten(1).square().sum(1)
+        return torch.linalg.vector_norm(self.whiten(error), dim=(-2, -1)).square()
 
     def color_rows(self, rows: torch.Tensor, of_inputs: bool) -> torch.Tensor:
         """Undo the whitening of rank-major factor rows: V' [B, r, K] -> V'·right⁻¹, or U' [B, r, N] -> U'·left⁻¹."""

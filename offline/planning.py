@@ -10,8 +10,10 @@ import torch
 from tqdm import tqdm
 
 from .allocation import Curve, allocate, base_bits, measure_curves, rank_bits
+from .calibration import Calibration
 from .conversion import Conversion
 from .errors import ConversionError
+from .metric import Metric, Moments
 from .ranks import Matrix, Statistics, assign_ranks, needs_counts, needs_kurtosis
 from .reader import Layer, ModelReader
 from .sensitivity import sensitivity
@@ -91,10 +93,19 @@ def _measure(
         for batch, weights in batches(reader.load_layer(layer, device), {}, calibration is not None):
             moments = calibration.moments(batch, device) if calibration else None
             found = measure_curves(weights, conversion.recipe, moments)
-            for matrix, curve in zip(batch, found, strict=True):
-                weight = 1.0 if calibration else sensitivity(matrix, reader.family, reader.config)
+            sizes = _sizes(weights, calibration, moments)
+            for matrix, curve, size in zip(batch, found, sizes, strict=True):
+                known = calibration is not None and calibration.gradients
+                weight = 1.0 if known else sensitivity(matrix, reader.family, reader.config) / size
                 curves[matrix.name] = Curve([cost * weight for cost in curve.costs])
     return curves
+
+
+def _sizes(weights: torch.Tensor, calibration: Calibration | None, moments: Moments | None) -> list[float]:
+    """Return what makes costs relative: with moments of inputs alone the outputs' power, which costs are shares of."""
+    if calibration is None or calibration.gradients or moments is None:
+        return [1.0] * len(weights)
+    return Metric.of(moments).cost(weights).clamp(min=1e-30).tolist()
 
 
 def _scale_policies(

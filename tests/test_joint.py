@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_milo.offline import joint
 from vllm_milo.offline.compensator import store_factor
 from vllm_milo.offline.joint import quantize_jointly
 from vllm_milo.offline.least_squares import quantize_mse
-from vllm_milo.offline.low_rank import leading_rows, orthonormal_rows, store_pair
+from vllm_milo.offline.low_rank import leading_rows, store_pair
 from vllm_milo.offline.metric import Metric, Moments
 from vllm_milo.offline.milo import quantize_matrices
+from vllm_milo.offline.orthonormal import orthonormal_rows
 from vllm_milo.offline.recipe import Recipe
 
 
@@ -88,7 +90,7 @@ def test_refitted_factors_cost_less_than_stored_ones(kind):
     root = right.norm(dim=-1, keepdim=True).sqrt()
     u, v = metric.color_rows(left * root, of_inputs=False), metric.color_rows(right / root, of_inputs=True)
     plain = store_factor(u, 3, torch.float32).dequantize().mT @ store_factor(v, 3, torch.float32).dequantize()
-    fitted = store_pair(residual, whitened, left, metric, 3, torch.float32).product()
+    fitted = store_pair(whitened, right, metric, 3, torch.float32).product()
     assert (metric.cost(residual - fitted) < 0.95 * metric.cost(residual - plain)).all()
 
 
@@ -118,6 +120,30 @@ def test_beats_the_published_loop(bits):
         for method in ("paper", "milo")
     )
     assert (joint < 0.9 * paper).all()
+
+
+def test_each_matrix_of_a_batch_takes_its_own_beginning():
+    """Alone or beside others that begin otherwise, decided or not, a matrix gets the same result."""
+    weights = torch.stack([torch.randn(64, 128), *trained_like(4, 64, 128) * torch.logspace(0, 1, 4)[:, None, None]])
+    weights[3:] += torch.randn(2, 64, 128) * 0.05
+    recipe = Recipe(max_rounds=6)
+    together = quantize_jointly(weights, 8, Moments(), recipe, torch.bfloat16).cost
+    alone = [quantize_jointly(w[None], 8, Moments(), recipe, torch.bfloat16).cost for w in weights]
+    assert torch.allclose(together, torch.cat(alone), rtol=0.02)
+
+
+def test_both_beginnings_go_on_where_they_are_close(monkeypatch):
+    """With every matrix undecided the result is the better of two full descents, matrix by matrix."""
+    weights, recipe = torch.randn(3, 128, 256), Recipe(max_rounds=10)
+
+    def cost(low_rank_wins, plain_wins):
+        monkeypatch.setattr(joint, "LOW_RANK_WINS", low_rank_wins)
+        monkeypatch.setattr(joint, "PLAIN_WINS", plain_wins)
+        return quantize_jointly(weights, 24, Moments(), recipe, torch.bfloat16).cost
+
+    both, plain, low_rank = cost(0, 1e9), cost(0, 0), cost(1e9, 1e9)
+    assert not torch.allclose(plain, low_rank, rtol=1e-3)
+    assert torch.allclose(both, torch.minimum(plain, low_rank), rtol=1e-3)
 
 
 def test_a_matrix_of_low_rank_goes_to_the_compensator():

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from vllm_milo.offline.compensator import store_factor, truncated_svd
-from vllm_milo.offline.least_squares import Grid, nearest_codes, quantize_mse, regress
+from vllm_milo.offline.least_squares import quantize_mse, refit
 from vllm_milo.offline.milo import METHODS, Recipe, _Progress, quantize_matrices
-from vllm_milo.offline.quantizer import ScaleError, quantize_hqq, quantize_rtn
+from vllm_milo.offline.quantizer import GroupQuantized, ScaleError, quantize_hqq, quantize_rtn
 from vllm_milo.offline.recipe import PLAIN_METHODS
 
 QUANTIZERS = {"rtn": quantize_rtn, "hqq": quantize_hqq, "mse": quantize_mse}
@@ -200,11 +200,22 @@ def test_importance_moves_the_error_to_unimportant_inputs():
     assert (weighted * importance).sum() < (plain * importance).sum()
 
 
-def test_regression_finds_the_grid_that_made_the_weights():
-    codes = torch.randint(0, 8, (3, 5, 64)).float()
-    scale, zero = torch.rand(3, 5).half() + 0.1, (torch.rand(3, 5) * 7).half()
-    groups = scale.float().unsqueeze(-1) * (codes - zero.float().unsqueeze(-1))
-    found = regress(groups, codes, None, Grid(torch.ones_like(scale), torch.zeros_like(zero)))
+@pytest.mark.parametrize("importance", [None, torch.linspace(0.1, 2, 320).reshape(1, 1, 320)])
+def test_refit_finds_the_grid_that_made_the_weights(importance):
+    codes = torch.randint(0, 8, (3, 5, 5, 64)).float()
+    scale, zero = torch.rand(3, 5, 5).half() + 0.1, (torch.rand(3, 5, 5) * 7).half()
+    weights = (scale.float().unsqueeze(-1) * (codes - zero.float().unsqueeze(-1))).flatten(-2)
+    near = GroupQuantized(codes.flatten(-2).byte(), (scale.float() * 1.02).half(), zero)
+    found = refit(weights, near, 64, importance, 3, (torch.empty_like(weights), torch.empty_like(weights)))
     assert torch.allclose(found.scale.float(), scale.float(), rtol=2e-3)
     assert torch.allclose(found.zero.float(), zero.float(), atol=2e-2)
-    assert torch.equal(nearest_codes(groups, found), codes)
+    assert torch.equal(found.codes, codes.flatten(-2).byte())
+
+
+def test_refit_lowers_the_error():
+    weights = heavy_tailed(2, 64, 128)
+    old = quantize_rtn(weights, 64)
+    found = refit(weights, old, 64, None, 2, (torch.empty_like(weights), torch.empty_like(weights)))
+    before, after = ((q.dequantize() - weights).square().unflatten(-1, (-1, 64)).sum(-1) for q in (old, found))
+    assert (after <= before * 1.001).all()
+    assert after.sum() < 0.95 * before.sum()
