@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -147,21 +148,29 @@ def test_an_expert_that_the_text_never_reaches_is_quantized_by_plain_squares():
 
 
 def test_calibrated_beats_data_free_beats_paper_at_equal_bits(bundled_model: Path, tmp_path: Path, model, tokens):
-    """At 3.75 bits on held-out windows; the calibration text is another part of the file."""
+    """At 3.75 bits on held-out windows; the calibration text is another part of the file.
+
+    Means over the solver's seed, which alone moves a gap of this small model by a tenth.
+    """
     half = len(tokens) // 2
     calibration = calibrate(model, spread_windows(tokens[half:], 24))
-    recipe = Recipe(group_size=128, max_rounds=6)
-    contenders = {
-        "paper": Conversion(Recipe("paper"), parse_policies("dense=32"), budget_bits=3.75),
-        "balanced": Conversion(recipe, budget_bits=3.75),
-        "best": Conversion(recipe, budget_bits=3.75, calibration=calibration),
-    }
-    found = {"bf16": perplexity(model, tokens, 24, stride=512).perplexity}
-    for name, conversion in contenders.items():
-        out = convert(bundled_model, tmp_path / name, conversion, progress=False).out
-        assert 3.7 < inspect_checkpoint(out)["bits_per_weight"] <= 3.75
-        found[name] = perplexity(load_model(out), tokens, 24, stride=512).perplexity
-    gaps = {name: value - found["bf16"] for name, value in found.items()}
+    source = perplexity(model, tokens, 24, stride=512).perplexity
+    gaps: dict[str, float] = {}
+    for name, seeds in (("paper", [0]), ("balanced", [0, 1, 2]), ("best", [0, 1, 2])):
+        values = []
+        for seed in seeds:
+            recipe = Recipe("paper") if name == "paper" else Recipe(group_size=128, max_rounds=6, seed=seed)
+            conversion = Conversion(
+                recipe,
+                parse_policies("dense=32") if name == "paper" else [],
+                budget_bits=3.75,
+                calibration=calibration if name == "best" else None,
+                overwrite=True,
+            )
+            out = convert(bundled_model, tmp_path / name, conversion, progress=False).out
+            assert 3.7 < inspect_checkpoint(out)["bits_per_weight"] <= 3.75
+            values.append(perplexity(load_model(out), tokens, 24, stride=512).perplexity)
+        gaps[name] = statistics.mean(values) - source
     assert gaps["balanced"] < 0.8 * gaps["paper"], gaps
     assert gaps["best"] < 0.8 * gaps["balanced"], gaps
     record = json.loads((tmp_path / "best" / "config.json").read_text())["quantization_config"]["recipe"]
