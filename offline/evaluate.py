@@ -1,6 +1,6 @@
 """Perplexity by the paper's protocol, and expert use, of a source model or a MiLo checkpoint.
 
-The one place of ``offline`` that needs transformers: it runs the model.
+Like :mod:`.streamed` it needs transformers: it runs the model.
 """
 
 from __future__ import annotations
