@@ -72,13 +72,14 @@ def fused_moe(
         blocks = allocate_blocks(routes, num_experts, first.block_m)
     else:
         blocks = sort_pairs(routes, num_experts, first.block_m, mode)
-    needs_sums = first.needs_sums or spec.group_size == 32
+    needs_sums = first.needs_sums(spec.group_size)
     source = project(x, gate_up, blocks, routes, pairs_per_row, *format_, rank13, needs_sums, mode, sort, row_scale)
     half = gate_up.columns // 2
     y = gemm(source, gate_up, [half, half], blocks, routes, pairs_per_row, *format_, first, mode, dtype)
     if fast:
         h = activate_to_half(y[0], spec.activation)
-        source = project(h.x, down, blocks, routes, 1, *format_, rank2, second.needs_sums, mode, row_scale=h.row_scale)
+        needs_sums = second.needs_sums(spec.group_size)
+        source = project(h.x, down, blocks, routes, 1, *format_, rank2, needs_sums, mode, row_scale=h.row_scale)
     else:
         h = activate(y, spec.activation, spec.group_size, dtype, mode)
         source = project(h.x, down, blocks, routes, 1, *format_, rank2, False, mode)._replace(sums=h.sums)
@@ -89,4 +90,5 @@ def fused_moe(
 def _is_fast(x: torch.Tensor, down: KernelWeights, first: GemmConfig, second: GemmConfig, spec: MoESpec) -> bool:
     """Whether both GEMMs scale weights in fp16: many tokens of a bf16 model."""
     whole = first.split_k == 1 and max(x.shape[1], down.units * 128) <= MAX_ROW
-    return x.dtype == torch.bfloat16 and first.scaled and second.scaled and spec.group_size != 32 and whole
+    scaled = first.scales_weights(spec.group_size) and second.scales_weights(spec.group_size)
+    return x.dtype == torch.bfloat16 and scaled and whole

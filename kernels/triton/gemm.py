@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .launch import LaunchMode
 from .layout import KernelWeights
-from .project import Projected, block_expert, last_pair, load_pairs
+from .project import Projected, block_expert, block_kind, last_pair, load_pairs
 from .routing import Routes, TokenBlocks
 from .tile import compute_tile
 
@@ -47,10 +47,13 @@ class GemmConfig(NamedTuple):
     tail_m: int = 0
     max_registers: int | None = None
 
-    @property
-    def needs_sums(self) -> bool:
+    def scales_weights(self, group_size: int) -> bool:
+        """Whether whole tiles scale weights; groups of 32 never do."""
+        return self.scaled and group_size != 32
+
+    def needs_sums(self, group_size: int) -> bool:
         """Whether the GEMM reads the sums of its input: scaled weights hold the zero points already."""
-        return not self.scaled or 0 < self.tail_m <= MAX_EXACT_TOKENS
+        return not self.scales_weights(group_size) or 0 < self.tail_m <= MAX_EXACT_TOKENS
 
 
 @triton.jit
@@ -87,32 +90,25 @@ def _gemm_kernel(
     expert = block_expert(experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block, HAS_MAP, BLOCKS)
     if expert < 0:
         return
+    if TAIL_M > 0:  # noqa: SIM102 (a constant, which Triton must see by itself)
+        if last_pair(pairs_ptr, block * BLOCK_M + TAIL_M, num_pairs, BLOCKS):
+            few = load_pairs(pairs_ptr, block * (BLOCK_M // TAIL_M), num_pairs, TAIL_M, BLOCKS)
+            compute_tile(
+                x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
+                down_ptr, row_scale_ptr, out_ptr, expert, few, tile, split_index,
+                N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+                PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, TAIL_SCALE, EVEN_N, EVEN_K,
+                HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES,
+            )  # fmt: skip
+            return
     pairs = load_pairs(pairs_ptr, block, num_pairs, BLOCK_M, BLOCKS)
-    if TAIL_M == 0:
-        compute_tile(
-            x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-            row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
-            N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
-            PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K, HAS_ROW_SCALE, PDL,
-            BLOCK_M, BLOCK_N, SPLIT_K, STAGES,
-        )  # fmt: skip
-    elif last_pair(pairs_ptr, block * BLOCK_M + TAIL_M, num_pairs, BLOCKS):
-        few = load_pairs(pairs_ptr, block * (BLOCK_M // TAIL_M), num_pairs, TAIL_M, BLOCKS)
-        compute_tile(
-            x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-            row_scale_ptr, out_ptr, expert, few, tile, split_index,
-            N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
-            PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, TAIL_SCALE, EVEN_N, EVEN_K, HAS_ROW_SCALE, PDL,
-            TAIL_M, BLOCK_N, SPLIT_K, STAGES,
-        )  # fmt: skip
-    else:
-        compute_tile(
-            x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-            row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
-            N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
-            PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K, HAS_ROW_SCALE, PDL,
-            BLOCK_M, BLOCK_N, SPLIT_K, STAGES,
-        )  # fmt: skip
+    compute_tile(
+        x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+        row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
+        N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+        PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
+        HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES,
+    )  # fmt: skip
 
 
 def gemm(
@@ -156,10 +152,9 @@ def gemm(
     pairs = rows if routes is None else routes.num_pairs
     out = torch.empty(config.split_k, pairs, n, dtype=dtype if config.split_k == 1 else torch.float32, device=x.device)
     scale = "products"
-    if config.scaled and group_size != 32:
+    if config.scales_weights(group_size):
         scale = "weights" if source.row_scale is None else "fast"
     tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
-    kind = "rows" if routes is None else "single" if blocks.pairs is None else "sorted"
     group_blocks = config.group_blocks
     _gemm_kernel[(tiles * triton.cdiv(blocks.max_blocks, group_blocks) * group_blocks, config.split_k)](
         x,
@@ -195,7 +190,7 @@ def gemm(
         BF16=x.dtype == torch.bfloat16,
         ASM=mode.asm,
         HAS_MAP=routes is not None and routes.expert_map is not None,
-        BLOCKS=kind,
+        BLOCKS=block_kind(blocks, routes),
         SCALE=scale,
         TAIL_SCALE=scale if config.tail_m > MAX_EXACT_TOKENS else "products",
         HAS_ROW_SCALE=source.row_scale is not None,

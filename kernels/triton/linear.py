@@ -33,6 +33,7 @@ def linear(
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
     blocks = TokenBlocks(None, None, None, triton.cdiv(rows.shape[0], config.block_m), config.block_m)
     max_rank = largest_rank([spec.ranks])
-    source = project(rows, layer, blocks, None, 1, spec.group_size, spec.factor_bits, max_rank, config.needs_sums, mode)
+    needs_sums = config.needs_sums(spec.group_size)
+    source = project(rows, layer, blocks, None, 1, spec.group_size, spec.factor_bits, max_rank, needs_sums, mode)
     y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
     return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)

@@ -176,6 +176,13 @@ def _project_kernel(
         )  # fmt: skip
 
 
+def block_kind(blocks: TokenBlocks, routes: Routes | None) -> str:
+    """Return which blocks the kernels read, in the words of :func:`load_pairs`."""
+    if routes is None:
+        return "rows"
+    return "single" if blocks.pairs is None else "sorted"
+
+
 def _unit_chunk(units: int, programs: int) -> int:
     """Return the units of K of one program: enough programs to fill a GPU, few splits for the GEMM to add."""
     splits = max(1, min(32, units // 2, triton.cdiv(1024, max(1, programs))))
@@ -218,7 +225,7 @@ def project(
     sums = torch.empty(units if need_sums else 0, rows, 128 // sum_size, dtype=torch.float32, device=x.device)
     num_pairs = rows if routes is None else routes.num_pairs
     num_experts = weights.packed.shape[0]
-    kind = "rows" if routes is None else "single" if sort or blocks.pairs is None else "sorted"
+    kind = "single" if sort else block_kind(blocks, routes)
     block_m = 16 if kind == "single" else min(64, blocks.block_m)
     count = num_pairs if kind == "single" else blocks.max_blocks * (blocks.block_m // block_m)
     ranks = max(32, min(64, triton.next_power_of_2(max_rank)))
