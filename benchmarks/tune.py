@@ -84,9 +84,9 @@ def _tiles(mean: float) -> list[GemmConfig]:
         for tail in ((0,) if block_m == 16 else (0, 16))
     ]
     tiles += [
-        GemmConfig(block_m, 128, 1, True, warps, stages, group_blocks=group, tail_m=block_m // 4)
+        GemmConfig(block_m, 128, 1, True, warps, stages, group_blocks=4, tail_m=block_m // part)
         for block_m, warps, stages in SCALED
-        for group in (2, 4)
+        for part in (2, 4)
     ]
     fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 4 * mean)]
     return fitting or tiles[-1:]

@@ -43,3 +43,8 @@ def select_experts(layer: Any, x: torch.Tensor, router_logits: torch.Tensor) -> 
 def loads_dummy_weights() -> bool:
     """Return whether the model under construction gets random weights (``--load-format dummy``)."""
     return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+def max_tokens() -> int:
+    """Return the most tokens that the model under construction gets in a step."""
+    return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)

@@ -29,6 +29,7 @@ from vllm_milo.checkpoint import (
 )
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.reference import ACTIVATIONS
+from vllm_milo.kernels.warm_up import warm_up_moe
 from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
 from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
 
@@ -120,6 +121,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         )
         self._check_sizes()
         self.dummy = compat.loads_dummy_weights()
+        self.dtype, self.max_tokens = params_dtype, compat.max_tokens()
         self.guard = FillGuard(self.prefix)
         self.guard.expect(self._expected_pieces())
         for gemm in self.gemms:
@@ -147,6 +149,17 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.names[gemm.name] = [names[0], *(f"{gemm.name}_milo_{i}" for i in range(1, len(prepared)))]
             for name, tensor in zip(self.names[gemm.name], prepared, strict=True):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        warm_up_moe(
+            *self._weights(layer),
+            layer.expert_map,
+            self.spec,
+            self.backend,
+            self.hidden,
+            layer.global_num_experts,
+            self.moe.experts_per_token,
+            self.dtype,
+            self.max_tokens,
+        )
 
     def apply(
         self,
@@ -158,8 +171,13 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return this rank's partial sum [T, H]; vLLM runs the shared experts and reduces over ranks."""
-        w13, w2 = ([getattr(layer, name) for name in self.names[gemm]] for gemm in ("w13", "w2"))
+        w13, w2 = self._weights(layer)
         return ops.fused_moe(x, topk_weights, topk_ids, layer.expert_map, w13, w2, self.spec, self.backend)
+
+    def _weights(self, layer: torch.nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return both GEMMs' tensors as the backend takes them."""
+        w13, w2 = ([getattr(layer, name) for name in self.names[gemm]] for gemm in ("w13", "w2"))
+        return w13, w2
 
     def apply_monolithic(
         self, layer: Any, x: torch.Tensor, router_logits: torch.Tensor, *_: Any, **__: Any

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
 
+from vllm_milo import compat
 from vllm_milo.checkpoint import (
     BASE_TENSORS,
     FACTOR_TENSORS,
@@ -25,8 +26,8 @@ from vllm_milo.checkpoint import (
     V,
     packed_words,
 )
-from vllm_milo.compat import loads_dummy_weights
 from vllm_milo.kernels import ops
+from vllm_milo.kernels.warm_up import warm_up_linear
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
 from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
 
@@ -71,7 +72,8 @@ class MiLoLinearMethod(LinearMethodBase):
         self.spec = LinearSpec(widths, self.ranks, self.format.group_size, self.format.compensator.bits)
         self.split = _Split(layer, input_size_per_partition, widths, input_size, output_size)
         self._check_sizes(input_size, input_size_per_partition)
-        self.dummy = loads_dummy_weights()
+        self.dummy = compat.loads_dummy_weights()
+        self.dtype, self.max_tokens = params_dtype, compat.max_tokens()
         self.guard = FillGuard(self.prefix)
         for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
             n = self.split.full_width(part)
@@ -99,6 +101,7 @@ class MiLoLinearMethod(LinearMethodBase):
         self.names = [PACKED, *(f"milo_{index}" for index in range(1, len(prepared)))]
         for name, tensor in zip(self.names, prepared, strict=True):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        warm_up_linear(prepared, self.spec, self.backend, self.split.k, self.dtype, self.max_tokens)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + (x·Vᵀ)·U + bias."""

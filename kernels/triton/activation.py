@@ -33,7 +33,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
     return gate * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0)) * up  # 0.5·(1 + tanh(inner))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _activation_kernel(
     y_ptr, h_ptr, sums_ptr, size, num_pairs,
     ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,

@@ -13,7 +13,7 @@ From there three ways lead to s·(q - z):
 - many tokens of a bf16 model in a MoE layer: fp16 operands, scaled two at a time (:func:`fast_operand`); the
   activations go to fp16 with a power of two a row, which loses nothing.
 
-The first two return fp32(s·(q - z)), rounded once, for an identity input.
+The first two return fp32(s·(q - z)), rounded once, for an identity input; the last what is within one step of bf16.
 """
 
 from __future__ import annotations
@@ -136,50 +136,69 @@ def scaled(codes, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
-def _fast_scales(word, ASM: tl.constexpr):
-    """int32 [ROWS] with scale and zero point -> fp16 pairs (s, s) and (-z·s, -z·s) as int32."""
+def _fast_scales(word, HALF: tl.constexpr, ASM: tl.constexpr):
+    """int32 [ROWS] with scale s and zero point z -> fp16 pairs of s, of minus round(z) less the codes' bias, and of
+    (round(z) - z)·s, as int32. Adding 1536 rounds to integers; all but the last product is exact.
+    """
     if ASM:
-        scale = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x1010;", "=r,r", [word], tl.int32, is_pure=True, pack=1)
-        offset = tl.inline_asm_elementwise(
-            "{ .reg .b32 s, z; prmt.b32 s, $1, 0, 0x1010; prmt.b32 z, $1, 0, 0x3232;"
-            " mul.rn.f16x2 z, z, s; neg.f16x2 $0, z; }",
-            "=r,r",
-            [word],
-            tl.int32,
-            is_pure=True,
-            pack=1,
+        asm_scale: tl.constexpr = "prmt.b32 $0, $1, 0, 0x1010;"
+        scale = tl.inline_asm_elementwise(asm_scale, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        if HALF == 0:
+            asm: tl.constexpr = (
+                "{ .reg .b32 z, c; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600; add.rn.f16x2 z, z, c;"
+                " mov.b32 c, 0x60006000; sub.rn.f16x2 $0, c, z; }"
+            )
+            base = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        else:
+            asm_high: tl.constexpr = (
+                "{ .reg .b32 z, c; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600; add.rn.f16x2 z, z, c;"
+                " mov.b32 c, 0x65806580; sub.rn.f16x2 $0, c, z; }"
+            )
+            base = tl.inline_asm_elementwise(asm_high, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        asm_offset: tl.constexpr = (
+            "{ .reg .b32 s, z, t, c; prmt.b32 s, $1, 0, 0x1010; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600;"
+            " add.rn.f16x2 t, z, c; sub.rn.f16x2 t, t, c; sub.rn.f16x2 t, t, z; mul.rn.f16x2 $0, t, s; }"
         )
+        offset = tl.inline_asm_elementwise(asm_offset, "=r,r", [word], tl.int32, is_pure=True, pack=1)
     else:
         s, z = scale_and_zero(word)
-        bits = (-(s * z)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        scale = (word & 0xFFFF) | (word << 16)
-        offset = bits | (bits << 16)
-    return scale, offset
+        nearest = tl.floor(z + 0.5)
+        scale = _pair(s)
+        base = _pair(-nearest - (128.0 if HALF else 1024.0))
+        offset = _pair((nearest - z) * s)
+    return scale, base, offset
 
 
 @triton.jit
-def _fast_weights(words, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """int32 [..] -> fp16 [.., 2]: q·s - z·s of the codes at bits 0 and 16 (HIGH: 3 and 19).
+def _pair(value):
+    """fp32 -> the same fp16 in both halves of an int32."""
+    bits = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
 
-    Two codes an instruction: into the mantissa of 1024, 1024 off (exact), then one FMA.
+
+@triton.jit
+def _fast_weights(words, scale, base, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """int32 [..] -> fp16 [.., 2]: (q - round(z))·s + (round(z) - z)·s of the codes at bits 0 and 16 (HIGH: 3 and 19).
+
+    Two codes an instruction: into the mantissa of 1024, base off (exact), then one FMA.
     """
     if ASM:
         if HIGH:
             bits = tl.inline_asm_elementwise(
-                "{ .reg .b32 t, a, b; lop3.b32 t, $1, 0x00380038, 0x64006400, 0xEA; mov.b32 a, 0x30003000;"
-                " mov.b32 b, 0xD800D800; fma.rn.f16x2 t, t, a, b; fma.rn.f16x2 $0, t, $2, $3; }",
-                "=r,r,r,r",
-                [words, scale, offset],
+                "{ .reg .b32 t, a; lop3.b32 t, $1, 0x00380038, 0x64006400, 0xEA; mov.b32 a, 0x30003000;"
+                " fma.rn.f16x2 t, t, a, $3; fma.rn.f16x2 $0, t, $2, $4; }",
+                "=r,r,r,r,r",
+                [words, scale, base, offset],
                 tl.int32,
                 is_pure=True,
                 pack=1,
             )
         else:
             bits = tl.inline_asm_elementwise(
-                "{ .reg .b32 t, b; lop3.b32 t, $1, 0x00070007, 0x64006400, 0xEA; mov.b32 b, 0xE400E400;"
-                " add.rn.f16x2 t, t, b; fma.rn.f16x2 $0, t, $2, $3; }",
-                "=r,r,r,r",
-                [words, scale, offset],
+                "{ .reg .b32 t; lop3.b32 t, $1, 0x00070007, 0x64006400, 0xEA;"
+                " add.rn.f16x2 t, t, $3; fma.rn.f16x2 $0, t, $2, $4; }",
+                "=r,r,r,r,r",
+                [words, scale, base, offset],
                 tl.int32,
                 is_pure=True,
                 pack=1,
@@ -188,21 +207,29 @@ def _fast_weights(words, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
         high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     else:
         codes = words >> 3 if HIGH else words
-        s = (scale & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        c = (offset & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        low = ((codes & 7).to(tl.float32) * s + c).to(tl.float16)
-        high = (((codes >> 16) & 7).to(tl.float32) * s + c).to(tl.float16)
+        bias: tl.constexpr = 128.0 if HIGH else 1024.0
+        s = _low_half(scale)
+        zero = -_low_half(base) - bias
+        c = _low_half(offset)
+        low = (((codes & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
+        high = ((((codes >> 16) & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
     return tl.join(low, high)
 
 
 @triton.jit
-def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
-    """Words [ROWS, 4] of a unit and int32 [ROWS] -> fp16 operand [ROWS, 64] of s·q - fp16(z·s), rounded once.
+def _low_half(pair):
+    """int32 -> the fp16 in its low half, in fp32."""
+    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
-    Less exact than :func:`scaled`, which fp16 models get, and for bf16 models, whose weights it holds in fp16,
-    more exact than weights rounded to bf16.
+
+@triton.jit
+def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
+    """Words [ROWS, 4] of a unit and int32 [ROWS] -> fp16 operand [ROWS, 64] of s·(q - z), within 1.5 roundings.
+
+    The FMA rounds once; before it, (round(z) - z)·s was rounded, of which at most half a step of codes is left.
     """
-    scale, offset = _fast_scales(scale_zero, ASM)
+    scale, base, offset = _fast_scales(scale_zero, HALF, ASM)
     scale = scale[:, None, None, None, None]
+    base = base[:, None, None, None, None]
     offset = offset[:, None, None, None, None]
-    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, offset, HALF, ASM), ROWS)
+    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, base, offset, HALF, ASM), ROWS)

@@ -12,6 +12,9 @@ from .gemm import GemmConfig
 from .launch import processors
 from .layout import UNIT, KernelWeights
 
+BLOCK_N = 128
+SCALING_TOKENS = 32
+"""What scaling a tile's weights takes, in the time of so many tokens' products."""
 TUNED_KEYS = ("gate_up", "down")
 """An entry of a tuned file holds the tiles of the two GEMMs under these keys."""
 
@@ -56,9 +59,20 @@ def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> 
 
 
 def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:
-    """Return the tile of a dense layer."""
-    block_m = _block_m(rows, group_size)
-    return _config(block_m, layer.columns, 1, layer.units, triton.cdiv(rows, block_m), group_size, device)
+    """Return the tile of a dense layer: many tokens take the tile that leaves least of the last round idle."""
+    sizes = [size for size in (16, 32, 64) if rows <= size] or [128, 256]
+    if group_size == 32:
+        sizes = sizes if rows <= 64 else [64]
+    tiles = {size: triton.cdiv(layer.columns, BLOCK_N) * triton.cdiv(rows, size) for size in sizes}
+
+    def seconds(size: int) -> int:
+        return triton.cdiv(tiles[size], _resident(size) * processors(device)) * (size + SCALING_TOKENS)
+
+    block_m = sizes[0] if rows <= 64 else min(sizes, key=seconds)
+    split_k = 1
+    while 2 * split_k * tiles[block_m] <= _resident(block_m) * processors(device) and layer.units >= 8 * split_k:
+        split_k *= 2
+    return _tile(block_m, min(8, split_k), group_size)
 
 
 def _block_m(mean: float, group_size: int) -> int:
@@ -72,25 +86,38 @@ def _block_m(mean: float, group_size: int) -> int:
     return 128 if mean <= 160 else 256
 
 
+def _resident(block_m: int) -> int:
+    """Return the tiles that fit on a multiprocessor at once, which registers limit."""
+    return {16: 3, 32: 2, 64: 2}.get(block_m, 1)
+
+
 def _config(
     block_m: int, width: int, parts: int, units: int, blocks: float, group_size: int, device: torch.device
 ) -> GemmConfig:
     """Return the tile for so many blocks of tokens that have work.
 
-    K is split until there are ``rounds`` times as many tiles as fit on the device at once, which registers
-    limit to ``resident`` a multiprocessor: few rounds leave multiprocessors idle in the last one.
+    K is split until there are ``rounds`` times as many tiles as fit on the device at once: few rounds leave
+    multiprocessors idle in the last one.
     """
-    scaled = block_m >= 64 and group_size != 32
-    block_n = 128
-    resident = {16: 3, 32: 2, 64: 2}.get(block_m, 1)
-    rounds = 3 if scaled else 2
-    programs = triton.cdiv(width, block_n) * parts * blocks
+    rounds = 3 if _scaled(block_m, group_size) else 2
+    programs = triton.cdiv(width, BLOCK_N) * parts * blocks
     split_k = 1
-    while split_k < 8 and programs * split_k < rounds * resident * processors(device) and units >= 8 * split_k:
+    while (
+        split_k < 8 and programs * split_k < rounds * _resident(block_m) * processors(device) and units >= 8 * split_k
+    ):
         split_k *= 2
+    return _tile(block_m, split_k, group_size)
+
+
+def _scaled(block_m: int, group_size: int) -> bool:
+    return block_m >= 64 and group_size != 32
+
+
+def _tile(block_m: int, split_k: int, group_size: int) -> GemmConfig:
+    scaled = _scaled(block_m, group_size)
     return GemmConfig(
         block_m=block_m,
-        block_n=block_n,
+        block_n=BLOCK_N,
         split_k=split_k,
         scaled=scaled,
         num_warps=8 if block_m >= 128 else 4,

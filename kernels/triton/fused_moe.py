@@ -1,13 +1,12 @@
-"""The routed experts of one layer on Triton. At decode six launches: each needs all of the one before.
+"""The routed experts of one layer on Triton. At decode seven launches, of which 2 and 5 run beside 3 and 6:
 
-1. project: sums of x and V13·x, which every tile of the first GEMM needs whole; sorts the pairs as well
-2. gemm: gate and up, with U13 in the epilogue
-3. activate: h = act(gate)·up and its sums
-4. project: V2·h
-5. gemm: down, with U2 in the epilogue
-6. weighted_sum: over top-k
-
-With many tokens the sort is a launch of its own before them, since the projection then reads sorted pairs too.
+1. prepare: sums of x, which every tile of the first GEMM needs whole; sorts the pairs as well
+2. project: V13·x, which the epilogues of the first GEMM need
+3. gemm: gate and up, with U13 in the epilogue
+4. activate: h = act(gate)·up and its sums
+5. project: V2·h
+6. gemm: down, with U2 in the epilogue
+7. weighted_sum: over top-k
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from .dispatch import MoEShape, moe_configs
 from .gemm import GemmConfig, gemm
 from .launch import launch_mode
 from .layout import KernelWeights
-from .project import project
+from .prepare import prepare
+from .project import Projected, project
 from .reduce import weighted_sum
-from .routing import Routes, allocate_blocks, sort_pairs
+from .routing import Routes
 
-FUSED_SORT_PAIRS = 96
-"""Up to so many pairs the sort rides with the projection, which then takes each pair by itself."""
 FEW_PAIRS = 1024
 """Up to so many pairs launches count, and start early."""
 
@@ -67,22 +65,15 @@ def fused_moe(
     dtype = x.dtype
     if fast:
         x, row_scale = to_half(x)
-    sort = tokens > 1 and rank13 > 0 and routes.num_pairs <= FUSED_SORT_PAIRS
-    if sort:
-        blocks = allocate_blocks(routes, num_experts, first.block_m)
-    else:
-        blocks = sort_pairs(routes, num_experts, first.block_m, mode)
     needs_sums = first.needs_sums(spec.group_size)
-    source = project(x, gate_up, blocks, routes, pairs_per_row, *format_, rank13, needs_sums, mode, sort, row_scale)
+    sums, blocks = prepare(x, routes, num_experts, first.block_m, spec.group_size, needs_sums, mode)
+    down13 = project(x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, rank13, mode)
+    source = Projected(x, sums, down13, row_scale)
     half = gate_up.columns // 2
     y = gemm(source, gate_up, [half, half], blocks, routes, pairs_per_row, *format_, first, mode, dtype)
-    if fast:
-        h = activate_to_half(y[0], spec.activation)
-        needs_sums = second.needs_sums(spec.group_size)
-        source = project(h.x, down, blocks, routes, 1, *format_, rank2, needs_sums, mode, row_scale=h.row_scale)
-    else:
-        h = activate(y, spec.activation, spec.group_size, dtype, mode)
-        source = project(h.x, down, blocks, routes, 1, *format_, rank2, False, mode)._replace(sums=h.sums)
+    h = activate_to_half(y[0], spec.activation) if fast else activate(y, spec.activation, spec.group_size, dtype, mode)
+    down2 = project(h.x, down, blocks, routes, 1, spec.factor_bits, rank2, mode)
+    source = Projected(h.x, h.sums, down2, h.row_scale)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
     return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
 

@@ -18,8 +18,6 @@ from .routing import Routes, TokenBlocks
 from .tile import compute_tile
 
 MAX_PARTS = 4
-MAX_EXACT_TOKENS = 32
-"""Tails of at most so many tokens scale the products, whatever the whole tiles do."""
 
 
 class GemmConfig(NamedTuple):
@@ -53,20 +51,20 @@ class GemmConfig(NamedTuple):
 
     def needs_sums(self, group_size: int) -> bool:
         """Whether the GEMM reads the sums of its input: scaled weights hold the zero points already."""
-        return not self.scales_weights(group_size) or 0 < self.tail_m <= MAX_EXACT_TOKENS
+        return not self.scales_weights(group_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_rows", "top_k", "max_blocks"])
 def _gemm_kernel(
     x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
     row_scale_ptr, out_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, ids_ptr, map_ptr,
     N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank, max_blocks,
     PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr,
-    SCALE: tl.constexpr, TAIL_SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr, RANK_STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N outputs, BLOCK_M pairs] tile of one expert, over one of SPLIT_K parts of K.
 
@@ -76,9 +74,11 @@ def _gemm_kernel(
     neighbouring blocks, mostly of one expert, go through the tiles together and share the weights in the cache.
     SCALE: what is scaled, "products", "weights" or "fast" (weights in fp16), see :mod:`.dequant`. HAS_ROW_SCALE:
     x holds the rows of the activations divided by row_scale. TAIL_M > 0: a block with at most so many pairs, an
-    expert's last, runs as a tile of that size.
+    expert's last, runs as a tile of that size. RANK_STEP: ranks that the epilogue takes at a time.
     """
-    if PDL:
+    # the launch before is then the one of V·x, which has waited for all others
+    late_wait: tl.constexpr = PDL and HAS_RANK
+    if PDL and not HAS_RANK:
         tl.extra.cuda.gdc_wait()
     tiles = tl.cdiv(n0, BLOCK_N) + tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N) + tl.cdiv(n3, BLOCK_N)
     in_group = tl.program_id(0) % (GROUP_BLOCKS * tiles)
@@ -89,6 +89,8 @@ def _gemm_kernel(
         return
     expert = block_expert(experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block, HAS_MAP, BLOCKS)
     if expert < 0:
+        if late_wait:  # or the launch after could overtake the one before
+            tl.extra.cuda.gdc_wait()
         return
     if TAIL_M > 0:  # noqa: SIM102 (a constant, which Triton must see by itself)
         if last_pair(pairs_ptr, block * BLOCK_M + TAIL_M, num_pairs, BLOCKS):
@@ -97,8 +99,8 @@ def _gemm_kernel(
                 x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
                 down_ptr, row_scale_ptr, out_ptr, expert, few, tile, split_index,
                 N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
-                PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, TAIL_SCALE, EVEN_N, EVEN_K,
-                HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES,
+                PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
+                HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait,
             )  # fmt: skip
             return
     pairs = load_pairs(pairs_ptr, block, num_pairs, BLOCK_M, BLOCKS)
@@ -107,7 +109,7 @@ def _gemm_kernel(
         row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
         N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
         PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
-        HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES,
+        HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait,
     )  # fmt: skip
 
 
@@ -156,6 +158,7 @@ def gemm(
         scale = "weights" if source.row_scale is None else "fast"
     tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
     group_blocks = config.group_blocks
+    max_rank = 0 if source.down is None else source.down.shape[2]
     _gemm_kernel[(tiles * triton.cdiv(blocks.max_blocks, group_blocks) * group_blocks, config.split_k)](
         x,
         source.sums,
@@ -180,7 +183,7 @@ def gemm(
         pairs,
         rows,
         top_k,
-        0 if source.down is None else source.down.shape[2],
+        max_rank,
         blocks.max_blocks,
         PARTS=len(widths),
         GROUP=group_size,
@@ -192,7 +195,6 @@ def gemm(
         HAS_MAP=routes is not None and routes.expert_map is not None,
         BLOCKS=block_kind(blocks, routes),
         SCALE=scale,
-        TAIL_SCALE=scale if config.tail_m > MAX_EXACT_TOKENS else "products",
         HAS_ROW_SCALE=source.row_scale is not None,
         EVEN_N=all(width % config.block_n == 0 for width in widths),
         EVEN_K=k % 128 == 0,
@@ -202,6 +204,7 @@ def gemm(
         SPLIT_K=config.split_k,
         STAGES=config.num_stages,
         GROUP_BLOCKS=group_blocks,
+        RANK_STEP=64 if max_rank >= 64 * len(widths) else 16,
         PDL=mode.early,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,

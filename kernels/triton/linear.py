@@ -1,18 +1,18 @@
-"""A dense layer on Triton: sums and V·x, then the GEMM with U in the epilogue, then the sum of split-K parts."""
+"""A dense layer on Triton: sums of x, V·x, the GEMM with U in the epilogue, and the sum of its split-K parts."""
 
 from __future__ import annotations
 
 import torch
-import triton
 
 from ..weights import LinearSpec, largest_rank
+from .activation import MAX_ROW, to_half
 from .dispatch import linear_config
 from .gemm import GemmConfig, gemm
 from .launch import launch_mode
 from .layout import KernelWeights
-from .project import project
+from .prepare import prepare
+from .project import Projected, project
 from .reduce import sum_splits
-from .routing import TokenBlocks
 
 FEW_TOKENS = 256
 """Up to so many rows launches count, and start early."""
@@ -31,9 +31,12 @@ def linear(
         return x.new_empty(*x.shape[:-1], layer.columns)
     config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
-    blocks = TokenBlocks(None, None, None, triton.cdiv(rows.shape[0], config.block_m), config.block_m)
-    max_rank = largest_rank([spec.ranks])
+    row_scale = None
+    if x.dtype == torch.bfloat16 and config.scales_weights(spec.group_size) and rows.shape[1] <= MAX_ROW:
+        rows, row_scale = to_half(rows)
     needs_sums = config.needs_sums(spec.group_size)
-    source = project(rows, layer, blocks, None, 1, spec.group_size, spec.factor_bits, max_rank, needs_sums, mode)
+    sums, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, needs_sums, mode)
+    down = project(rows, layer, blocks, None, 1, spec.factor_bits, largest_rank([spec.ranks]), mode)
+    source = Projected(rows, sums, down, row_scale)
     y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
     return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)

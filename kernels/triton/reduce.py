@@ -10,7 +10,7 @@ from .launch import LaunchMode
 from .routing import Routes, local_expert
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _weighted_sum_kernel(
     y_ptr, weights_ptr, ids_ptr, map_ptr, out_ptr, H, num_pairs,
     TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTED: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,7 +67,7 @@ def weighted_sum(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sum_splits_kernel(y_ptr, out_ptr, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()

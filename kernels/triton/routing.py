@@ -1,4 +1,4 @@
-"""Sorts (token, expert) pairs by expert into blocks that one GEMM tile takes. One launch, no host sync."""
+"""Sorts (token, expert) pairs by expert into blocks that one GEMM tile takes, without a host sync."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-
-from .launch import LaunchMode
 
 
 class Routes(NamedTuple):
@@ -91,20 +89,6 @@ def sort_expert(
         tl.store(experts_ptr + first + block, expert, mask=block < own_blocks)
 
 
-@triton.jit
-def _sort_kernel(
-    ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, num_pairs, num_experts,
-    HAS_MAP: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    sort_expert(
-        ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, tl.program_id(0), num_pairs, num_experts,
-        HAS_MAP, BLOCK_M, BINS, CHUNK,
-    )  # fmt: skip
-
-
 def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBlocks:
     """Return uninitialized blocks for the sort to fill; a single token needs no sort."""
     num_pairs, device = routes.num_pairs, routes.ids.device
@@ -119,29 +103,4 @@ def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBloc
 
 def sort_sizes(num_experts: int, num_pairs: int) -> tuple[int, int]:
     """Return BINS and CHUNK of :func:`sort_expert`."""
-    return triton.next_power_of_2(num_experts + 1), max(32, min(4096, triton.next_power_of_2(num_pairs)))
-
-
-def sort_pairs(routes: Routes, num_experts: int, block_m: int, mode: LaunchMode) -> TokenBlocks:
-    """Sort pairs by local expert; see :class:`TokenBlocks`."""
-    blocks = allocate_blocks(routes, num_experts, block_m)
-    if blocks.pairs is None:
-        return blocks
-    bins, chunk = sort_sizes(num_experts, routes.num_pairs)
-    _sort_kernel[(num_experts,)](
-        routes.ids,
-        routes.expert_map,
-        blocks.pairs,
-        blocks.experts,
-        blocks.num_blocks,
-        routes.num_pairs,
-        num_experts,
-        HAS_MAP=routes.expert_map is not None,
-        BLOCK_M=block_m,
-        BINS=bins,
-        CHUNK=chunk,
-        PDL=mode.early,
-        num_warps=8 if chunk > 1024 else 4,
-        **mode.options(),
-    )
-    return blocks
+    return triton.next_power_of_2(num_experts + 1), 64 if num_pairs <= 64 else 512 if num_pairs <= 512 else 4096

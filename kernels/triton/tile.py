@@ -28,48 +28,74 @@ def _tile_part(tile, n0, n1, n2, n3, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _up_operand(
-    u_ptr, u_scale_ptr, u_start, rank_block, columns, inside, width, dtype: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    u_ptr, u_scale_ptr, u_start, rank_block, blocks, first_column, column, inside, width, dtype: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Uᵀ of 16 ranks as an operand [BLOCK_N, 16], scaled in fp32 and rounded once."""
-    scale_base = u_scale_ptr + u_start + (rank_block * (width // 64)).to(tl.int64) * 16
-    base = (u_start // 16 * 64 + (rank_block * width).to(tl.int64)) * (4 if FACTOR_BITS == 3 else 16)
-    rank = tl.arange(0, 16)
+    """Uᵀ of RANK_STEP ranks from ``rank_block`` as an operand [BLOCK_N, RANK_STEP], scaled in fp32 and rounded once.
+
+    ``first_column`` of the tile is a multiple of 64. Blocks of 16 ranks from ``blocks`` on give zeros.
+    """
+    steps: tl.constexpr = RANK_STEP // 16
+    block = rank_block + tl.arange(0, steps)
+    base = u_ptr + u_start // 16 * 64 * (4 if FACTOR_BITS == 3 else 16)
+    mask = inside[:, None, None] & (block < blocks)[None, :, None]
     if FACTOR_BITS == 3:
         lane = tl.arange(0, 4)
-        place = u_ptr + base + columns[:, None] * 4 + lane[None, :]
-        word = tl.load(place, mask=inside[:, None] & (lane >= 0)[None, :], other=0).to(tl.int32)
+        place = base + ((block * width).to(tl.int64)[None, :] + column[:, None])[:, :, None] * 4 + lane[None, None, :]
+        word = tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0).to(tl.int32)
         low = tl.join(word & 7, (word >> 4) & 7)
         high = tl.join((word >> 8) & 7, (word >> 12) & 7)
-        codes = tl.reshape(tl.permute(tl.join(low, high), (0, 3, 1, 2)), (BLOCK_N, 16))  # h, t, b
-        u = (codes - 4).to(tl.float32)
+        codes = tl.permute(tl.join(low, high), (0, 1, 4, 2, 3))  # [BLOCK_N, steps, h, t, b]
+        u = (tl.reshape(codes, (BLOCK_N, RANK_STEP)) - 4).to(tl.float32)
     else:
-        place = u_ptr + base + columns[:, None] * 16 + rank[None, :]
-        u = tl.load(place, mask=inside[:, None] & (rank >= 0)[None, :], other=0).to(tl.float32)
+        rank = tl.arange(0, 16)
+        place = base + ((block * width).to(tl.int64)[None, :] + column[:, None])[:, :, None] * 16 + rank[None, None, :]
+        u = tl.reshape(tl.load(place, mask=mask & (rank >= 0)[None, None, :], other=0), (BLOCK_N, RANK_STEP))
+        u = u.to(tl.float32)
     if FACTOR_BITS != 16:
-        place = scale_base + (columns // 64)[:, None] * 16 + rank[None, :]
-        u *= tl.load(place, mask=inside[:, None] & (rank >= 0)[None, :], other=0.0).to(tl.float32)
+        rank = rank_block * 16 + tl.arange(0, RANK_STEP)
+        group = first_column // 64 + tl.arange(0, BLOCK_N // 64)
+        place = u_start + (rank // 16 * (width // 64))[None, :].to(tl.int64) * 16 + group[:, None] * 16 + (rank % 16)
+        known = (rank < blocks * 16)[None, :] & (group < width // 64)[:, None]
+        scale = tl.load(u_scale_ptr + place, mask=known, other=0.0).to(tl.float32)
+        scale = tl.broadcast_to(scale[:, None, :], (BLOCK_N // 64, 64, RANK_STEP))
+        u *= tl.reshape(scale, (BLOCK_N, RANK_STEP))
     return u.to(dtype)
 
 
 @triton.jit
 def _add_up_projection(
-    acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, slot, first_slot, columns, inside, width,
-    pairs, valid, num_pairs, max_rank, DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, slot, first_slot, first_column, column, inside,
+    width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
+    RANK_STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """acc += Uᵀ·(V·x) for this tile. ``slot`` is the part of the expert, ``first_slot`` the expert's first."""
+    """acc += Uᵀ·(V·x) for this tile, over this split's share of the ranks.
+
+    ``slot`` is the part of the expert, ``first_slot`` the expert's first.
+    """
     first = tl.load(rank_blocks_ptr + slot)
     blocks = tl.load(rank_blocks_ptr + slot + 1) - first
     ranks_before = (first - tl.load(rank_blocks_ptr + first_slot)) * 16
     u_start = tl.load(u_starts_ptr + slot)
-    for block in tl.range(0, blocks, num_stages=1):
-        u = _up_operand(u_ptr, u_scale_ptr, u_start, block, columns, inside, width, dtype, FACTOR_BITS, BLOCK_N)
-        rank = ranks_before + block * 16 + tl.arange(0, 16)
-        down = tl.zeros((16, BLOCK_M), tl.float32)
-        for split in tl.static_range(DOWN_SPLITS):
-            source = down_ptr + (split * num_pairs + pairs)[None, :].to(tl.int64) * max_rank + rank[:, None]
-            down += tl.load(source, mask=valid[None, :] & (rank >= 0)[:, None], other=0.0)
+    step: tl.constexpr = RANK_STEP // 16
+    share = tl.cdiv(tl.cdiv(blocks, step), SPLIT_K) * step
+    begin = split_index * share
+    for block in tl.range(begin, tl.minimum(begin + share, blocks), step, num_stages=STAGES):
+        u = _up_operand(
+            u_ptr, u_scale_ptr, u_start, block, blocks, first_column, column, inside, width, dtype,
+            FACTOR_BITS, BLOCK_N, RANK_STEP,
+        )  # fmt: skip
+        lane = block * 16 + tl.arange(0, RANK_STEP)
+        mask = valid[None, :] & (lane < blocks * 16)[:, None]
+        place = down_ptr + pairs[None, :].to(tl.int64) * max_rank + (ranks_before + lane)[:, None]
+        if DOWN_SPLITS == 1:
+            down = tl.load(place, mask=mask, other=0.0)
+        else:
+            down = tl.zeros((RANK_STEP, BLOCK_M), tl.float32)
+            for _ in tl.static_range(DOWN_SPLITS):
+                down += tl.load(place, mask=mask, other=0.0)
+                place += num_pairs * max_rank
         acc = tl.dot(u, down.to(dtype), acc)
     return acc
 
@@ -83,6 +109,7 @@ def compute_tile(
     DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
     SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of :func:`.gemm._gemm_kernel`, for BLOCK_M pairs."""
     valid = pairs < num_pairs
@@ -182,15 +209,18 @@ def compute_tile(
         x_rows += 128
         sums += num_rows * sums_per_unit
 
+    if LATE_WAIT:
+        tl.extra.cuda.gdc_wait()
     if PDL:  # not sooner: what is launched next would take the place of this launch's own tiles
         tl.extra.cuda.gdc_launch_dependents()
-    if HAS_RANK:  # noqa: SIM102 (a constant, which Triton must see by itself)
-        if split_index == 0:
-            acc = _add_up_projection(
-                acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-                expert * PARTS + part, expert * PARTS, column, inside, width, pairs, valid, num_pairs, max_rank,
-                DOWN_SPLITS, x_ptr.dtype.element_ty, FACTOR_BITS, BLOCK_N, BLOCK_M,
-            )  # fmt: skip
+    if HAS_RANK:
+        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 else 1
+        acc = _add_up_projection(
+            acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+            expert * PARTS + part, expert * PARTS, tile_column, column, inside, width, pairs, valid, num_pairs,
+            max_rank, split_index, DOWN_SPLITS, x_ptr.dtype.element_ty, FACTOR_BITS, BLOCK_N, BLOCK_M, SPLIT_K,
+            RANK_STEP, rank_stages,
+        )  # fmt: skip
     if HAS_ROW_SCALE:
         acc *= tl.load(row_scale_ptr + rows)[None, :]
     target = (split_index.to(tl.int64) * num_pairs + pairs)[None, :] * N + n[:, None]
