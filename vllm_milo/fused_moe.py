@@ -127,7 +127,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         for gemm in self.gemms:
             self._register(layer, gemm, num_experts, params_dtype, extra_weight_attrs["weight_loader"])
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything was loaded, then bring it into the backend's layout.
 
         Raises:

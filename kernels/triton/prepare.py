@@ -83,11 +83,10 @@ def prepare(
     sum_size = min(group_size, 64)
     sums = torch.empty(units if need_sums else 0, rows, 128 // sum_size, dtype=torch.float32, device=x.device)
     if routes is None:
-        blocks = TokenBlocks(None, None, None, triton.cdiv(rows, block_m), block_m)
+        num_pairs, blocks = rows, TokenBlocks(None, None, None, triton.cdiv(rows, block_m), block_m)
     else:
-        blocks = allocate_blocks(routes, num_experts, block_m)
+        num_pairs, blocks = routes.num_pairs, allocate_blocks(routes, num_experts, block_m)
     sort = blocks.pairs is not None
-    num_pairs = routes.num_pairs if sort else 0
     bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
     sum_programs = triton.cdiv(rows, SUM_ROWS) * units if need_sums else 0
     programs = sum_programs + (num_experts if sort else 0)

@@ -197,13 +197,12 @@ def project(
         return None
     rows, k = x.shape
     units = triton.cdiv(k, UNIT)
-    dense = routes is None
-    num_pairs = rows if dense else routes.num_pairs
+    num_pairs = rows if routes is None else routes.num_pairs
     num_experts = weights.packed.shape[0]
-    kind = "single" if not dense and num_pairs <= SINGLE_PAIRS else block_kind(blocks, routes)
+    kind = "single" if routes is not None and num_pairs <= SINGLE_PAIRS else block_kind(blocks, routes)
     block_m = 16 if kind == "single" else min(64, blocks.block_m)
     count = num_pairs if kind == "single" else blocks.max_blocks * (blocks.block_m // block_m)
-    if dense:  # large ranks, and every tile of the GEMM reads many of them from all splits
+    if routes is None:  # large ranks, and every tile of the GEMM reads many of them from all splits
         ranks, splits = (32, 4 if units >= 8 else 1) if block_m == 16 else (64, 1)
     else:
         ranks = max(32, min(64, triton.next_power_of_2(max_rank)))
@@ -220,8 +219,8 @@ def project(
         blocks.pairs,
         blocks.experts,
         blocks.num_blocks,
-        None if dense else routes.ids,
-        None if dense else routes.expert_map,
+        None if routes is None else routes.ids,
+        None if routes is None else routes.expert_map,
         k,
         num_pairs,
         top_k,
@@ -235,7 +234,7 @@ def project(
         BF16=x.dtype == torch.bfloat16,
         ASM=mode.asm,
         EVEN_K=k % 128 == 0,
-        HAS_MAP=not dense and routes.expert_map is not None,
+        HAS_MAP=routes is not None and routes.expert_map is not None,
         BLOCKS=kind,
         BLOCK_M=block_m,
         SUB_BLOCKS=1 if kind == "single" else blocks.block_m // block_m,
