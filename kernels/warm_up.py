@@ -31,11 +31,16 @@ def token_waves(max_tokens: int) -> list[list[int]]:
     """Return token counts whose kernels are to be compiled, in waves that are run one after another.
 
     Counts of a wave lie far apart, so that few of them compile the same kernel at the same time; the first wave is
-    one token alone, which sets up the device.
+    one token alone, which sets up the device. The last is dense, and mostly finds what the others compiled.
     """
     limit = min(max_tokens, MAX_TOKENS)
     powers = [2**exponent for exponent in range(1, 14)]
-    waves = [[1], [*powers[::2], limit], powers[1::2], [3 * power // 2 for power in powers]]
+    dense = {min(limit, count) for count in range(2, 64)}
+    count = 64
+    while count < limit:
+        dense |= {count, count + 1}
+        count += max(2, count // 16)
+    waves = [[1], [*powers[::2], limit], powers[1::2], [3 * power // 2 for power in powers], sorted(dense)]
     return [sorted({count for count in wave if 0 < count <= limit}) for wave in waves]
 
 

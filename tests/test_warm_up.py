@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from random_layers import moe_spec, random_experts, random_linear, random_routing
 
 from vllm_milo.kernels import ops, warm_up
-from vllm_milo.kernels.triton import gemm, prepare, project
+from vllm_milo.kernels.triton import activation, dispatch, fused_moe, gemm, linear, prepare, project, reduce
+from vllm_milo.kernels.triton.launch import LaunchMode
 from vllm_milo.kernels.warm_up import token_waves, warm_up_linear, warm_up_moe
-from vllm_milo.kernels.weights import LinearWeights
+from vllm_milo.kernels.weights import LinearSpec, LinearWeights, MoESpec
 
 
 @pytest.mark.parametrize("most", [1, 5, 512, 6000, 10**6])
@@ -37,6 +42,100 @@ def compiled() -> int:
     """Return how many kernels this process has compiled or read from disk."""
     kernels = (gemm._gemm_kernel, project._project_kernel, prepare._prepare_kernel)
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+
+class Recorder:
+    """Stands for the kernels: notes what each launch would be compiled for, and runs nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.variants: set = set()
+        modules = (gemm, project, prepare, activation, reduce)
+        for module in modules:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, self._stand_in(name, KERNELS[name]))
+        for module in (fused_moe, linear):
+            monkeypatch.setattr(module, "launch_mode", lambda device, few_tokens: LaunchMode(True, few_tokens))
+        monkeypatch.setattr(dispatch, "processors", lambda device: 132)
+
+    def _stand_in(self, name: str, parameters: list):
+        class Kernel:
+            def __getitem__(_, grid: tuple):
+                return lambda *values, **constants: self.variants.add(
+                    (name, *(self._kind(*pair) for pair in zip(parameters, values, strict=False)), *constants.items())
+                )
+
+        return Kernel()
+
+    @staticmethod
+    def _kind(parameter, value):
+        """What Triton compiles an argument for."""
+        if value is None or isinstance(value, torch.Tensor):
+            return value if value is None else value.dtype
+        return None if parameter.do_not_specialize else (value == 1, value % 16 == 0)
+
+
+def signatures() -> dict[str, list]:
+    """Return the parameters of every kernel as Triton sees them; the interpreter's functions only have names."""
+    found = {}
+    for module in (gemm, project, prepare, activation, reduce):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            source = inspect.getsource(getattr(module, name).fn)
+            free = re.search(r"do_not_specialize=\[([^]]*)\]", source.split("def ")[0])
+            counts = re.findall(r'"(\w+)"', free.group(1)) if free else []
+            names = inspect.signature(getattr(module, name).fn).parameters
+            found[name] = [SimpleNamespace(name=one, do_not_specialize=one in counts) for one in names]
+    return found
+
+
+KERNELS = signatures()
+
+
+def meta_layer(parts: int, experts: int, n: int, k: int) -> list[torch.Tensor]:
+    """A layer in the kernel layout without memory."""
+    units = -(-k // 128)
+    shapes = [(experts, units, n // 64, 3, 64, 4), (experts, units, n, 2), (1,), (1,), (1,), (1,)]
+    shapes += [(experts * parts + 1,), (experts * parts,)]
+    dtypes = [torch.int32, torch.int32, torch.int16, torch.float16, torch.int32, torch.int32, torch.int32, torch.int64]
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def run_experts(tokens: int, experts: int, top_k: int, hidden: int, intermediate: int):
+    spec = MoESpec(64, 3, "silu", False, [32, 16])
+    x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
+    router = torch.empty(tokens, top_k, device="meta")
+    layers = meta_layer(2, experts, 2 * intermediate, hidden), meta_layer(1, experts, hidden, intermediate)
+    fused_moe.fused_moe(x, router, router.int(), None, *layers, spec)
+
+
+def run_dense(tokens: int, widths: list[int], k: int, rank: int):
+    spec = LinearSpec(widths, [rank] * len(widths), 64, 3)
+    x = torch.empty(tokens, k, dtype=torch.bfloat16, device="meta")
+    linear.linear(x, meta_layer(len(widths), 1, sum(widths), k), spec)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        partial(run_experts, experts=8, top_k=2, hidden=4096, intermediate=14336),
+        partial(run_experts, experts=64, top_k=6, hidden=2048, intermediate=1408),
+        partial(run_experts, experts=6, top_k=2, hidden=256, intermediate=128),
+        partial(run_dense, widths=[4096, 1024, 1024], k=4096, rank=512),
+        partial(run_dense, widths=[4096], k=4096, rank=512),
+        partial(run_dense, widths=[192], k=192, rank=0),
+    ],
+    ids=["Mixtral", "DeepSeek", "small experts", "qkv", "o", "small dense"],
+)
+def test_waves_find_every_kernel(run, monkeypatch: pytest.MonkeyPatch):
+    """What any number of tokens is compiled for, one of the waves' counts is compiled for."""
+    recorder = Recorder(monkeypatch)
+    most = 3000
+    for count in {count for wave in token_waves(most) for count in wave}:
+        run(count)
+    compiled = set(recorder.variants)
+    for count in range(1, most, 7):
+        run(count)
+    assert recorder.variants == compiled
+    assert 5 < len(compiled) < 90
 
 
 TOKENS = [*range(1, 40), 47, 48, 49, 64, 65, 100, 127, 128, 129, 200, 256, 257, 300, 400, 511, 512]

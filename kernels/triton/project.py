@@ -202,12 +202,12 @@ def project(
     kind = "single" if routes is not None and num_pairs <= SINGLE_PAIRS else block_kind(blocks, routes)
     block_m = 16 if kind == "single" else min(64, blocks.block_m)
     count = num_pairs if kind == "single" else blocks.max_blocks * (blocks.block_m // block_m)
-    if routes is None:  # large ranks, and every tile of the GEMM reads many of them from all splits
-        ranks, splits = (32, 4 if units >= 8 else 1) if block_m == 16 else (64, 1)
-    else:
-        ranks = max(32, min(64, triton.next_power_of_2(max_rank)))
-        splits = _splits(units, count * triton.cdiv(max_rank, ranks), 1024)
+    # beside the GEMM's loop the programs have time, but are not to take its place
+    ranks = 32 if routes is None and block_m == 16 else max(32, min(64, triton.next_power_of_2(max_rank)))
     rank_tiles = triton.cdiv(max_rank, ranks)
+    splits = _splits(units, count * rank_tiles, 256 if mode.early else 1024)
+    if routes is None:
+        splits = min(4, splits)  # ranks are large, and every tile of the GEMM reads many of them from all splits
     down_dtype = x.dtype if splits == 1 else torch.float32
     down = torch.empty(splits, num_pairs, max_rank, dtype=down_dtype, device=x.device)
     _project_kernel[(count * splits * rank_tiles,)](

@@ -65,19 +65,15 @@ def _up_operand(
 
 @triton.jit
 def _add_up_projection(
-    acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, slot, first_slot, first_column, column, inside,
+    acc, u_ptr, u_scale_ptr, down_ptr, blocks, ranks_before, u_start, first_column, column, inside,
     width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr,
     FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
     RANK_STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """acc += Uᵀ·(V·x) for this tile, over this split's share of the ranks.
+    """acc += Uᵀ·(V·x) for this tile, over this split's share of the ``blocks`` blocks of 16 ranks.
 
-    ``slot`` is the part of the expert, ``first_slot`` the expert's first.
+    ``ranks_before`` are those of the expert's parts before this one; its part of U starts at ``u_start``.
     """
-    first = tl.load(rank_blocks_ptr + slot)
-    blocks = tl.load(rank_blocks_ptr + slot + 1) - first
-    ranks_before = (first - tl.load(rank_blocks_ptr + first_slot)) * 16
-    u_start = tl.load(u_starts_ptr + slot)
     step: tl.constexpr = RANK_STEP // 16
     share = tl.cdiv(tl.cdiv(blocks, step), SPLIT_K) * step
     begin = split_index * share
@@ -120,6 +116,12 @@ def compute_tile(
     if EVEN_N:
         inside = column >= 0
     n = start + column
+    if HAS_RANK:  # read before the loop, for the epilogue's sake
+        slot = expert * PARTS + part
+        first_block = tl.load(rank_blocks_ptr + slot)
+        blocks = tl.load(rank_blocks_ptr + slot + 1) - first_block
+        ranks_before = (first_block - tl.load(rank_blocks_ptr + expert * PARTS)) * 16
+        u_start = tl.load(u_starts_ptr + slot)
 
     units = (K + 127) // 128
     chunk = tl.cdiv(units, SPLIT_K)
@@ -216,10 +218,9 @@ def compute_tile(
     if HAS_RANK:
         rank_stages: tl.constexpr = 2 if RANK_STEP > 16 else 1
         acc = _add_up_projection(
-            acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-            expert * PARTS + part, expert * PARTS, tile_column, column, inside, width, pairs, valid, num_pairs,
-            max_rank, split_index, DOWN_SPLITS, x_ptr.dtype.element_ty, FACTOR_BITS, BLOCK_N, BLOCK_M, SPLIT_K,
-            RANK_STEP, rank_stages,
+            acc, u_ptr, u_scale_ptr, down_ptr, blocks, ranks_before, u_start, tile_column, column, inside,
+            width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS, x_ptr.dtype.element_ty,
+            FACTOR_BITS, BLOCK_N, BLOCK_M, SPLIT_K, RANK_STEP, rank_stages,
         )  # fmt: skip
     if HAS_ROW_SCALE:
         acc *= tl.load(row_scale_ptr + rows)[None, :]
