@@ -94,8 +94,9 @@ def meta_layer(parts: int, experts: int, n: int, k: int) -> list[torch.Tensor]:
     """A layer in the kernel layout without memory."""
     units = -(-k // 128)
     shapes = [(experts, units, n // 64, 3, 64, 4), (experts, units, n, 2), (1,), (1,), (1,), (1,)]
-    shapes += [(experts * parts + 1,), (experts * parts,)]
+    shapes += [(experts * parts + 1,), (experts * parts,), (experts * parts,)]
     dtypes = [torch.int32, torch.int32, torch.int16, torch.float16, torch.int32, torch.int32, torch.int32, torch.int64]
+    dtypes.append(torch.float32)
     return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 

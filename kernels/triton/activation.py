@@ -1,4 +1,7 @@
-"""Elementwise steps before the GEMMs: the gated activation, and fp16 rows for :func:`.dequant.fast_operand`."""
+"""Elementwise steps before the GEMMs: the gated activation of few tokens, and fp16 rows for many.
+
+(:func:`.dequant.fast_operand` multiplies fp16. With many tokens the first GEMM's epilogue applies the activation.)
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,29 @@ MAX_ROW = 32768
 
 
 class Activated(NamedTuple):
-    """Input of the second GEMM: x [pairs, I], its sums (empty with ``row_scale``), and ``row_scale`` or None."""
+    """Input of the second GEMM: x [pairs, I] and its sums, as in :class:`.project.Projected`."""
 
     x: torch.Tensor
     sums: torch.Tensor
-    row_scale: torch.Tensor | None
+
+
+class HalfRows(NamedTuple):
+    """Activations in fp16, divided by a power of two a row.
+
+    Attributes:
+        x: fp16 [rows, K].
+        scale: fp32 [rows], the powers of two.
+        norm: fp32 [rows], Euclidean norms of the activations.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    norm: torch.Tensor
 
 
 @triton.jit
-def _activate(gate, up, ACTIVATION: tl.constexpr):
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """act(gate)·up in fp32, never larger than |gate·up|."""
     if ACTIVATION == "silu":
         return gate / (1.0 + tl.exp(-gate)) * up
     if ACTIVATION == "gelu":
@@ -52,7 +69,7 @@ def _activation_kernel(
         row = y_ptr + (split * num_pairs + pair) * (2 * size) + k
         gate += tl.load(row, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(row + size, mask=inside, other=0.0).to(tl.float32)
-    h = _activate(gate, up, ACTIVATION).to(h_ptr.dtype.element_ty)
+    h = gated(gate, up, ACTIVATION).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + pair * size + k, h, mask=inside)
     per_unit: tl.constexpr = 128 // SUM
     group = tl.arange(0, UNITS * per_unit)
@@ -63,7 +80,7 @@ def _activation_kernel(
 
 
 @triton.jit
-def _power_of_two(largest):
+def power_of_two(largest):
     """(2^e, 2^-e) with 2^e <= largest < 2^(e + 1), within what fp32 holds."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
@@ -71,55 +88,29 @@ def _power_of_two(largest):
 
 
 @triton.jit
-def _to_half_kernel(x_ptr, out_ptr, row_scale_ptr, K, BLOCK: tl.constexpr):
+def _to_half_kernel(x_ptr, out_ptr, row_scale_ptr, norm_ptr, K, BLOCK: tl.constexpr):
     """One row of x in fp16, divided by a power of two so that its largest value is between 1 and 2."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    scale, inverse = _power_of_two(tl.max(tl.abs(x), 0))
-    tl.store(out_ptr + row * K + k, (x * inverse).to(tl.float16), mask=k < K)
+    scale, inverse = power_of_two(tl.max(tl.abs(x), 0))
+    x *= inverse
+    tl.store(out_ptr + row * K + k, x.to(tl.float16), mask=k < K)
     tl.store(row_scale_ptr + row, scale)
+    tl.store(norm_ptr + row, scale * tl.sqrt(tl.sum(x * x, 0)))
 
 
-@triton.jit
-def _activation_to_half_kernel(
-    y_ptr, out_ptr, row_scale_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Like :func:`_to_half_kernel`, of act(gate)·up of a row of y [pairs, 2·size]."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    gate = tl.load(y_ptr + row * 2 * size + k, mask=k < size, other=0.0).to(tl.float32)
-    up = tl.load(y_ptr + row * 2 * size + size + k, mask=k < size, other=0.0).to(tl.float32)
-    h = _activate(gate, up, ACTIVATION)
-    scale, inverse = _power_of_two(tl.max(tl.abs(tl.where(k < size, h, 0.0)), 0))
-    tl.store(out_ptr + row * size + k, (h * inverse).to(tl.float16), mask=k < size)
-    tl.store(row_scale_ptr + row, scale)
-
-
-def to_half(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x [rows, K] as fp16 and fp32 [rows] powers of two that it was divided by.
+def to_half(x: torch.Tensor) -> HalfRows:
+    """Return x [rows, K] as fp16.
 
     bf16 has 8 significant bits and fp16 11: values down to 2^-15 of a row's largest lose nothing, smaller ones
     what is 2^-25 of it.
     """
     rows, k = x.shape
     out = torch.empty(rows, k, dtype=torch.float16, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _to_half_kernel[(rows,)](x, out, scale, k, BLOCK=triton.next_power_of_2(k), num_warps=_warps(k))
-    return out, scale
-
-
-def activate_to_half(y: torch.Tensor, activation: str) -> Activated:
-    """Return act(gate)·up of y [pairs, 2I] as :func:`to_half` returns it."""
-    pairs, both = y.shape
-    size = both // 2
-    out = torch.empty(pairs, size, dtype=torch.float16, device=y.device)
-    scale = torch.empty(pairs, dtype=torch.float32, device=y.device)
-    block = triton.next_power_of_2(size)
-    _activation_to_half_kernel[(pairs,)](
-        y, out, scale, size, ACTIVATION=activation, BLOCK=block, num_warps=_warps(size)
-    )
-    return Activated(out, out.new_empty(0, dtype=torch.float32), scale)
+    scale, norm = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    _to_half_kernel[(rows,)](x, out, scale, norm, k, BLOCK=triton.next_power_of_2(k), num_warps=_warps(k))
+    return HalfRows(out, scale, norm)
 
 
 def _warps(row: int) -> int:
@@ -159,4 +150,4 @@ def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dty
         num_warps=2,
         **mode.options(),
     )
-    return Activated(h, sums, None)
+    return Activated(h, sums)

@@ -7,6 +7,9 @@
 5. project: V2·h
 6. gemm: down, with U2 in the epilogue
 7. weighted_sum: over top-k
+
+With many tokens of a bf16 model, x goes to fp16 first, and 3 applies the activation itself: hidden activations are read
+and written once.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from __future__ import annotations
 import torch
 
 from ..weights import MoESpec
-from .activation import MAX_ROW, activate, activate_to_half, to_half
+from .activation import MAX_ROW, activate, to_half
 from .dispatch import MoEShape, moe_configs
-from .gemm import GemmConfig, gemm
+from .gemm import GemmConfig, gemm, gemm_gated
 from .launch import launch_mode
 from .layout import KernelWeights
 from .prepare import prepare
@@ -61,19 +64,24 @@ def fused_moe(
     rank13, rank2 = spec.max_ranks
     format_ = (spec.group_size, spec.factor_bits)
     fast = _is_fast(x, down, first, second, spec)
-    row_scale = None
     dtype = x.dtype
-    if fast:
-        x, row_scale = to_half(x)
-    needs_sums = first.needs_sums(spec.group_size)
-    sums, blocks = prepare(x, routes, num_experts, first.block_m, spec.group_size, needs_sums, mode)
+    half_rows = to_half(x) if fast else None
+    if half_rows is not None:
+        x = half_rows.x
+    sums, blocks = prepare(
+        x, routes, num_experts, first.block_m, spec.group_size, first.needs_sums(spec.group_size), mode
+    )
     down13 = project(x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, rank13, mode)
-    source = Projected(x, sums, down13, row_scale)
-    half = gate_up.columns // 2
-    y = gemm(source, gate_up, [half, half], blocks, routes, pairs_per_row, *format_, first, mode, dtype)
-    h = activate_to_half(y[0], spec.activation) if fast else activate(y, spec.activation, spec.group_size, dtype, mode)
-    down2 = project(h.x, down, blocks, routes, 1, spec.factor_bits, rank2, mode)
-    source = Projected(h.x, h.sums, down2, h.row_scale)
+    if half_rows is not None:
+        source = Projected(x, sums, down13, half_rows.scale, half_rows.norm)
+        hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *format_, first, mode, spec.activation)
+        source = Projected(hidden.x, sums, None, hidden.row_scale)
+    else:
+        half = [gate_up.columns // 2] * 2
+        source = Projected(x, sums, down13)
+        y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *format_, first, mode, dtype)
+        source = Projected(*activate(y, spec.activation, spec.group_size, dtype, mode), None)
+    source = source._replace(down=project(source.x, down, blocks, routes, 1, spec.factor_bits, rank2, mode))
     y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
     return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
 

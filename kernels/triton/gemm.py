@@ -15,7 +15,7 @@ from .launch import LaunchMode
 from .layout import KernelWeights
 from .project import Projected, block_expert, block_kind, last_pair, load_pairs
 from .routing import Routes, TokenBlocks
-from .tile import compute_tile
+from .tile import compute_gated_tile, compute_tile
 
 MAX_PARTS = 4
 
@@ -57,14 +57,15 @@ class GemmConfig(NamedTuple):
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "top_k", "max_blocks"])
 def _gemm_kernel(
     x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-    row_scale_ptr, out_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, ids_ptr, map_ptr,
+    row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr,
+    pairs_ptr, experts_ptr, num_blocks_ptr, ids_ptr, map_ptr,
     N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank, max_blocks,
     PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr,
     SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr, RANK_STEP: tl.constexpr, PDL: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr, RANK_STEP: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N outputs, BLOCK_M pairs] tile of one expert, over one of SPLIT_K parts of K.
 
@@ -75,12 +76,17 @@ def _gemm_kernel(
     SCALE: what is scaled, "products", "weights" or "fast" (weights in fp16), see :mod:`.dequant`. HAS_ROW_SCALE:
     x holds the rows of the activations divided by row_scale. TAIL_M > 0: a block with at most so many pairs, an
     expert's last, runs as a tile of that size. RANK_STEP: ranks that the epilogue takes at a time.
+    ACTIVATION: "", or that of gate and up, which a tile then takes both of: out is fp16 [num_pairs, N / 2], of rows
+    divided by out_scale; norm are those of the rows of the activations, largest those of the weights.
     """
     # the launch before is then the one of V·x, which has waited for all others
     late_wait: tl.constexpr = PDL and HAS_RANK
     if PDL and not HAS_RANK:
         tl.extra.cuda.gdc_wait()
-    tiles = tl.cdiv(n0, BLOCK_N) + tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N) + tl.cdiv(n3, BLOCK_N)
+    if ACTIVATION != "":
+        tiles = n0 // (BLOCK_N // 2)
+    else:
+        tiles = tl.cdiv(n0, BLOCK_N) + tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N) + tl.cdiv(n3, BLOCK_N)
     in_group = tl.program_id(0) % (GROUP_BLOCKS * tiles)
     block = tl.program_id(0) // (GROUP_BLOCKS * tiles) * GROUP_BLOCKS + in_group % GROUP_BLOCKS
     tile = in_group // GROUP_BLOCKS
@@ -95,22 +101,58 @@ def _gemm_kernel(
     if TAIL_M > 0:  # noqa: SIM102 (a constant, which Triton must see by itself)
         if last_pair(pairs_ptr, block * BLOCK_M + TAIL_M, num_pairs, BLOCKS):
             few = load_pairs(pairs_ptr, block * (BLOCK_M // TAIL_M), num_pairs, TAIL_M, BLOCKS)
-            compute_tile(
+            _compute(
                 x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
-                down_ptr, row_scale_ptr, out_ptr, expert, few, tile, split_index,
+                down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, few, tile, split_index,
                 N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
                 PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
-                HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait,
+                HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait, ACTIVATION,
             )  # fmt: skip
             return
     pairs = load_pairs(pairs_ptr, block, num_pairs, BLOCK_M, BLOCKS)
-    compute_tile(
-        x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-        row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
+    _compute(
+        x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
+        down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
         N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
         PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
-        HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait,
+        HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait, ACTIVATION,
     )  # fmt: skip
+
+
+@triton.jit
+def _compute(
+    x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
+    down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
+    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+    SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One tile, with or without the activation."""
+    if ACTIVATION != "":
+        compute_gated_tile(
+            x_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+            row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
+            N, K, num_pairs, top_k, max_rank, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, ASM, EVEN_K, PDL,
+            BLOCK_M, BLOCK_N, STAGES, RANK_STEP, LATE_WAIT, ACTIVATION,
+        )  # fmt: skip
+    else:
+        compute_tile(
+            x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+            row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
+            N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+            PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
+            HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, LATE_WAIT,
+        )  # fmt: skip
+
+
+class Hidden(NamedTuple):
+    """act(gate)·up of every pair: fp16 [pairs, I] of rows divided by ``row_scale``, fp32 [pairs]."""
+
+    x: torch.Tensor
+    row_scale: torch.Tensor
 
 
 def gemm(
@@ -148,15 +190,66 @@ def gemm(
     Raises:
         ValueError: shapes, dtypes or the tile do not fit.
     """
-    x, n = source.x, weights.columns
+    pairs = source.x.shape[0] if routes is None else routes.num_pairs
+    out_dtype = dtype if config.split_k == 1 else torch.float32
+    out = torch.empty(config.split_k, pairs, weights.columns, dtype=out_dtype, device=source.x.device)
+    tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
+    _launch(source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, out)
+    return out
+
+
+def gemm_gated(
+    source: Projected,
+    weights: KernelWeights,
+    blocks: TokenBlocks,
+    routes: Routes,
+    top_k: int,
+    group_size: int,
+    factor_bits: int,
+    config: GemmConfig,
+    mode: LaunchMode,
+    activation: str,
+) -> Hidden:
+    """Launch the GEMM of gate and up with the activation in its epilogue; arguments as in :func:`gemm`.
+
+    ``source`` must be fp16 with ``row_scale`` and ``norm``, and the tile must not split K.
+
+    Raises:
+        ValueError: shapes, dtypes or the tile do not fit.
+    """
+    if config.split_k != 1 or source.row_scale is None or source.norm is None:
+        raise ValueError("the activation needs whole sums of fp16 rows with their scales and norms")
+    half, device = weights.columns // 2, source.x.device
+    out = torch.empty(routes.num_pairs, half, dtype=torch.float16, device=device)
+    hidden = Hidden(out, torch.empty(routes.num_pairs, dtype=torch.float32, device=device))
+    tiles = half // (config.block_n // 2)
+    common = (group_size, factor_bits, config, mode, tiles, out)
+    _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation, hidden.row_scale)
+    return hidden
+
+
+def _launch(
+    source: Projected,
+    weights: KernelWeights,
+    widths: list[int],
+    blocks: TokenBlocks,
+    routes: Routes | None,
+    top_k: int,
+    group_size: int,
+    factor_bits: int,
+    config: GemmConfig,
+    mode: LaunchMode,
+    tiles: int,
+    out: torch.Tensor,
+    activation: str = "",
+    out_scale: torch.Tensor | None = None,
+) -> None:
+    x = source.x
     rows, k = x.shape
     _check(x, weights, widths, blocks, group_size, config)
-    pairs = rows if routes is None else routes.num_pairs
-    out = torch.empty(config.split_k, pairs, n, dtype=dtype if config.split_k == 1 else torch.float32, device=x.device)
     scale = "products"
     if config.scales_weights(group_size):
         scale = "weights" if source.row_scale is None else "fast"
-    tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
     group_blocks = config.group_blocks
     max_rank = 0 if source.down is None else source.down.shape[2]
     _gemm_kernel[(tiles * triton.cdiv(blocks.max_blocks, group_blocks) * group_blocks, config.split_k)](
@@ -170,17 +263,20 @@ def gemm(
         weights.u_starts,
         source.down,
         source.row_scale,
+        source.norm if activation else None,
+        weights.norms if activation else None,
         out,
+        out_scale,
         blocks.pairs,
         blocks.experts,
         blocks.num_blocks,
         None if routes is None else routes.ids,
         None if routes is None else routes.expert_map,
-        n,
+        weights.columns,
         k,
         *widths,
         *[0] * (MAX_PARTS - len(widths)),
-        pairs,
+        rows if routes is None else routes.num_pairs,
         rows,
         top_k,
         max_rank,
@@ -205,12 +301,12 @@ def gemm(
         STAGES=config.num_stages,
         GROUP_BLOCKS=group_blocks,
         RANK_STEP=64 if max_rank >= 64 * len(widths) else 16,
+        ACTIVATION=activation,
         PDL=mode.early,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
         **mode.options(),
     )
-    return out
 
 
 def _check(

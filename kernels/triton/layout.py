@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from ..bounds import largest_row_norms
 from ..packing import FACTOR_ZERO, unpack_codes
 from ..weights import RANK_BLOCK, ExpertWeights, LinearSpec, LinearWeights, factor_elements, offsets, rank_blocks
 
@@ -47,7 +48,8 @@ class KernelWeights(NamedTuple):
     u_scale fp16, 1-D, likewise [rᵢ/16, Nᵢ/64, 16]; v int32 [R, K/128, 3, 16, 4] ([R, 16, 128·⌈K/128⌉]);
     v_scale int32 [R, ⌈K/128⌉, 16], the fp16 scales of a unit's halves in its halves, 0 in the rows and groups that
     padding added; rank_blocks int32 [E·P + 1],
-    the blocks of part p of expert e; u_starts int32 [E·P], where its part of u starts, in elements of u_scale.
+    the blocks of part p of expert e; u_starts int32 [E·P], where its part of u starts, in elements of u_scale;
+    norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty.
     """
 
     packed: torch.Tensor
@@ -58,6 +60,7 @@ class KernelWeights(NamedTuple):
     v_scale: torch.Tensor
     rank_blocks: torch.Tensor
     u_starts: torch.Tensor
+    norms: torch.Tensor
 
     @property
     def columns(self) -> int:
@@ -124,6 +127,7 @@ def prepare_experts(weights: ExpertWeights, group_size: int, factor_bits: int) -
         *_up_factors([(weights.u[r], weights.u_scale[r] if scale else None, n // parts) for r in rows], factor_bits),
         *_down_factors(weights.v, weights.v_scale, rows, factor_bits),
         *_tables([r.stop - r.start for r in rows], [n // parts] * len(rows), weights.packed.device),
+        largest_row_norms(weights, group_size, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
     )
 
 
@@ -147,6 +151,7 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:
         *_up_factors(factors, spec.factor_bits),
         *_down_factors(weights.v, weights.v_scale, rows, spec.factor_bits),
         *_tables(spec.ranks, spec.widths, weights.packed.device),
+        weights.scale.new_empty(0).float(),
     )
 
 

@@ -33,7 +33,7 @@ def linear(
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
     row_scale = None
     if x.dtype == torch.bfloat16 and config.scales_weights(spec.group_size) and rows.shape[1] <= MAX_ROW:
-        rows, row_scale = to_half(rows)
+        rows, row_scale, _ = to_half(rows)
     needs_sums = config.needs_sums(spec.group_size)
     sums, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, needs_sums, mode)
     down = project(rows, layer, blocks, None, 1, spec.factor_bits, largest_rank([spec.ranks]), mode)

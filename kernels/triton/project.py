@@ -30,12 +30,14 @@ class Projected(NamedTuple):
         down: V·x, fp32 [splits, pairs, ranks], to be added over splits, or in x's dtype where splits is 1; None
             where no expert has rank.
         row_scale: fp32 [rows]; x, sums and down are those of the activations divided by it. None for 1.
+        norm: fp32 [rows], Euclidean norms of the activations, where the GEMM applies the activation.
     """
 
     x: torch.Tensor
     sums: torch.Tensor
     down: torch.Tensor | None
     row_scale: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
 
 
 @triton.jit

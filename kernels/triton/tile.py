@@ -1,5 +1,7 @@
 """Device code of one GEMM tile: the loop over K, then the compensators' up-projection, then the store.
 
+With many tokens the first GEMM of a MoE layer applies the activation before the store (:func:`compute_gated_tile`).
+
 Operands are swapped: weights are the MMA's A operand (rows of outputs), tokens its B operand, since at decode
 an expert has few tokens, and because dequantized weights then go from registers into the MMA. See
 :mod:`.dequant` for the arithmetic and :mod:`.layout` for the weights.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import gated, power_of_two
 from .dequant import add_group, code_operand, fast_operand, quarter_operand, scale_and_zero, scaled
 
 
@@ -27,40 +30,63 @@ def _tile_part(tile, n0, n1, n2, n3, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _up_operand(
-    u_ptr, u_scale_ptr, u_start, rank_block, blocks, first_column, column, inside, width, dtype: tl.constexpr,
+def _up_codes(
+    u_ptr, u_start, rank_block, blocks, column, inside, width,
     FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Uᵀ of RANK_STEP ranks from ``rank_block`` as an operand [BLOCK_N, RANK_STEP], scaled in fp32 and rounded once.
+    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, fp32 [BLOCK_N, RANK_STEP].
 
-    ``first_column`` of the tile is a multiple of 64. Blocks of 16 ranks from ``blocks`` on give zeros.
+    ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part. Columns that are not ``inside``, and blocks of
+    16 ranks from ``blocks`` on, give zeros.
     """
-    steps: tl.constexpr = RANK_STEP // 16
-    block = rank_block + tl.arange(0, steps)
-    base = u_ptr + u_start // 16 * 64 * (4 if FACTOR_BITS == 3 else 16)
-    mask = inside[:, None, None] & (block < blocks)[None, :, None]
+    block = rank_block + tl.arange(0, RANK_STEP // 16)
+    row = u_start[:, None] // 16 * 64 + (block * width).to(tl.int64)[None, :] + column[:, None]
+    mask = (inside[:, None] & (block[None, :] < blocks[:, None]))[:, :, None]
     if FACTOR_BITS == 3:
         lane = tl.arange(0, 4)
-        place = base + ((block * width).to(tl.int64)[None, :] + column[:, None])[:, :, None] * 4 + lane[None, None, :]
-        word = tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0).to(tl.int32)
+        place = u_ptr + row[:, :, None] * 4 + lane[None, None, :]
+        word = tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0x4444).to(tl.int32)  # codes of 0
         low = tl.join(word & 7, (word >> 4) & 7)
         high = tl.join((word >> 8) & 7, (word >> 12) & 7)
-        codes = tl.permute(tl.join(low, high), (0, 1, 4, 2, 3))  # [BLOCK_N, steps, h, t, b]
-        u = (tl.reshape(codes, (BLOCK_N, RANK_STEP)) - 4).to(tl.float32)
-    else:
-        rank = tl.arange(0, 16)
-        place = base + ((block * width).to(tl.int64)[None, :] + column[:, None])[:, :, None] * 16 + rank[None, None, :]
-        u = tl.reshape(tl.load(place, mask=mask & (rank >= 0)[None, None, :], other=0), (BLOCK_N, RANK_STEP))
-        u = u.to(tl.float32)
-    if FACTOR_BITS != 16:
-        rank = rank_block * 16 + tl.arange(0, RANK_STEP)
-        group = first_column // 64 + tl.arange(0, BLOCK_N // 64)
-        place = u_start + (rank // 16 * (width // 64))[None, :].to(tl.int64) * 16 + group[:, None] * 16 + (rank % 16)
-        known = (rank < blocks * 16)[None, :] & (group < width // 64)[:, None]
-        scale = tl.load(u_scale_ptr + place, mask=known, other=0.0).to(tl.float32)
-        scale = tl.broadcast_to(scale[:, None, :], (BLOCK_N // 64, 64, RANK_STEP))
-        u *= tl.reshape(scale, (BLOCK_N, RANK_STEP))
-    return u.to(dtype)
+        codes = tl.permute(tl.join(low, high), (0, 1, 4, 2, 3))  # [BLOCK_N, blocks, h, t, b]
+        return (tl.reshape(codes, (BLOCK_N, RANK_STEP)) - 4).to(tl.float32)
+    rank = tl.arange(0, 16)
+    place = u_ptr + row[:, :, None] * 16 + rank[None, None, :]
+    values = tl.load(place, mask=mask & (rank >= 0)[None, None, :], other=0)
+    return tl.reshape(values, (BLOCK_N, RANK_STEP)).to(tl.float32)
+
+
+@triton.jit
+def _up_scales(
+    u_scale_ptr, u_start, rank_block, blocks, first_column, width,
+    FACTOR_BITS: tl.constexpr, RANK_STEP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Scales of RANK_STEP ranks of a part and GROUPS groups of 64 columns, fp32 [GROUPS, RANK_STEP]."""
+    rank = rank_block * 16 + tl.arange(0, RANK_STEP)
+    group = first_column // 64 + tl.arange(0, GROUPS)
+    place = u_start + (rank // 16 * (width // 64))[None, :].to(tl.int64) * 16 + group[:, None] * 16 + (rank % 16)
+    known = (rank < blocks * 16)[None, :] & (group < width // 64)[:, None]
+    if FACTOR_BITS == 16:
+        return tl.where(known, 1.0, 0.0)
+    return tl.load(u_scale_ptr + place, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_down(
+    down_ptr, rank_block, blocks, ranks_before, pairs, valid, num_pairs, max_rank,
+    DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr,
+):  # fmt: skip
+    """V·x of RANK_STEP ranks of a part, [RANK_STEP, BLOCK_M]."""
+    lane = rank_block * 16 + tl.arange(0, RANK_STEP)
+    mask = valid[None, :] & (lane < blocks * 16)[:, None]
+    place = down_ptr + pairs[None, :].to(tl.int64) * max_rank + (ranks_before + lane)[:, None]
+    if DOWN_SPLITS == 1:
+        return tl.load(place, mask=mask, other=0.0).to(dtype)
+    down = tl.zeros((RANK_STEP, BLOCK_M), tl.float32)
+    for _ in tl.static_range(DOWN_SPLITS):
+        down += tl.load(place, mask=mask, other=0.0)
+        place += num_pairs * max_rank
+    return down.to(dtype)
 
 
 @triton.jit
@@ -75,54 +101,77 @@ def _add_up_projection(
     ``ranks_before`` are those of the expert's parts before this one; its part of U starts at ``u_start``.
     """
     step: tl.constexpr = RANK_STEP // 16
+    groups: tl.constexpr = BLOCK_N // 64
     share = tl.cdiv(tl.cdiv(blocks, step), SPLIT_K) * step
     begin = split_index * share
     for block in tl.range(begin, tl.minimum(begin + share, blocks), step, num_stages=STAGES):
-        u = _up_operand(
-            u_ptr, u_scale_ptr, u_start, block, blocks, first_column, column, inside, width, dtype,
+        u = _up_codes(
+            u_ptr, u_start + column * 0, block, blocks + column * 0, column, inside, width,
             FACTOR_BITS, BLOCK_N, RANK_STEP,
         )  # fmt: skip
-        lane = block * 16 + tl.arange(0, RANK_STEP)
-        mask = valid[None, :] & (lane < blocks * 16)[:, None]
-        place = down_ptr + pairs[None, :].to(tl.int64) * max_rank + (ranks_before + lane)[:, None]
-        if DOWN_SPLITS == 1:
-            down = tl.load(place, mask=mask, other=0.0)
-        else:
-            down = tl.zeros((RANK_STEP, BLOCK_M), tl.float32)
-            for _ in tl.static_range(DOWN_SPLITS):
-                down += tl.load(place, mask=mask, other=0.0)
-                place += num_pairs * max_rank
-        acc = tl.dot(u, down.to(dtype), acc)
+        scale = _up_scales(
+            u_scale_ptr, u_start, block, blocks, first_column, width, FACTOR_BITS, RANK_STEP, groups
+        )  # fmt: skip
+        scale = tl.broadcast_to(scale[:, None, :], (groups, 64, RANK_STEP))
+        u = (u * tl.reshape(scale, (BLOCK_N, RANK_STEP))).to(dtype)
+        down = _load_down(
+            down_ptr, block, blocks, ranks_before, pairs, valid, num_pairs, max_rank,
+            DOWN_SPLITS, dtype, BLOCK_M, RANK_STEP,
+        )  # fmt: skip
+        acc = tl.dot(u, down, acc)
     return acc
 
 
 @triton.jit
-def compute_tile(
-    x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-    row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
-    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
-    DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
-    SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
-    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr,
+def _add_gated_up_projection(
+    acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, expert, first_column, column, is_up, width,
+    pairs, valid, num_pairs, max_rank, DOWN_SPLITS: tl.constexpr, FACTOR_BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of :func:`.gemm._gemm_kernel`, for BLOCK_M pairs."""
-    valid = pairs < num_pairs
-    rows = tl.where(valid, pairs // top_k, 0)
-    part, start, tile_column, width = _tile_part(tile, n0, n1, n2, n3, BLOCK_N)
-    column = tile_column + tl.arange(0, BLOCK_N)
-    inside = column < width
-    if EVEN_N:
-        inside = column >= 0
-    n = start + column
-    if HAS_RANK:  # read before the loop, for the epilogue's sake
-        slot = expert * PARTS + part
-        first_block = tl.load(rank_blocks_ptr + slot)
-        blocks = tl.load(rank_blocks_ptr + slot + 1) - first_block
-        ranks_before = (first_block - tl.load(rank_blocks_ptr + expert * PARTS)) * 16
-        u_start = tl.load(u_starts_ptr + slot)
+    """acc += Uᵀ·(V·x) where gate's columns and up's alternate: what both need is loaded before it is used."""
+    gate_blocks, gate_before, gate_start = _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, 0, 2)
+    up_blocks, up_before, up_start = _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, 1, 2)
+    u_start = tl.where(is_up, up_start, gate_start)
+    own_blocks = tl.where(is_up, up_blocks, gate_blocks)
+    for block in tl.range(0, tl.maximum(gate_blocks, up_blocks), RANK_STEP // 16, num_stages=STAGES):
+        u = _up_codes(
+            u_ptr, u_start, block, own_blocks, column, column >= 0, width, FACTOR_BITS, BLOCK_N, RANK_STEP
+        )  # fmt: skip
+        gate_scale = _up_scales(
+            u_scale_ptr, gate_start, block, gate_blocks, first_column, width, FACTOR_BITS, RANK_STEP, 1
+        )  # fmt: skip
+        up_scale = _up_scales(
+            u_scale_ptr, up_start, block, up_blocks, first_column, width, FACTOR_BITS, RANK_STEP, 1
+        )  # fmt: skip
+        gate_down = _load_down(
+            down_ptr, block, gate_blocks, gate_before, pairs, valid, num_pairs, max_rank,
+            DOWN_SPLITS, tl.float16, BLOCK_M, RANK_STEP,
+        )  # fmt: skip
+        up_down = _load_down(
+            down_ptr, block, up_blocks, up_before, pairs, valid, num_pairs, max_rank,
+            DOWN_SPLITS, tl.float16, BLOCK_M, RANK_STEP,
+        )  # fmt: skip
+        acc = tl.dot((u * tl.where(is_up[:, None], 0.0, gate_scale)).to(tl.float16), gate_down, acc)
+        acc = tl.dot((u * tl.where(is_up[:, None], up_scale, 0.0)).to(tl.float16), up_down, acc)
+    return acc
 
+
+@triton.jit
+def _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, part, PARTS: tl.constexpr):
+    """(blocks of 16 ranks of a part of an expert, ranks of the parts before it, where its part of U starts)."""
+    slot = expert * PARTS + part
+    first = tl.load(rank_blocks_ptr + slot)
+    blocks = tl.load(rank_blocks_ptr + slot + 1) - first
+    return blocks, (first - tl.load(rank_blocks_ptr + expert * PARTS)) * 16, tl.load(u_starts_ptr + slot)
+
+
+@triton.jit
+def _multiply(
+    x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, expert, rows, valid, n, inside, split_index, N, K, num_rows,
+    GROUP: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, SCALE: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """W·x of an expert's outputs ``n`` and of ``rows`` of x over one of SPLIT_K parts of K, fp32 [BLOCK_N, BLOCK_M]."""
     units = (K + 127) // 128
     chunk = tl.cdiv(units, SPLIT_K)
     begin = split_index * chunk
@@ -210,7 +259,35 @@ def compute_tile(
         scales += N * groups
         x_rows += 128
         sums += num_rows * sums_per_unit
+    return acc
 
+
+@triton.jit
+def compute_tile(
+    x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+    row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
+    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+    SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of :func:`.gemm._gemm_kernel`, for BLOCK_M pairs."""
+    valid = pairs < num_pairs
+    rows = tl.where(valid, pairs // top_k, 0)
+    part, start, tile_column, width = _tile_part(tile, n0, n1, n2, n3, BLOCK_N)
+    column = tile_column + tl.arange(0, BLOCK_N)
+    inside = column < width
+    if EVEN_N:
+        inside = column >= 0
+    n = start + column
+    if HAS_RANK:  # read before the loop, for the epilogue's sake
+        blocks, ranks_before, u_start = _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, part, PARTS)
+    acc = _multiply(
+        x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, expert, rows, valid, n, inside, split_index, N, K, num_rows,
+        GROUP, BF16, ASM, SCALE, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, SPLIT_K, STAGES,
+    )  # fmt: skip
     if LATE_WAIT:
         tl.extra.cuda.gdc_wait()
     if PDL:  # not sooner: what is launched next would take the place of this launch's own tiles
@@ -226,3 +303,54 @@ def compute_tile(
         acc *= tl.load(row_scale_ptr + rows)[None, :]
     target = (split_index.to(tl.int64) * num_pairs + pairs)[None, :] * N + n[:, None]
     tl.store(out_ptr + target, acc.to(out_ptr.dtype.element_ty), mask=valid[None, :] & inside[:, None])
+
+
+@triton.jit
+def compute_gated_tile(
+    x_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
+    row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
+    N, K, num_pairs, top_k, max_rank,
+    GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    DOWN_SPLITS: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, RANK_STEP: tl.constexpr,
+    LATE_WAIT: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One tile of gate and up together: h = act(gate)·up of BLOCK_N / 2 outputs and BLOCK_M pairs, in fp16.
+
+    Eight rows of the tile are gate's, the next eight up's, and so on, so that a thread holds both halves of its
+    outputs. A row of h is divided by a power of two that keeps it in fp16 whatever the weights' signs: norms bound it.
+    """
+    valid = pairs < num_pairs
+    rows = tl.where(valid, pairs // top_k, 0)
+    lane = tl.arange(0, BLOCK_N)
+    first_column = tile * (BLOCK_N // 2)
+    column = first_column + lane // 16 * 8 + lane % 8
+    is_up = lane // 8 % 2 == 1
+    width = N // 2
+    acc = _multiply(
+        x_ptr, x_ptr, packed_ptr, scale_zero_ptr, expert, rows, valid, column + tl.where(is_up, width, 0),
+        column >= 0, split_index, N, K, num_pairs,
+        GROUP, False, ASM, "fast", True, EVEN_K, BLOCK_M, BLOCK_N, 1, STAGES,
+    )  # fmt: skip
+    if LATE_WAIT:
+        tl.extra.cuda.gdc_wait()
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if HAS_RANK:
+        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 else 1
+        acc = _add_gated_up_projection(
+            acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, expert, first_column, column, is_up,
+            width, pairs, valid, num_pairs, max_rank, DOWN_SPLITS, FACTOR_BITS, BLOCK_N, BLOCK_M, RANK_STEP,
+            rank_stages,
+        )  # fmt: skip
+    acc *= tl.load(row_scale_ptr + rows)[None, :]
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+    norm = tl.load(norm_ptr + rows)
+    largest = tl.load(largest_ptr + expert * 2) * norm * (tl.load(largest_ptr + expert * 2 + 1) * norm)
+    scale, inverse = power_of_two(largest * 0.00006103515625)  # 2^-14: h / scale stays below 2^15
+    h = (gated(gate, up, ACTIVATION) * inverse[None, None, :]).to(tl.float16)
+    place = first_column + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    target = out_ptr + pairs[None, None, :].to(tl.int64) * width + place[:, :, None]
+    tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
+    if tile == 0:
+        tl.store(out_scale_ptr + pairs, scale, mask=valid)
