@@ -41,8 +41,8 @@ Configs = tuple[GemmConfig, GemmConfig]
 
 EXACT = [(16, 3), (16, 4), (16, 5), (32, 4)]
 """(block_m, num_stages) of tiles that scale products."""
-SCALED = [(64, 4, 3), (128, 8, 3), (128, 4, 3), (256, 8, 3)]
-"""(block_m, num_warps, num_stages) of tiles that scale weights."""
+SCALED = [(64, 128, 4), (64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
+"""(block_m, block_n, num_warps) of tiles that scale weights."""
 SPLITS = (1, 2, 4, 8)
 
 
@@ -84,8 +84,8 @@ def _tiles(mean: float) -> list[GemmConfig]:
         for tail in ((0,) if block_m == 16 else (0, 16))
     ]
     tiles += [
-        GemmConfig(block_m, 128, 1, True, warps, stages, group_blocks=4, tail_m=block_m // part)
-        for block_m, warps, stages in SCALED
+        GemmConfig(block_m, block_n, 1, True, warps, 3, group_blocks=4, tail_m=block_m // part)
+        for block_m, block_n, warps in SCALED
         for part in (2, 4)
     ]
     fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 4 * mean)]
@@ -155,12 +155,7 @@ def compile_part(shape: MoEShape, arguments: argparse.Namespace) -> None:
     """Compile every ``parts``-th candidate by running it once; failures show when they are timed."""
     part, parts = arguments.compile_part
     layer = milo(shape, arguments.tokens, arguments.device, arguments.rank)
-    # Triton compiles anew for integers that are 1 or divisible by 16, so small counts are taken as they are
-    wanted = {
-        (config, min(tokens, 16))
-        for tokens in arguments.tokens
-        for config in candidates(tokens, shape, arguments.device)
-    }
+    wanted = {(config, tokens) for tokens in arguments.tokens for config in candidates(tokens, shape, arguments.device)}
     for config, tokens in sorted(wanted)[part::parts]:
         inputs = random_inputs(shape, tokens, arguments.device)
         with forced(config), contextlib.suppress(Exception):

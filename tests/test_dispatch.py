@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,23 @@ def test_more_tokens_take_larger_tiles():
     assert tiles == sorted(tiles)
     assert tiles[0] == 16
     assert tiles[-1] == 256
+
+
+@pytest.mark.parametrize(("pairs_an_expert", "tail"), [(1024, 64), (384, 128), (260, 64), (600, 128)])
+def test_last_pairs_of_large_tiles_take_the_cheaper_size(pairs_an_expert: int, tail: int):
+    for config in heuristic_configs(64 * pairs_an_expert, MoEShape(64, 2048, 1408, 64), CPU):
+        assert (config.block_m, config.tail_m) == (256, tail)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 700, 4096])
+def test_dense_layers_fill_the_device_once(rows: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "processors", lambda device: 132)
+    layer = SimpleNamespace(columns=6144, units=32)
+    config = dispatch.linear_config(rows, layer, 64, CPU)
+    tiles = -(-6144 // config.block_n) * -(-rows // config.block_m) * config.split_k
+    assert rows > 64 or config.block_m >= rows
+    assert config.split_k == 1 or tiles <= 3 * 132
+    assert tiles > 48
 
 
 def test_a_tuned_file_is_used_and_a_broken_one_is_an_error(tmp_path, monkeypatch):

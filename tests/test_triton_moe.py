@@ -124,7 +124,7 @@ def test_matches_float64(case: Case, dtype: torch.dtype, kernel_device: str):
         assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
-# every kind of tile: products or weights scaled, split K, tails, groups of blocks, 64 and 128 outputs
+# every kind of tile: products or weights scaled, split K, tails, groups of blocks, 64, 128 and 256 outputs
 TILES = [
     GemmConfig(16, 64, 1, False, 4, 2),
     GemmConfig(16, 128, 2, False, 4, 4),
@@ -132,7 +132,9 @@ TILES = [
     GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=16),
     GemmConfig(64, 64, 1, True, 4, 2),
     GemmConfig(128, 128, 1, True, 8, 3, group_blocks=4, tail_m=32),
-    GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=64),
+    GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=128),
+    GemmConfig(64, 256, 1, True, 8, 3, group_blocks=4, tail_m=16),
+    GemmConfig(128, 256, 1, True, 8, 3, group_blocks=4, tail_m=32),
 ]
 
 
@@ -140,7 +142,7 @@ TILES = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tile", "group"),
-    [(tile, 64) for tile in TILES] + [(TILES[1], 128), (TILES[3], 128)],
+    [(tile, 64) for tile in TILES] + [(TILES[1], 128), (TILES[3], 128), (TILES[7], 128)],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else f"group{value}",
 )
 def test_every_tile(tile: GemmConfig, dtype: torch.dtype, group: int, kernel_device: str):

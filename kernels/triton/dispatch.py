@@ -47,15 +47,17 @@ def moe_configs(tokens: int, top_k: int, shape: MoEShape, device: torch.device) 
 
 def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> tuple[GemmConfig, GemmConfig]:
     """Return tiles for a mean load of the experts. The two GEMMs of a layer agree in block_m."""
-    block_m = _block_m(num_pairs / shape.experts, shape.group_size)
+    mean = num_pairs / shape.experts
+    block_m = _block_m(mean, shape.group_size)
+    tail_m = _large_tail(mean) if block_m == 256 else _quarter(block_m)
     # blocks that have pairs, on average, were the routes uniform
     active = shape.experts * (1 - (1 - 1 / shape.experts) ** num_pairs)
     blocks = max(active, num_pairs / block_m)
-    first = _config(block_m, shape.intermediate, 2, triton.cdiv(shape.hidden, UNIT), blocks, shape.group_size, device)
+    common = (blocks, shape.group_size, tail_m, device)
+    first = _config(block_m, shape.intermediate, 2, triton.cdiv(shape.hidden, UNIT), *common)
     # what makes the second GEMM's input in fp16 reads whole sums
     first = first._replace(split_k=1) if first.scaled else first
-    units = triton.cdiv(shape.intermediate, UNIT)
-    return first, _config(block_m, shape.hidden, 1, units, blocks, shape.group_size, device)
+    return first, _config(block_m, shape.hidden, 1, triton.cdiv(shape.intermediate, UNIT), *common)
 
 
 def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:
@@ -72,7 +74,7 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
     split_k = 1
     while 2 * split_k * tiles[block_m] <= _resident(block_m) * processors(device) and layer.units >= 8 * split_k:
         split_k *= 2
-    return _tile(block_m, min(8, split_k), group_size)
+    return _tile(block_m, min(8, split_k), group_size, _quarter(block_m))
 
 
 def _block_m(mean: float, group_size: int) -> int:
@@ -92,7 +94,14 @@ def _resident(block_m: int) -> int:
 
 
 def _config(
-    block_m: int, width: int, parts: int, units: int, blocks: float, group_size: int, device: torch.device
+    block_m: int,
+    width: int,
+    parts: int,
+    units: int,
+    blocks: float,
+    group_size: int,
+    tail_m: int,
+    device: torch.device,
 ) -> GemmConfig:
     """Return the tile for so many blocks of tokens that have work.
 
@@ -106,14 +115,30 @@ def _config(
         split_k < 8 and programs * split_k < rounds * _resident(block_m) * processors(device) and units >= 8 * split_k
     ):
         split_k *= 2
-    return _tile(block_m, split_k, group_size)
+    return _tile(block_m, split_k, group_size, tail_m)
+
+
+def _quarter(block_m: int) -> int:
+    """Return the size of the tile for an expert's last pairs, a quarter of the others'; 0 for none."""
+    return max(16, block_m // 4) if block_m > 16 else 0
+
+
+def _large_tail(mean: float) -> int:
+    """Return 64 or 128, whichever costs less beside tiles of 256 over the likely loads of an expert."""
+    loads = [round(mean + z * mean**0.5) for z in (-1.3, -0.5, 0.0, 0.5, 1.3)]
+
+    def cost(tail: int) -> int:
+        last = [load % 256 for load in loads]
+        return sum(0 if rest == 0 else (tail if rest <= tail else 256) + SCALING_TOKENS for rest in last)
+
+    return min((64, 128), key=cost)
 
 
 def _scaled(block_m: int, group_size: int) -> bool:
     return block_m >= 64 and group_size != 32
 
 
-def _tile(block_m: int, split_k: int, group_size: int) -> GemmConfig:
+def _tile(block_m: int, split_k: int, group_size: int, tail_m: int) -> GemmConfig:
     scaled = _scaled(block_m, group_size)
     return GemmConfig(
         block_m=block_m,
@@ -123,5 +148,5 @@ def _tile(block_m: int, split_k: int, group_size: int) -> GemmConfig:
         num_warps=8 if block_m >= 128 else 4,
         num_stages=4 if block_m <= 32 else 3,
         group_blocks=4 if scaled else 1,
-        tail_m={32: 16, 64: 16, 128: 32, 256: 64}.get(block_m, 0),
+        tail_m=tail_m,
     )

@@ -220,6 +220,8 @@ def gemm_gated(
     if config.split_k != 1 or source.row_scale is None or source.norm is None:
         raise ValueError("the activation needs whole sums of fp16 rows with their scales and norms")
     half, device = weights.columns // 2, source.x.device
+    if half % (config.block_n // 2):  # a tile takes both parts of half as many columns, and all of them
+        config = config._replace(block_n=128)
     out = torch.empty(routes.num_pairs, half, dtype=torch.float16, device=device)
     hidden = Hidden(out, torch.empty(routes.num_pairs, dtype=torch.float32, device=device))
     tiles = half // (config.block_n // 2)

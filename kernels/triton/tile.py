@@ -72,6 +72,12 @@ def _up_scales(
 
 
 @triton.jit
+def _to_rows(scale, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr):
+    """[GROUPS, RANK_STEP] -> [BLOCK_N, RANK_STEP], each group's values for as many neighbouring rows."""
+    return tl.reshape(tl.broadcast_to(scale[:, None, :], (GROUPS, BLOCK_N // GROUPS, RANK_STEP)), (BLOCK_N, RANK_STEP))
+
+
+@triton.jit
 def _load_down(
     down_ptr, rank_block, blocks, ranks_before, pairs, valid, num_pairs, max_rank,
     DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr,
@@ -112,8 +118,7 @@ def _add_up_projection(
         scale = _up_scales(
             u_scale_ptr, u_start, block, blocks, first_column, width, FACTOR_BITS, RANK_STEP, groups
         )  # fmt: skip
-        scale = tl.broadcast_to(scale[:, None, :], (groups, 64, RANK_STEP))
-        u = (u * tl.reshape(scale, (BLOCK_N, RANK_STEP))).to(dtype)
+        u = (u * _to_rows(scale, groups, BLOCK_N, RANK_STEP)).to(dtype)
         down = _load_down(
             down_ptr, block, blocks, ranks_before, pairs, valid, num_pairs, max_rank,
             DOWN_SPLITS, dtype, BLOCK_M, RANK_STEP,
@@ -129,6 +134,7 @@ def _add_gated_up_projection(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """acc += Uᵀ·(V·x) where gate's columns and up's alternate: what both need is loaded before it is used."""
+    groups: tl.constexpr = BLOCK_N // 128 if BLOCK_N >= 128 else 1
     gate_blocks, gate_before, gate_start = _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, 0, 2)
     up_blocks, up_before, up_start = _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, 1, 2)
     u_start = tl.where(is_up, up_start, gate_start)
@@ -138,10 +144,10 @@ def _add_gated_up_projection(
             u_ptr, u_start, block, own_blocks, column, column >= 0, width, FACTOR_BITS, BLOCK_N, RANK_STEP
         )  # fmt: skip
         gate_scale = _up_scales(
-            u_scale_ptr, gate_start, block, gate_blocks, first_column, width, FACTOR_BITS, RANK_STEP, 1
+            u_scale_ptr, gate_start, block, gate_blocks, first_column, width, FACTOR_BITS, RANK_STEP, groups
         )  # fmt: skip
         up_scale = _up_scales(
-            u_scale_ptr, up_start, block, up_blocks, first_column, width, FACTOR_BITS, RANK_STEP, 1
+            u_scale_ptr, up_start, block, up_blocks, first_column, width, FACTOR_BITS, RANK_STEP, groups
         )  # fmt: skip
         gate_down = _load_down(
             down_ptr, block, gate_blocks, gate_before, pairs, valid, num_pairs, max_rank,
@@ -151,6 +157,8 @@ def _add_gated_up_projection(
             down_ptr, block, up_blocks, up_before, pairs, valid, num_pairs, max_rank,
             DOWN_SPLITS, tl.float16, BLOCK_M, RANK_STEP,
         )  # fmt: skip
+        gate_scale = _to_rows(gate_scale, groups, BLOCK_N, RANK_STEP)
+        up_scale = _to_rows(up_scale, groups, BLOCK_N, RANK_STEP)
         acc = tl.dot((u * tl.where(is_up[:, None], 0.0, gate_scale)).to(tl.float16), gate_down, acc)
         acc = tl.dot((u * tl.where(is_up[:, None], up_scale, 0.0)).to(tl.float16), up_down, acc)
     return acc
@@ -241,16 +249,21 @@ def _multiply(
                 word0 = tl.reshape(scale_zero, (BLOCK_N,))
                 word1 = word0
             if SCALE == "fast":
-                acc = tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N), x0, acc)
-                acc = tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N), x1, acc)
+                # both before the first product, which is waited for: beside it, and the second of the turn before
+                first_half = fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N)
+                second_half = fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N)
+                acc = tl.dot(first_half, x0, acc)
+                acc = tl.dot(second_half, x1, acc)
             else:
                 scale0, zero0 = scale_and_zero(word0)
                 scale1, zero1 = scale_and_zero(word1)
                 codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, BLOCK_N)
                 codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, BLOCK_N)
                 if SCALE == "weights":
-                    acc = tl.dot(scaled(codes0, scale0, zero0, 0, BF16), x0, acc)
-                    acc = tl.dot(scaled(codes1, scale1, zero1, 1, BF16), x1, acc)
+                    first_half = scaled(codes0, scale0, zero0, 0, BF16)
+                    second_half = scaled(codes1, scale1, zero1, 1, BF16)
+                    acc = tl.dot(first_half, x0, acc)
+                    acc = tl.dot(second_half, x1, acc)
                 else:
                     sum0, sum1 = tl.split(tl.load(sums))
                     acc = add_group(acc, tl.dot(codes0, x0), sum0, scale0, zero0, 0, BF16)
