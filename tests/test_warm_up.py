@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from meta_layers import run_dense, run_experts
 from random_layers import moe_spec, random_experts, random_linear, random_routing
 
 from vllm_milo.kernels import ops, warm_up
 from vllm_milo.kernels.triton import activation, dispatch, fused_moe, gemm, linear, prepare, project, reduce
 from vllm_milo.kernels.triton.launch import LaunchMode
 from vllm_milo.kernels.warm_up import token_waves, warm_up_linear, warm_up_moe
-from vllm_milo.kernels.weights import LinearSpec, LinearWeights, MoESpec
+from vllm_milo.kernels.weights import LinearWeights
 
 
 @pytest.mark.parametrize("most", [1, 5, 512, 6000, 10**6])
@@ -88,30 +89,6 @@ def signatures() -> dict[str, list]:
 
 
 KERNELS = signatures()
-
-
-def meta_layer(parts: int, experts: int, n: int, k: int) -> list[torch.Tensor]:
-    """A layer in the kernel layout without memory."""
-    units = -(-k // 128)
-    shapes = [(experts, units, n // 64, 3, 64, 4), (experts, units, n, 2), (1,), (1,), (1,), (1,)]
-    shapes += [(experts * parts + 1,), (experts * parts,), (experts * parts,)]
-    dtypes = [torch.int32, torch.int32, torch.int16, torch.float16, torch.int32, torch.int32, torch.int32, torch.int64]
-    dtypes.append(torch.float32)
-    return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes, strict=True)]
-
-
-def run_experts(tokens: int, experts: int, top_k: int, hidden: int, intermediate: int):
-    spec = MoESpec(64, 3, "silu", False, [32, 16])
-    x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
-    router = torch.empty(tokens, top_k, device="meta")
-    layers = meta_layer(2, experts, 2 * intermediate, hidden), meta_layer(1, experts, hidden, intermediate)
-    fused_moe.fused_moe(x, router, router.int(), None, *layers, spec)
-
-
-def run_dense(tokens: int, widths: list[int], k: int, rank: int):
-    spec = LinearSpec(widths, [rank] * len(widths), 64, 3)
-    x = torch.empty(tokens, k, dtype=torch.bfloat16, device="meta")
-    linear.linear(x, meta_layer(len(widths), 1, sum(widths), k), spec)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import triton
 
 from .. import tuned
 from .gemm import GemmConfig
-from .launch import processors
+from .launch import processors, shared_memory
 from .layout import UNIT, KernelWeights
 
 BLOCK_N = 128
@@ -48,7 +48,7 @@ def moe_configs(tokens: int, top_k: int, shape: MoEShape, device: torch.device) 
 def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> tuple[GemmConfig, GemmConfig]:
     """Return tiles for a mean load of the experts. The two GEMMs of a layer agree in block_m."""
     mean = num_pairs / shape.experts
-    block_m = _block_m(mean, shape.group_size)
+    block_m = _block_m(mean, shape.group_size, device)
     tail_m = _large_tail(mean) if block_m == 256 else _quarter(block_m)
     # blocks that have pairs, on average, were the routes uniform
     active = shape.experts * (1 - (1 - 1 / shape.experts) ** num_pairs)
@@ -62,9 +62,10 @@ def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> 
 
 def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:
     """Return the tile of a dense layer: many tokens take the tile that leaves least of the last round idle."""
-    sizes = [size for size in (16, 32, 64) if rows <= size] or [128, 256]
+    sizes = [size for size in (16, 32, 64) if rows <= size]
+    sizes = sizes or [size for size in (64, 128, 256) if size <= _largest_block(device)][-2:]
     if group_size == 32:
-        sizes = sizes if rows <= 64 else [64]
+        sizes = [min(sizes[0], 64)]
     tiles = {size: triton.cdiv(layer.columns, BLOCK_N) * triton.cdiv(rows, size) for size in sizes}
 
     def seconds(size: int) -> int:
@@ -74,10 +75,10 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
     split_k = 1
     while 2 * split_k * tiles[block_m] <= _resident(block_m) * processors(device) and layer.units >= 8 * split_k:
         split_k *= 2
-    return _tile(block_m, min(8, split_k), group_size, _quarter(block_m))
+    return _tile(block_m, min(8, split_k), group_size, _quarter(block_m), device)
 
 
-def _block_m(mean: float, group_size: int) -> int:
+def _block_m(mean: float, group_size: int, device: torch.device) -> int:
     """Return the tokens of a tile for so many pairs an expert."""
     if mean <= 9:
         return 16
@@ -85,7 +86,17 @@ def _block_m(mean: float, group_size: int) -> int:
         return 32
     if group_size == 32 or mean <= 80:
         return 64
-    return 128 if mean <= 160 else 256
+    return min(128 if mean <= 160 else 256, _largest_block(device))
+
+
+def _largest_block(device: torch.device) -> int:
+    """Return the most tokens of a tile whose load pipeline fits into shared memory."""
+    return next((size for size in (256, 128) if 2 * _stage_bytes(size) <= shared_memory(device)), 64)
+
+
+def _stage_bytes(block_m: int) -> int:
+    """Return the shared memory of one stage: a unit of activations, of codes, and of scales and zero points."""
+    return 2 * UNIT * block_m + (3 * 16 + 4 * 4) * BLOCK_N
 
 
 def _resident(block_m: int) -> int:
@@ -115,7 +126,7 @@ def _config(
         split_k < 8 and programs * split_k < rounds * _resident(block_m) * processors(device) and units >= 8 * split_k
     ):
         split_k *= 2
-    return _tile(block_m, split_k, group_size, tail_m)
+    return _tile(block_m, split_k, group_size, tail_m, device)
 
 
 def _quarter(block_m: int) -> int:
@@ -138,7 +149,7 @@ def _scaled(block_m: int, group_size: int) -> bool:
     return block_m >= 64 and group_size != 32
 
 
-def _tile(block_m: int, split_k: int, group_size: int, tail_m: int) -> GemmConfig:
+def _tile(block_m: int, split_k: int, group_size: int, tail_m: int, device: torch.device) -> GemmConfig:
     scaled = _scaled(block_m, group_size)
     return GemmConfig(
         block_m=block_m,
@@ -146,7 +157,7 @@ def _tile(block_m: int, split_k: int, group_size: int, tail_m: int) -> GemmConfi
         split_k=split_k,
         scaled=scaled,
         num_warps=8 if block_m >= 128 else 4,
-        num_stages=4 if block_m <= 32 else 3,
+        num_stages=max(2, min(4 if block_m <= 32 else 3, shared_memory(device) // _stage_bytes(block_m))),
         group_blocks=4 if scaled else 1,
         tail_m=tail_m,
     )

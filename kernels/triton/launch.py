@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 PORTABLE_VARIABLE = "VLLM_MILO_PORTABLE"
 
@@ -40,3 +41,12 @@ def launch_mode(device: torch.device, few_tokens: bool) -> LaunchMode:
 def processors(device: torch.device) -> int:
     """Return the multiprocessors of a GPU; a made-up number in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a tile may take; without a GPU, those of an H100."""
+    if device.type != "cuda":
+        return 227 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])

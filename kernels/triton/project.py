@@ -208,8 +208,8 @@ def project(
     ranks = 32 if routes is None and block_m == 16 else max(32, min(64, triton.next_power_of_2(max_rank)))
     rank_tiles = triton.cdiv(max_rank, ranks)
     splits = _splits(units, count * rank_tiles, 256 if mode.early else 1024)
-    if routes is None:
-        splits = min(4, splits)  # ranks are large, and every tile of the GEMM reads many of them from all splits
+    if routes is None:  # ranks are large, and every tile of the GEMM reads many of them from all splits
+        splits = min(4 if blocks.block_m <= 64 else 1, splits)
     down_dtype = x.dtype if splits == 1 else torch.float32
     down = torch.empty(splits, num_pairs, max_rank, dtype=down_dtype, device=x.device)
     _project_kernel[(count * splits * rank_tiles,)](

@@ -306,7 +306,7 @@ def compute_tile(
     if PDL:  # not sooner: what is launched next would take the place of this launch's own tiles
         tl.extra.cuda.gdc_launch_dependents()
     if HAS_RANK:
-        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 else 1
+        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1
         acc = _add_up_projection(
             acc, u_ptr, u_scale_ptr, down_ptr, blocks, ranks_before, u_start, tile_column, column, inside,
             width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS, x_ptr.dtype.element_ty,
@@ -350,7 +350,7 @@ def compute_gated_tile(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if HAS_RANK:
-        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 else 1
+        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1
         acc = _add_gated_up_projection(
             acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, expert, first_column, column, is_up,
             width, pairs, valid, num_pairs, max_rank, DOWN_SPLITS, FACTOR_BITS, BLOCK_N, BLOCK_M, RANK_STEP,

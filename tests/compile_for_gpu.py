@@ -1,0 +1,91 @@
+"""Compiles what layers launch for a GPU that need not be there: ``python compile_for_gpu.py CAPABILITY``.
+
+Triton compiles for a target, and only loading needs the device. The layers have shapes but no memory. Prints the
+number of kernels; any that does not compile, or asks for more shared memory than a block may have there, is an error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from meta_layers import run_dense, run_experts
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from vllm_milo.kernels.triton import dispatch, fused_moe, linear
+from vllm_milo.kernels.triton.gemm import GemmConfig
+from vllm_milo.kernels.triton.launch import LaunchMode
+
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def layers(capability: int) -> Iterator[None]:
+    """Run layers of every format, and of every tile for the usual one."""
+    for tokens in (1, 5, 40, 300, 2000) if capability == 90 else (1, 300):
+        run_experts(tokens, 8, 2, 4096, 14336)
+        run_dense(tokens, [4096, 1024, 1024], 4096, 512)
+    for group, bits, intermediate in ((32, 8, 320), (128, 3, 384), (64, 16, 320)):
+        for tokens in (1, 40, 1000):
+            run_experts(tokens, 8, 2, 512, intermediate, group=group, bits=bits)
+            run_dense(tokens, [320], intermediate, 64, group=group, bits=bits)
+    run_experts(1000, 8, 2, 4096, 14336, ranks=[0, 0])
+    run_experts(1000, 8, 2, 4096, 14336, ranks=[1024, 512])
+    run_experts(300, 8, 2, 4096, 14336, dtype=torch.float16)
+    for block_m, block_n, warps in ((64, 256, 8), (128, 128, 4), (128, 256, 8)) if capability == 90 else ():
+        tile = GemmConfig(block_m, block_n, 1, True, warps, 3, group_blocks=4, tail_m=block_m // 4)
+        with mock.patch.object(fused_moe, "moe_configs", return_value=(tile, tile)):
+            run_experts(1000, 8, 2, 4096, 14336)
+
+
+def main(capability: int) -> None:
+    """Compile everything once."""
+    done: dict[int, Any] = {}
+
+    def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Any:
+        def launch(*values: Any, **options: Any) -> None:
+            made = kernel.warmup(*values, grid=grid, **options)
+            done[id(made)] = made
+            used, allowed = made.metadata.shared, SHARED_BYTES[capability]
+            if used > allowed:
+                raise MemoryError(f"{kernel.__name__} wants {used} bytes of shared memory, of {allowed}: {options}")
+
+        return launch
+
+    triton.runtime.driver.set_active(Driver(capability))
+
+    def mode(device: torch.device, few_tokens: bool) -> LaunchMode:
+        return LaunchMode(True, few_tokens and capability >= 90)
+
+    patches = [mock.patch.object(module, "launch_mode", mode) for module in (fused_moe, linear)]
+    patches.append(mock.patch.object(dispatch, "processors", return_value=132))
+    patches.append(mock.patch.object(dispatch, "shared_memory", return_value=SHARED_BYTES[capability]))
+    patches.append(mock.patch.object(JITFunction, "__getitem__", compile_only))
+    for patch in patches:
+        patch.start()
+    layers(capability)
+    print(len(done))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

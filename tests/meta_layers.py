@@ -1,0 +1,63 @@
+"""Layers in the kernel layout that have shapes but no memory, for tests of what is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_milo.kernels.triton import fused_moe, linear
+from vllm_milo.kernels.weights import LinearSpec, MoESpec
+
+
+def meta_layer(parts: int, experts: int, n: int, k: int, group: int, bits: int) -> list[torch.Tensor]:
+    """Return a layer as :class:`vllm_milo.kernels.triton.layout.KernelWeights` holds it."""
+    units = -(-k // 128)
+    u, v = {3: (torch.int16, torch.int32), 8: (torch.int8, torch.int8), 16: (torch.bfloat16, torch.bfloat16)}[bits]
+    tensors = {
+        "packed": ((experts, units, n // 64, 3, 64, 4), torch.int32),
+        "scale_zero": ((experts, units, n, 128 // group), torch.int32),
+        "u": ((1,), u),
+        "u_scale": ((1,), torch.float16),
+        "v": ((1,), v),
+        "v_scale": ((1,), torch.int32),
+        "rank_blocks": ((experts * parts + 1,), torch.int32),
+        "u_starts": ((experts * parts,), torch.int64),
+        "norms": ((experts * parts,), torch.float32),
+    }
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in tensors.values()]
+
+
+def run_experts(
+    tokens: int,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    ranks: Sequence[int] = (32, 16),
+    group: int = 64,
+    bits: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Launch a MoE layer; ``ranks`` are the largest of an expert in both GEMMs."""
+    spec = MoESpec(group, bits, "silu", False, list(ranks))
+    x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
+    router = torch.empty(tokens, top_k, device="meta")
+    w13 = meta_layer(2, experts, 2 * intermediate, hidden, group, bits)
+    w2 = meta_layer(1, experts, hidden, intermediate, group, bits)
+    fused_moe.fused_moe(x, router, router.int(), None, w13, w2, spec)
+
+
+def run_dense(
+    tokens: int,
+    widths: list[int],
+    k: int,
+    rank: int,
+    group: int = 64,
+    bits: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Launch a dense layer."""
+    spec = LinearSpec(widths, [rank] * len(widths), group, bits)
+    x = torch.empty(tokens, k, dtype=dtype, device="meta")
+    linear.linear(x, meta_layer(len(widths), 1, sum(widths), k, group, bits), spec)
