@@ -91,16 +91,19 @@ def _gemm_kernel(
     block = tl.program_id(0) // (GROUP_BLOCKS * tiles) * GROUP_BLOCKS + in_group % GROUP_BLOCKS
     tile = in_group // GROUP_BLOCKS
     split_index = tl.program_id(1)
-    if BLOCKS != "sorted" and block >= max_blocks:
-        return
-    expert = block_expert(experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block, HAS_MAP, BLOCKS)
+    expert = block_expert(experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block, max_blocks, HAS_MAP, BLOCKS)
+    pairs = load_pairs(pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS)
+    is_tail = False
+    if TAIL_M > 0:
+        is_tail = last_pair(pairs_ptr, block * BLOCK_M + TAIL_M, num_pairs, max_blocks * BLOCK_M, BLOCKS)
+        share: tl.constexpr = BLOCK_M // TAIL_M
+        few = load_pairs(pairs_ptr, block * share, num_pairs, max_blocks * share, TAIL_M, BLOCKS)
     if expert < 0:
         if late_wait:  # or the launch after could overtake the one before
             tl.extra.cuda.gdc_wait()
         return
     if TAIL_M > 0:  # noqa: SIM102 (a constant, which Triton must see by itself)
-        if last_pair(pairs_ptr, block * BLOCK_M + TAIL_M, num_pairs, BLOCKS):
-            few = load_pairs(pairs_ptr, block * (BLOCK_M // TAIL_M), num_pairs, TAIL_M, BLOCKS)
+        if is_tail:
             _compute(
                 x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
                 down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, few, tile, split_index,
@@ -109,7 +112,6 @@ def _gemm_kernel(
                 HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait, ACTIVATION,
             )  # fmt: skip
             return
-    pairs = load_pairs(pairs_ptr, block, num_pairs, BLOCK_M, BLOCKS)
     _compute(
         x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
         down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,

@@ -41,38 +41,44 @@ class Projected(NamedTuple):
 
 
 @triton.jit
-def load_pairs(pairs_ptr, block, num_pairs, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr):
-    """Pair indexes of a block, num_pairs where there is none.
+def load_pairs(pairs_ptr, block, num_pairs, max_blocks, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr):
+    """Pair indexes of a block, num_pairs where there is none; anything in blocks that are not in use.
 
     BLOCKS: "sorted" by expert; "single": block b is pair b alone; "rows": BLOCK_M consecutive rows.
     """
     lane = tl.arange(0, BLOCK_M)
     if BLOCKS == "sorted":
-        return tl.load(pairs_ptr + block * BLOCK_M + lane)
+        return tl.load(pairs_ptr + block * BLOCK_M + lane, mask=lane < (max_blocks - block) * BLOCK_M, other=0)
     if BLOCKS == "single":
         return tl.where(lane == 0, block, num_pairs)
     return tl.minimum(block * BLOCK_M + lane, num_pairs)
 
 
 @triton.jit
-def last_pair(pairs_ptr, index, num_pairs, BLOCKS: tl.constexpr):
+def last_pair(pairs_ptr, index, num_pairs, last_index, BLOCKS: tl.constexpr):
     """Whether no pair stands at ``index`` of the sorted pairs; within a block they stand in front."""
     if BLOCKS == "sorted":
-        return tl.load(pairs_ptr + index) >= num_pairs
+        return tl.load(pairs_ptr + index, mask=index < last_index, other=0) >= num_pairs
     if BLOCKS == "single":
         return True
     return index >= num_pairs
 
 
 @triton.jit
-def block_expert(experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr):
-    """Local expert of a block; -1 where the block is not in use."""
+def block_expert(
+    experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block, max_blocks, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """Local expert of a block; -1 where the block is not in use.
+
+    What is read does not depend on what was read: a tile's start is a chain of such waits.
+    """
+    exists = block < max_blocks
     if BLOCKS == "sorted":
-        in_use = block < tl.load(num_blocks_ptr)
-        return tl.load(experts_ptr + block, mask=in_use, other=-1)
+        expert = tl.load(experts_ptr + block, mask=exists, other=-1)
+        return tl.where(block < tl.load(num_blocks_ptr), expert, -1)
     if BLOCKS == "single":
-        return local_expert(ids_ptr, map_ptr, block, True, HAS_MAP)
-    return block * 0
+        return local_expert(ids_ptr, map_ptr, block, exists, HAS_MAP)
+    return tl.where(exists, 0, -1)
 
 
 @triton.jit
@@ -130,12 +136,12 @@ def _down_project(
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "top_k", "unit_chunk", "splits", "rank_tiles"],
+    do_not_specialize=["num_pairs", "top_k", "max_blocks", "unit_chunk", "splits", "rank_tiles"],
 )
 def _project_kernel(
     x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, down_ptr,
     pairs_ptr, experts_ptr, num_blocks_ptr, ids_ptr, map_ptr,
-    K, num_pairs, top_k, max_rank, unit_chunk, splits, rank_tiles,
+    K, num_pairs, top_k, max_rank, max_blocks, unit_chunk, splits, rank_tiles,
     PARTS: tl.constexpr, FACTOR_BITS: tl.constexpr, RANKS: tl.constexpr,
     BF16: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, SUB_BLOCKS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -148,9 +154,11 @@ def _project_kernel(
     block = program // (splits * rank_tiles)
     split = program % splits
     tile = program // splits % rank_tiles
-    expert = block_expert(experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block // SUB_BLOCKS, HAS_MAP, BLOCKS)
+    expert = block_expert(
+        experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block // SUB_BLOCKS, max_blocks, HAS_MAP, BLOCKS
+    )  # fmt: skip
+    pairs = load_pairs(pairs_ptr, block, num_pairs, max_blocks * SUB_BLOCKS, BLOCK_M, BLOCKS)
     if expert >= 0:
-        pairs = load_pairs(pairs_ptr, block, num_pairs, BLOCK_M, BLOCKS)
         rows = tl.where(pairs < num_pairs, pairs // top_k, 0)
         _down_project(
             x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, down_ptr, expert, pairs, rows, tile * RANKS, split,
@@ -227,6 +235,7 @@ def project(
         num_pairs,
         top_k,
         max_rank,
+        num_pairs if kind == "single" else blocks.max_blocks,
         triton.cdiv(units, splits),
         splits,
         rank_tiles,
