@@ -39,8 +39,16 @@ from vllm_milo.kernels.triton.gemm import GemmConfig
 Configs = tuple[GemmConfig, GemmConfig]
 """The tiles of a layer's two GEMMs, gate/up first."""
 
-EXACT = [(16, 3), (16, 4), (16, 5), (32, 4)]
-"""(block_m, num_stages) of tiles that scale products."""
+EXACT = [
+    (16, 128, 4, 3),
+    (16, 128, 4, 4),
+    (16, 128, 4, 5),
+    (16, 256, 8, 4),
+    (32, 128, 4, 4),
+    (32, 256, 8, 4),
+    (32, 64, 4, 6),
+]
+"""(block_m, block_n, num_warps, num_stages) of tiles that scale products."""
 SCALED = [(64, 128, 4), (64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
 """(block_m, block_n, num_warps) of tiles that scale weights."""
 SPLITS = (1, 2, 4, 8)
@@ -79,8 +87,8 @@ def candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[Confi
 
 def _tiles(mean: float) -> list[GemmConfig]:
     tiles = [
-        GemmConfig(block_m, 128, 1, False, 4, stages, tail_m=tail)
-        for block_m, stages in EXACT
+        GemmConfig(block_m, block_n, 1, False, warps, stages, tail_m=tail)
+        for block_m, block_n, warps, stages in EXACT
         for tail in ((0,) if block_m == 16 else (0, 16))
     ]
     tiles += [

@@ -106,47 +106,51 @@ def _gemm_kernel(
         if is_tail:
             _compute(
                 x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
-                down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, few, tile, split_index,
-                N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+                down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, pairs_ptr,
+                expert, block * share, few, tile, split_index,
+                N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank, max_blocks * share,
                 PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
-                HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait, ACTIVATION,
+                HAS_ROW_SCALE, PDL, TAIL_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait, ACTIVATION, BLOCKS,
             )  # fmt: skip
             return
     _compute(
         x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
-        down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
-        N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+        down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, pairs_ptr,
+        expert, block, pairs, tile, split_index,
+        N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank, max_blocks,
         PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
-        HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait, ACTIVATION,
+        HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, late_wait, ACTIVATION, BLOCKS,
     )  # fmt: skip
 
 
 @triton.jit
 def _compute(
     x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr,
-    down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
-    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+    down_ptr, row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, pairs_ptr,
+    expert, block, pairs, tile, split_index,
+    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank, max_blocks,
     PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
     SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
-    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr, ACTIVATION: tl.constexpr,
+    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile, with or without the activation."""
+    """One tile, with or without the activation, of the pairs of a block (in blocks of BLOCK_M)."""
     if ACTIVATION != "":
         compute_gated_tile(
             x_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-            row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
-            N, K, num_pairs, top_k, max_rank, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, ASM, EVEN_K, PDL,
-            BLOCK_M, BLOCK_N, STAGES, RANK_STEP, LATE_WAIT, ACTIVATION,
+            row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, pairs_ptr, expert, block, pairs, tile,
+            split_index, N, K, num_pairs, top_k, max_rank, max_blocks,
+            GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, ASM, EVEN_K, PDL,
+            BLOCK_M, BLOCK_N, STAGES, RANK_STEP, LATE_WAIT, ACTIVATION, BLOCKS,
         )  # fmt: skip
     else:
         compute_tile(
             x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-            row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
-            N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+            row_scale_ptr, out_ptr, pairs_ptr, expert, block, pairs, tile, split_index,
+            N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank, max_blocks,
             PARTS, GROUP, FACTOR_BITS, HAS_RANK, DOWN_SPLITS, BF16, ASM, SCALE, EVEN_N, EVEN_K,
-            HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, LATE_WAIT,
+            HAS_ROW_SCALE, PDL, BLOCK_M, BLOCK_N, SPLIT_K, STAGES, RANK_STEP, LATE_WAIT, BLOCKS,
         )  # fmt: skip
 
 

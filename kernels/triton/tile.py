@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .activation import gated, power_of_two
 from .dequant import add_group, code_operand, fast_operand, quarter_operand, scale_and_zero, scaled
+from .project import load_pairs
 
 
 @triton.jit
@@ -278,13 +279,13 @@ def _multiply(
 @triton.jit
 def compute_tile(
     x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-    row_scale_ptr, out_ptr, expert, pairs, tile, split_index,
-    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank,
+    row_scale_ptr, out_ptr, pairs_ptr, expert, block, pairs, tile, split_index,
+    N, K, n0, n1, n2, n3, num_pairs, num_rows, top_k, max_rank, max_blocks,
     PARTS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     DOWN_SPLITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
     SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
-    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr,
+    RANK_STEP: tl.constexpr, LATE_WAIT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of :func:`.gemm._gemm_kernel`, for BLOCK_M pairs."""
     valid = pairs < num_pairs
@@ -305,6 +306,11 @@ def compute_tile(
         tl.extra.cuda.gdc_wait()
     if PDL:  # not sooner: what is launched next would take the place of this launch's own tiles
         tl.extra.cuda.gdc_launch_dependents()
+    pairs = load_pairs(
+        pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS
+    )  # again: registers are short in the loop
+    valid = pairs < num_pairs
+    rows = tl.where(valid, pairs // top_k, 0)
     if HAS_RANK:
         rank_stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1
         acc = _add_up_projection(
@@ -321,12 +327,12 @@ def compute_tile(
 @triton.jit
 def compute_gated_tile(
     x_ptr, packed_ptr, scale_zero_ptr, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr,
-    row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, expert, pairs, tile, split_index,
-    N, K, num_pairs, top_k, max_rank,
+    row_scale_ptr, norm_ptr, largest_ptr, out_ptr, out_scale_ptr, pairs_ptr, expert, block, pairs, tile, split_index,
+    N, K, num_pairs, top_k, max_rank, max_blocks,
     GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     DOWN_SPLITS: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, RANK_STEP: tl.constexpr,
-    LATE_WAIT: tl.constexpr, ACTIVATION: tl.constexpr,
+    LATE_WAIT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of gate and up together: h = act(gate)·up of BLOCK_N / 2 outputs and BLOCK_M pairs, in fp16.
 
@@ -349,6 +355,11 @@ def compute_gated_tile(
         tl.extra.cuda.gdc_wait()
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    pairs = load_pairs(
+        pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS
+    )  # again: registers are short in the loop
+    valid = pairs < num_pairs
+    rows = tl.where(valid, pairs // top_k, 0)
     if HAS_RANK:
         rank_stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1
         acc = _add_gated_up_projection(
