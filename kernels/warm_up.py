@@ -7,10 +7,12 @@ the capture of CUDA graphs, would wait for one after the other. Layers of the sa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -114,16 +116,40 @@ def _warm_up(
         return
     _done.add(key)
     start = time.monotonic()
+    room = _Room(2 * min(max_tokens, MAX_TOKENS))
 
     def run(tokens: int) -> None:
-        with torch.cuda.device(device), torch.inference_mode():  # both are a thread's own
+        with room.take(tokens), torch.cuda.device(device), torch.inference_mode():  # device and mode are a thread's own
             call(tokens)
 
-    for wave in token_waves(max_tokens):
-        with ThreadPoolExecutor(min(THREADS, max(1, len(wave)))) as pool:
-            list(pool.map(run, wave))  # raises what a thread raised
+    try:
+        for wave in token_waves(max_tokens):
+            with ThreadPoolExecutor(min(THREADS, len(wave) or 1)) as pool:
+                list(pool.map(run, wave))  # raises what a thread raised
+    except torch.OutOfMemoryError:
+        logger.warning("MiLo found no memory to compile all kernels of its %s ahead; the rest is compiled in use", what)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    logger.info(
-        "MiLo compiled the kernels of its %s for up to %d tokens in %.1f s", what, max_tokens, time.monotonic() - start
-    )
+    seconds = time.monotonic() - start
+    logger.info("MiLo compiled the kernels of its %s for up to %d tokens in %.1f s", what, max_tokens, seconds)
+
+
+class _Room:
+    """Keeps threads from running more than so many tokens at once, since activations take memory."""
+
+    def __init__(self, tokens: int) -> None:
+        self._left = tokens
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, tokens: int) -> Iterator[None]:
+        """Hold room for ``tokens``, which must not be more than there ever is."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= tokens)
+            self._left -= tokens
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += tokens
+                self._changed.notify_all()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ from random_layers import moe_spec, random_experts, random_linear, random_routin
 from vllm_milo.kernels import ops, warm_up
 from vllm_milo.kernels.triton import activation, dispatch, fused_moe, gemm, linear, prepare, project, reduce
 from vllm_milo.kernels.triton.launch import LaunchMode
-from vllm_milo.kernels.warm_up import token_waves, warm_up_linear, warm_up_moe
+from vllm_milo.kernels.warm_up import _Room, token_waves, warm_up_linear, warm_up_moe
 from vllm_milo.kernels.weights import LinearWeights
 
 
@@ -29,6 +32,24 @@ def test_waves_cover_the_counts_up_to_the_most(most: int):
     assert counts[0] == 1
     assert counts[-1] == limit
     assert all(later <= 1.5 * earlier + 0.5 or earlier < 3 for earlier, later in itertools.pairwise(counts))
+
+
+def test_threads_take_no_more_room_than_there_is():
+    room, lock, held, most = _Room(100), threading.Lock(), [0], [0]
+
+    def run(tokens: int):
+        with room.take(tokens):
+            with lock:
+                held[0] += tokens
+                most[0] = max(most[0], held[0])
+            time.sleep(0.002)
+            with lock:
+                held[0] -= tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, [100, 60, 40, 50, 50, 1, 99, 30, 30, 30] * 3))
+    assert 60 < most[0] <= 100
+    assert held[0] == 0
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
