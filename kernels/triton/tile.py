@@ -306,9 +306,8 @@ def compute_tile(
         tl.extra.cuda.gdc_wait()
     if PDL:  # not sooner: what is launched next would take the place of this launch's own tiles
         tl.extra.cuda.gdc_launch_dependents()
-    pairs = load_pairs(
-        pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS
-    )  # again: registers are short in the loop
+    # once more: registers are short in the loop
+    pairs = load_pairs(pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS)
     valid = pairs < num_pairs
     rows = tl.where(valid, pairs // top_k, 0)
     if HAS_RANK:
@@ -355,9 +354,8 @@ def compute_gated_tile(
         tl.extra.cuda.gdc_wait()
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    pairs = load_pairs(
-        pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS
-    )  # again: registers are short in the loop
+    # once more: registers are short in the loop
+    pairs = load_pairs(pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS)
     valid = pairs < num_pairs
     rows = tl.where(valid, pairs // top_k, 0)
     if HAS_RANK:
