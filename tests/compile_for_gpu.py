@@ -1,4 +1,4 @@
-"""Compiles what layers launch for a GPU that need not be there: ``python compile_for_gpu.py CAPABILITY``.
+"""Compiles what layers launch for a GPU that need not be there: ``python compile_for_gpu.py CAPABILITY usual|all``.
 
 Triton compiles for a target, and only loading needs the device. The layers have shapes but no memory. Prints the
 number of kernels; any that does not compile, or asks for more shared memory than a block may have there, is an error.
@@ -7,7 +7,8 @@ number of kernels; any that does not compile, or asks for more shared memory tha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -40,25 +41,27 @@ class Driver:
         return 0
 
 
-def layers(capability: int) -> Iterator[None]:
-    """Run layers of every format, and of every tile for the usual one."""
-    for tokens in (1, 5, 40, 300, 2000) if capability == 90 else (1, 300):
-        run_experts(tokens, 8, 2, 4096, 14336)
-        run_dense(tokens, [4096, 1024, 1024], 4096, 512)
+def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
+    """Yield what runs layers of the usual format, and on demand those of every format and every tile."""
+    mixtral = partial(run_experts, experts=8, top_k=2, hidden=4096, intermediate=14336)
+    for tokens in (1, 40, 300, 2000) if capability == 90 else (1, 300):
+        yield partial(mixtral, tokens)
+        yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
+    if not everything:
+        return
     for group, bits, intermediate in ((32, 8, 320), (128, 3, 384), (64, 16, 320)):
-        for tokens in (1, 40, 1000):
-            run_experts(tokens, 8, 2, 512, intermediate, group=group, bits=bits)
-            run_dense(tokens, [320], intermediate, 64, group=group, bits=bits)
-    run_experts(1000, 8, 2, 4096, 14336, ranks=[0, 0])
-    run_experts(1000, 8, 2, 4096, 14336, ranks=[1024, 512])
-    run_experts(300, 8, 2, 4096, 14336, dtype=torch.float16)
+        for tokens in (1, 1000):
+            yield partial(run_experts, tokens, 8, 2, 512, intermediate, group=group, bits=bits)
+            yield partial(run_dense, tokens, [320], intermediate, 64, group=group, bits=bits)
+    yield partial(mixtral, 1000, ranks=[0, 0])
+    yield partial(mixtral, 1000, ranks=[1024, 512])
+    yield partial(mixtral, 300, dtype=torch.float16)
     for block_m, block_n, warps in ((64, 256, 8), (128, 128, 4), (128, 256, 8)) if capability == 90 else ():
         tile = GemmConfig(block_m, block_n, 1, True, warps, 3, group_blocks=4, tail_m=block_m // 4)
-        with mock.patch.object(fused_moe, "moe_configs", return_value=(tile, tile)):
-            run_experts(1000, 8, 2, 4096, 14336)
+        yield partial(mixtral, 1000, tile=tile)
 
 
-def main(capability: int) -> None:
+def main(capability: int, everything: bool) -> None:
     """Compile everything once."""
     done: dict[int, Any] = {}
 
@@ -83,9 +86,10 @@ def main(capability: int) -> None:
     patches.append(mock.patch.object(JITFunction, "__getitem__", compile_only))
     for patch in patches:
         patch.start()
-    layers(capability)
+    for run in layers(capability, everything):
+        run()
     print(len(done))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2] == "all")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_milo.kernels.triton import fused_moe, linear
+from vllm_milo.kernels.triton.gemm import GemmConfig
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
@@ -38,14 +39,15 @@ def run_experts(
     group: int = 64,
     bits: int = 3,
     dtype: torch.dtype = torch.bfloat16,
+    tile: GemmConfig | None = None,
 ) -> None:
-    """Launch a MoE layer; ``ranks`` are the largest of an expert in both GEMMs."""
+    """Launch a MoE layer; ``ranks`` are the largest of an expert in both GEMMs, ``tile`` forces that of both."""
     spec = MoESpec(group, bits, "silu", False, list(ranks))
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     router = torch.empty(tokens, top_k, device="meta")
     w13 = meta_layer(2, experts, 2 * intermediate, hidden, group, bits)
     w2 = meta_layer(1, experts, hidden, intermediate, group, bits)
-    fused_moe.fused_moe(x, router, router.int(), None, w13, w2, spec)
+    fused_moe.fused_moe(x, router, router.int(), None, w13, w2, spec, None if tile is None else (tile, tile))
 
 
 def run_dense(
