@@ -135,6 +135,7 @@ TILES = [
     GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=128),
     GemmConfig(64, 256, 1, True, 8, 3, group_blocks=4, tail_m=16),
     GemmConfig(128, 256, 1, True, 8, 3, group_blocks=4, tail_m=32),
+    GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=64),
 ]
 
 
