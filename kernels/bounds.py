@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .packing import dequantize, dequantize_factor
+from .packing import dequantize
+from .reference import expert_factors
 from .weights import ExpertWeights
 
 ROWS = 2048
@@ -22,20 +23,20 @@ def largest_row_norms(weights: ExpertWeights, group_size: int, factor_bits: int)
         factor_bits: 3, 8 or 16.
     """
     experts, n = weights.packed.shape[:2]
-    bounds = weights.rank_offsets.tolist()
-    parts = (len(bounds) - 1) // experts
+    parts = (len(weights.rank_offsets) - 1) // experts
     width = n // parts
-    largest = torch.zeros(experts * parts, device=weights.packed.device)
-    for slot in range(experts * parts):
-        expert, part = divmod(slot, parts)
-        factors = slice(bounds[slot], bounds[slot + 1])
-        u_scale, v_scale = (weights.u_scale[factors], weights.v_scale[factors]) if factor_bits != 16 else (None, None)
-        u = dequantize_factor(weights.u[factors], u_scale, factor_bits)
-        v = dequantize_factor(weights.v[factors], v_scale, factor_bits)
-        for start in range(0, width, ROWS):
-            chunk = slice(start, min(start + ROWS, width))
-            rows = slice(part * width + chunk.start, part * width + chunk.stop)
-            packed, scale, zero = (tensor[expert, rows] for tensor in (weights.packed, weights.scale, weights.zero))
-            matrix = dequantize(packed, scale, zero, group_size) + u[:, chunk].T @ v
-            largest[slot] = torch.maximum(largest[slot], torch.linalg.vector_norm(matrix, dim=1).max())
-    return largest
+    largest = torch.zeros(experts, parts, device=weights.packed.device)
+    for expert in range(experts):
+        factors = expert_factors(weights, expert, factor_bits, torch.float32)
+        for part in range(parts):
+            for start in range(0, width, ROWS):
+                stop = min(start + ROWS, width)
+                rows = slice(part * width + start, part * width + stop)
+                packed, scale, zero = (tensor[expert, rows] for tensor in (weights.packed, weights.scale, weights.zero))
+                matrix = dequantize(packed, scale, zero, group_size)
+                if factors:
+                    u, v = factors[part]
+                    matrix += u[:, start:stop].T @ v
+                norm = torch.linalg.vector_norm(matrix, dim=1).max()
+                largest[expert, part] = torch.maximum(largest[expert, part], norm)
+    return largest.flatten()

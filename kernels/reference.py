@@ -95,14 +95,14 @@ def expert_gemm(rows: torch.Tensor, weights: ExpertWeights, expert: int, spec: M
     """Return rows·Wᵀ + (rows·Vᵀ)·U for one expert: [M, K] -> [M, N] in the dtype of ``rows``."""
     base = dequantize(weights.packed[expert], weights.scale[expert], weights.zero[expert], spec.group_size, rows.dtype)
     out = rows @ base.T
-    factors = _expert_factors(weights, expert, spec, rows.dtype)
+    factors = expert_factors(weights, expert, spec.factor_bits, rows.dtype)
     if not factors:
         return out
     return out + torch.cat([(rows @ v.T) @ u for u, v in factors], dim=-1)
 
 
-def _expert_factors(
-    weights: ExpertWeights, expert: int, spec: MoESpec, dtype: torch.dtype
+def expert_factors(
+    weights: ExpertWeights, expert: int, factor_bits: int, dtype: torch.dtype
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return (U [r, N/P], V [r, K]) of each part of one expert; empty where no expert has rank."""
     if weights.u.shape[0] == 0:
@@ -112,9 +112,9 @@ def _expert_factors(
     factors = []
     for part in range(expert * parts, (expert + 1) * parts):
         rows = slice(bounds[part], bounds[part + 1])
-        u_scale, v_scale = (weights.u_scale[rows], weights.v_scale[rows]) if spec.factor_bits != 16 else (None, None)
-        u = dequantize_factor(weights.u[rows], u_scale, spec.factor_bits, dtype=dtype)
-        factors.append((u, dequantize_factor(weights.v[rows], v_scale, spec.factor_bits, dtype=dtype)))
+        u_scale, v_scale = (weights.u_scale[rows], weights.v_scale[rows]) if factor_bits != 16 else (None, None)
+        u = dequantize_factor(weights.u[rows], u_scale, factor_bits, dtype=dtype)
+        factors.append((u, dequantize_factor(weights.v[rows], v_scale, factor_bits, dtype=dtype)))
     return factors
 
 

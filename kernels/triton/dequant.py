@@ -10,7 +10,7 @@ From there three ways lead to s·(q - z):
 - few tokens: the operand is multiplied as it is, and BIAS, zero point and scale are applied to the fp32 sum of
   each group (:func:`add_group`). That costs less than scaling weights which few tokens share, and rounds nothing.
 - many tokens: the operand is scaled in fp32 and rounded once (:func:`scaled`).
-- many tokens of a bf16 model in a MoE layer: fp16 operands, scaled two at a time (:func:`fast_operand`); the
+- many tokens of a bf16 model: fp16 operands, scaled two at a time (:func:`fast_operand`); the
   activations go to fp16 with a power of two a row, which loses nothing.
 
 The first two return fp32(s·(q - z)), rounded once, for an identity input; the last what is within one step of bf16.
@@ -208,18 +208,13 @@ def _fast_weights(words, scale, base, offset, HIGH: tl.constexpr, ASM: tl.conste
     else:
         codes = words >> 3 if HIGH else words
         bias: tl.constexpr = 128.0 if HIGH else 1024.0
-        s = _low_half(scale)
-        zero = -_low_half(base) - bias
-        c = _low_half(offset)
+        s, _ = scale_and_zero(scale)
+        negative, _ = scale_and_zero(base)
+        c, _ = scale_and_zero(offset)
+        zero = -negative - bias
         low = (((codes & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
         high = ((((codes >> 16) & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
     return tl.join(low, high)
-
-
-@triton.jit
-def _low_half(pair):
-    """int32 -> the fp16 in its low half, in fp32."""
-    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

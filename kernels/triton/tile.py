@@ -101,7 +101,7 @@ def _add_up_projection(
     acc, u_ptr, u_scale_ptr, down_ptr, blocks, ranks_before, u_start, first_column, column, inside,
     width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr,
     FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
-    RANK_STEP: tl.constexpr, STAGES: tl.constexpr,
+    RANK_STEP: tl.constexpr,
 ):  # fmt: skip
     """acc += Uᵀ·(V·x) for this tile, over this split's share of the ``blocks`` blocks of 16 ranks.
 
@@ -109,9 +109,10 @@ def _add_up_projection(
     """
     step: tl.constexpr = RANK_STEP // 16
     groups: tl.constexpr = BLOCK_N // 64
+    stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1  # more splits have no room for two
     share = tl.cdiv(tl.cdiv(blocks, step), SPLIT_K) * step
     begin = split_index * share
-    for block in tl.range(begin, tl.minimum(begin + share, blocks), step, num_stages=STAGES):
+    for block in tl.range(begin, tl.minimum(begin + share, blocks), step, num_stages=stages):
         u = _up_codes(
             u_ptr, u_start + column * 0, block, blocks + column * 0, column, inside, width,
             FACTOR_BITS, BLOCK_N, RANK_STEP,
@@ -132,15 +133,16 @@ def _add_up_projection(
 def _add_gated_up_projection(
     acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, expert, first_column, column, is_up, width,
     pairs, valid, num_pairs, max_rank, DOWN_SPLITS: tl.constexpr, FACTOR_BITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
     """acc += Uᵀ·(V·x) where gate's columns and up's alternate: what both need is loaded before it is used."""
     groups: tl.constexpr = BLOCK_N // 128 if BLOCK_N >= 128 else 1
+    stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1  # more splits have no room for two
     gate_blocks, gate_before, gate_start = _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, 0, 2)
     up_blocks, up_before, up_start = _part_ranks(rank_blocks_ptr, u_starts_ptr, expert, 1, 2)
     u_start = tl.where(is_up, up_start, gate_start)
     own_blocks = tl.where(is_up, up_blocks, gate_blocks)
-    for block in tl.range(0, tl.maximum(gate_blocks, up_blocks), RANK_STEP // 16, num_stages=STAGES):
+    for block in tl.range(0, tl.maximum(gate_blocks, up_blocks), RANK_STEP // 16, num_stages=stages):
         u = _up_codes(
             u_ptr, u_start, block, own_blocks, column, column >= 0, width, FACTOR_BITS, BLOCK_N, RANK_STEP
         )  # fmt: skip
@@ -311,11 +313,10 @@ def compute_tile(
     valid = pairs < num_pairs
     rows = tl.where(valid, pairs // top_k, 0)
     if HAS_RANK:
-        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1
         acc = _add_up_projection(
             acc, u_ptr, u_scale_ptr, down_ptr, blocks, ranks_before, u_start, tile_column, column, inside,
             width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS, x_ptr.dtype.element_ty,
-            FACTOR_BITS, BLOCK_N, BLOCK_M, SPLIT_K, RANK_STEP, rank_stages,
+            FACTOR_BITS, BLOCK_N, BLOCK_M, SPLIT_K, RANK_STEP,
         )  # fmt: skip
     if HAS_ROW_SCALE:
         acc *= tl.load(row_scale_ptr + rows)[None, :]
@@ -359,11 +360,9 @@ def compute_gated_tile(
     valid = pairs < num_pairs
     rows = tl.where(valid, pairs // top_k, 0)
     if HAS_RANK:
-        rank_stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1
         acc = _add_gated_up_projection(
             acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, expert, first_column, column, is_up,
             width, pairs, valid, num_pairs, max_rank, DOWN_SPLITS, FACTOR_BITS, BLOCK_N, BLOCK_M, RANK_STEP,
-            rank_stages,
         )  # fmt: skip
     acc *= tl.load(row_scale_ptr + rows)[None, :]
     gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
