@@ -4,7 +4,7 @@
     python benchmarks/tune.py -o out/tuned --experts 60 --top-k 4 --hidden 2048 --intermediate 1408 --tokens 1,16
 
 Every candidate is timed as in ``moe_layer.py`` (8 routings in a CUDA graph), after its result was compared with the
-float32 reference; the fastest correct one is kept. Processes that only compile fill Triton's cache first, since
+float32 reference; the fastest correct one is kept: first among tiles of the first GEMM, then of the second. Processes that only compile fill Triton's cache first, since
 compiling takes far longer than timing. ``VLLM_MILO_TUNED_CONFIG_FOLDER`` makes a folder other than the package's own
 known to the kernels.
 """
@@ -49,9 +49,20 @@ EXACT = [
     (32, 64, 4, 6),
 ]
 """(block_m, block_n, num_warps, num_stages) of tiles that scale products."""
-SCALED = [(64, 128, 4), (64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
-"""(block_m, block_n, num_warps) of tiles that scale weights."""
+SCALED = [
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 256, 8, 3),
+    (128, 128, 4, 3),
+    (128, 128, 8, 3),
+    (128, 128, 8, 4),
+    (128, 256, 8, 3),
+    (256, 128, 8, 3),
+]
+"""The same of tiles that scale weights."""
 SPLITS = (1, 2, 4, 8)
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+"""Close to each other, since the nearest entry of a file is used."""
 
 
 class Result(NamedTuple):
@@ -68,21 +79,46 @@ def heuristic(tokens: int, shape: MoEShape, device: torch.device) -> Configs:
     return heuristic_configs(tokens * shape.top_k, local, device)
 
 
-def candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[Configs]:
-    """Return the pairs of tiles to try, the heuristic's own first.
+def first_candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[Configs]:
+    """Return pairs of tiles that differ in the first GEMM's, the heuristic's own first.
 
-    Tiles far larger than the mean number of pairs of an expert are left out, and K is split only where tokens
-    are few or the second GEMM has few outputs.
+    Tiles far larger or smaller than the mean number of pairs of an expert are left out. The second GEMM has the same
+    tile, with K split as the heuristic does.
     """
-    mean = tokens * shape.top_k / min(shape.experts, tokens * shape.top_k)
-    tried = [heuristic(tokens, shape, device)]
-    for tile in _tiles(mean):
-        first_splits = SPLITS if tokens <= 4 and not tile.scaled else (1,)
-        for first_split, second_split in itertools.product(first_splits, SPLITS):
-            pair = (tile._replace(split_k=first_split), tile._replace(split_k=second_split))
+    default = heuristic(tokens, shape, device)
+    tried = [default]
+    for tile in _tiles(_mean_load(tokens, shape)):
+        for split in (1,) if tile.scaled else _splits(tokens):
+            pair = (tile._replace(split_k=split), tile._replace(split_k=default[1].split_k))
             if pair not in tried:
                 tried.append(pair)
     return tried
+
+
+def second_candidates(tokens: int, shape: MoEShape, winner: Configs) -> list[Configs]:
+    """Return the pairs that keep the winner's first tile: the second's agrees with it in block_m."""
+    tiles = [tile for tile in _tiles(_mean_load(tokens, shape)) if tile.block_m == winner[0].block_m]
+    pairs = [(winner[0], tile._replace(split_k=split)) for tile in tiles for split in _splits(tokens)]
+    return [pair for pair in pairs if pair != winner]
+
+
+def to_compile(tokens: int, shape: MoEShape, device: torch.device) -> list[Configs]:
+    """Return pairs that hold every tile that may be tried, each once as far as possible."""
+    firsts = first_candidates(tokens, shape, device)
+    pairs = list(firsts)
+    for block_m in sorted({first.block_m for first, _ in firsts}):
+        same = [pair for pair in firsts if pair[0].block_m == block_m]
+        seconds = [second for _, second in second_candidates(tokens, shape, same[0])]
+        pairs += zip(itertools.cycle([first for first, _ in same]), seconds, strict=False)
+    return pairs
+
+
+def _mean_load(tokens: int, shape: MoEShape) -> float:
+    return tokens * shape.top_k / min(shape.experts, tokens * shape.top_k)
+
+
+def _splits(tokens: int) -> tuple[int, ...]:
+    return SPLITS if tokens <= 64 else SPLITS[:2]
 
 
 def _tiles(mean: float) -> list[GemmConfig]:
@@ -92,8 +128,8 @@ def _tiles(mean: float) -> list[GemmConfig]:
         for tail in ((0,) if block_m == 16 else (0, 16))
     ]
     tiles += [
-        GemmConfig(block_m, block_n, 1, True, warps, 3, group_blocks=4, tail_m=block_m // part)
-        for block_m, block_n, warps in SCALED
+        GemmConfig(block_m, block_n, 1, True, warps, stages, group_blocks=4, tail_m=block_m // part)
+        for block_m, block_n, warps, stages in SCALED
         for part in (2, 4)
     ]
     fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 4 * mean)]
@@ -156,15 +192,19 @@ class Tuner:
         def time_one() -> float:
             return float(measure_point(point, self.ceilings, self.seconds, self.device)["microseconds"])
 
-        return list(measure(candidates(tokens, self.shape, self.device), time_one, budget))
+        results = list(measure(first_candidates(tokens, self.shape, self.device), time_one, budget))
+        winner = best(results)
+        if winner is not None:
+            results += measure(second_candidates(tokens, self.shape, winner.config), time_one, budget)
+        return results
 
 
 def compile_part(shape: MoEShape, arguments: argparse.Namespace) -> None:
     """Compile every ``parts``-th candidate by running it once; failures show when they are timed."""
     part, parts = arguments.compile_part
     layer = milo(shape, arguments.tokens, arguments.device, arguments.rank)
-    wanted = {(config, tokens) for tokens in arguments.tokens for config in candidates(tokens, shape, arguments.device)}
-    for config, tokens in sorted(wanted)[part::parts]:
+    wanted = [(pair, tokens) for tokens in arguments.tokens for pair in to_compile(tokens, shape, arguments.device)]
+    for config, tokens in wanted[part::parts]:
         inputs = random_inputs(shape, tokens, arguments.device)
         with forced(config), contextlib.suppress(Exception):
             layer.call(layer.weights, inputs.x[0], inputs.router[0], inputs.ids[0])
@@ -217,7 +257,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for name in ("experts", "top-k", "hidden", "intermediate"):
         parser.add_argument(f"--{name}", type=int, help="of a shape that --shape does not know")
     parser.add_argument(
-        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 64, 256, 1024, 4096]
+        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=TOKENS
     )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=300, help="time no new candidate after this long")

@@ -201,18 +201,25 @@ def test_linear_dry_run(tmp_path: Path):
 def test_tiles_are_tried_near_the_mean_and_the_heuristic_first():
     shape, device = moe_layer.SHAPES["mixtral"], torch.device("cpu")
     for tokens in (1, 16, 64, 4096):
-        tried = tune.candidates(tokens, shape, device)
-        assert tried[0] == tune.heuristic(tokens, shape, device)
-        assert len(set(tried)) == len(tried) > 4
-        assert all(first.block_m == second.block_m for first, second in tried)
-        assert all(first.split_k == 1 for first, _ in tried if first.scaled)
-    assert {first.block_m for first, _ in tune.candidates(1, shape, device)} == {16}
-    assert {second.split_k for _, second in tune.candidates(1, shape, device)} == {1, 2, 4, 8}
-    assert max(first.block_m for first, _ in tune.candidates(4096, shape, device)) == 256
+        firsts = tune.first_candidates(tokens, shape, device)
+        assert firsts[0] == tune.heuristic(tokens, shape, device)
+        seconds = tune.second_candidates(tokens, shape, firsts[-1])
+        assert {first for first, _ in seconds} == {firsts[-1][0]}
+        for tried in (firsts, seconds):
+            assert len(set(tried)) == len(tried) > 2
+            assert all(first.block_m == second.block_m for first, second in tried)
+            assert all(first.split_k == 1 for first, _ in tried if first.scaled)
+        compiled = tune.to_compile(tokens, shape, device)
+        assert {first for first, _ in firsts} == {first for first, _ in compiled}
+        assert {second for _, second in seconds} <= {second for _, second in compiled}
+    assert {first.block_m for first, _ in tune.first_candidates(1, shape, device)} == {16}
+    winner = tune.heuristic(1, shape, device)
+    assert {second.split_k for _, second in tune.second_candidates(1, shape, winner)} == {1, 2, 4, 8}
+    assert max(first.block_m for first, _ in tune.first_candidates(4096, shape, device)) == 256
 
 
 def test_failing_tiles_are_passed_over_and_the_fastest_is_kept():
-    configs = tune.candidates(1, moe_layer.SHAPES["mixtral"], torch.device("cpu"))[:3]
+    configs = tune.first_candidates(1, moe_layer.SHAPES["mixtral"], torch.device("cpu"))[:3]
     times = iter([30.0, RuntimeError("out of resource: shared memory"), 20.0])
 
     def time_one() -> float:
