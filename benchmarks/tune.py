@@ -4,8 +4,9 @@
     python benchmarks/tune.py -o out/tuned --experts 60 --top-k 4 --hidden 2048 --intermediate 1408 --tokens 1,16
 
 Every candidate is timed as in ``moe_layer.py`` (8 routings in a CUDA graph), after its result was compared with the
-float32 reference; the fastest correct one is kept: first among tiles of the first GEMM, then of the second. Processes that only compile fill Triton's cache first, since
-compiling takes far longer than timing. ``VLLM_MILO_TUNED_CONFIG_FOLDER`` makes a folder other than the package's own
+float32 reference; the fastest correct one is kept: first among tiles of the first GEMM, then of the second. Processes
+that only compile fill Triton's cache first, since compiling takes far longer than timing.
+``VLLM_MILO_TUNED_CONFIG_FOLDER`` makes a folder other than the package's own
 known to the kernels.
 """
 
@@ -39,27 +40,17 @@ from vllm_milo.kernels.triton.gemm import GemmConfig
 Configs = tuple[GemmConfig, GemmConfig]
 """The tiles of a layer's two GEMMs, gate/up first."""
 
-EXACT = [
-    (16, 128, 4, 3),
-    (16, 128, 4, 4),
-    (16, 128, 4, 5),
-    (16, 256, 8, 4),
-    (32, 128, 4, 4),
-    (32, 256, 8, 4),
-    (32, 64, 4, 6),
-]
+EXACT = [(16, 128, 4, 3), (16, 128, 4, 4), (16, 128, 4, 5), (32, 128, 4, 3), (32, 128, 4, 4)]
 """(block_m, block_n, num_warps, num_stages) of tiles that scale products."""
 SCALED = [
-    (64, 128, 4, 3),
-    (64, 128, 4, 4),
-    (64, 256, 8, 3),
-    (128, 128, 4, 3),
-    (128, 128, 8, 3),
-    (128, 128, 8, 4),
-    (128, 256, 8, 3),
-    (256, 128, 8, 3),
+    (64, 128, 4, 3, None),
+    (64, 128, 4, 4, None),
+    (64, 128, 4, 3, 168),
+    (128, 128, 4, 3, None),
+    (128, 256, 8, 3, None),
+    (256, 128, 8, 3, None),
 ]
-"""The same of tiles that scale weights."""
+"""The same and the cap on registers, which three tiles a multiprocessor need, of tiles that scale weights."""
 SPLITS = (1, 2, 4, 8)
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 """Close to each other, since the nearest entry of a file is used."""
@@ -128,11 +119,11 @@ def _tiles(mean: float) -> list[GemmConfig]:
         for tail in ((0,) if block_m == 16 else (0, 16))
     ]
     tiles += [
-        GemmConfig(block_m, block_n, 1, True, warps, stages, group_blocks=4, tail_m=block_m // part)
-        for block_m, block_n, warps, stages in SCALED
+        GemmConfig(block_m, block_n, 1, True, warps, stages, 4, block_m // part, registers)
+        for block_m, block_n, warps, stages, registers in SCALED
         for part in (2, 4)
     ]
-    fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 4 * mean)]
+    fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 3 * mean)]
     return fitting or tiles[-1:]
 
 
@@ -256,9 +247,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES))
     for name in ("experts", "top-k", "hidden", "intermediate"):
         parser.add_argument(f"--{name}", type=int, help="of a shape that --shape does not know")
-    parser.add_argument(
-        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=TOKENS
-    )
+    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=TOKENS)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=300, help="time no new candidate after this long")
     parser.add_argument("--point-seconds", type=float, default=0.02, help="measuring time of one candidate")

@@ -1,7 +1,10 @@
-"""Compiles what layers launch for a GPU that need not be there: ``python compile_for_gpu.py CAPABILITY usual|all``.
+"""Compiles what layers launch for a GPU that need not be there.
+
+    python compile_for_gpu.py CAPABILITY usual|all [portable]
 
 Triton compiles for a target, and only loading needs the device. The layers have shapes but no memory. Prints the
-number of kernels; any that does not compile, or asks for more shared memory than a block may have there, is an error.
+number of kernels; any that does not compile, asks for more shared memory than a block may have there, or writes
+registers that an MMA still reads (:mod:`register_hazards`) is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from unittest import mock
 import torch
 import triton
 from meta_layers import run_dense, run_experts
+from register_hazards import hazards, instructions
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -56,19 +60,24 @@ def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
     yield partial(mixtral, 1000, ranks=[0, 0])
     yield partial(mixtral, 1000, ranks=[1024, 512])
     yield partial(mixtral, 300, dtype=torch.float16)
-    for block_m, block_n, warps in ((64, 256, 8), (128, 128, 4), (128, 256, 8)) if capability == 90 else ():
+    tiles = ((64, 256, 8), (128, 128, 8), (128, 256, 8), (256, 128, 8)) if capability == 90 else ()
+    for block_m, block_n, warps in tiles:
         tile = GemmConfig(block_m, block_n, 1, True, warps, 3, group_blocks=4, tail_m=block_m // 4)
         yield partial(mixtral, 1000, tile=tile)
 
 
-def main(capability: int, everything: bool) -> None:
-    """Compile everything once."""
+def main(capability: int, everything: bool, asm: bool) -> None:
+    """Compile everything once, with or without inline assembly."""
     done: dict[int, Any] = {}
 
     def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Any:
         def launch(*values: Any, **options: Any) -> None:
             made = kernel.warmup(*values, grid=grid, **options)
+            if id(made) in done:
+                return
             done[id(made)] = made
+            if found := hazards(instructions(made.asm["cubin"])):
+                raise ValueError(f"{kernel.__name__} writes registers that an MMA still reads: {found[0]}; {options}")
             used, allowed = made.metadata.shared, SHARED_BYTES[capability]
             if used > allowed:
                 raise MemoryError(f"{kernel.__name__} wants {used} bytes of shared memory, of {allowed}: {options}")
@@ -78,7 +87,7 @@ def main(capability: int, everything: bool) -> None:
     triton.runtime.driver.set_active(Driver(capability))
 
     def mode(device: torch.device, few_tokens: bool) -> LaunchMode:
-        return LaunchMode(True, few_tokens and capability >= 90)
+        return LaunchMode(asm, few_tokens and capability >= 90)
 
     patches = [mock.patch.object(module, "launch_mode", mode) for module in (fused_moe, linear)]
     patches.append(mock.patch.object(dispatch, "processors", return_value=132))
@@ -92,4 +101,4 @@ def main(capability: int, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] == "all")
+    main(int(sys.argv[1]), sys.argv[2] == "all", "portable" not in sys.argv)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from register_hazards import hazards
 
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 
@@ -17,6 +18,7 @@ SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
     ("capability", "which", "least"),
     [
         (90, "usual", 20),
+        pytest.param(90, "usual portable", 20, marks=pytest.mark.slow),
         pytest.param(90, "all", 60, marks=pytest.mark.slow),
         pytest.param(80, "all", 50, marks=pytest.mark.slow),
         pytest.param(89, "all", 50, marks=pytest.mark.slow),
@@ -25,7 +27,21 @@ SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 def test_every_kind_of_launch_compiles_and_fits(capability: int, which: str, least: int, tmp_path: Path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(SCRIPT), str(capability), which]
+    command = [sys.executable, str(SCRIPT), str(capability), *which.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) >= least
+
+
+def test_the_search_for_hazards_follows_loops():
+    mma = "HGMMA.64x16x16.F32 R32, R84, gdesc[UR24], R32, gsb0"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    loop = [(0, "IADD3 R1, R1, 0x1, RZ"), (16, "LDSM.16.M88.4 R84, [R2]"), (32, wait), (48, mma), (64, "@P0 BRA 0x0")]
+    end = [(80, wait), (96, "IMAD.MOV.U32 R84, RZ, RZ, 0x1"), (112, "EXIT")]
+    assert hazards(loop + end) == [f"{mma} | LDSM.16.M88.4 R84, [R2]"]
+    loop[1], loop[2] = (16, wait), (32, "LDSM.16.M88.4 R84, [R2]")
+    assert hazards(loop + end) == []
+    loop[0] = (0, "@!P1 IMAD.WIDE R86, R1, 0x2, R2")
+    assert hazards(loop + end) == [f"{mma} | @!P1 IMAD.WIDE R86, R1, 0x2, R2"]
+    loop[0] = (0, "STG.E [R84.64], R85")
+    assert hazards(loop + end) == []

@@ -33,13 +33,20 @@ def test_more_tokens_take_larger_tiles():
     tiles = [heuristic_configs(pairs, MoEShape(8, 4096, 14336, 64), CPU)[0].block_m for pairs in (2, 128, 512, 8192)]
     assert tiles == sorted(tiles)
     assert tiles[0] == 16
-    assert tiles[-1] == 256
+    assert tiles[-1] == 128
 
 
-@pytest.mark.parametrize(("pairs_an_expert", "tail"), [(1024, 64), (384, 128), (260, 64), (600, 128)])
-def test_last_pairs_of_large_tiles_take_the_cheaper_size(pairs_an_expert: int, tail: int):
+@pytest.mark.parametrize(("pairs_an_expert", "block_m", "tail"), [(64, 64, 16), (96, 128, 32), (1080, 128, 64)])
+def test_last_pairs_take_the_cheaper_of_two_smaller_tiles(pairs_an_expert: int, block_m: int, tail: int):
     for config in heuristic_configs(64 * pairs_an_expert, MoEShape(64, 2048, 1408, 64), CPU):
-        assert (config.block_m, config.tail_m) == (256, tail)
+        assert (config.block_m, config.tail_m) == (block_m, tail)
+
+
+@pytest.mark.parametrize(("memory", "block_m", "stages"), [(227, 128, 3), (163, 128, 2), (99, 128, 2), (64, 64, 2)])
+def test_tiles_fit_the_shared_memory_of_the_device(memory: int, block_m: int, stages: int, monkeypatch):
+    monkeypatch.setattr(dispatch, "shared_memory", lambda device: memory * 1024)
+    config = heuristic_configs(8 * 1000, MoEShape(8, 4096, 14336, 64), CPU)[0]
+    assert (config.block_m, config.num_stages) == (block_m, stages)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 700, 4096])

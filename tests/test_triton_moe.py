@@ -217,6 +217,27 @@ def test_graph_replay_with_changed_routes(tokens: int, dtype: torch.dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [16, 256, 512, 1100])
+def test_more_tiles_than_fit_give_the_same_bits(tokens: int):
+    """What one turn, tile or launch overwrites too early for another shows in bits that change now and then."""
+    case = Case(tokens=tokens, experts=64, top_k=6, hidden=1024, intermediate=768)
+    layer = Layer(case, "cuda")
+    x = torch.randn(tokens, case.hidden, device="cuda", dtype=torch.bfloat16)
+    weights, ids = (t.cuda() for t in make_routing(case))
+    ops.fused_moe(x, weights, ids, None, *layer.prepared, layer.spec, "triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.fused_moe(x, weights, ids, None, *layer.prepared, layer.spec, "triton")
+    graph.replay()
+    first = out.clone()
+    assert bool(first.isfinite().all())
+    for _ in range(30):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, first)
+
+
+@pytest.mark.gpu
 def test_opcheck_triton():
     layer = Layer(Case(), "cuda")
     x = torch.randn(5, 128, device="cuda", dtype=torch.bfloat16)

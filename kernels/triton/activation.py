@@ -1,7 +1,4 @@
-"""Elementwise steps before the GEMMs: the gated activation of few tokens, and fp16 rows for many.
-
-(:func:`.dequant.fast_operand` multiplies fp16. With many tokens the first GEMM's epilogue applies the activation.)
-"""
+"""The gated activation between the GEMMs while tokens are few; with many the first GEMM's epilogue applies it."""
 
 from __future__ import annotations
 
@@ -14,29 +11,12 @@ import triton.language as tl
 from .launch import LaunchMode
 from .layout import UNIT
 
-MAX_ROW = 32768
-"""Longest row that one program takes whole, as fp16 activations need it."""
-
 
 class Activated(NamedTuple):
     """Input of the second GEMM: x [pairs, I] and its sums, as in :class:`.project.Projected`."""
 
     x: torch.Tensor
     sums: torch.Tensor
-
-
-class HalfRows(NamedTuple):
-    """Activations in fp16, divided by a power of two a row.
-
-    Attributes:
-        x: fp16 [rows, K].
-        scale: fp32 [rows], the powers of two.
-        norm: fp32 [rows], Euclidean norms of the activations.
-    """
-
-    x: torch.Tensor
-    scale: torch.Tensor
-    norm: torch.Tensor
 
 
 @triton.jit
@@ -85,36 +65,6 @@ def power_of_two(largest):
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _to_half_kernel(x_ptr, out_ptr, row_scale_ptr, norm_ptr, K, BLOCK: tl.constexpr):
-    """One row of x in fp16, divided by a power of two so that its largest value is between 1 and 2."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    scale, inverse = power_of_two(tl.max(tl.abs(x), 0))
-    x *= inverse
-    tl.store(out_ptr + row * K + k, x.to(tl.float16), mask=k < K)
-    tl.store(row_scale_ptr + row, scale)
-    tl.store(norm_ptr + row, scale * tl.sqrt(tl.sum(x * x, 0)))
-
-
-def to_half(x: torch.Tensor) -> HalfRows:
-    """Return x [rows, K] as fp16.
-
-    bf16 has 8 significant bits and fp16 11: values down to 2^-15 of a row's largest lose nothing, smaller ones
-    what is 2^-25 of it.
-    """
-    rows, k = x.shape
-    out = torch.empty(rows, k, dtype=torch.float16, device=x.device)
-    scale, norm = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    _to_half_kernel[(rows,)](x, out, scale, norm, k, BLOCK=triton.next_power_of_2(k), num_warps=_warps(k))
-    return HalfRows(out, scale, norm)
-
-
-def _warps(row: int) -> int:
-    return max(2, min(16, triton.next_power_of_2(row) // 1024))
 
 
 def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dtype, mode: LaunchMode) -> Activated:

@@ -228,3 +228,16 @@ def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, 
     base = base[:, None, None, None, None]
     offset = offset[:, None, None, None, None]
     return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, base, offset, HALF, ASM), ROWS)
+
+
+@triton.jit
+def finished(acc, ASM: tl.constexpr):
+    """acc, with every product that adds to it waited for.
+
+    A warpgroup's MMA reads its A operand from registers while the warp goes on. Triton (3.6) lets the last product of a
+    loop's turn run into the next one, which writes those registers anew: results are then wrong now and then. A use of
+    the sum by anything but a product makes it wait; with ASM one that emits nothing.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
+    return acc + 0.0

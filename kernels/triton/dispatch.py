@@ -49,7 +49,7 @@ def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> 
     """Return tiles for a mean load of the experts. The two GEMMs of a layer agree in block_m."""
     mean = num_pairs / shape.experts
     block_m = _block_m(mean, shape.group_size, device)
-    tail_m = _large_tail(mean) if block_m == 256 else _quarter(block_m)
+    tail_m = _tail(block_m, mean)
     # blocks that have pairs, on average, were the routes uniform
     active = shape.experts * (1 - (1 - 1 / shape.experts) ** num_pairs)
     blocks = max(active, num_pairs / block_m)
@@ -63,7 +63,7 @@ def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> 
 def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:
     """Return the tile of a dense layer: many tokens take the tile that leaves least of the last round idle."""
     sizes = [size for size in (16, 32, 64) if rows <= size]
-    sizes = sizes or [size for size in (64, 128, 256) if size <= _largest_block(device)][-2:]
+    sizes = sizes or [size for size in (64, 128) if size <= _largest_block(device)]
     if group_size == 32:
         sizes = [min(sizes[0], 64)]
     tiles = {size: triton.cdiv(layer.columns, BLOCK_N) * triton.cdiv(rows, size) for size in sizes}
@@ -75,7 +75,7 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
     split_k = 1
     while 2 * split_k * tiles[block_m] <= _resident(block_m) * processors(device) and layer.units >= 8 * split_k:
         split_k *= 2
-    return _tile(block_m, min(8, split_k), group_size, _quarter(block_m), device)
+    return _tile(block_m, min(8, split_k), group_size, _tail(block_m, rows), device)
 
 
 def _block_m(mean: float, group_size: int, device: torch.device) -> int:
@@ -84,24 +84,34 @@ def _block_m(mean: float, group_size: int, device: torch.device) -> int:
         return 16
     if mean <= 36:
         return 32
-    if group_size == 32 or mean <= 80:
-        return 64
-    return min(128 if mean <= 160 else 256, _largest_block(device))
+    return 64 if group_size == 32 or mean <= 80 else _largest_block(device)
 
 
 def _largest_block(device: torch.device) -> int:
     """Return the most tokens of a tile whose load pipeline fits into shared memory."""
-    return next((size for size in (256, 128) if 2 * _stage_bytes(size) <= shared_memory(device)), 64)
+    return 128 if _pipeline_bytes(128, 2) <= shared_memory(device) else 64
 
 
-def _stage_bytes(block_m: int) -> int:
-    """Return the shared memory of one stage: a unit of activations, of codes, and of scales and zero points."""
-    return 2 * UNIT * block_m + (3 * 16 + 4 * 4) * BLOCK_N
+def _pipeline_bytes(block_m: int, stages: int) -> int:
+    """Return the shared memory of units of activations, and of codes with scales and zero points, one unit less: they
+    go to registers at once.
+    """
+    return stages * 2 * UNIT * block_m + (stages - 1) * (3 * 16 + 4 * 4) * BLOCK_N
 
 
 def _resident(block_m: int) -> int:
-    """Return the tiles that fit on a multiprocessor at once, which registers limit."""
-    return {16: 3, 32: 2, 64: 2}.get(block_m, 1)
+    """Return the tiles that fit on a multiprocessor at once, which registers limit.
+
+    Two at least: one scales weights while products of another run.
+    """
+    return 3 if block_m == 16 else 2
+
+
+def _stages(block_m: int, device: torch.device) -> int:
+    """Return the depth of the load pipeline: three or four, less where the tiles of a multiprocessor would not fit."""
+    deepest = 4 if block_m <= 32 else 3
+    room = shared_memory(device) // _resident(block_m)
+    return max((stages for stages in range(2, deepest + 1) if _pipeline_bytes(block_m, stages) <= room), default=2)
 
 
 def _config(
@@ -129,20 +139,20 @@ def _config(
     return _tile(block_m, split_k, group_size, tail_m, device)
 
 
-def _quarter(block_m: int) -> int:
-    """Return the size of the tile for an expert's last pairs, a quarter of the others'; 0 for none."""
-    return max(16, block_m // 4) if block_m > 16 else 0
+def _tail(block_m: int, mean: float) -> int:
+    """Return the size of the tile for an expert's last pairs; 0 for none.
 
-
-def _large_tail(mean: float) -> int:
-    """Return 64 or 128, whichever costs less beside tiles of 256 over the likely loads of an expert."""
+    A quarter or half of the others', whichever costs less over the likely loads of an expert.
+    """
+    if block_m == 16:
+        return 0
     loads = [round(mean + z * mean**0.5) for z in (-1.3, -0.5, 0.0, 0.5, 1.3)]
 
     def cost(tail: int) -> int:
-        last = [load % 256 for load in loads]
-        return sum(0 if rest == 0 else (tail if rest <= tail else 256) + SCALING_TOKENS for rest in last)
+        last = [load % block_m for load in loads]
+        return sum(0 if rest == 0 else (tail if rest <= tail else block_m) + SCALING_TOKENS for rest in last)
 
-    return min((64, 128), key=cost)
+    return min((max(16, block_m // 4), block_m // 2), key=cost)
 
 
 def _scaled(block_m: int, group_size: int) -> bool:
@@ -156,8 +166,8 @@ def _tile(block_m: int, split_k: int, group_size: int, tail_m: int, device: torc
         block_n=BLOCK_N,
         split_k=split_k,
         scaled=scaled,
-        num_warps=8 if block_m >= 128 else 4,
-        num_stages=max(2, min(4 if block_m <= 32 else 3, shared_memory(device) // _stage_bytes(block_m))),
+        num_warps=4,
+        num_stages=_stages(block_m, device),
         group_blocks=4 if scaled else 1,
         tail_m=tail_m,
     )

@@ -1,6 +1,6 @@
 """The routed experts of one layer on Triton. At decode seven launches, of which 2 and 5 run beside 3 and 6:
 
-1. prepare: sums of x, which every tile of the first GEMM needs whole; sorts the pairs as well
+1. prepare: sums of x, which every tile of the first GEMM needs whole, or x in fp16; sorts the pairs as well
 2. project: V13·x, which the epilogues of the first GEMM need
 3. gemm: gate and up, with U13 in the epilogue
 4. activate: h = act(gate)·up and its sums
@@ -8,8 +8,7 @@
 6. gemm: down, with U2 in the epilogue
 7. weighted_sum: over top-k
 
-With many tokens of a bf16 model, x goes to fp16 first, and 3 applies the activation itself: hidden activations are read
-and written once.
+With many tokens of a bf16 model 3 applies the activation itself, and hidden activations are read and written once.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from __future__ import annotations
 import torch
 
 from ..weights import MoESpec
-from .activation import MAX_ROW, activate, to_half
+from .activation import activate
 from .dispatch import MoEShape, moe_configs
 from .gemm import GemmConfig, gemm, gemm_gated
 from .launch import launch_mode
 from .layout import KernelWeights
-from .prepare import prepare
+from .prepare import MAX_ROW, prepare
 from .project import Projected, project
 from .reduce import weighted_sum
 from .routing import Routes
 
-FEW_PAIRS = 1024
+FEW_PAIRS = 16384
 """Up to so many pairs launches count, and start early."""
 
 
@@ -65,20 +64,15 @@ def fused_moe(
     format_ = (spec.group_size, spec.factor_bits)
     fast = _is_fast(x, down, first, second, spec)
     dtype = x.dtype
-    half_rows = to_half(x) if fast else None
-    if half_rows is not None:
-        x = half_rows.x
-    sums, blocks = prepare(
-        x, routes, num_experts, first.block_m, spec.group_size, first.needs_sums(spec.group_size), mode
-    )
-    down13 = project(x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, rank13, mode)
-    if half_rows is not None:
-        source = Projected(x, sums, down13, half_rows.scale, half_rows.norm)
+    needs_sums = first.needs_sums(spec.group_size)
+    source, blocks = prepare(x, routes, num_experts, first.block_m, spec.group_size, fast, needs_sums, mode)
+    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, rank13, mode)
+    source = source._replace(down=down13)
+    if fast:
         hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *format_, first, mode, spec.activation)
-        source = Projected(hidden.x, sums, None, hidden.row_scale)
+        source = Projected(hidden.x, source.sums, None, hidden.row_scale)
     else:
         half = [gate_up.columns // 2] * 2
-        source = Projected(x, sums, down13)
         y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *format_, first, mode, dtype)
         source = Projected(*activate(y, spec.activation, spec.group_size, dtype, mode), None)
     source = source._replace(down=project(source.x, down, blocks, routes, 1, spec.factor_bits, rank2, mode))

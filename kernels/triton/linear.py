@@ -1,17 +1,16 @@
-"""A dense layer on Triton: sums of x, V·x, the GEMM with U in the epilogue, and the sum of its split-K parts."""
+"""A dense layer on Triton: sums of x, or x in fp16; V·x; the GEMM with U in the epilogue; the sum of its parts of K."""
 
 from __future__ import annotations
 
 import torch
 
 from ..weights import LinearSpec, largest_rank
-from .activation import MAX_ROW, to_half
 from .dispatch import linear_config
 from .gemm import GemmConfig, gemm
 from .launch import launch_mode
 from .layout import KernelWeights
-from .prepare import prepare
-from .project import Projected, project
+from .prepare import MAX_ROW, prepare
+from .project import project
 from .reduce import sum_splits
 
 FEW_TOKENS = 256
@@ -31,12 +30,10 @@ def linear(
         return x.new_empty(*x.shape[:-1], layer.columns)
     config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
-    row_scale = None
-    if x.dtype == torch.bfloat16 and config.scales_weights(spec.group_size) and rows.shape[1] <= MAX_ROW:
-        rows, row_scale, _ = to_half(rows)
-    needs_sums = config.needs_sums(spec.group_size)
-    sums, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, needs_sums, mode)
-    down = project(rows, layer, blocks, None, 1, spec.factor_bits, largest_rank([spec.ranks]), mode)
-    source = Projected(rows, sums, down, row_scale)
+    scales = config.scales_weights(spec.group_size)
+    half = x.dtype == torch.bfloat16 and scales and rows.shape[1] <= MAX_ROW
+    source, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, half, not scales, mode)
+    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, largest_rank([spec.ranks]), mode)
+    source = source._replace(down=down)
     y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
     return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)

@@ -1,7 +1,7 @@
-"""What comes before the V·x of a GEMM's input: the sort of the pairs and the sums of x over groups, in one launch.
+"""What comes before the V·x of a GEMM's input, in one launch: the sort of the pairs, and what the GEMM wants of x.
 
-The GEMM takes zero points off with the sums (see :mod:`.dequant`). Those of the second GEMM's input come with the
-activation that makes it.
+That is the sums of x over groups, with which zero points are taken off while tokens are few, or x in fp16 where many
+tokens meet weights in fp16 (see :mod:`.dequant`). What makes the second GEMM's input makes them as well.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .activation import power_of_two
 from .launch import LaunchMode
 from .layout import UNIT
+from .project import Projected
 from .routing import Routes, TokenBlocks, allocate_blocks, sort_expert, sort_sizes
 
 SUM_ROWS = 16
 """Rows of x of one program."""
+SORT_PAIRS = 4096
+"""Above so many pairs the sort takes longest, and gets more warps."""
+MAX_ROW = 32768
+"""Longest row that one program takes whole, as fp16 activations need it."""
 
 
 @triton.jit
@@ -32,24 +38,46 @@ def _store_sums(sums_ptr, x_ptr, row_block, unit, K, num_rows, SUM: tl.constexpr
     tl.store(target, sums, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_experts", "sum_programs"])
+@triton.jit
+def _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, row, K, ROW: tl.constexpr):
+    """Store one row of x in fp16, divided by a power of two so that its largest value is between 1 and 2."""
+    row = row.to(tl.int64)
+    k = tl.arange(0, ROW)
+    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    scale, inverse = power_of_two(tl.max(tl.abs(x), 0))
+    x *= inverse
+    tl.store(half_ptr + row * K + k, x.to(tl.float16), mask=k < K)
+    tl.store(row_scale_ptr + row, scale)
+    tl.store(norm_ptr + row, scale * tl.sqrt(tl.sum(x * x, 0)))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_experts"])
 def _prepare_kernel(
-    x_ptr, sums_ptr, ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr,
-    K, num_pairs, num_rows, num_experts, sum_programs,
-    SUM: tl.constexpr, ROWS: tl.constexpr, HAS_MAP: tl.constexpr,
+    x_ptr, sums_ptr, half_ptr, row_scale_ptr, norm_ptr, ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr,
+    K, num_pairs, num_rows, num_experts,
+    SUM: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, HAS_MAP: tl.constexpr,
     SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Two jobs that do not need each other: sums of x, and (SORT_M > 0) the sort into blocks of SORT_M."""
+    """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), and of x either fp16 rows of up to
+    HALF_ROW (if > 0) or sums. The sort takes longest, and starts first.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
-    if program < sum_programs:
-        units = (K + 127) // 128
-        _store_sums(sums_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, ROWS)
+    sorts = 0
+    if SORT_M > 0:
+        sorts = num_experts
+    if program >= sorts:
+        program -= sorts
+        if HALF_ROW > 0:
+            _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, program, K, HALF_ROW)
+        else:
+            units = (K + 127) // 128
+            _store_sums(sums_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, ROWS)
     elif SORT_M > 0:
         sort_expert(
-            ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, program - sum_programs,
+            ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, program,
             num_pairs, num_experts, HAS_MAP, SORT_M, BINS, CHUNK,
         )  # fmt: skip
 
@@ -60,10 +88,14 @@ def prepare(
     num_experts: int,
     block_m: int,
     group_size: int,
+    half: bool,
     need_sums: bool,
     mode: LaunchMode,
-) -> tuple[torch.Tensor, TokenBlocks]:
-    """Return the sums of x and the pairs in blocks.
+) -> tuple[Projected, TokenBlocks]:
+    """Return the input of a GEMM, without V·x, and the pairs in blocks.
+
+    In fp16 (``half``), x of a bf16 model loses nothing that matters: bf16 has 8 significant bits and fp16 11, so values
+    down to 2^-15 of a row's largest lose nothing, smaller ones what is 2^-25 of it.
 
     Args:
         x: activations, fp16 or bf16 [rows, K], contiguous.
@@ -71,30 +103,40 @@ def prepare(
         num_experts: local experts.
         block_m: pairs of a block.
         group_size: 32, 64 or 128.
-        need_sums: whether the GEMM wants the sums.
+        half: whether the GEMM wants fp16 rows, of at most :data:`MAX_ROW`.
+        need_sums: whether it wants the sums, which it does not with ``half``.
         mode: how to launch.
 
     Returns:
-        Sums as in :class:`.project.Projected`, empty where not needed, and the blocks. A single token, each of whose
-        pairs is a block, and a dense layer need no sort.
+        The input, its sums empty where not needed, and the blocks. A single token, each of whose pairs is a block, and
+        a dense layer need no sort.
     """
     rows, k = x.shape
     units = triton.cdiv(k, UNIT)
     sum_size = min(group_size, 64)
     sums = torch.empty(units if need_sums else 0, rows, 128 // sum_size, dtype=torch.float32, device=x.device)
+    source = Projected(x, sums, None)
+    row_programs = triton.cdiv(rows, SUM_ROWS) * units if need_sums else 0
+    if half:
+        scale, norm = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+        source = Projected(torch.empty_like(x, dtype=torch.float16), sums, None, scale, norm)
+        row_programs = rows
     if routes is None:
         num_pairs, blocks = rows, TokenBlocks(None, None, None, triton.cdiv(rows, block_m), block_m)
     else:
         num_pairs, blocks = routes.num_pairs, allocate_blocks(routes, num_experts, block_m)
     sort = blocks.pairs is not None
     bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
-    sum_programs = triton.cdiv(rows, SUM_ROWS) * units if need_sums else 0
-    programs = sum_programs + (num_experts if sort else 0)
+    programs = row_programs + (num_experts if sort else 0)
     if programs == 0:
-        return sums, blocks
+        return source, blocks
+    half_row = triton.next_power_of_2(k) if half else 0
     _prepare_kernel[(programs,)](
         x,
         sums,
+        source.x if half else None,
+        source.row_scale,
+        source.norm,
         None if routes is None else routes.ids,
         None if routes is None else routes.expert_map,
         blocks.pairs,
@@ -104,15 +146,15 @@ def prepare(
         num_pairs,
         rows,
         num_experts,
-        sum_programs,
         SUM=sum_size,
         ROWS=SUM_ROWS,
+        HALF_ROW=half_row,
         HAS_MAP=routes is not None and routes.expert_map is not None,
         SORT_M=block_m if sort else 0,
         BINS=bins,
         CHUNK=chunk,
         PDL=mode.early,
-        num_warps=8 if chunk > 1024 else 4,
+        num_warps=16 if num_pairs > SORT_PAIRS and sort else 8 if chunk > 1024 or half_row > 4096 else 4,
         **mode.options(),
     )
-    return sums, blocks
+    return source, blocks

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dequant import code_operand, scale_and_zero, scaled
+from .dequant import code_operand, finished, scale_and_zero, scaled
 from .launch import LaunchMode
 from .layout import UNIT, KernelWeights
 from .routing import Routes, TokenBlocks, local_expert
@@ -121,12 +121,12 @@ def _down_project(
             codes0 = code_operand(w0, w1, w2, 0, BF16, BF16, ASM, RANKS)
             codes1 = code_operand(w0, w1, w2, 1, BF16, BF16, ASM, RANKS)
             down = tl.dot(scaled(codes0, scale0, four, 0, BF16), x0, down)
-            down = tl.dot(scaled(codes1, scale1, four, 1, BF16), x1, down)
+            down = finished(tl.dot(scaled(codes1, scale1, four, 1, BF16), x1, down), ASM)
         else:
             v0 = tl.load(values, mask=in_rank[:, None], other=0).to(tl.float32) * scale0[:, None]
             v1 = tl.load(values + 64, mask=in_rank[:, None], other=0).to(tl.float32) * scale1[:, None]
             down = tl.dot(v0.to(x0.dtype), x0, down)
-            down = tl.dot(v1.to(x1.dtype), x1, down)
+            down = finished(tl.dot(v1.to(x1.dtype), x1, down), ASM)
         x_rows += 128
         scales += 16
         words += 192

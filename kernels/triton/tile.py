@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .activation import gated, power_of_two
-from .dequant import add_group, code_operand, fast_operand, quarter_operand, scale_and_zero, scaled
+from .dequant import add_group, code_operand, fast_operand, finished, quarter_operand, scale_and_zero, scaled
 from .project import load_pairs
 
 
@@ -252,11 +252,8 @@ def _multiply(
                 word0 = tl.reshape(scale_zero, (BLOCK_N,))
                 word1 = word0
             if SCALE == "fast":
-                # both before the first product, which is waited for: beside it, and the second of the turn before
-                first_half = fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N)
-                second_half = fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N)
-                acc = tl.dot(first_half, x0, acc)
-                acc = tl.dot(second_half, x1, acc)
+                acc = finished(tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N), x0, acc), ASM)
+                acc = finished(tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N), x1, acc), ASM)
             else:
                 scale0, zero0 = scale_and_zero(word0)
                 scale1, zero1 = scale_and_zero(word1)
@@ -266,7 +263,7 @@ def _multiply(
                     first_half = scaled(codes0, scale0, zero0, 0, BF16)
                     second_half = scaled(codes1, scale1, zero1, 1, BF16)
                     acc = tl.dot(first_half, x0, acc)
-                    acc = tl.dot(second_half, x1, acc)
+                    acc = finished(tl.dot(second_half, x1, acc), ASM)
                 else:
                     sum0, sum1 = tl.split(tl.load(sums))
                     acc = add_group(acc, tl.dot(codes0, x0), sum0, scale0, zero0, 0, BF16)
