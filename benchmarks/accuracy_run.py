@@ -104,7 +104,6 @@ class Benchmark:
     def run(self, sections: Sequence[str], only: str = "", extra: Sequence[Contender] = ()) -> None:
         """Score the contenders of some sections whose names match ``only``, and ``extra`` ones."""
         jobs = list(self._jobs(sections, only, extra))
-        baselines = {"main", "large"} & set(sections)
         with tempfile.TemporaryDirectory() as scratch:
             placed = [
                 (section, contender, Job(self.folder, Path(scratch) / str(number), self._arguments(contender)))
@@ -113,7 +112,7 @@ class Benchmark:
             pairs = [(contender, job) for _, contender, job in placed]
             with QuantizePool(pairs, self.settings.jobs, self.settings.deadline) as pool:
                 self._score(sections[0], "bf16", "baseline", 16.0, lambda: None)
-                if baselines:
+                if "main" in sections:
                     self._run_gptq(sections[0], only)
                 for (section, _, _), (contender, outcome) in zip(placed, pool, strict=True):
                     row: dict[str, Any] = {"arguments": " ".join(contender.arguments)}
@@ -124,6 +123,8 @@ class Benchmark:
                     row["seconds"] = round(outcome.seconds, 1)
                     self._score(section, contender.name, contender.group, bits, self._loader(outcome.out), row)
                     shutil.rmtree(outcome.out)
+        if "large" in sections:  # for information there: last, since time is short
+            self._run_gptq(sections[0], only)
 
     def failures(self) -> list[str]:
         """Return the contenders that could not be measured, with their messages."""
@@ -150,7 +151,7 @@ class Benchmark:
 
     def _run_gptq(self, section: str, only: str) -> None:
         for name, options in GPTQ_ROWS.items():
-            if not re.search(only, name):
+            if not re.search(only, name) or time.monotonic() > self.settings.deadline:
                 continue
             self.model.restore()
             start = time.monotonic()
@@ -181,7 +182,7 @@ class Benchmark:
     def _add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         text = f"failed: {row['error']}" if "error" in row else f"{row['bits']:8.4f}{_mean(row['perplexity']):10.4f}"
-        print(f"{row['section']:<11}{row['name']:<36}{text}", flush=True)
+        print(f"{row['section']:<11}{row['name']:<36}{text}  after {time.monotonic() - self.start:.0f} s", flush=True)
         self._derive()
         self.save({})
 

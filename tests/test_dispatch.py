@@ -47,6 +47,9 @@ def test_tiles_fit_the_shared_memory_of_the_device(memory: int, block_m: int, st
     monkeypatch.setattr(dispatch, "shared_memory", lambda device: memory * 1024)
     config = heuristic_configs(8 * 1000, MoEShape(8, 4096, 14336, 64), CPU)[0]
     assert (config.block_m, config.num_stages) == (block_m, stages)
+    first, second = heuristic_configs(8 * 50, MoEShape(8, 4096, 14336, 64), CPU)
+    assert first.max_registers == (168 if memory == 227 else None)
+    assert second.max_registers is None
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 700, 4096])

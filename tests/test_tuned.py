@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from vllm_milo.kernels import tuned
+from vllm_milo.kernels.triton.dispatch import TUNED_KEYS
+from vllm_milo.kernels.triton.gemm import GemmConfig
 
 H100 = "NVIDIA H100 80GB HBM3"
 NAME = "E=8,N=14336,device_name=NVIDIA_H100_80GB_HBM3,dtype=int3_milo.json"
@@ -76,3 +78,16 @@ def test_find_uses_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert tuned.find(8, 14336, 20, torch.device("cuda")) == {"block_m": 32}
     assert tuned.find(8, 1024, 20, torch.device("cuda")) is None
     assert tuned.find(8, 14336, 20, torch.device("cpu")) is None
+
+
+def test_files_of_the_package_hold_tiles_for_both_gemms_at_every_token_count():
+    files = sorted((Path(tuned.__file__).parent / "tuned").glob("*.json"))
+    assert len(files) >= 3
+    for path in files:
+        configs = tuned.read_file(path)
+        assert list(configs) == [2**exponent for exponent in range(13)]
+        for entry in configs.values():
+            first, second = (GemmConfig(**entry[gemm]) for gemm in TUNED_KEYS)
+            assert first.block_m == second.block_m
+            assert first.split_k == 1 or not first.scaled
+            assert first.num_warps == second.num_warps == 4

@@ -15,6 +15,8 @@ from .layout import UNIT, KernelWeights
 BLOCK_N = 128
 SCALING_TOKENS = 32
 """What scaling a tile's weights takes, in the time of so many tokens' products."""
+THREE_TILES = 168
+"""Registers of a thread with which three tiles of four warps fit on a multiprocessor."""
 TUNED_KEYS = ("gate_up", "down")
 """An entry of a tuned file holds the tiles of the two GEMMs under these keys."""
 
@@ -55,8 +57,9 @@ def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> 
     blocks = max(active, num_pairs / block_m)
     common = (blocks, shape.group_size, tail_m, device)
     first = _config(block_m, shape.intermediate, 2, triton.cdiv(shape.hidden, UNIT), *common)
-    # what makes the second GEMM's input in fp16 reads whole sums
-    first = first._replace(split_k=1) if first.scaled else first
+    if first.scaled:  # what makes the second GEMM's input in fp16 reads whole sums
+        three_fit = block_m == 64 and 3 * _pipeline_bytes(64, first.num_stages) <= shared_memory(device)
+        first = first._replace(split_k=1, max_registers=THREE_TILES if three_fit else None)
     return first, _config(block_m, shape.hidden, 1, triton.cdiv(shape.intermediate, UNIT), *common)
 
 
@@ -80,9 +83,9 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
 
 def _block_m(mean: float, group_size: int, device: torch.device) -> int:
     """Return the tokens of a tile for so many pairs an expert."""
-    if mean <= 9:
+    if mean <= 14:
         return 16
-    if mean <= 36:
+    if mean <= 24:
         return 32
     return 64 if group_size == 32 or mean <= 80 else _largest_block(device)
 

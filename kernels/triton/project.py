@@ -173,12 +173,12 @@ def block_kind(blocks: TokenBlocks, routes: Routes | None) -> str:
     return "single" if blocks.pairs is None else "sorted"
 
 
-def _splits(units: int, programs: int, wanted: int) -> int:
+def _splits(units: int, programs: int, wanted: int, short: bool) -> int:
     """Return the parts of K: enough to make ``wanted`` programs, few for the GEMM to add, and few different numbers,
-    since the GEMM is compiled for each.
+    since the GEMM is compiled for each. Beside ``short`` tiles of the GEMM, programs should be short too.
     """
     splits = min(units // 2, triton.cdiv(wanted, programs))
-    return 16 if splits >= 12 else 4 if splits >= 3 else 1
+    return 16 if splits >= 12 else 4 if splits >= (2 if short else 3) else 1
 
 
 def project(
@@ -215,7 +215,7 @@ def project(
     # beside the GEMM's loop the programs have time, but are not to take its place
     ranks = 32 if routes is None and block_m == 16 else max(32, min(64, triton.next_power_of_2(max_rank)))
     rank_tiles = triton.cdiv(max_rank, ranks)
-    splits = _splits(units, count * rank_tiles, 256 if mode.early else 1024)
+    splits = _splits(units, count * rank_tiles, 256 if mode.early else 1024, blocks.block_m <= 16)
     if routes is None:  # ranks are large, and every tile of the GEMM reads many of them from all splits
         splits = min(4 if blocks.block_m <= 64 else 1, splits)
     down_dtype = x.dtype if splits == 1 else torch.float32
