@@ -83,6 +83,7 @@ class Benchmark:
     record: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     _losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    _start: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -182,7 +183,7 @@ class Benchmark:
     def _add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         text = f"failed: {row['error']}" if "error" in row else f"{row['bits']:8.4f}{_mean(row['perplexity']):10.4f}"
-        print(f"{row['section']:<11}{row['name']:<36}{text}  after {time.monotonic() - self.start:.0f} s", flush=True)
+        print(f"{row['section']:<11}{row['name']:<36}{text}  after {time.monotonic() - self._start:.0f} s", flush=True)
         self._derive()
         self.save({})
 
