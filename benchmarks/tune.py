@@ -40,8 +40,17 @@ from vllm_milo.kernels.triton.gemm import GemmConfig
 Configs = tuple[GemmConfig, GemmConfig]
 """The tiles of a layer's two GEMMs, gate/up first."""
 
-EXACT = [(16, 128, 4, 3), (16, 128, 4, 4), (16, 128, 4, 5), (32, 128, 4, 3), (32, 128, 4, 4)]
-"""(block_m, block_n, num_warps, num_stages) of tiles that scale products."""
+EXACT = [
+    (16, 128, 4, 3, None),
+    (16, 128, 4, 4, None),
+    (16, 128, 4, 5, None),
+    (32, 128, 4, 3, None),
+    (32, 128, 4, 4, None),
+    (32, 128, 4, 4, 168),
+]
+"""(block_m, block_n, num_warps, num_stages, cap on registers) of tiles that scale products. With 168 registers three
+tiles fit on a multiprocessor.
+"""
 SCALED = [
     (64, 128, 4, 3, None),
     (64, 128, 4, 4, None),
@@ -50,7 +59,7 @@ SCALED = [
     (128, 256, 8, 3, None),
     (256, 128, 8, 3, None),
 ]
-"""The same and the cap on registers, which three tiles a multiprocessor need, of tiles that scale weights."""
+"""The same of tiles that scale weights."""
 SPLITS = (1, 2, 4, 8)
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 """Close to each other, since the nearest entry of a file is used."""
@@ -114,8 +123,8 @@ def _splits(tokens: int) -> tuple[int, ...]:
 
 def _tiles(mean: float) -> list[GemmConfig]:
     tiles = [
-        GemmConfig(block_m, block_n, 1, False, warps, stages, tail_m=tail)
-        for block_m, block_n, warps, stages in EXACT
+        GemmConfig(block_m, block_n, 1, False, warps, stages, 1, tail, registers)
+        for block_m, block_n, warps, stages, registers in EXACT
         for tail in ((0,) if block_m == 16 else (0, 16))
     ]
     tiles += [
