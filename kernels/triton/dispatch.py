@@ -13,8 +13,8 @@ from .launch import processors, shared_memory
 from .layout import UNIT, KernelWeights
 
 BLOCK_N = 128
-SCALING_TOKENS = 32
-"""What scaling a tile's weights takes, in the time of so many tokens' products."""
+SCALING_TOKENS = 72
+"""What scaling a tile's weights takes, in the time of so many tokens' products: by times of tiles of 64 and of 128."""
 THREE_TILES = 168
 """Registers of a thread with which three tiles of four warps fit on a multiprocessor."""
 TUNED_KEYS = ("gate_up", "down")
