@@ -78,7 +78,8 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
     split_k = 1
     while 2 * split_k * tiles[block_m] <= _resident(block_m) * processors(device) and layer.units >= 8 * split_k:
         split_k *= 2
-    return _tile(block_m, min(8, split_k), group_size, _tail(block_m, rows), device)
+    # only one block is not whole: its size matters less than kernels to compile
+    return _tile(block_m, min(8, split_k), group_size, _tails(block_m)[0], device)
 
 
 def _block_m(mean: float, group_size: int, device: torch.device) -> int:
@@ -142,20 +143,20 @@ def _config(
     return _tile(block_m, split_k, group_size, tail_m, device)
 
 
-def _tail(block_m: int, mean: float) -> int:
-    """Return the size of the tile for an expert's last pairs; 0 for none.
+def _tails(block_m: int) -> tuple[int, ...]:
+    """Return sizes of the tile for an expert's last pairs, a quarter and half of the others'; 0 for none."""
+    return (max(16, block_m // 4), block_m // 2) if block_m > 16 else (0,)
 
-    A quarter or half of the others', whichever costs less over the likely loads of an expert.
-    """
-    if block_m == 16:
-        return 0
+
+def _tail(block_m: int, mean: float) -> int:
+    """Return the size that costs less over the likely loads of an expert."""
     loads = [round(mean + z * mean**0.5) for z in (-1.3, -0.5, 0.0, 0.5, 1.3)]
 
     def cost(tail: int) -> int:
         last = [load % block_m for load in loads]
         return sum(0 if rest == 0 else (tail if rest <= tail else block_m) + SCALING_TOKENS for rest in last)
 
-    return min((max(16, block_m // 4), block_m // 2), key=cost)
+    return min(_tails(block_m), key=cost)
 
 
 def _scaled(block_m: int, group_size: int) -> bool:
