@@ -1,4 +1,4 @@
-"""The converter end to end on tiny models, and every kind of bad input."""
+"""The converter end to end on tiny models, and every kind of bad input and output folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_edits import edit_config, edit_tensors
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
-from vllm_milo.checkpoint import TENSOR_NAMES, CheckpointError, split_expert_name
+from vllm_milo.checkpoint import TENSOR_NAMES, CheckpointError
 from vllm_milo.offline import writer
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.convert import Conversion, convert, excess_kurtosis
@@ -49,32 +50,6 @@ def source(sources: dict[str, Path], tmp_path: Path) -> Path:
 def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     conversion = Conversion(FAST, parse_policies("dense=16,sparse=8"))
     return convert(sources["qwen2_moe"], tmp_path_factory.mktemp("done") / "milo", conversion, progress=False).out
-
-
-@pytest.fixture
-def broken(checkpoint: Path, tmp_path: Path) -> Path:
-    """A MiLo checkpoint of its own, to be broken."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-
-def edit_format(folder: Path, **changes) -> None:
-    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    edit_config(folder, quantization_config=quantization | changes)
-
-
-def edit_tensors(folder: Path, file: str, edit) -> None:
-    tensors = load_file(folder / file)
-    edit(tensors)
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        index.unlink()
 
 
 def refused(source: Path, out: Path, message: str, conversion: Conversion | None = None, error=ConversionError) -> None:
@@ -442,103 +417,3 @@ def quantize(*arguments):
 convert.quantize_matrices = quantize
 sys.exit(main(["quantize", sys.argv[1], "-o", sys.argv[2], "--max-rounds", "1", "--quiet", "--device", "cpu"]))
 """
-
-
-# --- bad checkpoints
-
-
-def assert_invalid(folder: Path, message: str, error=CheckpointError) -> None:
-    with pytest.raises(error, match=message):
-        validate_checkpoint(folder)
-
-
-SHARD = "model-00001-of-00001.safetensors"
-
-
-def test_newer_format(broken: Path):
-    edit_format(broken, format_version=2)
-    assert_invalid(broken, r"config\.json: quantization_config\.format_version is 2; .* upgrade vllm-milo")
-
-
-def test_truncated_checkpoint(broken: Path):
-    content = (broken / SHARD).read_bytes()
-    (broken / SHARD).write_bytes(content[: len(content) // 2])
-    assert_invalid(broken, "truncated", ShardError)
-
-
-@pytest.mark.parametrize("tensor", ["weight_packed", "weight_scale", "weight_zero", "weight_u", "weight_v_scale"])
-def test_missing_tensor_of_a_checkpoint(broken: Path, tensor: str):
-    edit_tensors(broken, SHARD, lambda tensors: tensors.pop(f"model.layers.1.self_attn.o_proj.{tensor}"))
-    assert_invalid(broken, rf"model\.layers\.1\.self_attn\.o_proj\.{tensor}: missing")
-
-
-def test_missing_expert_of_a_checkpoint(broken: Path):
-    def edit(tensors):
-        for name in list(tensors):
-            if ".layers.1.mlp.experts.2.up_proj." in name:
-                del tensors[name]
-
-    edit_tensors(broken, SHARD, edit)
-    assert_invalid(broken, r"model\.layers\.1\.mlp\.experts\.2\.up_proj: missing \(6 experts\)")
-
-
-def test_wrong_shape_of_a_checkpoint(broken: Path):
-    name = "model.layers.1.self_attn.o_proj.weight_scale"
-    edit_tensors(broken, SHARD, lambda tensors: tensors.update({name: tensors[name][:, :1].clone()}))
-    assert_invalid(broken, r"o_proj\.weight_scale: expected F16 \[128, 2\] \(rank 16\), found F16 \[128, 1\]")
-
-
-def test_wrong_dtype_of_a_checkpoint(broken: Path):
-    name = "model.layers.1.self_attn.o_proj.weight_zero"
-    edit_tensors(broken, SHARD, lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
-    assert_invalid(broken, r"o_proj\.weight_zero: expected F16 .*, found BF16")
-
-
-@pytest.mark.parametrize("tensor", ["weight", "weight_g_idx"])
-def test_extra_tensor_of_a_checkpoint(broken: Path, tensor: str):
-    name = f"model.layers.1.self_attn.o_proj.{tensor}"
-    edit_tensors(broken, SHARD, lambda tensors: tensors.update({name: torch.zeros(128, 128)}))
-    assert_invalid(broken, rf"o_proj\.{tensor}: extra, this matrix is quantized")
-
-
-def test_unquantized_layer_that_ignore_does_not_name(broken: Path):
-    fmt = json.loads((broken / "config.json").read_text())["quantization_config"]
-    edit_format(broken, ignore=[key for key in fmt["ignore"] if "shared_expert_gate" not in key])
-    assert_invalid(broken, r"shared_expert_gate\.weight: stored unquantized, but ignore does not name it")
-
-
-def test_rank_table_that_disagrees(broken: Path):
-    fmt = json.loads((broken / "config.json").read_text())["quantization_config"]
-    fmt["ranks"]["modules"]["model.layers.0.self_attn.q_proj"] = 24
-    edit_format(broken, ranks=fmt["ranks"])
-    assert_invalid(broken, r"q_proj\.weight_u: expected I32 \[24, 12\] \(rank 24\), found I32 \[16, 12\]")
-
-
-def test_rank_table_without_a_rank(broken: Path):
-    fmt = json.loads((broken / "config.json").read_text())["quantization_config"]
-    del fmt["ranks"]["modules"]["model.layers.0.self_attn.q_proj"]
-    edit_format(broken, ranks=fmt["ranks"])
-    assert_invalid(broken, r"q_proj\.weight_u: extra, the rank table gives this matrix rank 0")
-
-
-def test_rank_table_of_another_expert_count(broken: Path):
-    fmt = json.loads((broken / "config.json").read_text())["quantization_config"]
-    fmt["ranks"]["experts"]["model.layers.1.mlp.experts"]["up_proj"] = [8] * 5
-    edit_format(broken, ranks=fmt["ranks"])
-    assert_invalid(broken, r"lists 5 ranks, but model\.layers\.1\.mlp\.experts has 6 experts")
-
-
-def test_rank_table_with_an_unknown_name(broken: Path):
-    fmt = json.loads((broken / "config.json").read_text())["quantization_config"]
-    fmt["ranks"]["modules"]["model.layers.0.self_attn.qproj"] = 8
-    edit_format(broken, ranks=fmt["ranks"])
-    assert_invalid(broken, r"ranks: model\.layers\.0\.self_attn\.qproj is in the table, but the files hold no such")
-
-
-def test_not_a_milo_checkpoint(sources: dict[str, Path]):
-    assert_invalid(sources["olmoe"], "not a MiLo checkpoint; make one with `milo quantize")
-
-
-def test_expert_names_of_a_checkpoint(checkpoint: Path):
-    experts = [split_expert_name(name) for name in quantized_modules(read_tensors(checkpoint))]
-    assert {found[1] for found in experts if found} == set(range(6))
