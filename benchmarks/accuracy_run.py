@@ -124,7 +124,7 @@ class Benchmark:
                     row["seconds"] = round(outcome.seconds, 1)
                     self._score(section, contender.name, contender.group, bits, self._loader(outcome.out), row)
                     shutil.rmtree(outcome.out)
-        if "large" in sections:  # for information there: last, since time is short
+        if "large" in sections and "main" not in sections:  # for information there: last, since time is short
             self._run_gptq(sections[0], only)
 
     def failures(self) -> list[str]:

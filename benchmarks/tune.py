@@ -6,8 +6,7 @@
 Every candidate is timed as in ``moe_layer.py`` (8 routings in a CUDA graph), after its result was compared with the
 float32 reference; the fastest correct one is kept: first among tiles of the first GEMM, then of the second. Processes
 that only compile fill Triton's cache first, since compiling takes far longer than timing.
-``VLLM_MILO_TUNED_CONFIG_FOLDER`` makes a folder other than the package's own
-known to the kernels.
+``VLLM_MILO_TUNED_CONFIG_FOLDER`` makes a folder other than the package's own known to the kernels.
 """
 
 from __future__ import annotations
@@ -33,33 +32,28 @@ from timing import Budget, Ceilings, environment, error_text, l2_bytes, measure_
 
 from vllm_milo.kernels import tuned
 from vllm_milo.kernels.triton import fused_moe
-from vllm_milo.kernels.triton.dispatch import TUNED_KEYS, heuristic_configs
+from vllm_milo.kernels.triton.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
 from vllm_milo.kernels.triton.dispatch import MoEShape as LocalShape
 from vllm_milo.kernels.triton.gemm import GemmConfig
 
 Configs = tuple[GemmConfig, GemmConfig]
 """The tiles of a layer's two GEMMs, gate/up first."""
 
-EXACT = [
-    (16, 128, 4, 3, None),
-    (16, 128, 4, 4, None),
-    (16, 128, 4, 5, None),
-    (32, 128, 4, 3, None),
-    (32, 128, 4, 4, None),
-    (32, 128, 4, 4, 168),
+TILES = [
+    GemmConfig(16, 128, 1, False, 4, 3),
+    GemmConfig(16, 128, 1, False, 4, 4),
+    GemmConfig(16, 128, 1, False, 4, 5),
+    GemmConfig(32, 128, 1, False, 4, 3),
+    GemmConfig(32, 128, 1, False, 4, 4),
+    GemmConfig(32, 128, 1, False, 4, 4, max_registers=THREE_TILES),
+    GemmConfig(64, 128, 1, True, 4, 3, 4),
+    GemmConfig(64, 128, 1, True, 4, 4, 4),
+    GemmConfig(64, 128, 1, True, 4, 3, 4, max_registers=THREE_TILES),
+    GemmConfig(128, 128, 1, True, 4, 3, 4),
+    GemmConfig(128, 256, 1, True, 8, 3, 4),
+    GemmConfig(256, 128, 1, True, 8, 3, 4),
 ]
-"""(block_m, block_n, num_warps, num_stages, cap on registers) of tiles that scale products. With 168 registers three
-tiles fit on a multiprocessor.
-"""
-SCALED = [
-    (64, 128, 4, 3, None),
-    (64, 128, 4, 4, None),
-    (64, 128, 4, 3, 168),
-    (128, 128, 4, 3, None),
-    (128, 256, 8, 3, None),
-    (256, 128, 8, 3, None),
-]
-"""The same of tiles that scale weights."""
+"""Tiles that are tried, each with several tails and splits of K."""
 SPLITS = (1, 2, 4, 8)
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 """Close to each other, since the nearest entry of a file is used."""
@@ -122,18 +116,15 @@ def _splits(tokens: int) -> tuple[int, ...]:
 
 
 def _tiles(mean: float) -> list[GemmConfig]:
-    tiles = [
-        GemmConfig(block_m, block_n, 1, False, warps, stages, 1, tail, registers)
-        for block_m, block_n, warps, stages, registers in EXACT
-        for tail in ((0,) if block_m == 16 else (0, 16))
-    ]
-    tiles += [
-        GemmConfig(block_m, block_n, 1, True, warps, stages, 4, block_m // part, registers)
-        for block_m, block_n, warps, stages, registers in SCALED
-        for part in (2, 4)
-    ]
+    tiles = [tile._replace(tail_m=tail) for tile in TILES for tail in _tails(tile)]
     fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 3 * mean)]
     return fitting or tiles[-1:]
+
+
+def _tails(tile: GemmConfig) -> tuple[int, ...]:
+    if tile.block_m == 16:
+        return (0,)
+    return (tile.block_m // 2, tile.block_m // 4) if tile.scaled else (0, 16)
 
 
 @contextlib.contextmanager

@@ -136,6 +136,8 @@ TILES = [
     GemmConfig(64, 256, 1, True, 8, 3, group_blocks=4, tail_m=16),
     GemmConfig(128, 256, 1, True, 8, 3, group_blocks=4, tail_m=32),
     GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=64),
+    GemmConfig(128, 128, 1, True, 4, 3, group_blocks=4, tail_m=64),
+    GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=32, max_registers=168),
 ]
 
 

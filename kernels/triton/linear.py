@@ -30,9 +30,9 @@ def linear(
         return x.new_empty(*x.shape[:-1], layer.columns)
     config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
-    scales = config.scales_weights(spec.group_size)
-    half = x.dtype == torch.bfloat16 and scales and rows.shape[1] <= MAX_ROW
-    source, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, half, not scales, mode)
+    needs_sums = config.needs_sums(spec.group_size)
+    half = x.dtype == torch.bfloat16 and not needs_sums and rows.shape[1] <= MAX_ROW
+    source, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, half, needs_sums, mode)
     down = project(source.x, layer, blocks, None, 1, spec.factor_bits, largest_rank([spec.ranks]), mode)
     source = source._replace(down=down)
     y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)

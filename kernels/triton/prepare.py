@@ -82,6 +82,12 @@ def _prepare_kernel(
         )  # fmt: skip
 
 
+def _warps(sorted_pairs: int, chunk: int, half_row: int) -> int:
+    if sorted_pairs > SORT_PAIRS:
+        return 16
+    return 8 if chunk > 1024 or half_row > 4096 else 4
+
+
 def prepare(
     x: torch.Tensor,
     routes: Routes | None,
@@ -154,7 +160,7 @@ def prepare(
         BINS=bins,
         CHUNK=chunk,
         PDL=mode.early,
-        num_warps=16 if num_pairs > SORT_PAIRS and sort else 8 if chunk > 1024 or half_row > 4096 else 4,
+        num_warps=_warps(num_pairs if sort else 0, chunk, half_row),
         **mode.options(),
     )
     return source, blocks
