@@ -61,6 +61,7 @@ def job(folder: Path, config: Mapping[str, Any], contender: str, arguments: argp
         "vocab": config["vocab_size"],
         "batches": arguments.batches,
         "throughput": {"prompts": arguments.prompts, "input": 128, "output": 128},
+        "profile": arguments.profile,
     }
 
 
@@ -138,6 +139,10 @@ def format_report(record: Mapping[str, Any]) -> str:
     return "\n\n".join([title, markdown_table(header, lines), *(["Failed:", "\n".join(failed)] if failed else [])])
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for; write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,7 +150,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=list(MODELS), default="mixtral")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--contenders", default="milo-s1,marlin-int4-g128", help=f"of {', '.join(CONTENDERS)}")
-    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 16, 32, 64])
+    parser.add_argument("--batches", type=_numbers, default=[1, 16, 32, 64])
+    parser.add_argument("--profile", type=_numbers, default=[], help="batches whose kernels' times are recorded too")
     parser.add_argument("--prompts", type=int, default=256, help="of the throughput run, 128 tokens in, 128 out")
     parser.add_argument("--seconds", type=float, default=420, help="start no contender after this long")
     parser.add_argument("--contender-seconds", type=float, default=280, help="stop a contender after this long")

@@ -17,6 +17,8 @@ PROMPT_TOKENS = 32
 SHORT, LONG = 8, 72
 """Two output lengths; what they differ in is decoding alone."""
 REPEATS = 3
+PROFILED_KERNELS = 25
+"""So many of the kernels that take longest are recorded of a profiled batch."""
 SMALLEST_WEIGHT = 2**16
 """Integer tensors with fewer elements are no weights but locks and the like."""
 
@@ -62,7 +64,7 @@ class Worker:
 
     Args:
         job: ``folder``, ``engine`` (arguments of ``LLM``), ``vocab``, ``batches``, ``throughput``
-            (``prompts``, ``input``, ``output``).
+            (``prompts``, ``input``, ``output``), ``profile`` (batches whose kernels are recorded).
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -84,6 +86,7 @@ class Worker:
             "weight_bytes": self.llm.apply_model(stored_bytes)[0],
             "decode": {str(batch): self.decode(batch) for batch in self.job["batches"]},
             "throughput": self.throughput(**self.job["throughput"]),
+            "kernels_by_time": {str(batch): self.profile(batch) for batch in self.job["profile"]},
         }
 
     def prompts(self, count: int, length: int) -> list[Any]:
@@ -127,6 +130,25 @@ class Worker:
         step = (statistics.median(long) - statistics.median(short)) / (LONG - SHORT)
         spread = (max(long) - min(long)) / (LONG - SHORT)
         return {"milliseconds": step * 1e3, "spread_milliseconds": spread * 1e3}
+
+    def profile(self, batch: int) -> list[dict[str, Any]]:
+        """Return the operations that take longest, on the device if there is one, in microseconds a decoding step.
+
+        Kernels that start early wait for the one before them, and that counts as theirs: the sum exceeds a step's time.
+        """
+        on_gpu = torch.cuda.is_available()
+        activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            self.generate(self.prompts(batch, PROMPT_TOKENS), LONG)
+
+        def microseconds(event: Any) -> float:
+            return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+
+        events = sorted(profiler.key_averages(), key=microseconds, reverse=True)[:PROFILED_KERNELS]
+        return [
+            {"name": event.key, "calls": event.count / LONG, "microseconds": microseconds(event) / LONG}
+            for event in events
+        ]
 
     def throughput(self, prompts: int, input: int, output: int) -> dict[str, float]:
         """Return output and total tokens a second, all requests handed over at once."""

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from vllm_milo.offline.evaluate import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
-SIZE = ["--max-model-len", "512", "--max-num-seqs", "16", "--gpu-memory-utilization", "0.15"]
-SIZE += ["--kv-cache-memory-bytes", str(2**30)]
+SIZE = ["--max-model-len", "512", "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
+SIZE += ["--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(2**30)]
 PROMPTS = ["The function returns", "In the morning the old man", "To install the package, run", "The definition of"]
 
 

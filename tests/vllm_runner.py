@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
+    "VLLM_MILO_WARM_UP": "0",  # a test uses few of the kernels that a server might; test_vllm_gpu has servers
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "INFO",

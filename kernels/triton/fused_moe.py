@@ -66,7 +66,7 @@ def fused_moe(
     dtype = x.dtype
     needs_sums = first.needs_sums(spec.group_size)
     source, blocks = prepare(x, routes, num_experts, first.block_m, spec.group_size, fast, needs_sums, mode)
-    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, rank13, mode)
+    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, rank13, first.split_k, mode)
     source = source._replace(down=down13)
     if fast:
         hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *format_, first, mode, spec.activation)
@@ -75,7 +75,8 @@ def fused_moe(
         half = [gate_up.columns // 2] * 2
         y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *format_, first, mode, dtype)
         source = Projected(*activate(y, spec.activation, spec.group_size, dtype, mode), None)
-    source = source._replace(down=project(source.x, down, blocks, routes, 1, spec.factor_bits, rank2, mode))
+    down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, rank2, second.split_k, mode)
+    source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
     return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
 

@@ -33,7 +33,8 @@ def linear(
     needs_sums = config.needs_sums(spec.group_size)
     half = x.dtype == torch.bfloat16 and not needs_sums and rows.shape[1] <= MAX_ROW
     source, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, half, needs_sums, mode)
-    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, largest_rank([spec.ranks]), mode)
+    max_rank = largest_rank([spec.ranks])
+    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, max_rank, config.split_k, mode)
     source = source._replace(down=down)
     y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
     return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)

@@ -17,8 +17,8 @@ from .launch import LaunchMode
 from .layout import UNIT, KernelWeights
 from .routing import Routes, TokenBlocks, local_expert
 
-SINGLE_PAIRS = 96
-"""Up to so many pairs of experts each is projected by itself: more programs, and they are short."""
+RANKS = 64
+"""Ranks of a program: fewer would not be multiplied by a whole warpgroup, and take as long."""
 
 
 class Projected(NamedTuple):
@@ -173,12 +173,22 @@ def block_kind(blocks: TokenBlocks, routes: Routes | None) -> str:
     return "single" if blocks.pairs is None else "sorted"
 
 
-def _splits(units: int, programs: int, wanted: int, short: bool) -> int:
-    """Return the parts of K: enough to make ``wanted`` programs, few for the GEMM to add, and few different numbers,
-    since the GEMM is compiled for each. Beside ``short`` tiles of the GEMM, programs should be short too.
+def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, early: bool) -> int:
+    """Return the parts of K, were there ``programs`` programs for each.
+
+    Beside the GEMM's loop programs have time, but each takes the place of one of its tiles (of ``tile_m`` pairs, one of
+    ``split_k`` parts of K): with few tokens a program of V·x has a quarter of a tile's units, and so is done in time.
+    Dense layers have so many ranks that their GEMM waits for V·x anyway, and adds few parts of it.
     """
-    splits = min(units // 2, triton.cdiv(wanted, programs))
-    return 16 if splits >= 12 else 4 if splits >= (2 if short else 3) else 1
+    filling = triton.cdiv(256 if early else 1024, programs)
+    if dense:
+        splits = max(split_k, min(4, filling)) if tile_m <= 64 else 1
+    elif tile_m <= 32:
+        splits = 4 * split_k
+    else:
+        splits = 16 if filling >= 12 else 4 if filling >= 3 else 1
+    splits = max(1, min(16, splits, 2 * units // 3))
+    return 1 << (splits.bit_length() - 1)  # few different numbers: the GEMM is compiled for each
 
 
 def project(
@@ -189,6 +199,7 @@ def project(
     top_k: int,
     factor_bits: int,
     max_rank: int,
+    split_k: int,
     mode: LaunchMode,
 ) -> torch.Tensor | None:
     """Return V·x as in :class:`Projected`.
@@ -201,6 +212,7 @@ def project(
         top_k: pairs that share a row of x.
         factor_bits: 3, 8 or 16.
         max_rank: largest rank of an expert, each part padded to 16; 0 for none.
+        split_k: parts of K of the GEMM.
         mode: how to launch.
     """
     if max_rank == 0:
@@ -209,15 +221,11 @@ def project(
     units = triton.cdiv(k, UNIT)
     num_pairs = rows if routes is None else routes.num_pairs
     num_experts = weights.packed.shape[0]
-    kind = "single" if routes is not None and num_pairs <= SINGLE_PAIRS else block_kind(blocks, routes)
-    block_m = 16 if kind == "single" else min(64, blocks.block_m)
-    count = num_pairs if kind == "single" else blocks.max_blocks * (blocks.block_m // block_m)
-    # beside the GEMM's loop the programs have time, but are not to take its place
-    ranks = 32 if routes is None and block_m == 16 else max(32, min(64, triton.next_power_of_2(max_rank)))
-    rank_tiles = triton.cdiv(max_rank, ranks)
-    splits = _splits(units, count * rank_tiles, 256 if mode.early else 1024, blocks.block_m <= 16)
-    if routes is None:  # ranks are large, and every tile of the GEMM reads many of them from all splits
-        splits = min(4 if blocks.block_m <= 64 else 1, splits)
+    block_m = min(64, blocks.block_m)
+    sub_blocks = blocks.block_m // block_m
+    count = blocks.max_blocks * sub_blocks
+    rank_tiles = triton.cdiv(max_rank, RANKS)
+    splits = _splits(routes is None, blocks.block_m, split_k, count * rank_tiles, units, mode.early)
     down_dtype = x.dtype if splits == 1 else torch.float32
     down = torch.empty(splits, num_pairs, max_rank, dtype=down_dtype, device=x.device)
     _project_kernel[(count * splits * rank_tiles,)](
@@ -235,21 +243,21 @@ def project(
         num_pairs,
         top_k,
         max_rank,
-        num_pairs if kind == "single" else blocks.max_blocks,
+        blocks.max_blocks,
         triton.cdiv(units, splits),
         splits,
         rank_tiles,
         PARTS=(weights.rank_blocks.shape[0] - 1) // num_experts,
         FACTOR_BITS=factor_bits,
-        RANKS=ranks,
+        RANKS=RANKS,
         BF16=x.dtype == torch.bfloat16,
         ASM=mode.asm,
         EVEN_K=k % 128 == 0,
         HAS_MAP=routes is not None and routes.expert_map is not None,
-        BLOCKS=kind,
+        BLOCKS=block_kind(blocks, routes),
         BLOCK_M=block_m,
-        SUB_BLOCKS=1 if kind == "single" else blocks.block_m // block_m,
-        STAGES=4 if block_m <= 16 else 2,
+        SUB_BLOCKS=sub_blocks,
+        STAGES=4 if block_m <= 32 else 2,
         PDL=mode.early,
         num_warps=4,
         **mode.options(),
