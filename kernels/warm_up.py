@@ -1,18 +1,17 @@
 """Compiles a layer's kernels when it is loaded, many at a time.
 
 Triton compiles a kernel at its first use, and there are dozens, by number of tokens: otherwise the first requests, or
-the capture of CUDA graphs, would wait for one after the other. Layers of the same shape share them.
+the capture of CUDA graphs, would wait for one after the other. Here the layer is called for many numbers of tokens
+while launches are only noted, and what differs is compiled in threads. Layers of the same shape share the kernels.
 ``VLLM_MILO_WARM_UP=0`` leaves it to the first use. Triton keeps compiled kernels on disk for the next start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -29,21 +28,15 @@ MAX_TOKENS = 8192
 _done: set[Hashable] = set()
 
 
-def token_waves(max_tokens: int) -> list[list[int]]:
-    """Return token counts whose kernels are to be compiled, in waves that are run one after another.
-
-    Counts of a wave lie far apart, so that few of them compile the same kernel at the same time; the first wave is
-    one token alone, which sets up the device. The last is dense, and mostly finds what the others compiled.
-    """
+def token_counts(max_tokens: int) -> list[int]:
+    """Return token counts that together launch every kernel that up to ``max_tokens`` tokens do."""
     limit = min(max_tokens, MAX_TOKENS)
-    powers = [2**exponent for exponent in range(1, 14)]
-    dense = {min(limit, count) for count in range(2, 64)}
+    counts = {*range(1, 64), limit, *(2**exponent for exponent in range(14))}
     count = 64
     while count < limit:
-        dense |= {count, count + 1}
+        counts |= {count, count + 1}
         count += max(2, count // 16)
-    waves = [[1], [*powers[::2], limit], powers[1::2], [3 * power // 2 for power in powers], sorted(dense)]
-    return [sorted({count for count in wave if 0 < count <= limit}) for wave in waves]
+    return sorted(count for count in counts if count <= limit)
 
 
 def warm_up_linear(
@@ -115,41 +108,22 @@ def _warm_up(
     if backend != "triton" or device.type != "cuda" or os.environ.get(WARM_UP_VARIABLE) == "0" or key in _done:
         return
     _done.add(key)
-    start = time.monotonic()
-    room = _Room(2 * min(max_tokens, MAX_TOKENS))
+    from .triton.launch import Launch, noting
 
-    def run(tokens: int) -> None:
-        with room.take(tokens), torch.cuda.device(device), torch.inference_mode():  # device and mode are a thread's own
-            call(tokens)
+    start = time.monotonic()
+
+    def compile_(launch: Launch) -> None:
+        with torch.cuda.device(device):  # a thread's own
+            launch.compile()
 
     try:
-        for wave in token_waves(max_tokens):
-            with ThreadPoolExecutor(min(THREADS, len(wave) or 1)) as pool:
-                list(pool.map(run, wave))  # raises what a thread raised
+        with torch.cuda.device(device), torch.inference_mode(), noting() as launches:
+            for tokens in token_counts(max_tokens):
+                call(tokens)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(compile_, launches.values()))  # raises what a thread raised
     except torch.OutOfMemoryError:
         logger.warning("MiLo found no memory to compile all kernels of its %s ahead; the rest is compiled in use", what)
-    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    seconds = time.monotonic() - start
-    logger.info("MiLo compiled the kernels of its %s for up to %d tokens in %.1f s", what, max_tokens, seconds)
-
-
-class _Room:
-    """Keeps threads from running more than so many tokens at once, since activations take memory."""
-
-    def __init__(self, tokens: int) -> None:
-        self._left = tokens
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, tokens: int) -> Iterator[None]:
-        """Hold room for ``tokens``, which must not be more than there ever is."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._left >= tokens)
-            self._left -= tokens
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._left += tokens
-                self._changed.notify_all()
+    counted = (len(launches), what, max_tokens, time.monotonic() - start)
+    logger.info("MiLo compiled %d kernels of its %s for up to %d tokens in %.1f s", *counted)

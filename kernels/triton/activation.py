@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchMode
+from .launch import LaunchMode, launch
 from .layout import UNIT
 
 
@@ -86,7 +86,10 @@ def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dty
     h = torch.empty(num_pairs, size, dtype=dtype, device=y.device)
     sums = torch.empty(units, num_pairs, 128 // sum_size, dtype=torch.float32, device=y.device)
     units_a_program = 4
-    _activation_kernel[(num_pairs, triton.cdiv(units, units_a_program))](
+    launch(
+        _activation_kernel,
+        (num_pairs, triton.cdiv(units, units_a_program)),
+        mode,
         y,
         h,
         sums,
@@ -98,6 +101,5 @@ def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dty
         UNITS=units_a_program,
         PDL=mode.early,
         num_warps=2,
-        **mode.options(),
     )
     return Activated(h, sums)

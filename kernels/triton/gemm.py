@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchMode
+from .launch import LaunchMode, launch
 from .layout import KernelWeights
 from .project import Projected, block_expert, block_kind, last_pair, load_pairs
 from .routing import Routes, TokenBlocks
@@ -260,7 +260,10 @@ def _launch(
         scale = "weights" if source.row_scale is None else "fast"
     group_blocks = config.group_blocks
     max_rank = 0 if source.down is None else source.down.shape[2]
-    _gemm_kernel[(tiles * triton.cdiv(blocks.max_blocks, group_blocks) * group_blocks, config.split_k)](
+    launch(
+        _gemm_kernel,
+        (tiles * triton.cdiv(blocks.max_blocks, group_blocks) * group_blocks, config.split_k),
+        mode,
         x,
         source.sums,
         weights.packed,
@@ -313,7 +316,6 @@ def _launch(
         PDL=mode.early,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
-        **mode.options(),
     )
 
 

@@ -1,8 +1,12 @@
-"""What a device allows a launch to do."""
+"""How kernels are launched, or noted to be compiled ahead."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,6 +31,67 @@ class LaunchMode(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Return the launch options that go with ``early``."""
         return {"launch_pdl": True} if self.early else {}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Stands for a tensor where Triton only compiles: it asks for the element type and an address."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        """Return an address that is a multiple of 16 where the tensor's was."""
+        return self.address
+
+
+class Launch(NamedTuple):
+    """A kernel with what it was to be launched with, pointers for tensors."""
+
+    kernel: Any
+    arguments: list[Any]
+    constants: dict[str, Any]
+
+    def key(self) -> Hashable:
+        """Return what Triton compiles the kernel for: launches with equal keys share the machine code."""
+        kinds = map(_kind, self.kernel.params, self.arguments)  # the parameters after those are constants
+        return self.kernel, tuple(kinds), tuple(sorted(self.constants.items()))
+
+    def compile(self) -> None:
+        """Compile the kernel for the current device, and load it."""
+        _ = self.kernel.warmup(*self.arguments, grid=(1,), **self.constants).run
+
+
+def _kind(parameter: Any, value: Any) -> Hashable:
+    if isinstance(value, int):
+        return value.bit_length() > 31, not parameter.do_not_specialize and (value == 1, value % 16 == 0)
+    return value
+
+
+_noted: ContextVar[dict[Hashable, Launch] | None] = ContextVar("noted launches", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[Hashable, Launch]]:
+    """Note launches instead of doing them, in this thread: yields those that differ in machine code, by key."""
+    noted: dict[Hashable, Launch] = {}
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], mode: LaunchMode, *arguments: Any, **constants: Any) -> None:
+    """Launch a Triton kernel, or note it; ``arguments`` are in its order, ``constants`` hold launch options too."""
+    constants |= mode.options()
+    noted = _noted.get()
+    if noted is None:
+        kernel[grid](*arguments, **constants)
+        return
+    pointers = [Pointer(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in arguments]
+    made = Launch(kernel, pointers, constants)
+    noted.setdefault(made.key(), made)
 
 
 @cache

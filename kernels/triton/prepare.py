@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation import power_of_two
-from .launch import LaunchMode
+from .launch import LaunchMode, launch
 from .layout import UNIT
 from .project import Projected
 from .routing import Routes, TokenBlocks, allocate_blocks, sort_expert, sort_sizes
@@ -124,7 +124,7 @@ def prepare(
     source = Projected(x, sums, None)
     row_programs = triton.cdiv(rows, SUM_ROWS) * units if need_sums else 0
     if half:
-        scale, norm = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+        scale, norm = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         source = Projected(torch.empty_like(x, dtype=torch.float16), sums, None, scale, norm)
         row_programs = rows
     if routes is None:
@@ -137,7 +137,10 @@ def prepare(
     if programs == 0:
         return source, blocks
     half_row = triton.next_power_of_2(k) if half else 0
-    _prepare_kernel[(programs,)](
+    launch(
+        _prepare_kernel,
+        (programs,),
+        mode,
         x,
         sums,
         source.x if half else None,
@@ -161,6 +164,5 @@ def prepare(
         CHUNK=chunk,
         PDL=mode.early,
         num_warps=_warps(num_pairs if sort else 0, chunk, half_row),
-        **mode.options(),
     )
     return source, blocks

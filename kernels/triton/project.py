@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .dequant import code_operand, finished, scale_and_zero, scaled
-from .launch import LaunchMode
+from .launch import LaunchMode, launch
 from .layout import UNIT, KernelWeights
 from .routing import Routes, TokenBlocks, local_expert
 
@@ -176,15 +176,15 @@ def block_kind(blocks: TokenBlocks, routes: Routes | None) -> str:
 def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, early: bool) -> int:
     """Return the parts of K, were there ``programs`` programs for each.
 
-    Beside the GEMM's loop programs have time, but each takes the place of one of its tiles (of ``tile_m`` pairs, one of
-    ``split_k`` parts of K): with few tokens a program of V·x has a quarter of a tile's units, and so is done in time.
-    Dense layers have so many ranks that their GEMM waits for V·x anyway, and adds few parts of it.
+    Beside the GEMM's loop programs have time, but each takes the place of one of its tiles (of ``tile_m`` pairs, one
+    of ``split_k`` parts of K). With few tokens a program of V·x has a quarter of a tile's units, and at most eight, and
+    is done in time. Dense layers have so many ranks that their GEMM waits for V·x anyway, and adds few parts.
     """
     filling = triton.cdiv(256 if early else 1024, programs)
     if dense:
-        splits = max(split_k, min(4, filling)) if tile_m <= 64 else 1
+        splits = min(8 if programs <= 16 else 4, filling) if tile_m <= 64 else 1
     elif tile_m <= 32:
-        splits = 4 * split_k
+        splits = triton.next_power_of_2(max(4 * split_k, triton.cdiv(units, 8)))
     else:
         splits = 16 if filling >= 12 else 4 if filling >= 3 else 1
     splits = max(1, min(16, splits, 2 * units // 3))
@@ -228,7 +228,10 @@ def project(
     splits = _splits(routes is None, blocks.block_m, split_k, count * rank_tiles, units, mode.early)
     down_dtype = x.dtype if splits == 1 else torch.float32
     down = torch.empty(splits, num_pairs, max_rank, dtype=down_dtype, device=x.device)
-    _project_kernel[(count * splits * rank_tiles,)](
+    launch(
+        _project_kernel,
+        (count * splits * rank_tiles,),
+        mode,
         x,
         weights.v,
         weights.v_scale,
@@ -260,6 +263,5 @@ def project(
         STAGES=4 if block_m <= 32 else 2,
         PDL=mode.early,
         num_warps=4,
-        **mode.options(),
     )
     return down

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchMode
+from .launch import LaunchMode, launch
 from .routing import Routes, local_expert
 
 
@@ -47,7 +47,10 @@ def weighted_sum(
     tokens, top_k = routes.ids.shape
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)
     block = 256 if tokens * hidden < 2**18 else min(1024, triton.next_power_of_2(hidden))
-    _weighted_sum_kernel[(tokens, triton.cdiv(hidden, block))](
+    launch(
+        _weighted_sum_kernel,
+        (tokens, triton.cdiv(hidden, block)),
+        mode,
         y,
         topk_weights,
         routes.ids,
@@ -62,7 +65,6 @@ def weighted_sum(
         BLOCK=block,
         PDL=mode.early,
         num_warps=2 if block == 256 else 4,
-        **mode.options(),
     )
     return out
 
@@ -85,7 +87,10 @@ def sum_splits(y: torch.Tensor, dtype: torch.dtype, mode: LaunchMode) -> torch.T
     if split_k == 1:
         return y[0]
     out = torch.empty(rows, n, dtype=dtype, device=y.device)
-    _sum_splits_kernel[(triton.cdiv(out.numel(), 512),)](
+    launch(
+        _sum_splits_kernel,
+        (triton.cdiv(out.numel(), 512),),
+        mode,
         y,
         out,
         out.numel(),
@@ -93,6 +98,5 @@ def sum_splits(y: torch.Tensor, dtype: torch.dtype, mode: LaunchMode) -> torch.T
         BLOCK=512,
         PDL=mode.early,
         num_warps=4,
-        **mode.options(),
     )
     return out

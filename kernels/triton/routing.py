@@ -95,10 +95,11 @@ def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBloc
     if routes.ids.shape[0] == 1:
         return TokenBlocks(None, None, None, num_pairs, block_m)
     max_blocks = min(num_pairs, num_experts + num_pairs // block_m)
-    # one buffer: pairs, experts, count
-    buffer = torch.empty(max_blocks * (block_m + 1) + 1, dtype=torch.int32, device=device)
-    pairs, experts, number = buffer.split([max_blocks * block_m, max_blocks, 1])
-    return TokenBlocks(pairs, experts, number, max_blocks, block_m)
+    # one buffer, each part at a multiple of 16 bytes: kernels are compiled anew for other addresses
+    room = triton.cdiv(max_blocks, 4) * 4
+    buffer = torch.empty(max_blocks * block_m + room + 1, dtype=torch.int32, device=device)
+    pairs, experts, number = buffer.split([max_blocks * block_m, room, 1])
+    return TokenBlocks(pairs, experts[:max_blocks], number, max_blocks, block_m)
 
 
 def sort_sizes(num_experts: int, num_pairs: int) -> tuple[int, int]:
