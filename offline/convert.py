@@ -29,7 +29,6 @@ from vllm_milo.checkpoint import (
 from vllm_milo.kernels.packing import pack_codes
 from vllm_milo.validation import validate_checkpoint
 
-from .compensator import StoredFactor
 from .conversion import Conversion
 from .errors import ConversionError
 from .metric import Moments
@@ -147,13 +146,14 @@ def _convert_layer(
     writer: CheckpointWriter,
 ) -> dict[str, MatrixReport]:
     report: dict[str, MatrixReport] = {}
-    calibration = conversion.calibration
-    for batch, weights in batches(reader.load_layer(layer, device), ranks, calibration is not None):
-        rank = ranks[batch[0].name]
+    calibration, recipe = conversion.calibration, conversion.recipe
+    loaded = reader.load_layer(layer, device)
+    for batch, weights in batches(loaded, ranks, calibration is not None, mixed=recipe.method == "milo"):
         moments = calibration.moments(batch, device) if calibration else Moments()
-        result = _quantize_named(batch, weights, rank, conversion.recipe, reader.dtype, moments)
-        for index, matrix in enumerate(batch):
-            _write_matrix(writer, matrix.name, result, index)
+        theirs = [ranks[matrix.name] for matrix in batch]
+        result = _quantize_named(batch, weights, theirs, recipe, reader.dtype, moments)
+        for index, (matrix, rank) in enumerate(zip(batch, theirs, strict=True)):
+            _write_matrix(writer, matrix.name, rank, result, index)
             report[matrix.name] = MatrixReport(float(result.errors[index]), rank, int(result.rounds[index]))
     for tensor in layer.others:
         writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
@@ -163,12 +163,13 @@ def _convert_layer(
 def _quantize_named(
     batch: Sequence[Matrix],
     weights: torch.Tensor,
-    rank: int,
+    ranks: Sequence[int],
     recipe: Recipe,
     dtype: torch.dtype,
     moments: Moments,
 ) -> Quantized:
     """Quantize a batch; on failure find the matrix that fails and name it."""
+    rank = ranks[0] if len(set(ranks)) == 1 else ranks
     try:
         return quantize_matrices(weights, rank, recipe, dtype, moments)
     except ConversionError as error:
@@ -176,28 +177,22 @@ def _quantize_named(
             one = slice(index, index + 1)
             single = Moments(*(None if part is None else part[one] for part in moments))
             try:
-                quantize_matrices(weights[one], rank, recipe, dtype, single)
+                quantize_matrices(weights[one], ranks[index], recipe, dtype, single)
             except ConversionError as single_error:
                 raise type(error)(f"{matrix.name}: {single_error}") from error
         raise
 
 
-def _write_matrix(writer: CheckpointWriter, name: str, result: Quantized, index: int) -> None:
+def _write_matrix(writer: CheckpointWriter, name: str, rank: int, result: Quantized, index: int) -> None:
     writer.add(f"{name}.{PACKED}", pack_codes(result.base.codes[index]))
     writer.add(f"{name}.{SCALE}", result.base.scale[index])
     writer.add(f"{name}.{ZERO}", result.base.zero[index])
     for factor, tensor, scale in ((result.u, U, U_SCALE), (result.v, V, V_SCALE)):
         if factor is not None:
-            _write_factor(writer, name, factor, index, tensor, scale)
-
-
-def _write_factor(
-    writer: CheckpointWriter, name: str, factor: StoredFactor, index: int, tensor: str, scale: str
-) -> None:
-    values = factor.values[index]
-    writer.add(f"{name}.{tensor}", pack_codes(values) if values.dtype == torch.uint8 else values)
-    if factor.scale is not None:
-        writer.add(f"{name}.{scale}", factor.scale[index])
+            values = factor.values[index, :rank]
+            writer.add(f"{name}.{tensor}", pack_codes(values) if values.dtype == torch.uint8 else values)
+            if factor.scale is not None:
+                writer.add(f"{name}.{scale}", factor.scale[index, :rank])
 
 
 def _without_ignored(layer: Layer, ignore: Sequence[str]) -> Layer:

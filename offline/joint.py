@@ -7,13 +7,16 @@ the metric of the second moments if there are any. The best state seen is what c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 from .error_feedback import feedback_factor, quantize_with_feedback
 from .least_squares import quantize_mse, refit
-from .low_rank import StoredPair, leading_rows, store_pair
+from .low_rank import StoredPair, join_pairs, leading_rows, pad_pair, store_pair
 from .metric import Metric, Moments
 from .quantizer import GroupQuantized, refuse_bad_scales
 from .recipe import Recipe
@@ -34,12 +37,14 @@ RELAXATION = 1.5
 gets further in the same rounds; the first and the last round take the plain step."""
 
 
-def quantize_jointly(weights: torch.Tensor, rank: int, moments: Moments, recipe: Recipe, dtype: torch.dtype) -> State:
-    """Quantize a batch of matrices with compensators of one rank.
+def quantize_jointly(
+    weights: torch.Tensor, ranks: Sequence[int], moments: Moments, recipe: Recipe, dtype: torch.dtype
+) -> State:
+    """Quantize a batch of matrices with compensators.
 
     Args:
         weights: float32 [B, N, K].
-        rank: compensator rank; 0 for none.
+        ranks: of each matrix's compensator, best in order; all 0 for none.
         moments: what errors cost; see :mod:`.metric`.
         recipe: group size, factor bits, rounds, seed.
         dtype: the model's dtype, in which 16-bit factors are stored.
@@ -49,13 +54,17 @@ def quantize_jointly(weights: torch.Tensor, rank: int, moments: Moments, recipe:
     of each matrix goes on, unless they are close.
 
     Returns:
-        The best state seen.
+        The best state seen. Factors have the rows of the largest rank, zero beyond a matrix's own.
+
+    Raises:
+        ValueError: some ranks are 0 and others are not.
+        ScaleError: a group's scale does not fit fp16.
     """
     refuse_bad_scales(weights, recipe.group_size)
     metric = Metric.of(moments)
-    if rank == 0:
+    if not any(ranks):
         return State(_Base(metric, recipe).begin(weights), None, torch.empty(0))
-    loop = _Loop(weights, rank, metric, recipe, dtype)
+    loop = _Loop(weights, ranks, max(ranks), metric, recipe, dtype)
     plain, low_rank = loop.begin_plain(), loop.begin_low_rank()
     rounds = range(recipe.max_rounds)
     for step in rounds[:PROBE_ROUNDS]:
@@ -71,7 +80,8 @@ def quantize_jointly(weights: torch.Tensor, rank: int, moments: Moments, recipe:
     best = loop.finish(path, rest)
     del path
     if rest and len(undecided):
-        part = _Loop(weights[undecided], rank, metric.select(undecided), recipe, dtype)
+        theirs = [ranks[index] for index in undecided.tolist()]
+        part = _Loop(weights[undecided], theirs, max(ranks), metric.select(undecided), recipe, dtype)
         put_better(best, part.finish(other, rest), undecided)
     return best
 
@@ -83,7 +93,7 @@ class _Path:
     Attributes:
         base: result of the last round.
         rest: float32 [B, N, K]; overwritten by the next round.
-        start: rows [B, r, K] that span about the compensator's space; None without one yet.
+        start: rows [B, r, K] that span about the compensators' spaces, r the loop's rows; None without one yet.
         best: best state seen; None before the first round.
     """
 
@@ -129,12 +139,47 @@ class _Base:
         return refit(weights, old, self._group_size, self._importance, WARM_FITS, work)
 
 
-class _Loop:
-    """The rounds on one batch, with the work space that they share: two tensors like the weights."""
+class _Run(NamedTuple):
+    """Consecutive matrices of a batch whose compensators have one rank."""
 
-    def __init__(self, weights: torch.Tensor, rank: int, metric: Metric, recipe: Recipe, dtype: torch.dtype) -> None:
+    part: slice
+    rank: int
+
+
+def _runs(ranks: Sequence[int]) -> list[_Run]:
+    """Return the runs of a batch.
+
+    Raises:
+        ValueError: a rank is 0.
+    """
+    if 0 in ranks:
+        raise ValueError("matrices without a compensator cannot be in one batch with others")
+    runs, start = [], 0
+    for rank, members in groupby(ranks):
+        stop = start + len(list(members))
+        runs.append(_Run(slice(start, stop), rank))
+        start = stop
+    return runs
+
+
+class _Loop:
+    """The rounds on one batch, with the work space that they share: two tensors like the weights.
+
+    Factors of all ``ranks`` have ``rows`` rows.
+    """
+
+    def __init__(
+        self,
+        weights: torch.Tensor,
+        ranks: Sequence[int],
+        rows: int,
+        metric: Metric,
+        recipe: Recipe,
+        dtype: torch.dtype,
+    ) -> None:
         self._weights = weights
-        self._rank = rank
+        self._runs = _runs(ranks)
+        self._rows = rows
         self._metric = metric
         self._recipe = recipe
         self._dtype = dtype
@@ -149,13 +194,25 @@ class _Loop:
     def begin_low_rank(self) -> _Path:
         """Return the path that begins with the best compensator of the whole W, before anything is quantized."""
         whitened = self._metric.whiten(self._weights)
-        _, start = leading_rows(whitened, self._rank, self._generator())
-        pair = store_pair(whitened, start, self._metric, self._recipe.factor_bits, self._dtype)
+        start, pair = self._compensate(whitened, None)
         rest = self._subtract(pair, torch.empty_like(self._weights))
         return _Path(self._base.begin(rest, COLD_FITS), rest, start)
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator(self._weights.device).manual_seed(self._recipe.seed)
+    def _compensate(self, whitened: torch.Tensor, start: torch.Tensor | None) -> tuple[torch.Tensor, StoredPair]:
+        """Return the rows [B, r, K] that the compensators of whitened residuals begin with, and those as stored.
+
+        ``start`` are the rows of an earlier round.
+        """
+        rows = whitened.new_zeros(len(whitened), self._rows, whitened.shape[-1])
+        pairs = []
+        for part, rank in self._runs:
+            generator = torch.Generator(whitened.device).manual_seed(self._recipe.seed)
+            begin = None if start is None else start[part, :rank]
+            _, rows[part, :rank] = leading_rows(whitened[part], rank, generator, begin)
+            metric = self._metric.select(part)
+            pair = store_pair(whitened[part], rows[part, :rank], metric, self._recipe.factor_bits, self._dtype)
+            pairs.append(pad_pair(pair, self._rows))
+        return rows, join_pairs(pairs)
 
     def advance(self, path: _Path, last: bool) -> _Path:
         """Return the path after one more round: a new compensator for the base, and a new base for that."""
@@ -165,8 +222,7 @@ class _Loop:
         # C + relaxation·(error of the base), where C = W - rest
         torch.sub(self._weights, target, out=target).add_(error, alpha=relaxation)
         whitened = self._metric.whiten(target)
-        _, start = leading_rows(whitened, self._rank, self._generator(), path.start)
-        pair = store_pair(whitened, start, self._metric, self._recipe.factor_bits, self._dtype)
+        start, pair = self._compensate(whitened, path.start)
         del whitened
         rest = self._subtract(pair, target)
         base = self._base.go_on(rest, path.base, self._work, first=path.best is None)

@@ -5,6 +5,7 @@ Every step is matrix products, Cholesky factorizations of r x r and triangular s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,30 @@ def store_pair(
             right = _solve(left, left @ whitened)
             v = _store(metric.color_rows(right, of_inputs=True), bits, dtype, metric.importance(of_inputs=True))
     return StoredPair(u, v)
+
+
+def pad_pair(pair: StoredPair, rank: int) -> StoredPair:
+    """Return factors with rows of zeros added up to ``rank``."""
+    return StoredPair(*(_pad(factor, rank) for factor in pair))
+
+
+def join_pairs(pairs: Sequence[StoredPair]) -> StoredPair:
+    """Return batches of factors of one rank as one batch."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return StoredPair(*(_join(factors) for factors in zip(*pairs, strict=True)))
+
+
+def _pad(factor: StoredFactor, rank: int) -> StoredFactor:
+    rows = (0, 0, 0, rank - factor.values.shape[-2])
+    zero = FACTOR_ZERO if factor.values.dtype == torch.uint8 else 0
+    scale = None if factor.scale is None else torch.nn.functional.pad(factor.scale, rows, value=1.0)
+    return StoredFactor(torch.nn.functional.pad(factor.values, rows, value=zero), scale)
+
+
+def _join(factors: Sequence[StoredFactor]) -> StoredFactor:
+    scales = [factor.scale for factor in factors if factor.scale is not None]
+    return StoredFactor(torch.cat([factor.values for factor in factors]), torch.cat(scales) if scales else None)
 
 
 def _store(factor: torch.Tensor, bits: int, dtype: torch.dtype, importance: torch.Tensor | None) -> StoredFactor:

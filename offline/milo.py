@@ -2,11 +2,12 @@
 
 The paper's loop: quantize W - UᵀV, then fit UᵀV to the error, until neither helps.
 
-Works on a batch of matrices of one shape and one rank; each stops by itself.
+Works on a batch of matrices of one shape; each stops by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ __all__ = ["METHODS", "Quantized", "Recipe", "quantize_matrices"]
 
 
 class Quantized(NamedTuple):
-    """One batch of quantized matrices.
+    """One batch of quantized matrices; factors have the rows of the largest rank, zero beyond a matrix's own.
 
     ``errors`` holds ‖W - Ŵ‖/‖W‖ of each matrix with everything stored as it is stored; ``rounds`` the
     alternating rounds each took.
@@ -64,25 +65,33 @@ class _Progress:
 
 
 def quantize_matrices(
-    weights: torch.Tensor, rank: int, recipe: Recipe, model_dtype: torch.dtype, moments: Moments | None = None
+    weights: torch.Tensor,
+    rank: int | Sequence[int],
+    recipe: Recipe,
+    model_dtype: torch.dtype,
+    moments: Moments | None = None,
 ) -> Quantized:
-    """Quantize a batch of matrices of one shape, with compensators of one rank.
+    """Quantize a batch of matrices of one shape.
 
     Args:
         weights: float32 [B, N, K].
-        rank: compensator rank; 0 for none.
+        rank: compensator rank; 0 for none. Method ``milo`` also takes one for each matrix, none or all of them 0.
         recipe: method, group size, factor bits, rounds, seed.
         model_dtype: the model's dtype, in which 16-bit factors are stored.
         moments: what errors cost (method ``milo`` only); None for plain squares.
 
     Raises:
         ScaleError: a group's scale does not fit fp16.
+        ValueError: ranks that this method cannot take together.
     """
     if recipe.method == "milo":
-        state = quantize_jointly(weights, rank, moments or Moments(), recipe, model_dtype)
-        rounds = _rounds(weights, recipe.max_rounds if rank else 1)
+        ranks = [rank] * len(weights) if isinstance(rank, int) else rank
+        state = quantize_jointly(weights, ranks, moments or Moments(), recipe, model_dtype)
+        rounds = _rounds(weights, recipe.max_rounds if any(ranks) else 1)
         u, v = (state.pair.u, state.pair.v) if state.pair else (None, None)
         return _finish(weights, state.base, u, v, rounds)
+    if not isinstance(rank, int):
+        raise ValueError(f"method {recipe.method} takes batches of one rank")
     if recipe.method in PLAIN_METHODS or rank == 0:
         quantizer = {"rtn": quantize_rtn, "mse": quantize_mse}.get(recipe.method, quantize_hqq)
         return _finish(weights, quantizer(weights, recipe.group_size), None, None, _rounds(weights, 1))

@@ -44,19 +44,22 @@ def plan_ranks(
 
 
 def batches(
-    matrices: Iterator[tuple[Matrix, torch.Tensor]], ranks: Mapping[str, int], moments: bool
+    matrices: Iterator[tuple[Matrix, torch.Tensor]], ranks: Mapping[str, int], moments: bool, mixed: bool = True
 ) -> Iterator[tuple[list[Matrix], torch.Tensor]]:
-    """Group a layer's matrices by shape and rank, so that the solver works on many at once.
+    """Group a layer's matrices by shape, in order of rank, so that the solver works on many at once.
 
     Args:
         matrices: the layer's, with their weights.
         ranks: of every matrix, by name; those that it lacks count as one rank.
         moments: whether second moments [K, K] and [N, N] take memory beside the weights.
+        mixed: whether a batch may hold several ranks above 0.
     """
     groups: dict[tuple[int, int, int], list[tuple[Matrix, torch.Tensor]]] = defaultdict(list)
     for matrix, weights in matrices:
-        groups[matrix.n, matrix.k, ranks.get(matrix.name, -1)].append((matrix, weights))
+        rank = ranks.get(matrix.name, 0)
+        groups[matrix.n, matrix.k, min(rank, 1) if mixed else rank].append((matrix, weights))
     for (n, k, _), members in groups.items():
+        members.sort(key=lambda member: ranks.get(member[0].name, 0))
         footprint = n * k + (n * n + k * k if moments else 0)
         size = max(1, BATCH_ELEMENTS.get(members[0][1].device.type, 2**26) // footprint)
         for start in range(0, len(members), size):

@@ -101,7 +101,7 @@ def test_more_rounds_and_more_ranks_never_cost_more(kind, bits):
 
     def cost(rank, rounds):
         recipe = Recipe(factor_bits=bits, max_rounds=rounds)
-        state = quantize_jointly(weights, rank, moments, recipe, torch.bfloat16)
+        state = quantize_jointly(weights, [rank] * 2, moments, recipe, torch.bfloat16)
         compensator = state.pair.product() if state.pair else 0
         return Metric.of(moments).cost(weights - state.base.dequantize() - compensator)
 
@@ -127,9 +127,36 @@ def test_each_matrix_of_a_batch_takes_its_own_beginning():
     weights = torch.stack([torch.randn(64, 128), *trained_like(4, 64, 128) * torch.logspace(0, 1, 4)[:, None, None]])
     weights[3:] += torch.randn(2, 64, 128) * 0.05
     recipe = Recipe(max_rounds=6)
-    together = quantize_jointly(weights, 8, Moments(), recipe, torch.bfloat16).cost
-    alone = [quantize_jointly(w[None], 8, Moments(), recipe, torch.bfloat16).cost for w in weights]
+    together = quantize_jointly(weights, [8] * len(weights), Moments(), recipe, torch.bfloat16).cost
+    alone = [quantize_jointly(w[None], [8], Moments(), recipe, torch.bfloat16).cost for w in weights]
     assert torch.allclose(together, torch.cat(alone), rtol=0.02)
+
+
+@pytest.mark.parametrize("bits", [3, 8, 16])
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_ranks_of_a_batch_do_not_meet(kind, bits):
+    """A matrix gets beside others of other ranks what it gets alone, and nothing beyond its own rank."""
+    ranks = [8, 24, 24, 40, 16]
+    weights, moments = trained_like(5, 64, 128), metrics(5, 64, 128)[kind]
+    recipe = Recipe(factor_bits=bits, max_rounds=4)
+    together = quantize_matrices(weights, ranks, recipe, torch.bfloat16, moments)
+    assert together.u.values.shape == (5, 40, 64)
+    assert together.v.values.shape == (5, 40, 128)
+    for index, rank in enumerate(ranks):
+        one = slice(index, index + 1)
+        own = Moments(*(None if part is None else part[one] for part in moments))
+        alone = quantize_matrices(weights[one], rank, recipe, torch.bfloat16, own)
+        assert torch.allclose(together.errors[one], alone.errors, rtol=0.02)
+        for factor in (together.u, together.v):
+            assert (factor.dequantize()[index, rank:] == 0).all()
+            assert (factor.dequantize()[index, :rank] != 0).any(-1).all()
+
+
+def test_no_batch_with_and_without_compensators():
+    with pytest.raises(ValueError, match="cannot be in one batch"):
+        quantize_matrices(torch.randn(2, 64, 128), [0, 8], Recipe(), torch.bfloat16)
+    with pytest.raises(ValueError, match="batches of one rank"):
+        quantize_matrices(torch.randn(2, 64, 128), [8, 16], Recipe("paper"), torch.bfloat16)
 
 
 def test_both_beginnings_go_on_where_they_are_close(monkeypatch):
@@ -139,7 +166,7 @@ def test_both_beginnings_go_on_where_they_are_close(monkeypatch):
     def cost(low_rank_wins, plain_wins):
         monkeypatch.setattr(joint, "LOW_RANK_WINS", low_rank_wins)
         monkeypatch.setattr(joint, "PLAIN_WINS", plain_wins)
-        return quantize_jointly(weights, 24, Moments(), recipe, torch.bfloat16).cost
+        return quantize_jointly(weights, [24] * 3, Moments(), recipe, torch.bfloat16).cost
 
     both, plain, low_rank = cost(0, 1e9), cost(0, 0), cost(1e9, 1e9)
     assert not torch.allclose(plain, low_rank, rtol=1e-3)
