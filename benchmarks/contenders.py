@@ -11,6 +11,7 @@ from typing import NamedTuple
 from gptq import Gptq
 
 from vllm_milo.offline.families import Kind
+from vllm_milo.offline.generation import OWN_TEXT
 from vllm_milo.offline.ranks import DENSE_KINDS, Matrix
 
 COUNTS = "{counts}"
@@ -79,6 +80,7 @@ def main_section(shape: Shape, rounds: int) -> list[Contender]:
     presets += [preset("best", bits, calibrated=True) for bits in (3.5, 3.59, 3.6, 3.75)]
     presets += [preset("small", bits) for bits in (3.25, 3.4)]
     presets += [preset("small", 3.297, calibrated=True)]
+    presets += [preset("best", bits, own_text=True) for bits in (3.55, 3.6, 3.75)]
     presets += [Contender("preset paper-s1", "ours", ("--preset", "paper-s1"))]
     presets += [Contender("preset paper-s2", "ours", ("--preset", "paper-s2"))]
     return [*baselines, *paper_sweep(shape, rounds), *presets]
@@ -113,24 +115,26 @@ def paper_sweep(shape: Shape, rounds: int) -> list[Contender]:
 
 def large_section(shape: Shape, rounds: int) -> list[Contender]:
     """Return the key contenders for a model on which each takes long, the ones that matter most first."""
-    small, large = 3.5 * 1.015, 3.5 * 1.03
+    small, large = round(3.5 * 1.015, 4), round(3.5 * 1.03, 4)
     head = [
         Contender("RTN", "baseline", ("--method", "rtn")),
-        preset("balanced", round(small, 4)),
-        preset("best", round(large, 4), calibrated=True),
+        preset("balanced", small),
+        preset("best", large, calibrated=True),
+        preset("best", large, own_text=True),
+        preset("balanced", small, own_text=True),
     ]
     fractions = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     dense = [paper(f"paper dense={r}", "paper dense", f"dense={r}", rounds) for r in map(shape.rank, fractions)]
     tail = [
-        preset("best", 3.5, calibrated=True),
-        preset("best", 3.59, calibrated=True),
-        preset("balanced", round(large, 4)),
         preset("balanced", 3.6),
-        preset("best", round(small, 4), calibrated=True),
+        preset("best", 3.6, calibrated=True),
         preset("balanced", 3.75),
         preset("best", 3.75, calibrated=True),
-        preset("small", 3.25),
+        preset("best", 3.297, calibrated=True),
+        preset("best", 3.59, calibrated=True),
         preset("small", 3.4),
+        preset("small", 3.25),
+        preset("balanced", large),
     ]
     wide = [
         f"dense={shape.rank(1 / 16)},kurtosis={shape.mean(1 / 256)}",
@@ -194,9 +198,10 @@ def paper(name: str, group: str, ranks: str, rounds: int, *more: str) -> Contend
     return Contender(name, group, arguments + (("--expert-counts", COUNTS) if "frequency" in ranks else ()))
 
 
-def preset(name: str, bits: float, calibrated: bool = False) -> Contender:
-    """Return a preset at a budget of stored bits a weight."""
+def preset(name: str, bits: float, calibrated: bool = False, own_text: bool = False) -> Contender:
+    """Return a preset at a budget of stored bits a weight, calibrated on the benchmark's text or the model's own."""
     arguments = ("--preset", name, "--budget-bits", f"{bits:g}")
-    label = f"{name} {bits:g}" + (", calibrated" if calibrated else "")
-    group = f"ours {name}" + (", calibrated" if calibrated and name != "best" else "")
-    return Contender(label, group, arguments + (("--calibration", CALIBRATION) if calibrated else ()))
+    suffix = ", own text" if own_text else ", calibrated" if calibrated else ""
+    group = f"ours {name}" + ("" if (name, suffix) == ("best", ", calibrated") else suffix)
+    text = OWN_TEXT if own_text else CALIBRATION if calibrated else None
+    return Contender(f"{name} {bits:g}{suffix}", group, arguments + (("--calibration", text) if text else ()))

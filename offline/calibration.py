@@ -64,6 +64,7 @@ class Calibration:
         inputs: of each matrix, by name.
         outputs: of the gradients at its outputs; never filled without ``gradients``.
         tokens: of the text.
+        own_text: whether the model wrote the text.
         gradients: whether the costs of errors are those of the loss, comparable over all matrices; without, they are
             squared output errors.
     """
@@ -72,6 +73,7 @@ class Calibration:
         self.inputs: dict[str, Moment] = {}
         self.outputs: dict[str, Moment] = {}
         self.tokens = 0
+        self.own_text = False
         self.gradients = gradients
 
     def moments(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:

@@ -16,6 +16,7 @@ from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES, CheckpointError
 from vllm_milo.shards import ShardError, read_json
 
 from . import memory
+from .calibration import WINDOW as CALIBRATION_WINDOW
 from .calibration import Calibration, calibrate, spread_windows
 from .convert import Conversion, Summary, convert
 from .errors import ConversionError
@@ -28,6 +29,7 @@ from .evaluate import (
     read_expert_counts,
     read_tokens,
 )
+from .generation import OWN_TEXT, write_windows
 from .inspect import format_report, inspect_checkpoint
 from .presets import DEFAULT_PRESET, PRESETS, Preset
 from .ranks import POLICIES, RANK_MULTIPLE, Policy, parse_policies
@@ -49,6 +51,10 @@ layer (needs --expert-counts). Ranks are rounded to multiples of {RANK_MULTIPLE}
 BUDGET_HELP = """average stored bits of a quantized weight, codes, scales, zero points and compensators counted.
 Without --ranks, method milo gives the ranks to the matrices where they remove most of the expected loss; with --ranks
 or a paper preset the policies are scaled to fit."""
+
+
+CALIBRATION_HELP = f"""UTF-8 text to weigh errors by (method milo), or the word {OWN_TEXT}: a text that the model
+writes by itself, which needs no data but the whole model in memory. Default: none; {OWN_TEXT} for preset best."""
 
 
 MOMENTS_HELP = """what a calibration measures. full: inputs of every matrix and gradients at its outputs, which needs
@@ -107,7 +113,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         help=f"method, group size and ranks in one; default: {DEFAULT_PRESET}, unless --method or --ranks is given",
     )
     parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
-    parser.add_argument("--calibration", type=Path, metavar="TEXT", help="UTF-8 text to weigh errors by (method milo)")
+    parser.add_argument("--calibration", metavar="TEXT", help=CALIBRATION_HELP)
     parser.add_argument("--calibration-windows", type=int, default=64, help="default: %(default)s of 512 tokens")
     parser.add_argument("--calibration-moments", choices=("auto", "full", "inputs"), default="auto", help=MOMENTS_HELP)
     parser.add_argument("--method", choices=METHODS, default=None, help="default: milo")
@@ -147,7 +153,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.max_rounds < 1:
         raise ConversionError("--max-rounds must be at least 1")
     if preset is not None and preset.calibrated and arguments.calibration is None:
-        raise ConversionError(f"--preset {arguments.preset} needs --calibration TEXT, a text of the kind to be served")
+        arguments.calibration = OWN_TEXT
     if arguments.calibration is not None and method != "milo":
         raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
     conversion = Conversion(
@@ -192,14 +198,30 @@ def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
 
 def _calibrate(arguments: argparse.Namespace) -> Calibration:
     """Run the model on the calibration text, in windows spread over all of it; a layer at a time if it is large."""
-    tokens = read_tokens(arguments.model, arguments.calibration)
-    windows = spread_windows(tokens, arguments.calibration_windows)
     reader = ModelReader(arguments.model)
     progress = not arguments.quiet
+    windows = None
+    if arguments.calibration != OWN_TEXT:
+        tokens = read_tokens(arguments.model, Path(arguments.calibration))
+        windows = spread_windows(tokens, arguments.calibration_windows)
     if _fits_whole(reader, arguments):
-        return calibrate(load_model(arguments.model, device=arguments.device), windows, arguments.seed, progress)
-    memory.refuse_what_does_not_fit(reader, windows.numel(), arguments.device)
-    return calibrate_streamed(reader, windows, arguments.device, progress)
+        model = load_model(arguments.model, device=arguments.device)
+        calibration = calibrate(
+            model, windows if windows is not None else _write(model, arguments), arguments.seed, progress
+        )
+    else:
+        if windows is None:
+            memory.refuse_to_write_what_does_not_fit(reader, arguments.device)
+            windows = _write(load_model(arguments.model, torch.bfloat16, arguments.device), arguments)
+        memory.refuse_what_does_not_fit(reader, windows.numel(), arguments.device)
+        calibration = calibrate_streamed(reader, windows, arguments.device, progress)
+    calibration.own_text = arguments.calibration == OWN_TEXT
+    return calibration
+
+
+def _write(model: Any, arguments: argparse.Namespace) -> torch.Tensor:
+    length = min(CALIBRATION_WINDOW, int(model.config.max_position_embeddings))
+    return write_windows(model, arguments.calibration_windows, length, arguments.seed, not arguments.quiet)
 
 
 def _fits_whole(reader: ModelReader, arguments: argparse.Namespace) -> bool:

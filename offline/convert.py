@@ -231,6 +231,7 @@ def _recipe_record(conversion: Conversion) -> dict[str, Any]:
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
     if conversion.calibration is not None:
+        record["calibration"] = "self" if conversion.calibration.own_text else "text"
         record["calibration_tokens"] = conversion.calibration.tokens
         record["calibration_moments"] = "full" if conversion.calibration.gradients else "inputs"
     return record

@@ -64,6 +64,21 @@ def refuse_what_does_not_fit(reader: ModelReader, tokens: int, device: str) -> N
     _refuse(on_host, "cpu", "for the moments of all layers")
 
 
+def refuse_to_write_what_does_not_fit(reader: ModelReader, device: str) -> None:
+    """Raise where a model in bf16 does not fit, which writing a text takes.
+
+    Raises:
+        ConversionError: with the need, what there is, and what to do.
+    """
+    need = int(SLACK * 2 * sum(_weights(reader, layer) for layer in reader.layers))
+    have = available(device)
+    if need > have:
+        raise ConversionError(
+            f"--calibration self: the model writes its text as a whole, which takes {gib(need)} on {device}, and "
+            f"{gib(have)} are free; pass a text, which goes through a layer at a time"
+        )
+
+
 def gib(size: int) -> str:
     """Return a size as text."""
     return f"{size / 2**30:.2f} GiB"

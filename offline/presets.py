@@ -24,7 +24,7 @@ class Preset:
         group_size: weights that share a scale and a zero point.
         budget_bits: average stored bits of a weight, or None where the policies decide.
         fractions: rank of each policy as a fraction of the hidden size.
-        calibrated: whether it needs a calibration text.
+        calibrated: whether it weighs errors by a text, the model's own where none is given.
     """
 
     method: str
