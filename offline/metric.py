@@ -36,15 +36,20 @@ class Metric:
     Attributes:
         left: [B, N] (diagonal), [B, N, N] (lower triangular) or None.
         right: the same for K.
+        left_inverse: left⁻¹; the loop divides by the roots hundreds of times.
+        right_inverse: right⁻¹.
     """
 
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
+    left_inverse: torch.Tensor | None = None
+    right_inverse: torch.Tensor | None = None
 
     @classmethod
     def of(cls, moments: Moments) -> Metric:
         """Return the metric of second moments, damped where they are full."""
-        return cls(_root(moments.outputs), _root(moments.inputs))
+        left, right = _root(moments.outputs), _root(moments.inputs)
+        return cls(left, right, _inverse(left), _inverse(right))
 
     def whiten(self, error: torch.Tensor) -> torch.Tensor:
         """Return leftᵀ·E·right, whose Frobenius norm is the cost of E [B, N, K]."""
@@ -60,12 +65,10 @@ class Metric:
 
     def color_rows(self, rows: torch.Tensor, of_inputs: bool) -> torch.Tensor:
         """Undo the whitening of rank-major factor rows: V' [B, r, K] -> V'·right⁻¹, or U' [B, r, N] -> U'·left⁻¹."""
-        root = self.right if of_inputs else self.left
-        if root is None:
+        inverse = self.right_inverse if of_inputs else self.left_inverse
+        if inverse is None:
             return rows
-        if root.dim() == 2:
-            return rows / root.unsqueeze(-2)
-        return torch.linalg.solve_triangular(root, rows, upper=False, left=False)
+        return rows * inverse.unsqueeze(-2) if inverse.dim() == 2 else rows @ inverse
 
     def whiten_rows(self, rows: torch.Tensor, of_inputs: bool) -> torch.Tensor:
         """Return V·right [B, r, K] or U·left [B, r, N] of rank-major factor rows."""
@@ -83,7 +86,8 @@ class Metric:
 
     def select(self, index: torch.Tensor | slice) -> Metric:
         """Return the metric of a part of the batch."""
-        return Metric(*(None if root is None else root[index] for root in (self.left, self.right)))
+        roots = (self.left, self.right, self.left_inverse, self.right_inverse)
+        return Metric(*(None if root is None else root[index] for root in roots))
 
 
 def _root(moment: torch.Tensor | None) -> torch.Tensor | None:
@@ -103,3 +107,12 @@ def _root(moment: torch.Tensor | None) -> torch.Tensor | None:
             return root
         damping *= 10
     raise ValueError("a second moment is not positive semidefinite; were its activations finite?")
+
+
+def _inverse(root: torch.Tensor | None) -> torch.Tensor | None:
+    if root is None:
+        return None
+    if root.dim() == 2:
+        return root.reciprocal()
+    unit = torch.eye(root.shape[-1], device=root.device).expand_as(root)
+    return torch.linalg.solve_triangular(root, unit, upper=False)
