@@ -88,8 +88,10 @@ def _gemm_kernel(
     else:
         tiles = tl.cdiv(n0, BLOCK_N) + tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N) + tl.cdiv(n3, BLOCK_N)
     in_group = tl.program_id(0) % (GROUP_BLOCKS * tiles)
-    block = tl.program_id(0) // (GROUP_BLOCKS * tiles) * GROUP_BLOCKS + in_group % GROUP_BLOCKS
-    tile = in_group // GROUP_BLOCKS
+    block = tl.program_id(0) // (GROUP_BLOCKS * tiles) * GROUP_BLOCKS
+    group_blocks = tl.minimum(max_blocks - block, GROUP_BLOCKS)  # the last group may have less
+    block += in_group % group_blocks
+    tile = in_group // group_blocks
     split_index = tl.program_id(1)
     expert = block_expert(experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block, max_blocks, HAS_MAP, BLOCKS)
     pairs = load_pairs(pairs_ptr, block, num_pairs, max_blocks, BLOCK_M, BLOCKS)
@@ -99,8 +101,10 @@ def _gemm_kernel(
         share: tl.constexpr = BLOCK_M // TAIL_M
         few = load_pairs(pairs_ptr, block * share, num_pairs, max_blocks * share, TAIL_M, BLOCKS)
     if expert < 0:
-        if late_wait:  # or the launch after could overtake the one before
-            tl.extra.cuda.gdc_wait()
+        # one program must wait, or the launch after could overtake the one before; others would be in tiles' places
+        if late_wait:  # noqa: SIM102 (a constant, which Triton must see by itself)
+            if tl.program_id(0) + tl.program_id(1) == 0:
+                tl.extra.cuda.gdc_wait()
         return
     if TAIL_M > 0:  # noqa: SIM102 (a constant, which Triton must see by itself)
         if is_tail:
@@ -258,11 +262,10 @@ def _launch(
     scale = "products"
     if config.scales_weights(group_size):
         scale = "weights" if source.row_scale is None else "fast"
-    group_blocks = config.group_blocks
     max_rank = 0 if source.down is None else source.down.shape[2]
     launch(
         _gemm_kernel,
-        (tiles * triton.cdiv(blocks.max_blocks, group_blocks) * group_blocks, config.split_k),
+        (tiles * blocks.max_blocks, config.split_k),
         mode,
         x,
         source.sums,
@@ -310,7 +313,7 @@ def _launch(
         TAIL_M=config.tail_m if config.tail_m < config.block_m else 0,
         SPLIT_K=config.split_k,
         STAGES=config.num_stages,
-        GROUP_BLOCKS=group_blocks,
+        GROUP_BLOCKS=config.group_blocks,
         RANK_STEP=64 if max_rank >= 64 * len(widths) else 16,
         ACTIVATION=activation,
         PDL=mode.early,
