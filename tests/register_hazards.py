@@ -2,6 +2,7 @@
 
 A warpgroup's MMA reads its A operand from registers while the warp goes on; PTX forbids to touch them before the wait.
 Triton (3.6) keeps to that within one turn of a loop, but not across its end, and then results are wrong now and then.
+MMAs end in groups, and a wait names how many of the latest ones it leaves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from triton.knobs import nvidia
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 _MMA = re.compile(r"HGMMA\.64x\d+x16\S* R\d+, R(\d+), gdesc")
+_WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 _BRANCH = re.compile(r"BRA\S*\s+(?:\S+, )?0x([0-9a-f]+)")
 _DESTINATION = re.compile(r"(@!?U?P\w+ )?(\S+) +(?:U?P\w+, )?R(\d+)")
 _NO_DESTINATION = (
@@ -63,25 +65,34 @@ def hazards(code: list[tuple[int, str]]) -> list[str]:
     found = []
     for index, (_, text) in enumerate(code):
         match = _MMA.match(text)
-        if match is None:
-            continue
-        registers = set(range(int(match[1]), int(match[1]) + 4))
-        seen: set[int] = set()
-        ahead = [index + 1]
-        while ahead:
-            at = ahead.pop()
-            while at < len(code) and at not in seen:
-                seen.add(at)
-                step = code[at][1]
-                if step.startswith("WARPGROUP.DEPBAR"):
-                    break
-                if registers & set(written(step)):
-                    found.append(f"{text} | {step}")
-                    break
-                branch = _BRANCH.search(step)
-                if branch and int(branch[1], 16) in place:
-                    ahead.append(place[int(branch[1], 16)])
-                if not step.startswith("@") and (branch or step.startswith("EXIT")):
-                    break
-                at += 1
+        if match is not None:
+            registers = set(range(int(match[1]), int(match[1]) + 4))
+            found += [f"{text} | {step}" for step in _overwriting(code, place, index, registers)]
+    return found
+
+
+def _overwriting(code: list[tuple[int, str]], place: dict[int, int], index: int, registers: set[int]) -> list[str]:
+    """Return what writes ``registers`` before the MMA at ``index`` is waited for, the first on each way."""
+    found = []
+    seen: set[tuple[int, int]] = set()
+    ahead = [(index, 0)]  # where to go on, and how many groups have ended by then, the MMA's own included
+    while ahead:
+        at, groups = ahead.pop()
+        while at < len(code) and (at, groups) not in seen:
+            seen.add((at, groups))
+            step = code[at][1]
+            wait = _WAIT.match(step)
+            if wait and groups > int(wait[1], 16):
+                break
+            if registers & set(written(step)):
+                found.append(step)
+                break
+            if step.startswith("HGMMA") and "gsb0" in step:
+                groups = min(groups + 1, 8)  # a wait leaves less
+            branch = _BRANCH.search(step)
+            if branch and int(branch[1], 16) in place:
+                ahead.append((place[int(branch[1], 16)], groups))
+            if not step.startswith("@") and (branch or step.startswith("EXIT")):
+                break
+            at += 1
     return found

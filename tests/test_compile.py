@@ -45,3 +45,13 @@ def test_the_search_for_hazards_follows_loops():
     assert hazards(loop + end) == [f"{mma} | @!P1 IMAD.WIDE R86, R1, 0x2, R2"]
     loop[0] = (0, "STG.E [R84.64], R85")
     assert hazards(loop + end) == []
+
+
+def test_the_search_for_hazards_counts_groups():
+    """A wait that leaves three groups waits for the MMA before the last three."""
+    write, wait = "LDSM.16.M88.4 R84, [R2]", "WARPGROUP.DEPBAR.LE gsb0, 0x3"
+    first, *later = [f"HGMMA.64x16x16.F32 R32, R{84 + 4 * group}, gdesc[UR24], R32, gsb0" for group in range(4)]
+    assert hazards(list(enumerate([first, *later, wait, write, "EXIT"]))) == []
+    assert hazards(list(enumerate([first, *later[:2], wait, write, "EXIT"]))) == [f"{first} | {write}"]
+    joined = first.removesuffix(", gsb0")  # its group ends with the next MMA
+    assert hazards(list(enumerate([joined, *later, wait, write, "EXIT"]))) == [f"{joined} | {write}"]

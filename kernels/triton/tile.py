@@ -100,7 +100,7 @@ def _load_down(
 def _add_up_projection(
     acc, u_ptr, u_scale_ptr, down_ptr, blocks, ranks_before, u_start, first_column, column, inside,
     width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
+    ASM: tl.constexpr, FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
     RANK_STEP: tl.constexpr,
 ):  # fmt: skip
     """acc += Uᵀ·(V·x) for this tile, over this split's share of the ``blocks`` blocks of 16 ranks.
@@ -112,27 +112,30 @@ def _add_up_projection(
     stages: tl.constexpr = 2 if RANK_STEP > 16 and DOWN_SPLITS == 1 else 1  # more splits have no room for two
     share = tl.cdiv(tl.cdiv(blocks, step), SPLIT_K) * step
     begin = split_index * share
+    # scales are loaded a step ahead: Triton's pipeline takes no loads as narrow as these
+    scale = _up_scales(u_scale_ptr, u_start, begin, blocks, first_column, width, FACTOR_BITS, RANK_STEP, groups)
     for block in tl.range(begin, tl.minimum(begin + share, blocks), step, num_stages=stages):
+        next_scale = _up_scales(
+            u_scale_ptr, u_start, block + step, blocks, first_column, width, FACTOR_BITS, RANK_STEP, groups
+        )  # fmt: skip
         u = _up_codes(
             u_ptr, u_start + column * 0, block, blocks + column * 0, column, inside, width,
             FACTOR_BITS, BLOCK_N, RANK_STEP,
         )  # fmt: skip
-        scale = _up_scales(
-            u_scale_ptr, u_start, block, blocks, first_column, width, FACTOR_BITS, RANK_STEP, groups
-        )  # fmt: skip
         u = (u * _to_rows(scale, groups, BLOCK_N, RANK_STEP)).to(dtype)
+        scale = next_scale
         down = _load_down(
             down_ptr, block, blocks, ranks_before, pairs, valid, num_pairs, max_rank,
             DOWN_SPLITS, dtype, BLOCK_M, RANK_STEP,
         )  # fmt: skip
-        acc = tl.dot(u, down, acc)
+        acc = finished(tl.dot(u, down, acc), ASM)
     return acc
 
 
 @triton.jit
 def _add_gated_up_projection(
     acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, expert, first_column, column, is_up, width,
-    pairs, valid, num_pairs, max_rank, DOWN_SPLITS: tl.constexpr, FACTOR_BITS: tl.constexpr,
+    pairs, valid, num_pairs, max_rank, DOWN_SPLITS: tl.constexpr, ASM: tl.constexpr, FACTOR_BITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
     """acc += Uᵀ·(V·x) where gate's columns and up's alternate: what both need is loaded before it is used."""
@@ -163,7 +166,7 @@ def _add_gated_up_projection(
         gate_scale = _to_rows(gate_scale, groups, BLOCK_N, RANK_STEP)
         up_scale = _to_rows(up_scale, groups, BLOCK_N, RANK_STEP)
         acc = tl.dot((u * tl.where(is_up[:, None], 0.0, gate_scale)).to(tl.float16), gate_down, acc)
-        acc = tl.dot((u * tl.where(is_up[:, None], up_scale, 0.0)).to(tl.float16), up_down, acc)
+        acc = finished(tl.dot((u * tl.where(is_up[:, None], up_scale, 0.0)).to(tl.float16), up_down, acc), ASM)
     return acc
 
 
@@ -313,7 +316,7 @@ def compute_tile(
         acc = _add_up_projection(
             acc, u_ptr, u_scale_ptr, down_ptr, blocks, ranks_before, u_start, tile_column, column, inside,
             width, pairs, valid, num_pairs, max_rank, split_index, DOWN_SPLITS, x_ptr.dtype.element_ty,
-            FACTOR_BITS, BLOCK_N, BLOCK_M, SPLIT_K, RANK_STEP,
+            ASM, FACTOR_BITS, BLOCK_N, BLOCK_M, SPLIT_K, RANK_STEP,
         )  # fmt: skip
     if HAS_ROW_SCALE:
         acc *= tl.load(row_scale_ptr + rows)[None, :]
@@ -359,7 +362,7 @@ def compute_gated_tile(
     if HAS_RANK:
         acc = _add_gated_up_projection(
             acc, u_ptr, u_scale_ptr, rank_blocks_ptr, u_starts_ptr, down_ptr, expert, first_column, column, is_up,
-            width, pairs, valid, num_pairs, max_rank, DOWN_SPLITS, FACTOR_BITS, BLOCK_N, BLOCK_M, RANK_STEP,
+            width, pairs, valid, num_pairs, max_rank, DOWN_SPLITS, ASM, FACTOR_BITS, BLOCK_N, BLOCK_M, RANK_STEP,
         )  # fmt: skip
     acc *= tl.load(row_scale_ptr + rows)[None, :]
     gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
