@@ -1,6 +1,7 @@
 """The routed experts of one layer on Triton. At decode seven launches, of which 2 and 5 run beside 3 and 6:
 
-1. prepare: sums of x, which every tile of the first GEMM needs whole, or x in fp16; sorts the pairs as well
+1. prepare: sums of x, which every tile of the first GEMM needs whole, or x in fp16; sorts the pairs as well, and sets
+   the counters of 2 and 5 to 0
 2. project: V13·x, which the epilogues of the first GEMM need
 3. gemm: gate and up, with U13 in the epilogue
 4. activate: h = act(gate)·up and its sums
@@ -22,7 +23,7 @@ from .gemm import GemmConfig, gemm, gemm_gated
 from .launch import launch_mode
 from .layout import KernelWeights
 from .prepare import MAX_ROW, prepare
-from .project import Projected, project
+from .project import DownShape, Projected, project
 from .reduce import weighted_sum
 from .routing import Routes
 
@@ -61,12 +62,15 @@ def fused_moe(
     first, second = configs or moe_configs(tokens, top_k, shape, x.device)
     mode = launch_mode(x.device, few_tokens=routes.num_pairs <= FEW_PAIRS)
     rank13, rank2 = spec.max_ranks
+    downs = [DownShape(rank13, gate_up.units, first.split_k), DownShape(rank2, down.units, second.split_k)]
     format_ = (spec.group_size, spec.factor_bits)
     fast = _is_fast(x, down, first, second, spec)
     dtype = x.dtype
     needs_sums = first.needs_sums(spec.group_size)
-    source, blocks = prepare(x, routes, num_experts, first.block_m, spec.group_size, fast, needs_sums, mode)
-    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, rank13, first.split_k, mode)
+    source, blocks, counters = prepare(
+        x, routes, num_experts, first.block_m, spec.group_size, fast, needs_sums, downs, mode
+    )
+    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, downs[0], counters[0], mode)
     source = source._replace(down=down13)
     if fast:
         hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *format_, first, mode, spec.activation)
@@ -75,7 +79,7 @@ def fused_moe(
         half = [gate_up.columns // 2] * 2
         y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *format_, first, mode, dtype)
         source = Projected(*activate(y, spec.activation, spec.group_size, dtype, mode), None)
-    down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, rank2, second.split_k, mode)
+    down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, downs[1], counters[1], mode)
     source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
     return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)

@@ -10,7 +10,7 @@ from .gemm import GemmConfig, gemm
 from .launch import launch_mode
 from .layout import KernelWeights
 from .prepare import MAX_ROW, prepare
-from .project import project
+from .project import DownShape, project
 from .reduce import sum_splits
 
 FEW_TOKENS = 256
@@ -32,9 +32,9 @@ def linear(
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
     needs_sums = config.needs_sums(spec.group_size)
     half = x.dtype == torch.bfloat16 and not needs_sums and rows.shape[1] <= MAX_ROW
-    source, blocks = prepare(rows, None, 1, config.block_m, spec.group_size, half, needs_sums, mode)
-    max_rank = largest_rank([spec.ranks])
-    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, max_rank, config.split_k, mode)
+    shape = DownShape(largest_rank([spec.ranks]), layer.units, config.split_k)
+    source, blocks, counters = prepare(rows, None, 1, config.block_m, spec.group_size, half, needs_sums, [shape], mode)
+    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, shape, counters[0], mode)
     source = source._replace(down=down)
     y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
     return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)

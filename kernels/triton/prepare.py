@@ -1,10 +1,13 @@
 """What comes before the V·x of a GEMM's input, in one launch: the sort of the pairs, and what the GEMM wants of x.
 
 That is the sums of x over groups, with which zero points are taken off while tokens are few, or x in fp16 where many
-tokens meet weights in fp16 (see :mod:`.dequant`). What makes the second GEMM's input makes them as well.
+tokens meet weights in fp16 (see :mod:`.dequant`). What makes the second GEMM's input makes them as well. The counters
+of all of a layer's V·x start here: each launch has its own, whichever stream or graph it runs in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,7 +16,7 @@ import triton.language as tl
 from .activation import power_of_two
 from .launch import LaunchMode, launch
 from .layout import UNIT
-from .project import Projected
+from .project import DownShape, Projected, allocate_counters, plan
 from .routing import Routes, TokenBlocks, allocate_blocks, sort_expert, sort_sizes
 
 SUM_ROWS = 16
@@ -22,6 +25,8 @@ SORT_PAIRS = 4096
 """Above so many pairs the sort takes longest, and gets more warps."""
 MAX_ROW = 32768
 """Longest row that one program takes whole, as fp16 activations need it."""
+COUNTERS = 1024
+"""Counters that one program sets to 0."""
 
 
 @triton.jit
@@ -51,15 +56,22 @@ def _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, row, K, ROW: tl.conste
     tl.store(norm_ptr + row, scale * tl.sqrt(tl.sum(x * x, 0)))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_experts"])
+@triton.jit
+def _zero(counters_ptr, program, num_counters, COUNTERS: tl.constexpr):
+    """Set COUNTERS counters to 0."""
+    place = program * COUNTERS + tl.arange(0, COUNTERS)
+    tl.store(counters_ptr + place, 0, mask=place < num_counters)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_experts", "num_counters"])
 def _prepare_kernel(
     x_ptr, sums_ptr, half_ptr, row_scale_ptr, norm_ptr, ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr,
-    K, num_pairs, num_rows, num_experts,
-    SUM: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, HAS_MAP: tl.constexpr,
+    counters_ptr, K, num_pairs, num_rows, num_experts, num_counters,
+    SUM: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, COUNTERS: tl.constexpr, HAS_MAP: tl.constexpr,
     SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), and of x either fp16 rows of up to
-    HALF_ROW (if > 0) or sums. The sort takes longest, and starts first.
+    """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), zeros in the counters, and of x either
+    fp16 rows of up to HALF_ROW (if > 0) or sums. The sort takes longest, and starts first.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -68,13 +80,16 @@ def _prepare_kernel(
     sorts = 0
     if SORT_M > 0:
         sorts = num_experts
-    if program >= sorts:
-        program -= sorts
+    zeroes = tl.cdiv(num_counters, COUNTERS)
+    if program >= sorts + zeroes:
+        program -= sorts + zeroes
         if HALF_ROW > 0:
             _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, program, K, HALF_ROW)
         else:
             units = (K + 127) // 128
             _store_sums(sums_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, ROWS)
+    elif program >= sorts:
+        _zero(counters_ptr, program - sorts, num_counters, COUNTERS)
     elif SORT_M > 0:
         sort_expert(
             ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, program,
@@ -96,9 +111,10 @@ def prepare(
     group_size: int,
     half: bool,
     need_sums: bool,
+    downs: Sequence[DownShape],
     mode: LaunchMode,
-) -> tuple[Projected, TokenBlocks]:
-    """Return the input of a GEMM, without V·x, and the pairs in blocks.
+) -> tuple[Projected, TokenBlocks, list[torch.Tensor]]:
+    """Return the input of a GEMM, without V·x, the pairs in blocks, and counters for every V·x of the layer.
 
     In fp16 (``half``), x of a bf16 model loses nothing that matters: bf16 has 8 significant bits and fp16 11, so values
     down to 2^-15 of a row's largest lose nothing, smaller ones what is 2^-25 of it.
@@ -111,11 +127,13 @@ def prepare(
         group_size: 32, 64 or 128.
         half: whether the GEMM wants fp16 rows, of at most :data:`MAX_ROW`.
         need_sums: whether it wants the sums, which it does not with ``half``.
+        downs: every V·x of the layer.
         mode: how to launch.
 
     Returns:
-        The input, its sums empty where not needed, and the blocks. A single token, each of whose pairs is a block, and
-        a dense layer need no sort.
+        The input, its sums empty where not needed; the blocks; and for each of ``downs`` its counters, int32, 0 once
+        this launch is done, empty where not needed. A single token, each of whose pairs is a block, and a dense layer
+        need no sort.
     """
     rows, k = x.shape
     units = triton.cdiv(k, UNIT)
@@ -133,9 +151,11 @@ def prepare(
         num_pairs, blocks = routes.num_pairs, allocate_blocks(routes, num_experts, block_m)
     sort = blocks.pairs is not None
     bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
-    programs = row_programs + (num_experts if sort else 0)
+    plans = [plan(down, blocks, routes is None, mode.early) for down in downs]
+    buffer, counters = allocate_counters(plans, x.device)
+    programs = row_programs + (num_experts if sort else 0) + triton.cdiv(buffer.numel(), COUNTERS)
     if programs == 0:
-        return source, blocks
+        return source, blocks, counters
     half_row = triton.next_power_of_2(k) if half else 0
     launch(
         _prepare_kernel,
@@ -151,13 +171,16 @@ def prepare(
         blocks.pairs,
         blocks.experts,
         blocks.num_blocks,
+        buffer,
         k,
         num_pairs,
         rows,
         num_experts,
+        buffer.numel(),
         SUM=sum_size,
         ROWS=SUM_ROWS,
         HALF_ROW=half_row,
+        COUNTERS=COUNTERS,
         HAS_MAP=routes is not None and routes.expert_map is not None,
         SORT_M=block_m if sort else 0,
         BINS=bins,
@@ -165,4 +188,4 @@ def prepare(
         PDL=mode.early,
         num_warps=_warps(num_pairs if sort else 0, chunk, half_row),
     )
-    return source, blocks
+    return source, blocks, counters

@@ -2,10 +2,14 @@
 
 Every tile of the GEMM needs all of V·x, so it cannot be computed inside; but only its epilogue does, so the GEMM's
 loop over K runs at the same time where launches start early.
+
+Programs take parts of K. Who adds the parts (:func:`_finishes`): every tile of the GEMM for itself, or once and for
+all the program of V·x that is done last. It knows by a counter, which the launch of :mod:`.prepare` sets to 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,11 +18,52 @@ import triton.language as tl
 
 from .dequant import code_operand, finished, scale_and_zero, scaled
 from .launch import LaunchMode, launch
-from .layout import UNIT, KernelWeights
+from .layout import KernelWeights
 from .routing import Routes, TokenBlocks, local_expert
 
 RANKS = 64
 """Ranks of a program: fewer would not be multiplied by a whole warpgroup, and take as long."""
+
+
+class DownShape(NamedTuple):
+    """What is known of a V·x before its input.
+
+    Attributes:
+        max_rank: largest rank of an expert, each part padded to 16; 0 for none.
+        units: units of 128 inputs.
+        split_k: parts of K of the GEMM that wants it.
+    """
+
+    max_rank: int
+    units: int
+    split_k: int
+
+
+class Plan(NamedTuple):
+    """How V·x is spread over programs.
+
+    Attributes:
+        block_m: pairs of a program.
+        sub_blocks: so many are a block of the GEMM.
+        blocks: blocks of ``block_m`` pairs, in use or not.
+        rank_tiles: parts of the ranks.
+        splits: parts of K, of ``chunk`` units each; the last ones may have less.
+        chunk: units of a part.
+        finish: whether the last program of a block and a rank tile adds the parts.
+    """
+
+    block_m: int
+    sub_blocks: int
+    blocks: int
+    rank_tiles: int
+    splits: int
+    chunk: int
+    finish: bool
+
+    @property
+    def counters(self) -> int:
+        """Counters that the programs need."""
+        return self.blocks * self.rank_tiles if self.finish else 0
 
 
 class Projected(NamedTuple):
@@ -27,8 +72,8 @@ class Projected(NamedTuple):
     Attributes:
         x: activations, 16 bits, [rows, K].
         sums: fp32 [K/128, rows, 128/g'], sums of x over g' = min(group_size, 64) columns.
-        down: V·x, fp32 [splits, pairs, ranks], to be added over splits, or in x's dtype where splits is 1; None
-            where no expert has rank.
+        down: V·x, fp32 [splits, pairs, ranks], to be added over splits, or in x's dtype [1, pairs, ranks] where that
+            is done or there is one part; None where no expert has rank.
         row_scale: fp32 [rows]; x, sums and down are those of the activations divided by it. None for 1.
         norm: fp32 [rows], Euclidean norms of the activations, where the GEMM applies the activation.
     """
@@ -83,16 +128,14 @@ def block_expert(
 
 @triton.jit
 def _down_project(
-    x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, down_ptr, expert, pairs, rows, first_slot, split, unit_chunk,
-    K, num_pairs, max_rank, PARTS: tl.constexpr, FACTOR_BITS: tl.constexpr, RANKS: tl.constexpr,
+    x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, expert, rows, valid, slot, split, unit_chunk, K,
+    PARTS: tl.constexpr, FACTOR_BITS: tl.constexpr, RANKS: tl.constexpr,
     BF16: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """V·x of RANKS ranks of an expert, from ``first_slot``, over ``unit_chunk`` units of K."""
-    valid = pairs < num_pairs
+    """V·x of the ranks ``slot`` of an expert over ``unit_chunk`` units of K, fp32 [RANKS, BLOCK_M]."""
     units = (K + 127) // 128
     begin = split * unit_chunk
     end = tl.minimum(begin + unit_chunk, units)
-    slot = first_slot + tl.arange(0, RANKS)
     row = tl.load(rank_blocks_ptr + expert * PARTS) * 16 + slot
     in_rank = row < tl.load(rank_blocks_ptr + expert * PARTS + PARTS) * 16
     k64 = tl.arange(0, 64)
@@ -131,22 +174,47 @@ def _down_project(
         scales += 16
         words += 192
         values += 128
-    place = (split.to(tl.int64) * num_pairs + pairs)[None, :] * max_rank + slot[:, None]
-    tl.store(down_ptr + place, down.to(down_ptr.dtype.element_ty), mask=valid[None, :] & (slot < max_rank)[:, None])
+    return down
+
+
+@triton.jit
+def _finish(
+    parts_ptr, counter_ptr, down_ptr, own, place, inside, split, splits, part_size,
+    RANKS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store ``own``, fp32 [RANKS, BLOCK_M], as one of ``splits`` parts; store their sum if it is the last of them.
+
+    ``place`` [RANKS, BLOCK_M] is that in each part and in the sum. The parts are added in their order, all of them as
+    memory has them, so that the same input gives the same bits whichever is last.
+    """
+    tl.store(parts_ptr + split * part_size + place, own, mask=inside)
+    tl.debug_barrier()  # one thread counts for all of the program, once all have stored
+    done = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    if done == splits - 1:
+        down = tl.zeros((RANKS, BLOCK_M), tl.float32)
+        for _ in tl.range(0, splits, loop_unroll_factor=128 // BLOCK_M):  # as many loads as registers have room for
+            # from L2: the cache of this multiprocessor may not know what others wrote
+            down += tl.load(parts_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+            parts_ptr += part_size
+        tl.store(down_ptr + place, down.to(down_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
     do_not_specialize=["num_pairs", "top_k", "max_blocks", "unit_chunk", "splits", "rank_tiles"],
 )
 def _project_kernel(
-    x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, down_ptr,
+    x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, down_ptr, parts_ptr, counters_ptr,
     pairs_ptr, experts_ptr, num_blocks_ptr, ids_ptr, map_ptr,
     K, num_pairs, top_k, max_rank, max_blocks, unit_chunk, splits, rank_tiles,
     PARTS: tl.constexpr, FACTOR_BITS: tl.constexpr, RANKS: tl.constexpr,
     BF16: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, SUB_BLOCKS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, SUB_BLOCKS: tl.constexpr, STAGES: tl.constexpr, FINISH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """V·x of BLOCK_M pairs, RANKS ranks and ``unit_chunk`` units of K; SUB_BLOCKS of them are a block of the GEMM."""
+    """V·x of BLOCK_M pairs, RANKS ranks and ``unit_chunk`` units of K; SUB_BLOCKS of them are a block of the GEMM.
+
+    FINISH: parts, fp32 [splits, num_pairs, max_rank], are added to down, 16 bits [num_pairs, max_rank], with counters
+    int32 [blocks, rank_tiles] that start at 0 and end at ``splits`` where a block is in use. Else down are the parts.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -159,11 +227,23 @@ def _project_kernel(
     )  # fmt: skip
     pairs = load_pairs(pairs_ptr, block, num_pairs, max_blocks * SUB_BLOCKS, BLOCK_M, BLOCKS)
     if expert >= 0:
-        rows = tl.where(pairs < num_pairs, pairs // top_k, 0)
-        _down_project(
-            x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, down_ptr, expert, pairs, rows, tile * RANKS, split,
-            unit_chunk, K, num_pairs, max_rank, PARTS, FACTOR_BITS, RANKS, BF16, ASM, EVEN_K, BLOCK_M, STAGES,
+        valid = pairs < num_pairs
+        rows = tl.where(valid, pairs // top_k, 0)
+        slot = tile * RANKS + tl.arange(0, RANKS)
+        down = _down_project(
+            x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, expert, rows, valid, slot, split, unit_chunk, K,
+            PARTS, FACTOR_BITS, RANKS, BF16, ASM, EVEN_K, BLOCK_M, STAGES,
         )  # fmt: skip
+        place = pairs[None, :].to(tl.int64) * max_rank + slot[:, None]
+        inside = valid[None, :] & (slot < max_rank)[:, None]
+        part_size = tl.cast(num_pairs, tl.int64) * max_rank
+        if FINISH:
+            counter_ptr = counters_ptr + block * rank_tiles + tile
+            _finish(
+                parts_ptr, counter_ptr, down_ptr, down, place, inside, split, splits, part_size, RANKS, BLOCK_M
+            )  # fmt: skip
+        else:
+            tl.store(down_ptr + split * part_size + place, down.to(down_ptr.dtype.element_ty), mask=inside)
 
 
 def block_kind(blocks: TokenBlocks, routes: Routes | None) -> str:
@@ -173,22 +253,59 @@ def block_kind(blocks: TokenBlocks, routes: Routes | None) -> str:
     return "single" if blocks.pairs is None else "sorted"
 
 
-def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, early: bool) -> int:
+def _finishes(dense: bool, tile_m: int) -> bool:
+    """Return whether programs of V·x add its parts, where there are several, for GEMM tiles of ``tile_m`` pairs.
+
+    Else each tile adds them, of all the ranks that it takes: 4 bytes a part instead of 2 in all. Few ranks of few pairs
+    are added faster than the last program would do it, for which all tiles wait.
+    """
+    return dense or tile_m >= 32
+
+
+def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, early: bool, finish: bool) -> int:
     """Return the parts of K, were there ``programs`` programs for each.
 
     Beside the GEMM's loop programs have time, but each takes the place of one of its tiles (of ``tile_m`` pairs, one
     of ``split_k`` parts of K). With few tokens a program of V·x has a quarter of a tile's units, and at most eight, and
-    is done in time. Dense layers have so many ranks that their GEMM waits for V·x anyway, and adds few parts.
+    is done in time. Dense layers have so many ranks that their GEMM waits for V·x anyway: it gets as many programs as
+    run at once, as long as the last ones have little to add (``finish``); where the GEMM adds, few parts.
     """
     filling = triton.cdiv(256 if early else 1024, programs)
     if dense:
-        splits = min(8 if programs <= 16 else 4, filling) if tile_m <= 64 else 1
+        most = 512 // tile_m if finish else 8 if programs <= 16 else 4
+        splits = min(most, filling) if tile_m <= 64 else 1
     elif tile_m <= 32:
         splits = triton.next_power_of_2(max(4 * split_k, triton.cdiv(units, 8)))
     else:
         splits = 16 if filling >= 12 else 4 if filling >= 3 else 1
     splits = max(1, min(16, splits, 2 * units // 3))
-    return 1 << (splits.bit_length() - 1)  # few different numbers: the GEMM is compiled for each
+    return 1 << (splits.bit_length() - 1)  # few different numbers: a GEMM that adds is compiled for each
+
+
+def _stages(block_m: int) -> int:
+    """Return the depth of the load pipeline."""
+    return 4 if block_m <= 32 else 2
+
+
+def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Plan:
+    """Return how V·x of ``blocks`` is spread over programs; those of a dense layer are its rows."""
+    block_m = min(64, blocks.block_m)
+    sub_blocks = blocks.block_m // block_m
+    count = blocks.max_blocks * sub_blocks
+    rank_tiles = triton.cdiv(shape.max_rank, RANKS)
+    if rank_tiles == 0:
+        return Plan(block_m, sub_blocks, count, 0, 1, shape.units, False)
+    finish = _finishes(dense, blocks.block_m)
+    splits = _splits(dense, blocks.block_m, shape.split_k, count * rank_tiles, shape.units, early, finish)
+    return Plan(block_m, sub_blocks, count, rank_tiles, splits, triton.cdiv(shape.units, splits), finish and splits > 1)
+
+
+def allocate_counters(plans: Sequence[Plan], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return uninitialized counters, int32, as one buffer and as its parts for each plan."""
+    # each part at a multiple of 16 bytes: kernels are compiled anew for other addresses
+    sizes = [triton.cdiv(one.counters, 4) * 4 for one in plans]
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    return buffer, list(buffer.split(sizes))
 
 
 def project(
@@ -198,8 +315,8 @@ def project(
     routes: Routes | None,
     top_k: int,
     factor_bits: int,
-    max_rank: int,
-    split_k: int,
+    shape: DownShape,
+    counters: torch.Tensor,
     mode: LaunchMode,
 ) -> torch.Tensor | None:
     """Return V·x as in :class:`Projected`.
@@ -211,32 +328,33 @@ def project(
         routes: where the pairs go; None for a dense layer, whose pairs are its rows.
         top_k: pairs that share a row of x.
         factor_bits: 3, 8 or 16.
-        max_rank: largest rank of an expert, each part padded to 16; 0 for none.
-        split_k: parts of K of the GEMM.
+        shape: of V·x.
+        counters: int32, of :func:`.prepare.prepare` for this shape: 0 on the device by now, and for one use.
         mode: how to launch.
     """
-    if max_rank == 0:
+    if shape.max_rank == 0:
         return None
     rows, k = x.shape
-    units = triton.cdiv(k, UNIT)
     num_pairs = rows if routes is None else routes.num_pairs
     num_experts = weights.packed.shape[0]
-    block_m = min(64, blocks.block_m)
-    sub_blocks = blocks.block_m // block_m
-    count = blocks.max_blocks * sub_blocks
-    rank_tiles = triton.cdiv(max_rank, RANKS)
-    splits = _splits(routes is None, blocks.block_m, split_k, count * rank_tiles, units, mode.early)
-    down_dtype = x.dtype if splits == 1 else torch.float32
-    down = torch.empty(splits, num_pairs, max_rank, dtype=down_dtype, device=x.device)
+    how = plan(shape, blocks, routes is None, mode.early)
+    parts = None
+    if how.splits > 1:
+        parts = torch.empty(how.splits, num_pairs, shape.max_rank, dtype=torch.float32, device=x.device)
+    down = parts
+    if down is None or how.finish:
+        down = torch.empty(1, num_pairs, shape.max_rank, dtype=x.dtype, device=x.device)
     launch(
         _project_kernel,
-        (count * splits * rank_tiles,),
+        (how.blocks * how.splits * how.rank_tiles,),
         mode,
         x,
         weights.v,
         weights.v_scale,
         weights.rank_blocks,
         down,
+        parts if how.finish else None,
+        counters if how.finish else None,
         blocks.pairs,
         blocks.experts,
         blocks.num_blocks,
@@ -245,11 +363,11 @@ def project(
         k,
         num_pairs,
         top_k,
-        max_rank,
+        shape.max_rank,
         blocks.max_blocks,
-        triton.cdiv(units, splits),
-        splits,
-        rank_tiles,
+        how.chunk,
+        how.splits,
+        how.rank_tiles,
         PARTS=(weights.rank_blocks.shape[0] - 1) // num_experts,
         FACTOR_BITS=factor_bits,
         RANKS=RANKS,
@@ -258,9 +376,10 @@ def project(
         EVEN_K=k % 128 == 0,
         HAS_MAP=routes is not None and routes.expert_map is not None,
         BLOCKS=block_kind(blocks, routes),
-        BLOCK_M=block_m,
-        SUB_BLOCKS=sub_blocks,
-        STAGES=4 if block_m <= 32 else 2,
+        BLOCK_M=how.block_m,
+        SUB_BLOCKS=how.sub_blocks,
+        STAGES=_stages(how.block_m),
+        FINISH=how.finish,
         PDL=mode.early,
         num_warps=4,
     )
