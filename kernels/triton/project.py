@@ -256,10 +256,10 @@ def block_kind(blocks: TokenBlocks, routes: Routes | None) -> str:
 def _finishes(dense: bool, tile_m: int) -> bool:
     """Return whether programs of V·x add its parts, where there are several, for GEMM tiles of ``tile_m`` pairs.
 
-    Else each tile adds them, of all the ranks that it takes: 4 bytes a part instead of 2 in all. Few ranks of few pairs
-    are added faster than the last program would do it, for which all tiles wait.
+    Else each tile adds them, of all the ranks that it takes: 4 bytes a part instead of 2 in all. The few ranks of
+    experts are added faster for few pairs than the last program would do it, for which all tiles wait.
     """
-    return dense or tile_m >= 32
+    return dense or tile_m > 32
 
 
 def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, early: bool, finish: bool) -> int:
@@ -268,11 +268,12 @@ def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, e
     Beside the GEMM's loop programs have time, but each takes the place of one of its tiles (of ``tile_m`` pairs, one
     of ``split_k`` parts of K). With few tokens a program of V·x has a quarter of a tile's units, and at most eight, and
     is done in time. Dense layers have so many ranks that their GEMM waits for V·x anyway: it gets as many programs as
-    run at once, as long as the last ones have little to add (``finish``); where the GEMM adds, few parts.
+    run at once, as long as each has four units and the last ones have little to add (``finish``); where the GEMM adds,
+    few parts.
     """
     filling = triton.cdiv(256 if early else 1024, programs)
     if dense:
-        most = 512 // tile_m if finish else 8 if programs <= 16 else 4
+        most = min(512 // tile_m, units // 4) if finish else 8 if programs <= 16 else 4
         splits = min(most, filling) if tile_m <= 64 else 1
     elif tile_m <= 32:
         splits = triton.next_power_of_2(max(4 * split_k, triton.cdiv(units, 8)))
@@ -282,9 +283,11 @@ def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, e
     return 1 << (splits.bit_length() - 1)  # few different numbers: a GEMM that adds is compiled for each
 
 
-def _stages(block_m: int) -> int:
-    """Return the depth of the load pipeline."""
-    return 4 if block_m <= 32 else 2
+def _stages(dense: bool, block_m: int) -> int:
+    """Return the depth of the load pipeline: what there is room for, beside tiles of experts less."""
+    if block_m <= 32:
+        return 4
+    return 3 if dense else 2
 
 
 def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Plan:
@@ -378,7 +381,7 @@ def project(
         BLOCKS=block_kind(blocks, routes),
         BLOCK_M=how.block_m,
         SUB_BLOCKS=how.sub_blocks,
-        STAGES=_stages(how.block_m),
+        STAGES=_stages(routes is None, how.block_m),
         FINISH=how.finish,
         PDL=mode.early,
         num_warps=4,
