@@ -77,7 +77,7 @@ def test_budgets_are_kept(bundled_model: Path, tmp_path: Path, options: list[str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "best"], "--preset best needs --calibration TEXT"),
+        (["--preset", "best", "--calibration-windows", "0"], "must be at least 1"),
         (["--preset", "small", "--method", "paper"], "--preset small and --method exclude each other"),
         (["--method", "hqq", "--budget-bits", "3.6"], "--budget-bits needs compensators"),
         (["--method", "paper", "--calibration", str(TEXT)], "--method paper cannot use --calibration"),
