@@ -222,13 +222,16 @@ def test_contenders_are_calls_that_the_command_line_takes(
     seen: list[Conversion] = []
     monkeypatch.setattr(cli, "convert", lambda source, out, conversion, progress: seen.append(conversion))
     monkeypatch.setattr(cli, "calibrate", lambda *arguments, **options: Calibration())
+    monkeypatch.setattr(cli, "write_windows", lambda *arguments: None)
     monkeypatch.setattr(cli, "_print_summary", lambda summary: None)
     values = {COUNTS: str(counts), CALIBRATION: str(TEXT)}
     for contender in SECTIONS[section](Shape(1024, ModelReader(bundled_model).matrices), 20):
         arguments = [values.get(argument, argument) for argument in contender.arguments]
         assert milo(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *arguments]) == 0, contender
         made = seen.pop()
-        assert (made.calibration is not None) == (CALIBRATION in contender.arguments)
+        assert (made.calibration is not None) == ("--calibration" in contender.arguments)
+        if made.calibration is not None:
+            assert made.calibration.own_text == contender.name.endswith("own text")
         if contender.group.startswith("paper"):
             assert made.recipe.method == "paper"
             assert made.policies
