@@ -262,19 +262,17 @@ def _finishes(dense: bool, tile_m: int) -> bool:
     return dense or tile_m > 32
 
 
-def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, early: bool, finish: bool) -> int:
+def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, early: bool) -> int:
     """Return the parts of K, were there ``programs`` programs for each.
 
     Beside the GEMM's loop programs have time, but each takes the place of one of its tiles (of ``tile_m`` pairs, one
     of ``split_k`` parts of K). With few tokens a program of V·x has a quarter of a tile's units, and at most eight, and
     is done in time. Dense layers have so many ranks that their GEMM waits for V·x anyway: it gets as many programs as
-    run at once, as long as each has four units and the last ones have little to add (``finish``); where the GEMM adds,
-    few parts.
+    run at once, as long as each has four units and the last ones have little to add.
     """
     filling = triton.cdiv(256 if early else 1024, programs)
     if dense:
-        most = min(512 // tile_m, units // 4) if finish else 8 if programs <= 16 else 4
-        splits = min(most, filling) if tile_m <= 64 else 1
+        splits = min(512 // tile_m, units // 4, filling) if tile_m <= 64 else 1
     elif tile_m <= 32:
         splits = triton.next_power_of_2(max(4 * split_k, triton.cdiv(units, 8)))
     else:
@@ -298,9 +296,9 @@ def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Pla
     rank_tiles = triton.cdiv(shape.max_rank, RANKS)
     if rank_tiles == 0:
         return Plan(block_m, sub_blocks, count, 0, 1, shape.units, False)
-    finish = _finishes(dense, blocks.block_m)
-    splits = _splits(dense, blocks.block_m, shape.split_k, count * rank_tiles, shape.units, early, finish)
-    return Plan(block_m, sub_blocks, count, rank_tiles, splits, triton.cdiv(shape.units, splits), finish and splits > 1)
+    splits = _splits(dense, blocks.block_m, shape.split_k, count * rank_tiles, shape.units, early)
+    finish = splits > 1 and _finishes(dense, blocks.block_m)
+    return Plan(block_m, sub_blocks, count, rank_tiles, splits, triton.cdiv(shape.units, splits), finish)
 
 
 def allocate_counters(plans: Sequence[Plan], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
