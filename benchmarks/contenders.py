@@ -13,9 +13,12 @@ from gptq import Gptq
 from vllm_milo.offline.families import Kind
 from vllm_milo.offline.generation import OWN_TEXT
 from vllm_milo.offline.ranks import DENSE_KINDS, Matrix
+from vllm_milo.offline.sources import NONE
 
 COUNTS = "{counts}"
 CALIBRATION = "{calibration}"
+WEIGHED_BY = {"calibrated": CALIBRATION, "own text": OWN_TEXT, "plain squares": NONE}
+"""What a preset's ``--calibration`` may be, beside its default."""
 RANK_STEP = 8
 FACTOR_BITS = 3 + 16 / 64
 """Stored bits of one value of a 3-bit factor, with its scales."""
@@ -77,10 +80,11 @@ def main_section(shape: Shape, rounds: int) -> list[Contender]:
         Contender("least squares g128", "baseline", ("--method", "mse", "--group-size", "128")),
     ]
     presets = [preset("balanced", bits) for bits in (3.55, 3.6, 3.75)]
-    presets += [preset("best", bits, calibrated=True) for bits in (3.5, 3.59, 3.6, 3.75)]
+    presets += [preset("best", bits, "calibrated") for bits in (3.5, 3.59, 3.6, 3.75)]
     presets += [preset("small", bits) for bits in (3.25, 3.4)]
-    presets += [preset("small", 3.297, calibrated=True)]
-    presets += [preset("best", bits, own_text=True) for bits in (3.55, 3.6, 3.75)]
+    presets += [preset("small", 3.297, "calibrated")]
+    presets += [preset("best", bits, "own text") for bits in (3.55, 3.6, 3.75)]
+    presets += [preset("balanced", bits, "plain squares") for bits in (3.6, 3.75)]
     presets += [Contender("preset paper-s1", "ours", ("--preset", "paper-s1"))]
     presets += [Contender("preset paper-s2", "ours", ("--preset", "paper-s2"))]
     return [*baselines, *paper_sweep(shape, rounds), *presets]
@@ -119,19 +123,20 @@ def large_section(shape: Shape, rounds: int) -> list[Contender]:
     head = [
         Contender("RTN", "baseline", ("--method", "rtn")),
         preset("balanced", small),
-        preset("best", large, calibrated=True),
-        preset("best", large, own_text=True),
-        preset("balanced", small, own_text=True),
+        preset("best", large, "calibrated"),
+        preset("best", large, "own text"),
+        preset("balanced", small, "own text"),
+        preset("balanced", small, "plain squares"),
     ]
     fractions = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     dense = [paper(f"paper dense={r}", "paper dense", f"dense={r}", rounds) for r in map(shape.rank, fractions)]
     tail = [
         preset("balanced", 3.6),
-        preset("best", 3.6, calibrated=True),
+        preset("best", 3.6, "calibrated"),
         preset("balanced", 3.75),
-        preset("best", 3.75, calibrated=True),
-        preset("best", 3.297, calibrated=True),
-        preset("best", 3.59, calibrated=True),
+        preset("best", 3.75, "calibrated"),
+        preset("best", 3.297, "calibrated"),
+        preset("best", 3.59, "calibrated"),
         preset("small", 3.4),
         preset("small", 3.25),
         preset("balanced", large),
@@ -198,10 +203,10 @@ def paper(name: str, group: str, ranks: str, rounds: int, *more: str) -> Contend
     return Contender(name, group, arguments + (("--expert-counts", COUNTS) if "frequency" in ranks else ()))
 
 
-def preset(name: str, bits: float, calibrated: bool = False, own_text: bool = False) -> Contender:
-    """Return a preset at a budget of stored bits a weight, calibrated on the benchmark's text or the model's own."""
+def preset(name: str, bits: float, how: str = "") -> Contender:
+    """Return a preset at a budget of stored bits a weight, errors weighed as is its default or as ``how`` says."""
     arguments = ("--preset", name, "--budget-bits", f"{bits:g}")
-    suffix = ", own text" if own_text else ", calibrated" if calibrated else ""
-    group = f"ours {name}" + ("" if (name, suffix) == ("best", ", calibrated") else suffix)
-    text = OWN_TEXT if own_text else CALIBRATION if calibrated else None
-    return Contender(f"{name} {bits:g}{suffix}", group, arguments + (("--calibration", text) if text else ()))
+    if not how:
+        return Contender(f"{name} {bits:g}", f"ours {name}", arguments)
+    group = "ours best" if (name, how) == ("best", "calibrated") else f"ours {name}, {how}"
+    return Contender(f"{name} {bits:g}, {how}", group, (*arguments, "--calibration", WEIGHED_BY[how]))

@@ -47,22 +47,20 @@ def rank_bits(matrix: Matrix, factor_bits: int) -> float:
     return (matrix.n + matrix.k) * (factor_bits + scale)
 
 
-def measure_curves(
-    weights: torch.Tensor, recipe: Recipe, moments: Moments | None = None, sensitivity: float = 1.0
-) -> list[Curve]:
-    """Return the expected cost of each matrix of a batch [B, N, K] at every rank.
+def measure_curves(weights: torch.Tensor, recipe: Recipe, moments: Moments, relative: bool = True) -> list[Curve]:
+    """Return the expected cost of each matrix of a batch [B, N, K] at every rank, in the metric of its moments.
 
-    Without ``moments`` a cost is the relative error times ``sensitivity``; with them it is the cost itself, which is
+    Costs are ``relative`` to those of leaving the matrix out; without, they are the costs themselves, which are
     comparable over all matrices of a model where both moments are given.
     """
-    metric = Metric.of(moments or Moments())
+    metric = Metric.of(moments)
     base = quantize_mse(weights, recipe.group_size, metric.importance(of_inputs=True))
     residual = metric.whiten(weights - base.dequantize())
     whole = metric.whiten(weights)
     generator = torch.Generator(weights.device).manual_seed(recipe.seed)
     error = residual.flatten(1).square().sum(1)
     size = whole.flatten(1).square().sum(1).clamp(min=1e-30)
-    scale = error * sensitivity if moments is not None else error / size * sensitivity
+    scale = error / size if relative else error
     left = _tails(residual, error, generator)
     signal = _tails(whole, size, generator)
     expected = torch.minimum(left**RESIDUAL_POWER, signal * left ** (RESIDUAL_POWER - 1))

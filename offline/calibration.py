@@ -17,10 +17,9 @@ from tqdm import tqdm
 from .errors import ConversionError
 from .families import Family, find_family
 from .metric import Moments
+from .moments import MAX_FULL_SIZE, LoadedMatrix
 from .ranks import Matrix
 
-MAX_FULL_SIZE = 8192
-"""Sides up to this get full second moments; larger ones only the diagonal."""
 UNSEEN = 1e-12
 """Second moment of what the text never reaches, so that such an expert is still quantized by plain squares."""
 WINDOW = 512
@@ -76,7 +75,28 @@ class Calibration:
         self.own_text = False
         self.gradients = gradients
 
-    def moments(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:
+    def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> Calibration:
+        """Return this, which knows all layers."""
+        return self
+
+    def group(self, matrix: Matrix) -> str:
+        """Return one name for all: each matrix has its own moments."""
+        return ""
+
+    def numbers(self, matrix: Matrix) -> int:
+        """Return the numbers in the moments of a matrix, on both sides."""
+        sides = (matrix.k, matrix.n) if self.gradients else (matrix.k,)
+        return sum(size * size if size <= MAX_FULL_SIZE else size for size in sides)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint's recipe records."""
+        return {
+            "calibration": "self" if self.own_text else "text",
+            "calibration_tokens": self.tokens,
+            "calibration_moments": "full" if self.gradients else "inputs",
+        }
+
+    def of(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:
         """Return the moments of matrices of one shape, stacked, per token of the text; no outputs without gradients.
 
         Raises:

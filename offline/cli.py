@@ -15,9 +15,6 @@ import torch
 from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES, CheckpointError
 from vllm_milo.shards import ShardError, read_json
 
-from . import memory
-from .calibration import WINDOW as CALIBRATION_WINDOW
-from .calibration import Calibration, calibrate, spread_windows
 from .convert import Conversion, Summary, convert
 from .errors import ConversionError
 from .evaluate import (
@@ -29,13 +26,13 @@ from .evaluate import (
     read_expert_counts,
     read_tokens,
 )
-from .generation import OWN_TEXT, write_windows
+from .generation import OWN_TEXT
+from .gram import FEEDBACK_ROUNDS, ROUNDS
 from .inspect import format_report, inspect_checkpoint
 from .presets import DEFAULT_PRESET, PRESETS, Preset
 from .ranks import POLICIES, RANK_MULTIPLE, Policy, parse_policies
-from .reader import ModelReader
 from .recipe import METHODS, PLAIN_METHODS, Recipe
-from .streamed import calibrate_streamed
+from .sources import MOMENTS, NONE, WEIGHTS, TextOptions, moment_source
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FACTOR_BITS = {"int3": 3, "int8": 8, "16": 16}
@@ -53,8 +50,9 @@ Without --ranks, method milo gives the ranks to the matrices where they remove m
 or a paper preset the policies are scaled to fit."""
 
 
-CALIBRATION_HELP = f"""UTF-8 text to weigh errors by (method milo), or the word {OWN_TEXT}: a text that the model
-writes by itself, which needs no data but the whole model in memory. Default: none; {OWN_TEXT} for preset best."""
+CALIBRATION_HELP = f"""what to weigh errors by (method milo). {WEIGHTS} (default): what the weights themselves tell
+about the inputs of every matrix, without data or a forward pass; a file: a UTF-8 text; {OWN_TEXT} (default of preset
+best): a text that the model writes by itself, which needs no data but the whole model in memory; {NONE}: nothing."""
 
 
 MOMENTS_HELP = """what a calibration measures. full: inputs of every matrix and gradients at its outputs, which needs
@@ -115,14 +113,15 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
     parser.add_argument("--calibration", metavar="TEXT", help=CALIBRATION_HELP)
     parser.add_argument("--calibration-windows", type=int, default=64, help="default: %(default)s of 512 tokens")
-    parser.add_argument("--calibration-moments", choices=("auto", "full", "inputs"), default="auto", help=MOMENTS_HELP)
+    parser.add_argument("--calibration-moments", choices=MOMENTS, default="auto", help=MOMENTS_HELP)
     parser.add_argument("--method", choices=METHODS, default=None, help="default: milo")
     parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for milo and paper.")
     parser.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=None, help="default: the preset's, or 64"
     )
     parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
-    parser.add_argument("--max-rounds", type=int, default=Recipe.max_rounds, help="default: %(default)s")
+    rounds = f"default: {Recipe.max_rounds}; {ROUNDS} with --calibration {WEIGHTS}"
+    parser.add_argument("--max-rounds", type=int, default=None, help=rounds)
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="layer to keep as it is")
     parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -150,23 +149,28 @@ def _quantize(arguments: argparse.Namespace) -> None:
         budget = preset.budget_bits if budget is None else budget
     else:
         policies = _policies(arguments, method)
-    if arguments.max_rounds < 1:
+    if arguments.max_rounds is not None and arguments.max_rounds < 1:
         raise ConversionError("--max-rounds must be at least 1")
-    if preset is not None and preset.calibrated and arguments.calibration is None:
-        arguments.calibration = OWN_TEXT
-    if arguments.calibration is not None and method != "milo":
-        raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
+    calibration = _calibration(arguments, preset, method)
+    text = TextOptions(
+        windows=arguments.calibration_windows,
+        moments=arguments.calibration_moments,
+        device=arguments.device,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
     conversion = Conversion(
         recipe=Recipe(
             method=method,
             group_size=arguments.group_size or (preset.group_size if preset else Recipe.group_size),
             factor_bits=_FACTOR_BITS[arguments.factors],
-            max_rounds=arguments.max_rounds,
+            max_rounds=arguments.max_rounds or (ROUNDS if calibration == WEIGHTS else Recipe.max_rounds),
             seed=arguments.seed,
+            feedback_rounds=FEEDBACK_ROUNDS if calibration == WEIGHTS else Recipe.feedback_rounds,
         ),
         policies=policies,
         budget_bits=budget,
-        calibration=_calibrate(arguments) if arguments.calibration else None,
+        calibration=moment_source(arguments.model, calibration, text),
         ignore=arguments.ignore,
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,
@@ -185,6 +189,17 @@ def _preset(arguments: argparse.Namespace) -> Preset | None:
     return PRESETS[arguments.preset]
 
 
+def _calibration(arguments: argparse.Namespace, preset: Preset | None, method: str) -> str:
+    """Return what to weigh errors by, as given or the default of the preset and method."""
+    if method != "milo":
+        if arguments.calibration not in (None, NONE):
+            raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
+        return NONE
+    if arguments.calibration is None:
+        return OWN_TEXT if preset is not None and preset.calibrated else WEIGHTS
+    return str(arguments.calibration)
+
+
 def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
     if method in PLAIN_METHODS:
         for option, value in (("--ranks", arguments.ranks), ("--budget-bits", arguments.budget_bits)):
@@ -194,51 +209,6 @@ def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
     if arguments.ranks is None:
         return [] if method == "milo" and arguments.budget_bits is not None else parse_policies(DEFAULT_RANKS)
     return parse_policies(arguments.ranks)
-
-
-def _calibrate(arguments: argparse.Namespace) -> Calibration:
-    """Run the model on the calibration text, in windows spread over all of it; a layer at a time if it is large."""
-    reader = ModelReader(arguments.model)
-    progress = not arguments.quiet
-    windows = None
-    if arguments.calibration != OWN_TEXT:
-        tokens = read_tokens(arguments.model, Path(arguments.calibration))
-        windows = spread_windows(tokens, arguments.calibration_windows)
-    if _fits_whole(reader, arguments):
-        model = load_model(arguments.model, device=arguments.device)
-        calibration = calibrate(
-            model, windows if windows is not None else _write(model, arguments), arguments.seed, progress
-        )
-    else:
-        if windows is None:
-            memory.refuse_to_write_what_does_not_fit(reader, arguments.device)
-            windows = _write(load_model(arguments.model, torch.bfloat16, arguments.device), arguments)
-        memory.refuse_what_does_not_fit(reader, windows.numel(), arguments.device)
-        calibration = calibrate_streamed(reader, windows, arguments.device, progress)
-    calibration.own_text = arguments.calibration == OWN_TEXT
-    return calibration
-
-
-def _write(model: Any, arguments: argparse.Namespace) -> torch.Tensor:
-    length = min(CALIBRATION_WINDOW, int(model.config.max_position_embeddings))
-    return write_windows(model, arguments.calibration_windows, length, arguments.seed, not arguments.quiet)
-
-
-def _fits_whole(reader: ModelReader, arguments: argparse.Namespace) -> bool:
-    """Return whether to run the model as a whole, for gradients too; say so on stderr if that is refused for memory."""
-    if arguments.calibration_moments == "inputs":
-        return False
-    need, have = memory.whole_model_need(reader), memory.available(arguments.device)
-    if need <= have:
-        return True
-    lack = (
-        f"gradients need the whole model with all moments on {arguments.device}: {memory.gib(need)}, "
-        f"and {memory.gib(have)} are free"
-    )
-    if arguments.calibration_moments == "full":
-        raise ConversionError(f"--calibration-moments full: {lack}; use --calibration-moments inputs")
-    print(f"warning: {lack}; using the moments of inputs alone, a layer at a time", file=sys.stderr)
-    return False
 
 
 DEFAULT_RANKS = "dense=64"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .calibration import Calibration
+from .moments import MomentSource, PlainSquares
 from .ranks import Policy
 from .recipe import Recipe
 from .writer import SHARD_BYTES
@@ -20,7 +20,7 @@ class Conversion:
         policies: rank policies, added up; with a budget they are scaled to fit it.
         budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks
             come from measured spectra (see :mod:`.allocation`).
-        calibration: second moments of the model on a text, for method ``milo``.
+        calibration: second moments that weigh errors, for method ``milo``.
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
         device: where the arithmetic runs.
@@ -31,7 +31,7 @@ class Conversion:
     recipe: Recipe = field(default_factory=Recipe)
     policies: Sequence[Policy] = ()
     budget_bits: float | None = None
-    calibration: Calibration | None = None
+    calibration: MomentSource = field(default_factory=PlainSquares)
     ignore: Sequence[str] = ()
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     device: str = "cpu"

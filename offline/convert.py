@@ -31,9 +31,9 @@ from vllm_milo.validation import validate_checkpoint
 
 from .conversion import Conversion
 from .errors import ConversionError
-from .metric import Moments
 from .milo import Quantized, quantize_matrices
-from .planning import batches, excess_kurtosis, plan_ranks, progress_bar
+from .moments import PlainSquares
+from .planning import Batch, batches, excess_kurtosis, plan_ranks, progress_bar
 from .ranks import Matrix
 from .reader import Layer, ModelReader
 from .recipe import Recipe
@@ -91,7 +91,7 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
     )
     for matrix in matrices:
         base_format.check_matrix(matrix.name, matrix.n, matrix.k)
-    if conversion.calibration is not None and conversion.recipe.method != "milo":
+    if not isinstance(conversion.calibration, PlainSquares) and conversion.recipe.method != "milo":
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
     ranks, warnings = plan_ranks(reader, plan, conversion, device, progress)
     fmt = MiLoFormat(
@@ -146,13 +146,13 @@ def _convert_layer(
     writer: CheckpointWriter,
 ) -> dict[str, MatrixReport]:
     report: dict[str, MatrixReport] = {}
-    calibration, recipe = conversion.calibration, conversion.recipe
-    loaded = reader.load_layer(layer, device)
-    for batch, weights in batches(loaded, ranks, calibration is not None, mixed=recipe.method == "milo"):
-        moments = calibration.moments(batch, device) if calibration else Moments()
-        theirs = [ranks[matrix.name] for matrix in batch]
-        result = _quantize_named(batch, weights, theirs, recipe, reader.dtype, moments)
-        for index, (matrix, rank) in enumerate(zip(batch, theirs, strict=True)):
+    recipe = conversion.recipe
+    loaded = list(reader.load_layer(layer, device))
+    moments = conversion.calibration.of_layer(layer.name, loaded) if loaded else PlainSquares()
+    for batch in batches(loaded, moments, ranks, mixed=recipe.method == "milo"):
+        theirs = [ranks[matrix.name] for matrix in batch.matrices]
+        result = _quantize_named(batch, theirs, recipe, reader.dtype)
+        for index, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
             _write_matrix(writer, matrix.name, rank, result, index)
             report[matrix.name] = MatrixReport(float(result.errors[index]), rank, int(result.rounds[index]))
     for tensor in layer.others:
@@ -160,24 +160,16 @@ def _convert_layer(
     return report
 
 
-def _quantize_named(
-    batch: Sequence[Matrix],
-    weights: torch.Tensor,
-    ranks: Sequence[int],
-    recipe: Recipe,
-    dtype: torch.dtype,
-    moments: Moments,
-) -> Quantized:
+def _quantize_named(batch: Batch, ranks: Sequence[int], recipe: Recipe, dtype: torch.dtype) -> Quantized:
     """Quantize a batch; on failure find the matrix that fails and name it."""
     rank = ranks[0] if len(set(ranks)) == 1 else ranks
     try:
-        return quantize_matrices(weights, rank, recipe, dtype, moments)
+        return quantize_matrices(batch.weights, rank, recipe, dtype, batch.moments)
     except ConversionError as error:
-        for index, matrix in enumerate(batch):
+        for index, matrix in enumerate(batch.matrices):
             one = slice(index, index + 1)
-            single = Moments(*(None if part is None else part[one] for part in moments))
             try:
-                quantize_matrices(weights[one], ranks[index], recipe, dtype, single)
+                quantize_matrices(batch.weights[one], ranks[index], recipe, dtype, batch.moments.select(one))
             except ConversionError as single_error:
                 raise type(error)(f"{matrix.name}: {single_error}") from error
         raise
@@ -230,11 +222,7 @@ def _recipe_record(conversion: Conversion) -> dict[str, Any]:
     record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
-    if conversion.calibration is not None:
-        record["calibration"] = "self" if conversion.calibration.own_text else "text"
-        record["calibration_tokens"] = conversion.calibration.tokens
-        record["calibration_moments"] = "full" if conversion.calibration.gradients else "inputs"
-    return record
+    return record | conversion.calibration.describe()
 
 
 def _report(report: Mapping[str, MatrixReport]) -> dict[str, Any]:

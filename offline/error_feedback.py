@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 
 from .least_squares import Grid, fit_grid
+from .metric import fast_products
 from .quantizer import MAX_CODE, GroupQuantized
 
 
 def feedback_factor(root: torch.Tensor) -> torch.Tensor:
     """Return the upper Cholesky factor T of R⁻¹ = Tᵀ·T, R = root·rootᵀ; root lower triangular [B, K, K]."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    return torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).contiguous()
 
 
 def quantize_with_feedback(
@@ -25,7 +26,7 @@ def quantize_with_feedback(
     Args:
         weights: float32 [B, N, K].
         group_size: consecutive weights of a row that share one scale and zero point; divides K.
-        factor: of :func:`feedback_factor`, [B, K, K].
+        factor: of :func:`feedback_factor`, [B, K, K] or [1, K, K] for all.
         start: an earlier result, whose grids the fits go on from.
         fits: regressions of each group's grid.
     """
@@ -38,17 +39,22 @@ def quantize_with_feedback(
         old = None if start is None else Grid(start.scale[..., index, None], start.zero[..., index, None])
         grid = fit_grid(left[..., columns], group_size, importance[..., columns], old, fits)
         grids.append(grid)
-        errors = _quantize_group(left[..., columns], factor[..., columns, columns], grid, codes[..., columns])
-        left[..., columns.stop :] -= errors @ factor[..., columns, columns.stop :]
+        errors = quantize_group(left[..., columns], factor[..., columns, columns], grid, codes[..., columns])
+        with fast_products(weights.device):
+            left[..., columns.stop :] -= errors @ factor[..., columns, columns.stop :]
     return GroupQuantized(codes, *(torch.cat(parts, -1) for parts in zip(*grids, strict=True)))
 
 
-def _quantize_group(group: torch.Tensor, factor: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+def quantize_group(group: torch.Tensor, factor: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
     """Choose the codes [B, N, g] of one group, in place; return the scaled errors [B, N, g] for later columns.
 
     All weights of a row share the grid here, so the columns are kept in steps of the grid, where a code is one
-    rounding: four operations a column, which is what a GPU's time goes by.
+    rounding. On GPUs one kernel does it.
     """
+    if group.is_cuda:
+        from vllm_milo.kernels.triton.feedback import quantize_group as quantize_group_on_gpu
+
+        return quantize_group_on_gpu(group, factor, grid.scale[..., 0].float(), grid.zero[..., 0].float(), codes)
     scale, zero = grid.scale.float().mT, grid.zero.float().mT
     left = torch.addcmul(zero, group.mT, scale.reciprocal())  # [B, g, N]: columns become rows, which are contiguous
     diagonal = factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)

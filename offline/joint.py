@@ -63,12 +63,12 @@ def quantize_jointly(
     refuse_bad_scales(weights, recipe.group_size)
     metric = Metric.of(moments)
     if not any(ranks):
-        return State(_Base(metric, recipe).begin(weights), None, torch.empty(0))
+        return State(_Base(metric, recipe).begin(weights, feedback=True), None, torch.empty(0))
     loop = _Loop(weights, ranks, max(ranks), metric, recipe, dtype)
     plain, low_rank = loop.begin_plain(), loop.begin_low_rank()
     rounds = range(recipe.max_rounds)
     for step in rounds[:PROBE_ROUNDS]:
-        plain, low_rank = loop.advance(plain, step == rounds[-1]), loop.advance(low_rank, step == rounds[-1])
+        plain, low_rank = loop.advance(plain, step), loop.advance(low_rank, step)
     rest = rounds[PROBE_ROUNDS:]
     if rest:
         plain, low_rank = loop.with_trial(plain), loop.with_trial(low_rank)
@@ -111,7 +111,7 @@ class _Path:
 
 
 class _Base:
-    """The quantizer of the base for a metric: with error feedback where the inputs' second moment is full."""
+    """The quantizer of the base for a metric; with error feedback, if wanted, where the inputs' moment is full."""
 
     def __init__(self, metric: Metric, recipe: Recipe) -> None:
         full = metric.right is not None and metric.right.dim() == 3
@@ -119,20 +119,25 @@ class _Base:
         self._importance = metric.importance(of_inputs=True)
         self._group_size = recipe.group_size
 
-    def begin(self, weights: torch.Tensor, fits: int = 4) -> GroupQuantized:
+    def begin(self, weights: torch.Tensor, feedback: bool) -> GroupQuantized:
         """Quantize weights [B, N, K] from scratch."""
-        if self._factor is not None:
-            return quantize_with_feedback(weights, self._group_size, self._factor, None, fits)
-        return quantize_mse(weights, self._group_size, self._importance, None, fits, strict=False)
+        if self._factor is not None and feedback:
+            return quantize_with_feedback(weights, self._group_size, self._factor, None, COLD_FITS)
+        return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS, strict=False)
 
     def go_on(
-        self, weights: torch.Tensor, old: GroupQuantized, work: tuple[torch.Tensor, torch.Tensor], first: bool
+        self,
+        weights: torch.Tensor,
+        old: GroupQuantized,
+        work: tuple[torch.Tensor, torch.Tensor],
+        first: bool,
+        feedback: bool,
     ) -> GroupQuantized:
         """Quantize weights [B, N, K] from the result for similar ones; ``work`` is overwritten.
 
         The first compensator may take so much off a group that its old grid is no use, so there ranges count too.
         """
-        if self._factor is not None:
+        if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, old, WARM_FITS)
         if first:
             return quantize_mse(weights, self._group_size, self._importance, old, WARM_FITS, strict=False)
@@ -189,14 +194,19 @@ class _Loop:
     def begin_plain(self) -> _Path:
         """Return the path that begins without a compensator."""
         rest = self._weights.clone()
-        return _Path(self._base.begin(rest, COLD_FITS), rest)
+        return _Path(self._base.begin(rest, self._feeds_back(0)), rest)
 
     def begin_low_rank(self) -> _Path:
         """Return the path that begins with the best compensator of the whole W, before anything is quantized."""
         whitened = self._metric.whiten(self._weights)
         start, pair = self._compensate(whitened, None)
         rest = self._subtract(pair, torch.empty_like(self._weights))
-        return _Path(self._base.begin(rest, COLD_FITS), rest, start)
+        return _Path(self._base.begin(rest, self._feeds_back(0)), rest, start)
+
+    def _feeds_back(self, step: int) -> bool:
+        """Return whether the base of round ``step`` feeds errors forward."""
+        rounds = self._recipe.feedback_rounds
+        return rounds is None or step >= self._recipe.max_rounds - rounds
 
     def _compensate(self, whitened: torch.Tensor, start: torch.Tensor | None) -> tuple[torch.Tensor, StoredPair]:
         """Return the rows [B, r, K] that the compensators of whitened residuals begin with, and those as stored.
@@ -214,30 +224,35 @@ class _Loop:
             pairs.append(pad_pair(pair, self._rows))
         return rows, join_pairs(pairs)
 
-    def advance(self, path: _Path, last: bool) -> _Path:
-        """Return the path after one more round: a new compensator for the base, and a new base for that."""
+    def advance(self, path: _Path, step: int, trial: bool = False) -> _Path:
+        """Return the path after round ``step``: a new compensator for the base, and a new base for that.
+
+        The last round and a ``trial`` of what it would give take the plain step.
+        """
         target, error = path.rest, self._work[0]
         _error_into(target, path.base, error)
-        relaxation = 1.0 if path.best is None or last else RELAXATION
+        plain_step = trial or path.best is None or step == self._recipe.max_rounds - 1
+        relaxation = 1.0 if plain_step else RELAXATION
         # C + relaxation·(error of the base), where C = W - rest
         torch.sub(self._weights, target, out=target).add_(error, alpha=relaxation)
         whitened = self._metric.whiten(target)
         start, pair = self._compensate(whitened, path.start)
         del whitened
         rest = self._subtract(pair, target)
-        base = self._base.go_on(rest, path.base, self._work, first=path.best is None)
+        base = self._base.go_on(rest, path.base, self._work, path.best is None, self._feeds_back(step))
         state = State(base, pair, self._metric.cost(_error_into(rest, base, error)))
         return _Path(base, rest, start, state if path.best is None else _better(path.best, state))
 
     def finish(self, path: _Path, steps: range) -> State:
         """Return the best state after the rounds ``steps``."""
         for step in steps:
-            path = self.advance(path, step == steps[-1])
+            path = self.advance(path, step)
         return path.state
 
     def with_trial(self, path: _Path) -> _Path:
         """Return the path as it is, but with what a last round would give counted among the states seen."""
-        return replace(path, best=self.advance(replace(path, rest=path.rest.clone()), last=True).best)
+        trial = self.advance(replace(path, rest=path.rest.clone()), PROBE_ROUNDS - 1, trial=True)
+        return replace(path, best=trial.best)
 
     def _subtract(self, pair: StoredPair, out: torch.Tensor) -> torch.Tensor:
         """Return W minus the compensator, in ``out``."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from .calibration import MAX_FULL_SIZE
 from .errors import ConversionError
 from .families import Kind
+from .moments import MAX_FULL_SIZE
 from .reader import Layer, ModelReader
 
 BYTES = 4

@@ -7,6 +7,8 @@ full, as their diagonals, or not at all (the identity: the Frobenius norm).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,12 +23,17 @@ class Moments(NamedTuple):
     """Second moments of a batch of matrices [B, N, K], float32.
 
     Attributes:
-        inputs: E[x·xᵀ] [B, K, K], its diagonal [B, K], or None for the identity.
+        inputs: E[x·xᵀ] [B, K, K], its diagonal [B, K], or None for the identity; of a first size 1 where all matrices
+            of the batch share it.
         outputs: second moment of the gradients at the outputs, [B, N, N], [B, N] or None.
     """
 
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
+
+    def select(self, index: torch.Tensor | slice) -> Moments:
+        """Return the moments of a part of the batch."""
+        return Moments(*(_select(part, index) for part in self))
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Metric:
     """The square roots of the moments: ``left``·``left``ᵀ = G, ``right``·``right``ᵀ = R.
 
     Attributes:
-        left: [B, N] (diagonal), [B, N, N] (lower triangular) or None.
+        left: [B, N] (diagonal), [B, N, N] (lower triangular) or None; B is 1 where all matrices share it.
         right: the same for K.
         left_inverse: left⁻¹; the loop divides by the roots hundreds of times.
         right_inverse: right⁻¹.
@@ -53,10 +60,11 @@ class Metric:
 
     def whiten(self, error: torch.Tensor) -> torch.Tensor:
         """Return leftᵀ·E·right, whose Frobenius norm is the cost of E [B, N, K]."""
-        if self.right is not None:
-            error = error * self.right.unsqueeze(-2) if self.right.dim() == 2 else error @ self.right
-        if self.left is not None:
-            error = error * self.left.unsqueeze(-1) if self.left.dim() == 2 else self.left.mT @ error
+        with fast_products(error.device):
+            if self.right is not None:
+                error = error * self.right.unsqueeze(-2) if self.right.dim() == 2 else error @ self.right
+            if self.left is not None:
+                error = error * self.left.unsqueeze(-1) if self.left.dim() == 2 else self.left.mT @ error
         return error
 
     def cost(self, error: torch.Tensor) -> torch.Tensor:
@@ -87,7 +95,28 @@ class Metric:
     def select(self, index: torch.Tensor | slice) -> Metric:
         """Return the metric of a part of the batch."""
         roots = (self.left, self.right, self.left_inverse, self.right_inverse)
-        return Metric(*(None if root is None else root[index] for root in roots))
+        return Metric(*(_select(root, index) for root in roots))
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Let a GPU's tensor cores multiply float32 matrices (TF32, relative errors of 1e-3) inside the block.
+
+    For the K² products of each row in a metric, which exact float32 would make the most expensive part of a round.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _select(part: torch.Tensor | None, index: torch.Tensor | slice) -> torch.Tensor | None:
+    return part if part is None or len(part) == 1 else part[index]
 
 
 def _root(moment: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from .allocation import Curve, allocate, base_bits, measure_curves, rank_bits
-from .calibration import Calibration
 from .conversion import Conversion
 from .errors import ConversionError
-from .metric import Metric, Moments
+from .metric import Moments
+from .moments import LayerMoments, LoadedMatrix
 from .ranks import Matrix, Statistics, assign_ranks, needs_counts, needs_kurtosis
 from .reader import Layer, ModelReader
+from .recipe import Recipe
 from .sensitivity import sensitivity
 
 BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
@@ -23,6 +26,14 @@ BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
 needs about ten float32 copies of them."""
 _SEARCH_STEPS = 24
 _LARGEST_FACTOR = 64.0
+
+
+class Batch(NamedTuple):
+    """Matrices of one shape, their weights [B, N, K] and what errors in them cost."""
+
+    matrices: list[Matrix]
+    weights: torch.Tensor
+    moments: Moments
 
 
 def plan_ranks(
@@ -44,27 +55,29 @@ def plan_ranks(
 
 
 def batches(
-    matrices: Iterator[tuple[Matrix, torch.Tensor]], ranks: Mapping[str, int], moments: bool, mixed: bool = True
-) -> Iterator[tuple[list[Matrix], torch.Tensor]]:
+    loaded: Sequence[LoadedMatrix], moments: LayerMoments, ranks: Mapping[str, int], mixed: bool = True
+) -> Iterator[Batch]:
     """Group a layer's matrices by shape, in order of rank, so that the solver works on many at once.
 
     Args:
-        matrices: the layer's, with their weights.
+        loaded: the layer's matrices with their weights.
+        moments: of the layer.
         ranks: of every matrix, by name; those that it lacks count as one rank.
-        moments: whether second moments [K, K] and [N, N] take memory beside the weights.
         mixed: whether a batch may hold several ranks above 0.
     """
-    groups: dict[tuple[int, int, int], list[tuple[Matrix, torch.Tensor]]] = defaultdict(list)
-    for matrix, weights in matrices:
+    groups: dict[tuple[int, int, int, str], list[LoadedMatrix]] = defaultdict(list)
+    for matrix, weights in loaded:
         rank = ranks.get(matrix.name, 0)
-        groups[matrix.n, matrix.k, min(rank, 1) if mixed else rank].append((matrix, weights))
-    for (n, k, _), members in groups.items():
+        groups[matrix.n, matrix.k, min(rank, 1) if mixed else rank, moments.group(matrix)].append((matrix, weights))
+    for members in groups.values():
         members.sort(key=lambda member: ranks.get(member[0].name, 0))
-        footprint = n * k + (n * n + k * k if moments else 0)
-        size = max(1, BATCH_ELEMENTS.get(members[0][1].device.type, 2**26) // footprint)
+        first, device = members[0][0], members[0][1].device
+        footprint = first.n * first.k + moments.numbers(first)
+        size = max(1, BATCH_ELEMENTS.get(device.type, 2**26) // footprint)
         for start in range(0, len(members), size):
             chunk = members[start : start + size]
-            yield [matrix for matrix, _ in chunk], torch.stack([weights for _, weights in chunk])
+            matrices = [matrix for matrix, _ in chunk]
+            yield Batch(matrices, torch.stack([weights for _, weights in chunk]), moments.of(matrices, device))
 
 
 def excess_kurtosis(values: torch.Tensor) -> float:
@@ -86,29 +99,41 @@ def stored_bits(matrices: Sequence[Matrix], ranks: Mapping[str, int], group_size
     return base_bits(group_size) + factors / weights
 
 
-def _measure(
-    reader: ModelReader, plan: Sequence[Layer], conversion: Conversion, device: torch.device, progress: bool
+def layer_curves(
+    loaded: Sequence[LoadedMatrix],
+    moments: LayerMoments,
+    recipe: Recipe,
+    sensitivity_of: Callable[[Matrix], float] | None,
 ) -> dict[str, Curve]:
-    """Return the curve of expected cost of every matrix: one more pass over the weights."""
+    """Return the curve of expected cost of every matrix of a layer, by name.
+
+    Args:
+        loaded: the layer's matrices with their weights.
+        moments: of the layer.
+        recipe: group size and seed.
+        sensitivity_of: what relative errors of a matrix count; None where costs in these moments compare by themselves.
+    """
     curves: dict[str, Curve] = {}
-    calibration = conversion.calibration
-    for layer in progress_bar(plan, "measure", progress):
-        for batch, weights in batches(reader.load_layer(layer, device), {}, calibration is not None):
-            moments = calibration.moments(batch, device) if calibration else None
-            found = measure_curves(weights, conversion.recipe, moments)
-            sizes = _sizes(weights, calibration, moments)
-            for matrix, curve, size in zip(batch, found, sizes, strict=True):
-                known = calibration is not None and calibration.gradients
-                weight = 1.0 if known else sensitivity(matrix, reader.family, reader.config) / size
-                curves[matrix.name] = Curve([cost * weight for cost in curve.costs])
+    for batch in batches(loaded, moments, {}):
+        found = measure_curves(batch.weights, recipe, batch.moments, relative=sensitivity_of is not None)
+        for matrix, curve in zip(batch.matrices, found, strict=True):
+            weight = sensitivity_of(matrix) if sensitivity_of else 1.0
+            curves[matrix.name] = Curve([cost * weight for cost in curve.costs])
     return curves
 
 
-def _sizes(weights: torch.Tensor, calibration: Calibration | None, moments: Moments | None) -> list[float]:
-    """Return what makes costs relative: with moments of inputs alone the outputs' power, which costs are shares of."""
-    if calibration is None or calibration.gradients or moments is None:
-        return [1.0] * len(weights)
-    return Metric.of(moments).cost(weights).clamp(min=1e-30).tolist()
+def _measure(
+    reader: ModelReader, plan: Sequence[Layer], conversion: Conversion, device: torch.device, progress: bool
+) -> dict[str, Curve]:
+    """Return the curves of all matrices: one more pass over the weights."""
+    curves: dict[str, Curve] = {}
+    source = conversion.calibration
+    weigh = None if source.gradients else partial(sensitivity, family=reader.family, config=reader.config)
+    for layer in progress_bar(plan, "measure", progress):
+        loaded = list(reader.load_layer(layer, device))
+        if loaded:
+            curves |= layer_curves(loaded, source.of_layer(layer.name, loaded), conversion.recipe, weigh)
+    return curves
 
 
 def _scale_policies(

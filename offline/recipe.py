@@ -22,6 +22,8 @@ class Recipe:
         factor_bits: storage of the factors: 3, 8 or 16.
         max_rounds: alternating rounds; ``paper`` may stop earlier.
         seed: of the random sketches.
+        feedback_rounds: last rounds of ``milo`` in which a base whose inputs have full second moments feeds each
+            column's error into the columns to come; None for all rounds. That takes most of a round's time.
     """
 
     method: str = "milo"
@@ -29,3 +31,4 @@ class Recipe:
     factor_bits: int = 3
     max_rounds: int = MAX_ROUNDS
     seed: int = 0
+    feedback_rounds: int | None = None

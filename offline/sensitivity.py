@@ -24,9 +24,7 @@ def sensitivity(matrix: Matrix, family: Family, config: Mapping[str, Any]) -> fl
     leaf = matrix.name.rpartition(".")[2]
     if matrix.kind is Kind.ATTENTION:
         return ROLES.get(leaf, 1.0)
-    names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-    names |= dict(zip(family.projections, ("gate", "up", "down"), strict=True))
-    role = FFN_ROLES[names[leaf]]
+    role = FFN_ROLES[family.role(leaf)]
     if matrix.kind is not Kind.ROUTED_EXPERT:
         return role
     return role * _use(family, config)

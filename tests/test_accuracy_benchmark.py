@@ -20,7 +20,7 @@ from quantized_model import QuantizedModel
 from scores import choose_windows, gap_closed, interpolate, paired_difference, paper_share, perplexities, spread
 from tiny_models import TEXT, make_model
 
-from vllm_milo.offline import cli
+from vllm_milo.offline import cli, sources
 from vllm_milo.offline.calibration import Calibration
 from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.conversion import Conversion
@@ -221,17 +221,18 @@ def test_contenders_are_calls_that_the_command_line_takes(
     counts.write_text(json.dumps({"expert_counts": {"model.layers.0.mlp.experts": [1] * 12}}), encoding="utf-8")
     seen: list[Conversion] = []
     monkeypatch.setattr(cli, "convert", lambda source, out, conversion, progress: seen.append(conversion))
-    monkeypatch.setattr(cli, "calibrate", lambda *arguments, **options: Calibration())
-    monkeypatch.setattr(cli, "write_windows", lambda *arguments: None)
+    monkeypatch.setattr(sources, "calibrate", lambda *arguments, **options: Calibration())
+    monkeypatch.setattr(sources, "write_windows", lambda *arguments: None)
     monkeypatch.setattr(cli, "_print_summary", lambda summary: None)
     values = {COUNTS: str(counts), CALIBRATION: str(TEXT)}
     for contender in SECTIONS[section](Shape(1024, ModelReader(bundled_model).matrices), 20):
         arguments = [values.get(argument, argument) for argument in contender.arguments]
         assert milo(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *arguments]) == 0, contender
         made = seen.pop()
-        assert (made.calibration is not None) == ("--calibration" in contender.arguments)
-        if made.calibration is not None:
-            assert made.calibration.own_text == contender.name.endswith("own text")
+        said = contender.name.partition(", ")[2]
+        default = "weights" if made.recipe.method == "milo" else None
+        expected = {"calibrated": "text", "own text": "self", "plain squares": None}.get(said, default)
+        assert made.calibration.describe().get("calibration") == expected
         if contender.group.startswith("paper"):
             assert made.recipe.method == "paper"
             assert made.policies

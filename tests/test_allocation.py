@@ -74,26 +74,26 @@ def test_curves_foresee_what_the_loop_reaches(low_rank):
     if low_rank:
         weights = 0.3 * weights + 0.02 * torch.randn(1, 256, 16) @ torch.randn(1, 16, 256)
     recipe = Recipe(factor_bits=8, max_rounds=12)
-    (curve,) = measure_curves(weights, recipe)
+    (curve,) = measure_curves(weights, recipe, Moments())
     assert curve.costs == sorted(curve.costs, reverse=True)
     for rank in (0, 16, 48):
         reached = float(quantize_matrices(weights, rank, recipe, torch.bfloat16).errors) ** 2
         assert curve.costs[rank // 8] == pytest.approx(reached, rel=0.35)
 
 
-def test_costs_with_moments_are_absolute():
+def test_costs_are_relative_or_absolute():
     weights = torch.randn(2, 64, 128) * torch.tensor([1.0, 10.0])[:, None, None]
-    plain = measure_curves(weights, Recipe())
-    absolute = measure_curves(weights, Recipe(), Moments())
-    assert plain[1].costs[0] == pytest.approx(plain[0].costs[0], rel=0.1)
+    relative = measure_curves(weights, Recipe(), Moments())
+    absolute = measure_curves(weights, Recipe(), Moments(), relative=False)
+    assert relative[1].costs[0] == pytest.approx(relative[0].costs[0], rel=0.1)
     assert absolute[1].costs[0] == pytest.approx(100 * absolute[0].costs[0], rel=0.1)
 
 
 def test_large_matrices_get_a_partial_spectrum(monkeypatch):
     weights = torch.randn(1, 256, 320) * 0.05
-    (exact,) = measure_curves(weights, Recipe())
+    (exact,) = measure_curves(weights, Recipe(), Moments())
     monkeypatch.setattr("vllm_milo.offline.allocation.EXACT_SIZE", 128)
-    (partial,) = measure_curves(weights, Recipe())
+    (partial,) = measure_curves(weights, Recipe(), Moments())
     assert 4 < len(partial.costs) < len(exact.costs)
     for found, expected in zip(partial.costs, exact.costs, strict=False):
         assert found == pytest.approx(expected, rel=0.08)

@@ -18,6 +18,7 @@ from vllm_milo.offline.evaluate import load_model, perplexity, read_tokens
 from vllm_milo.offline.inspect import inspect_checkpoint
 from vllm_milo.offline.metric import Metric, Moments
 from vllm_milo.offline.milo import quantize_matrices
+from vllm_milo.offline.moments import PlainSquares
 from vllm_milo.offline.presets import PRESETS
 from vllm_milo.offline.ranks import Policy, parse_policies
 from vllm_milo.offline.reader import ModelReader
@@ -132,7 +133,7 @@ def test_moments_foretell_the_loss_of_an_error(bundled_model: Path, model, token
         return float((before.exp() * (before - after)).sum(-1).mean())
 
     change = 0.1 * original.std() * torch.randn(original.shape)
-    moments = found.moments([matrix], torch.device("cpu"))
+    moments = found.of([matrix], torch.device("cpu"))
     expected = 0.5 * float(Metric.of(moments).cost(change[None]))
     assert 1 / 3 < divergence(change) / expected < 3
 
@@ -164,7 +165,7 @@ def test_calibrated_beats_data_free_beats_paper_at_equal_bits(bundled_model: Pat
                 recipe,
                 parse_policies("dense=32") if name == "paper" else [],
                 budget_bits=3.75,
-                calibration=calibration if name == "best" else None,
+                calibration=calibration if name == "best" else PlainSquares(),
                 overwrite=True,
             )
             out = convert(bundled_model, tmp_path / name, conversion, progress=False).out

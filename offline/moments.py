@@ -1,0 +1,72 @@
+"""Where the second moments come from that errors are weighed by: a text, the weights themselves, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .metric import Moments
+from .ranks import Matrix
+
+MAX_FULL_SIZE = 8192
+"""Sides up to this get full second moments."""
+
+LoadedMatrix = tuple[Matrix, torch.Tensor]
+"""A matrix and its weights, float32 [N, K]."""
+
+
+class LayerMoments(Protocol):
+    """The second moments of the matrices of one layer."""
+
+    def group(self, matrix: Matrix) -> str:
+        """Return a name that matrices must have in common to be quantized in one batch."""
+
+    def numbers(self, matrix: Matrix) -> int:
+        """Return how many numbers the moments of one more matrix of a batch take."""
+
+    def of(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:
+        """Return the moments of matrices of one shape and group."""
+
+
+class MomentSource(Protocol):
+    """The second moments of all matrices of a model.
+
+    Attributes:
+        gradients: whether costs in these moments are estimates of the loss, comparable over all matrices.
+    """
+
+    gradients: bool
+
+    def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> LayerMoments:
+        """Return the moments of a layer's matrices, given its name and their weights."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint's recipe records of them."""
+
+
+class PlainSquares:
+    """No second moments: errors count by their Frobenius norm."""
+
+    gradients = False
+
+    def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> LayerMoments:
+        """Return this, which knows no layer."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return nothing to record."""
+        return {}
+
+    def group(self, matrix: Matrix) -> str:
+        """Return one name for all."""
+        return ""
+
+    def numbers(self, matrix: Matrix) -> int:
+        """Return 0."""
+        return 0
+
+    def of(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:
+        """Return the identity."""
+        return Moments()
