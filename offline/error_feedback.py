@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .least_squares import Grid, fit_grid
-from .metric import fast_products
+from .precision import fast_products
 from .quantizer import MAX_CODE, GroupQuantized
 
 

@@ -18,14 +18,15 @@ import torch
 
 from .errors import ConversionError
 from .families import Family, Kind
-from .metric import Moments, fast_products
+from .metric import Moments
 from .moments import MAX_FULL_SIZE, LoadedMatrix
+from .precision import fast_products
 from .ranks import Matrix
 from .reader import ModelReader
 
-RESIDUAL_SHARE = 0.1
+RESIDUAL_SHARE = 0.25
 """Share of the identity in the moments of what attention and experts read from the residual stream."""
-INNER_SHARE = 0.3
+INNER_SHARE = 0.5
 """The same for inner activations, about which the weights say less."""
 ROUNDS = 10
 """Rounds that suffice: more only fit an estimate more closely."""

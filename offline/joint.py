@@ -18,6 +18,7 @@ from .error_feedback import feedback_factor, quantize_with_feedback
 from .least_squares import quantize_mse, refit
 from .low_rank import StoredPair, join_pairs, leading_rows, pad_pair, store_pair
 from .metric import Metric, Moments
+from .precision import fast_products
 from .quantizer import GroupQuantized, refuse_bad_scales
 from .recipe import Recipe
 from .states import State, choose_base, choose_state, put_better, select_base, select_state
@@ -256,7 +257,8 @@ class _Loop:
 
     def _subtract(self, pair: StoredPair, out: torch.Tensor) -> torch.Tensor:
         """Return W minus the compensator, in ``out``."""
-        return torch.baddbmm(self._weights, pair.u.dequantize().mT, pair.v.dequantize(), alpha=-1, out=out)
+        with fast_products(out.device):
+            return torch.baddbmm(self._weights, pair.u.dequantize().mT, pair.v.dequantize(), alpha=-1, out=out)
 
 
 def _error_into(weights: torch.Tensor, base: GroupQuantized, out: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from vllm_milo.checkpoint import COMPENSATOR_GROUP_SIZE
 
 from .compensator import FACTOR_ZERO, MIN_SCALE, StoredFactor, store_factor
 from .metric import Metric
-from .orthonormal import damped_cholesky, orthonormal_rows
+from .orthonormal import damped_cholesky, gram, orthonormal_rows
+from .precision import fast_products
 
 POWER_ITERATIONS = 3
 """Of the first round; later ones go on from the round before."""
@@ -52,10 +53,11 @@ def leading_rows(
         # one sketch for all, so that a matrix's result does not depend on its place in the batch
         right = torch.randn(rank, matrix.shape[-1], generator=generator, device=matrix.device, dtype=matrix.dtype)
         right = right.expand(*matrix.shape[:-2], -1, -1)
-        for _ in range(POWER_ITERATIONS):
+    with fast_products(matrix.device):
+        for _ in range(POWER_ITERATIONS if start is None else 0):
             right = orthonormal_rows(orthonormal_rows(right @ matrix.mT) @ matrix)
-    left = orthonormal_rows(right @ matrix.mT)
-    return left, left @ matrix
+        left = orthonormal_rows(right @ matrix.mT)
+        return left, left @ matrix
 
 
 def store_pair(
@@ -70,6 +72,13 @@ def store_pair(
         bits: 3, 8 or 16.
         dtype: dtype of 16-bit factors.
     """
+    with fast_products(whitened.device):
+        return _store_pair(whitened, right, metric, bits, dtype)
+
+
+def _store_pair(
+    whitened: torch.Tensor, right: torch.Tensor, metric: Metric, bits: int, dtype: torch.dtype
+) -> StoredPair:
     size = right.norm(dim=-1, keepdim=True).clamp(min=1e-30).sqrt()
     v = _store(metric.color_rows(right / size, of_inputs=True), bits, dtype, metric.importance(of_inputs=True))
     for refit in range(REFITS):
@@ -142,4 +151,4 @@ def _weigh(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 def _solve(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return (rows·rowsᵀ)⁻¹·target for rows [B, r, C] and target [B, r, D]."""
-    return torch.cholesky_solve(target, damped_cholesky(rows @ rows.mT))
+    return torch.cholesky_solve(target, damped_cholesky(gram(rows)))

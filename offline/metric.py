@@ -7,12 +7,12 @@ full, as their diagonals, or not at all (the identity: the Frobenius norm).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from .precision import fast_products
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a full second moment's diagonal."""
@@ -96,23 +96,6 @@ class Metric:
         """Return the metric of a part of the batch."""
         roots = (self.left, self.right, self.left_inverse, self.right_inverse)
         return Metric(*(_select(root, index) for root in roots))
-
-
-@contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Let a GPU's tensor cores multiply float32 matrices (TF32, relative errors of 1e-3) inside the block.
-
-    For the K² products of each row in a metric, which exact float32 would make the most expensive part of a round.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _select(part: torch.Tensor | None, index: torch.Tensor | slice) -> torch.Tensor | None:

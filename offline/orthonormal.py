@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .precision import exact_products
+
 
 def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return an orthonormal basis of the span of ``rows`` [..., r, C], by Cholesky QR applied twice.
@@ -15,17 +17,23 @@ def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
     """
     for _ in range(2):
         rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-        rows = torch.linalg.solve_triangular(damped_cholesky(rows @ rows.mT), rows, upper=False)
+        rows = torch.linalg.solve_triangular(damped_cholesky(gram(rows)), rows, upper=False)
     return rows
 
 
-def damped_cholesky(gram: torch.Tensor) -> torch.Tensor:
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows·rowsᵀ [..., r, r] to full precision."""
+    with exact_products(rows.device):
+        return rows @ rows.mT
+
+
+def damped_cholesky(moment: torch.Tensor) -> torch.Tensor:
     """Return the Cholesky factor of Gram matrices [..., r, r], with just enough on the diagonal that it exists."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
     size = diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
     damping = 1e-6
     while True:
-        damped = gram.clone()
+        damped = moment.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping * size)
         root, info = torch.linalg.cholesky_ex(damped)
         if damping > 1 or not info.any():

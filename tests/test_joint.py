@@ -192,3 +192,19 @@ def test_same_seed_same_result():
     first, second = (quantize_matrices(weights, 16, Recipe(max_rounds=3), torch.bfloat16) for _ in range(2))
     assert torch.equal(first.base.codes, second.base.codes)
     assert torch.equal(first.u.values, second.u.values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 24])
+@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
+def test_a_gpu_gets_as_far_as_a_cpu(kind, rank):
+    """Its products are less precise, and a kernel of its own feeds errors forward."""
+    weights, moments = trained_like(3, 128, 256), metrics(3, 128, 256)[kind]
+    metric = Metric.of(moments)
+
+    def cost(device):
+        moved = Moments(*(None if part is None else part.to(device) for part in moments))
+        found = quantize_matrices(weights.to(device), rank, Recipe(max_rounds=8), torch.bfloat16, moved)
+        return metric.cost(weights - found.dequantize().cpu())
+
+    assert torch.allclose(cost("cuda"), cost("cpu"), rtol=0.02)
