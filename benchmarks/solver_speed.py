@@ -33,6 +33,7 @@ from accuracy_run import device_name
 from vllm_milo.offline.allocation import allocate
 from vllm_milo.offline.families import FAMILIES, Kind
 from vllm_milo.offline.gram import FEEDBACK_ROUNDS, LayerGrams, Norms
+from vllm_milo.offline.metric import Moments
 from vllm_milo.offline.milo import Recipe, quantize_matrices
 from vllm_milo.offline.moments import LayerMoments, LoadedMatrix, PlainSquares
 from vllm_milo.offline.planning import batches, layer_curves
@@ -124,7 +125,9 @@ def time_layer(setting: Setting, recipe: Recipe, calibration: str, scale: int, d
 
 def warm_up(recipe: Recipe, device: str) -> None:
     """Let libraries load and pick kernels outside the timing."""
-    quantize_matrices(torch.randn(2, 128, 128, device=device), 8, replace(recipe, max_rounds=1), torch.bfloat16)
+    weights = torch.randn(2, 256, 256, device=device)
+    moments = Moments(torch.eye(256, device=device).unsqueeze(0)) if recipe.method == "milo" else None
+    quantize_matrices(weights, 8, replace(recipe, max_rounds=1), torch.bfloat16, moments)
 
 
 def random_layer(scale: int, device: str) -> Iterator[LoadedMatrix]:

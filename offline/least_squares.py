@@ -4,6 +4,7 @@ HQQ moves the zero point alone and leaves the scale at the group's range. Here b
 best scale and zero point are a linear regression of the weights on their codes; given those, the best codes are
 the nearest. Alternating the two never raises the squared error, so the fit starts from several clipped ranges (or
 from the grid of an earlier round) and the best end counts. Every candidate is measured as it would be stored.
+On GPUs two kernels do what reads the weights.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ def quantize_mse(
     """Minimize the (weighted) squared error of each group over its scale, zero point and codes.
 
     Args:
-        weights: float32 [..., N, K].
+        weights: float32 [..., N, K]; on GPUs [B, N, K].
         group_size: consecutive weights of a row that share one scale and zero point; divides K.
         importance: weights of the squared errors, float32, broadcastable to [..., N, K] and not negative; None
-            weighs all alike. With E[x²] of the inputs, [..., 1, K], it is the diagonal of the output error.
+            weighs all alike. With E[x²] of the inputs, [..., 1, K], it is the diagonal of the output error; on GPUs
+            that is the only shape.
         start: an earlier result for similar weights, to go on from instead of the clipped ranges.
         fits: regressions of each start.
         strict: refuse matrices so small that fp16 scales lose them; off for what a compensator leaves.
@@ -52,7 +54,7 @@ def quantize_mse(
     """
     old = None if start is None else Grid(start.scale, start.zero)
     grid = fit_grid(weights, group_size, importance, old, fits, strict)
-    return encode(weights.unflatten(-1, (-1, group_size)), grid)
+    return encode(weights, grid)
 
 
 def fit_grid(
@@ -104,12 +106,18 @@ def refit(
     grid = Grid(old.scale, old.zero)
     for _ in range(fits):
         grid = fitter.regress(grid, fitter.measure(grid))
-    return GroupQuantized(fitter.codes(grid).to(torch.uint8).flatten(-2), *grid)
+    return encode(weights, grid, work[0])
 
 
-def encode(groups: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """Return the nearest codes of groups [..., G, g] on a grid."""
-    return GroupQuantized(nearest_codes(groups, grid).to(torch.uint8).flatten(-2), grid.scale, grid.zero)
+def encode(weights: torch.Tensor, grid: Grid, work: torch.Tensor | None = None) -> GroupQuantized:
+    """Return the nearest codes of weights [..., N, K] on a grid; ``work``, a tensor like them, may be overwritten."""
+    if weights.is_cuda:
+        from vllm_milo.kernels.triton import grid_fit
+
+        return GroupQuantized(grid_fit.nearest_codes(weights, *grid), *grid)
+    groups = weights.unflatten(-1, (grid.scale.shape[-1], -1))
+    out = None if work is None else work.view(groups.shape)
+    return GroupQuantized(nearest_codes(groups, grid, out).to(torch.uint8).flatten(-2), *grid)
 
 
 def nearest_codes(groups: torch.Tensor, grid: Grid, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -127,13 +135,13 @@ class _CodeMoments(NamedTuple):
 
 
 class _Fitter:
-    """Codes and regressions of the groups of some weights [..., N, K], in two work tensors like them.
+    """Codes and regressions of the groups of some weights [..., N, K], on CPUs in two work tensors like them.
 
     Args:
         weights: float32 [..., N, K].
         group_size: divides K.
         importance: weights of the squared errors, broadcastable to [..., N, K], or None for equal ones.
-        work: two tensors like the weights; allocated if missing.
+        work: two tensors like the weights; allocated if missing and wanted.
     """
 
     def __init__(
@@ -143,19 +151,29 @@ class _Fitter:
         importance: torch.Tensor | None,
         work: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        buffers = work or (torch.empty(weights.shape, device=weights.device) for _ in range(2))
+        self._weights = weights
         self._groups = weights.unflatten(-1, (-1, group_size))
-        self._codes, self._products = (buffer.unflatten(-1, (-1, group_size)) for buffer in buffers)
         self._share = None if importance is None else _shares(importance, group_size)
         self._mean = _mean(self._groups, self._share)
-
-    def codes(self, grid: Grid) -> torch.Tensor:
-        """Return the nearest codes as floats; valid until the next call."""
-        return nearest_codes(self._groups, grid, self._codes)
+        if not weights.is_cuda:
+            buffers = work or (torch.empty(weights.shape) for _ in range(2))
+            self._codes, self._products = (buffer.unflatten(-1, (-1, group_size)) for buffer in buffers)
 
     def measure(self, grid: Grid) -> _CodeMoments:
         """Return the moments of the nearest codes, with each error weighed by its share."""
-        codes, groups, products = self.codes(grid), self._groups, self._products
+        mean, square, product = self._sums_on_gpu(grid) if self._weights.is_cuda else self._sums(grid)
+        return _CodeMoments(mean, square - mean.square(), product - mean * self._mean)
+
+    def _sums_on_gpu(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from vllm_milo.kernels.triton import grid_fit
+
+        share = None if self._share is None else self._share.flatten(-2)
+        return grid_fit.code_sums(self._weights, *grid, share)
+
+    def _sums(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the weighed sums over each group of codes, their squares, and their products with the weights."""
+        groups, products = self._groups, self._products
+        codes = nearest_codes(groups, grid, self._codes)
         if self._share is None:
             mean = codes.mean(-1)
             square = torch.linalg.vector_norm(codes, dim=-1).square() / codes.shape[-1]
@@ -164,7 +182,7 @@ class _Fitter:
             mean = torch.mul(codes, self._share, out=products).sum(-1)
             square = codes.mul_(products).sum(-1)
             product = products.mul_(groups).sum(-1)
-        return _CodeMoments(mean, square - mean.square(), product - mean * self._mean)
+        return mean, square, product
 
     def score(self, grid: Grid, codes: _CodeMoments) -> torch.Tensor:
         """Return the mean squared error of each group minus the variance of its weights, the same for all grids."""

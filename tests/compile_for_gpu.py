@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import triton
-from meta_layers import run_dense, run_experts
+from meta_layers import run_converter, run_dense, run_experts
 from register_hazards import hazards, instructions
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -51,6 +51,8 @@ def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
     for tokens in (1, 40, 300, 2000) if capability == 90 else (1, 300):
         yield partial(mixtral, tokens)
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
+    for group in (32, 64, 128):
+        yield partial(run_converter, group)
     if not everything:
         return
     for group, bits, intermediate in ((32, 8, 320), (128, 3, 384), (64, 16, 320)):

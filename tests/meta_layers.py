@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_milo.kernels.triton import fused_moe, linear
+from vllm_milo.kernels.triton import feedback, fused_moe, grid_fit, linear
 from vllm_milo.kernels.triton.gemm import GemmConfig
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
@@ -63,3 +63,15 @@ def run_dense(
     spec = LinearSpec(widths, [rank] * len(widths), group, bits)
     x = torch.empty(tokens, k, dtype=dtype, device="meta")
     linear.linear(x, meta_layer(len(widths), 1, sum(widths), k, group, bits), spec)
+
+
+def run_converter(group: int) -> None:
+    """Launch what the converter does to [2, 256, 512], with shared moments and without any."""
+    weights = torch.empty(2, 256, 512, device="meta")
+    grid = [torch.empty(2, 256, 512 // group, dtype=torch.float16, device="meta") for _ in range(2)]
+    codes = grid_fit.nearest_codes(weights, *grid)
+    for share in (None, torch.empty(1, 1, 512, device="meta")):
+        grid_fit.code_sums(weights, *grid, share)
+    row = torch.empty(2, 256, device="meta")
+    factor = torch.empty(1, group, group, device="meta")
+    feedback.quantize_group(weights[..., :group], factor, row, row, codes[..., :group])

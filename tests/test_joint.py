@@ -198,13 +198,13 @@ def test_same_seed_same_result():
 @pytest.mark.parametrize("rank", [0, 24])
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_a_gpu_gets_as_far_as_a_cpu(kind, rank):
-    """Its products are less precise, and a kernel of its own feeds errors forward."""
-    weights, moments = trained_like(3, 128, 256), metrics(3, 128, 256)[kind]
+    """Its products are less precise, kernels do its sums, and its random sketches are others."""
+    weights, moments = trained_like(8, 128, 256), metrics(8, 128, 256)[kind]
     metric = Metric.of(moments)
 
     def cost(device):
         moved = Moments(*(None if part is None else part.to(device) for part in moments))
         found = quantize_matrices(weights.to(device), rank, Recipe(max_rounds=8), torch.bfloat16, moved)
-        return metric.cost(weights - found.dequantize().cpu())
+        return metric.cost(weights - found.dequantize().cpu()).sqrt().mean()
 
     assert torch.allclose(cost("cuda"), cost("cpu"), rtol=0.02)

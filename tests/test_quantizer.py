@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vllm_milo.kernels.triton import grid_fit
 from vllm_milo.offline.compensator import store_factor, truncated_svd
 from vllm_milo.offline.least_squares import quantize_mse, refit
 from vllm_milo.offline.milo import METHODS, Recipe, _Progress, quantize_matrices
@@ -219,3 +220,28 @@ def test_refit_lowers_the_error():
     before, after = ((q.dequantize() - weights).square().unflatten(-1, (-1, 64)).sum(-1) for q in (old, found))
     assert (after <= before * 1.001).all()
     assert after.sum() < 0.95 * before.sum()
+
+
+@pytest.mark.parametrize("weighed", ["no", "each", "shared"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 64, 256), (3, 5, 384), (2, 33, 128)])
+def test_kernels_measure_what_torch_does(kernel_device, poisoned_empty, batch, rows, columns, group, weighed):
+    """Of weights whose rows lie apart, as those of a slice."""
+    wide = torch.randn(batch, rows, columns + 128) * 0.05
+    weights = wide[..., 128:]
+    grid = quantize_rtn(weights, group)
+    share, importance = None, torch.tensor(1.0)
+    if weighed != "no":
+        importance = torch.rand(batch if weighed == "each" else 1, 1, columns)
+        groups = importance.unflatten(-1, (-1, group))
+        share = (groups / groups.sum(-1, keepdim=True)).flatten(-2)
+    moved = wide.to(kernel_device)[..., 128:]
+    scale, zero = grid.scale.to(kernel_device), grid.zero.to(kernel_device)
+    codes = grid_fit.nearest_codes(moved, scale, zero).cpu()
+    assert (codes != grid.codes).float().mean() < 1e-3  # a weight between two codes may go either way
+    counted = (importance * torch.ones(weights.shape)).double().unflatten(-1, (-1, group))
+    counted = counted / counted.sum(-1, keepdim=True)
+    values, found_codes = (part.double().unflatten(-1, (-1, group)) for part in (weights, codes))
+    found = grid_fit.code_sums(moved, scale, zero, None if share is None else share.to(kernel_device))
+    for sums, expected in zip(found, (found_codes, found_codes**2, found_codes * values), strict=True):
+        assert torch.allclose(sums.cpu().double(), (counted * expected).sum(-1), rtol=1e-4, atol=1e-5)
