@@ -133,6 +133,7 @@ def large_section(shape: Shape, rounds: int) -> list[Contender]:
     tail = [
         preset("balanced", 3.6),
         preset("best", 3.6, "calibrated"),
+        preset("best", 3.6, "own text"),
         preset("balanced", 3.75),
         preset("best", 3.75, "calibrated"),
         preset("best", 3.297, "calibrated"),
