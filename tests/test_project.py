@@ -79,7 +79,8 @@ def imports(path: Path) -> set[str]:
         (
             "offline",
             {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
-            | {"vllm_milo", "vllm_milo.checkpoint", "vllm_milo.shards", "vllm_milo.validation"},
+            | {"vllm_milo", "vllm_milo.checkpoint", "vllm_milo.shards", "vllm_milo.validation"}
+            | {"vllm_milo.kernels.triton.feedback", "vllm_milo.kernels.triton"},  # the converter's own kernels
         ),
     ],
 )
