@@ -63,13 +63,13 @@ class WeightMoments:
         self._head_size = int(config.get("head_dim") or int(config.get("hidden_size", heads)) // heads)
 
     def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> LayerGrams:
-        """Return the moments of a layer's matrices.
+        """Return the moments of a layer's matrices, one at least.
 
         Raises:
             ConversionError: a norm is missing or not finite.
         """
         family = self._reader.family
-        device = loaded[0][1].device if loaded else torch.device("cpu")
+        device = loaded[0][1].device
         norms = Norms(*(self._norm(f"{name}.{norm}.weight", device) for norm in family.norms))
         return LayerGrams(family, loaded, norms, self._head_size)
 

@@ -126,13 +126,19 @@ def _measure(
     reader: ModelReader, plan: Sequence[Layer], conversion: Conversion, device: torch.device, progress: bool
 ) -> dict[str, Curve]:
     """Return the curves of all matrices: one more pass over the weights."""
-    curves: dict[str, Curve] = {}
-    source = conversion.calibration
-    weigh = None if source.gradients else partial(sensitivity, family=reader.family, config=reader.config)
-    for layer in progress_bar(plan, "measure", progress):
+    weigh = (
+        None if conversion.calibration.gradients else partial(sensitivity, family=reader.family, config=reader.config)
+    )
+
+    def measure(layer: Layer) -> dict[str, Curve]:
+        """Measure one layer; its weights are gone before the next is loaded."""
         loaded = list(reader.load_layer(layer, device))
-        if loaded:
-            curves |= layer_curves(loaded, source.of_layer(layer.name, loaded), conversion.recipe, weigh)
+        return layer_curves(loaded, conversion.calibration.of_layer(layer.name, loaded), conversion.recipe, weigh)
+
+    curves: dict[str, Curve] = {}
+    for layer in progress_bar(plan, "measure", progress):
+        if layer.matrices:
+            curves |= measure(layer)
     return curves
 
 
