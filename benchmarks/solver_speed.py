@@ -9,10 +9,10 @@ for a budget the time that its ranks take, too. ``--scale 16`` divides all sizes
 
 What a round of ``milo`` costs without moments, by count. Matrix products: six, 12·N·K·r FLOPs a matrix, so 90 GFLOP for
 [8, 14336, 4096] at rank 16 (two to find the space, three to fit the stored factors to each other, one to subtract
-them) and 103 GFLOP for [1, 4096, 4096] at rank 512. Everything else is bound by memory: about 63 reads or writes of W
-in float32, 32 of them in the base's two regressions. A beginning costs 201, and a matrix takes 14 rounds' work for 10
-if one of its two beginnings wins early, 22 if they stay close: 1,350 to 1,850 reads or writes in all. W, its rests,
-the work space and the codes take about eight times W in float32 at the peak: 14 GiB for [8, 14336, 4096].
+them) and 103 GFLOP for [1, 4096, 4096] at rank 512. Everything else is bound by memory: about 36 reads or writes of W
+in float32, 5 of them in the base's two regressions. A beginning costs about 30, and a matrix takes 14 rounds' work for
+10 if one of its two beginnings wins early, 22 if they stay close: 550 to 850 reads or writes in all. W, its rests,
+the work space and the codes take about eight times W in float32 at the peak.
 """
 
 from __future__ import annotations

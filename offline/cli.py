@@ -55,9 +55,9 @@ about the inputs of every matrix, without data or a forward pass; a file: a UTF-
 best): a text that the model writes by itself, which needs no data but the whole model in memory; {NONE}: nothing."""
 
 
-MOMENTS_HELP = """what a calibration measures. full: inputs of every matrix and gradients at its outputs, which needs
-the whole model in float32 on the device; inputs: a layer at a time, for models of any size; auto (default): full if
-it fits, else inputs."""
+MOMENTS_HELP = """what a calibration on a text measures. full: inputs of every matrix and gradients at its outputs,
+which needs the whole model in float32 on the device; inputs: a layer at a time, for models of any size; auto (default):
+full if it fits, else inputs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         help=f"method, group size and ranks in one; default: {DEFAULT_PRESET}, unless --method or --ranks is given",
     )
     parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
-    parser.add_argument("--calibration", metavar="TEXT", help=CALIBRATION_HELP)
+    parser.add_argument("--calibration", metavar="HOW", help=CALIBRATION_HELP)
     parser.add_argument("--calibration-windows", type=int, default=64, help="default: %(default)s of 512 tokens")
     parser.add_argument("--calibration-moments", choices=MOMENTS, default="auto", help=MOMENTS_HELP)
     parser.add_argument("--method", choices=METHODS, default=None, help="default: milo")

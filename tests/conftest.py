@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # before torch: the models are too small for threads, which wait for each other longer than they compute,
@@ -16,7 +17,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tiny_models import expert_counts, make_model
+from tiny_models import FAMILIES, expert_counts, make_model
 from transformers import AutoConfig
 
 from vllm_milo.offline.convert import Conversion, convert
@@ -46,6 +47,26 @@ def bundled_model() -> Path:
     return ASSETS / "tiny-qwen2-moe"
 
 
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random model of every family; not to be changed."""
+    root = tmp_path_factory.mktemp("sources")
+    return {family: make_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def source(sources: dict[str, Path], tmp_path: Path) -> Path:
+    """A Mixtral of its own, to be broken."""
+    return Path(shutil.copytree(sources["mixtral"], tmp_path / "source"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MiLo checkpoint of the Qwen2-MoE, with ranks 16 (dense) and 8."""
+    conversion = Conversion(Recipe(max_rounds=1), parse_policies("dense=16,sparse=8"))
+    return convert(sources["qwen2_moe"], tmp_path_factory.mktemp("done") / "milo", conversion, progress=False).out
+
+
 # group size and factor bits vary over the families, so that each combination is served at least once
 CHECKPOINT_FORMATS = {
     "mixtral": (64, 3),
@@ -57,12 +78,14 @@ CHECKPOINT_FORMATS = {
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> dict[str, Path]:
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, bundled_model: Path, sources: dict[str, Path]
+) -> dict[str, Path]:
     """A MiLo checkpoint of every family, with ragged expert ranks, and of the bundled model."""
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {}
     for name, (group_size, bits) in CHECKPOINT_FORMATS.items():
-        source = bundled_model if name == "bundled" else make_model(name, root / f"{name}-source")
+        source = bundled_model if name == "bundled" else sources[name]
         counts = expert_counts(AutoConfig.from_pretrained(source))
         conversion = Conversion(
             recipe=Recipe(group_size=group_size, factor_bits=bits, max_rounds=2),

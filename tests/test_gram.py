@@ -115,12 +115,6 @@ def load(folder: Path, index: int) -> tuple[list[LoadedMatrix], LayerGrams]:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("sources")
-    return {family: make_model(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
 def measured(bundled_model: Path) -> Calibration:
     return calibrate(load_model(bundled_model), spread_windows(read_tokens(bundled_model, TEXT), 16))
 
