@@ -18,7 +18,7 @@ from .compensator import EXACT_SIZE
 from .errors import ConversionError
 from .least_squares import quantize_mse
 from .low_rank import leading_rows
-from .metric import Metric, Moments
+from .metric import Moments
 from .ranks import RANK_MULTIPLE, Matrix
 from .recipe import Recipe
 
@@ -53,7 +53,7 @@ def measure_curves(weights: torch.Tensor, recipe: Recipe, moments: Moments, rela
     Costs are ``relative`` to those of leaving the matrix out; without, they are the costs themselves, which are
     comparable over all matrices of a model where both moments are given.
     """
-    metric = Metric.of(moments)
+    metric = moments.metric
     base = quantize_mse(weights, recipe.group_size, metric.importance(of_inputs=True))
     residual = metric.whiten(weights - base.dequantize())
     whole = metric.whiten(weights)

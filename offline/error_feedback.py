@@ -13,11 +13,6 @@ from .precision import fast_products
 from .quantizer import MAX_CODE, GroupQuantized
 
 
-def feedback_factor(root: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor T of R⁻¹ = Tᵀ·T, R = root·rootᵀ; root lower triangular [B, K, K]."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).contiguous()
-
-
 def quantize_with_feedback(
     weights: torch.Tensor, group_size: int, factor: torch.Tensor, start: GroupQuantized | None = None, fits: int = 4
 ) -> GroupQuantized:
@@ -26,7 +21,7 @@ def quantize_with_feedback(
     Args:
         weights: float32 [B, N, K].
         group_size: consecutive weights of a row that share one scale and zero point; divides K.
-        factor: of :func:`feedback_factor`, [B, K, K] or [1, K, K] for all.
+        factor: of :attr:`.metric.Metric.feedback_factor`, [B, K, K] or [1, K, K] for all.
         start: an earlier result, whose grids the fits go on from.
         fits: regressions of each group's grid.
     """

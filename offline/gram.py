@@ -102,6 +102,7 @@ class LayerGrams:
         self._head_size = head_size
         self._readers: dict[Activation, list[LoadedMatrix]] = {activation: [] for activation in Activation}
         self._weights: dict[str, torch.Tensor] = {}
+        self._shared: dict[Activation, Moments] = {}
         for matrix, weights in loaded:
             self._readers[self._activation(matrix)].append((matrix, weights))
             self._weights[matrix.name] = weights
@@ -122,15 +123,12 @@ class LayerGrams:
         activation = self._activation(matrices[0])
         with fast_products(device):
             if activation is Activation.INNER:
-                return Moments(torch.stack([self._inner(matrix) for matrix in matrices]).to(device))
-            shared = {
-                Activation.ATTENTION: lambda: self._attention,
-                Activation.HEADS: lambda: self._heads,
-                Activation.FFN: lambda: self._ffn,
-            }
-            return Moments(shared[activation]().unsqueeze(0).to(device))
+                return Moments(torch.stack([self._inner(matrix) for matrix in matrices]))
+            if activation not in self._shared:
+                make = {Activation.ATTENTION: self._attention, Activation.HEADS: self._heads, Activation.FFN: self._ffn}
+                self._shared[activation] = Moments(make[activation]().unsqueeze(0))
+        return self._shared[activation]
 
-    @cached_property
     def _attention(self) -> torch.Tensor:
         """The residual stream as attention and experts see it, behind the norm of attention."""
         before = [self._attention_gram / _outer(self._norms.attention)]
@@ -138,11 +136,9 @@ class LayerGrams:
             before.append(self._ffn_gram / _outer(self._norms.ffn))
         return _mix(_sum_of_units(before) * _outer(self._norms.attention), RESIDUAL_SHARE)
 
-    @cached_property
     def _ffn(self) -> torch.Tensor:
         return _mix(self._ffn_gram, RESIDUAL_SHARE)
 
-    @cached_property
     def _heads(self) -> torch.Tensor:
         """What the output projection reads, and what the value projection writes, repeated for each query head."""
         (matrix, weights), *_ = self._readers[Activation.HEADS]

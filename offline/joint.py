@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .error_feedback import feedback_factor, quantize_with_feedback
+from .error_feedback import quantize_with_feedback
 from .least_squares import quantize_mse, refit
 from .low_rank import StoredPair, join_pairs, leading_rows, pad_pair, store_pair
 from .metric import Metric, Moments
@@ -62,7 +62,7 @@ def quantize_jointly(
         ScaleError: a group's scale does not fit fp16.
     """
     refuse_bad_scales(weights, recipe.group_size)
-    metric = Metric.of(moments)
+    metric = moments.metric
     if not any(ranks):
         return State(_Base(metric, recipe).begin(weights, feedback=True), None, torch.empty(0))
     loop = _Loop(weights, ranks, max(ranks), metric, recipe, dtype)
@@ -115,8 +115,7 @@ class _Base:
     """The quantizer of the base for a metric; with error feedback, if wanted, where the inputs' moment is full."""
 
     def __init__(self, metric: Metric, recipe: Recipe) -> None:
-        full = metric.right is not None and metric.right.dim() == 3
-        self._factor = feedback_factor(metric.right) if full and metric.right is not None else None
+        self._factor = metric.feedback_factor
         self._importance = metric.importance(of_inputs=True)
         self._group_size = recipe.group_size
 

@@ -8,7 +8,7 @@ full, as their diagonals, or not at all (the identity: the Frobenius norm).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 
@@ -19,7 +19,8 @@ DAMPING = 0.01
 _MAX_DAMPING_STEPS = 6
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Moments:
     """Second moments of a batch of matrices [B, N, K], float32.
 
     Attributes:
@@ -31,12 +32,18 @@ class Moments(NamedTuple):
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
 
+    @cached_property
+    def metric(self) -> Metric:
+        """The metric of these moments, damped where they are full; what batches share is factorized once."""
+        left, right = _root(self.outputs), _root(self.inputs)
+        return Metric(left, right, _inverse(left), _inverse(right))
+
     def select(self, index: torch.Tensor | slice) -> Moments:
         """Return the moments of a part of the batch."""
-        return Moments(*(_select(part, index) for part in self))
+        return Moments(_select(self.inputs, index), _select(self.outputs, index))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
     """The square roots of the moments: ``left``·``left``ᵀ = G, ``right``·``right``ᵀ = R.
 
@@ -52,11 +59,12 @@ class Metric:
     left_inverse: torch.Tensor | None = None
     right_inverse: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, moments: Moments) -> Metric:
-        """Return the metric of second moments, damped where they are full."""
-        left, right = _root(moments.outputs), _root(moments.inputs)
-        return cls(left, right, _inverse(left), _inverse(right))
+    @cached_property
+    def feedback_factor(self) -> torch.Tensor | None:
+        """The upper Cholesky factor T of R⁻¹ = Tᵀ·T, [B, K, K], where R is full; what error feedback goes by."""
+        if self.right is None or self.right.dim() == 2:
+            return None
+        return torch.linalg.cholesky(torch.cholesky_inverse(self.right), upper=True).contiguous()
 
     def whiten(self, error: torch.Tensor) -> torch.Tensor:
         """Return leftᵀ·E·right, whose Frobenius norm is the cost of E [B, N, K]."""
@@ -95,6 +103,8 @@ class Metric:
     def select(self, index: torch.Tensor | slice) -> Metric:
         """Return the metric of a part of the batch."""
         roots = (self.left, self.right, self.left_inverse, self.right_inverse)
+        if all(root is None or len(root) == 1 for root in roots):
+            return self  # and with it what has been factorized
         return Metric(*(_select(root, index) for root in roots))
 
 

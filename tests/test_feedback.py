@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from vllm_milo.kernels.triton import feedback
-from vllm_milo.offline.error_feedback import feedback_factor, quantize_group, quantize_with_feedback
+from vllm_milo.offline.error_feedback import quantize_group, quantize_with_feedback
 from vllm_milo.offline.least_squares import Grid, quantize_mse
-from vllm_milo.offline.metric import Metric, Moments
+from vllm_milo.offline.metric import Moments
 
 
 def moment(batch: int, size: int) -> torch.Tensor:
@@ -17,9 +17,9 @@ def moment(batch: int, size: int) -> torch.Tensor:
 
 
 def factor_of(moments: torch.Tensor) -> torch.Tensor:
-    root = Metric.of(Moments(moments)).right
-    assert root is not None
-    return feedback_factor(root)
+    factor = Moments(moments).metric.feedback_factor
+    assert factor is not None
+    return factor
 
 
 def grids(batch: int, rows: int) -> Grid:
@@ -69,7 +69,7 @@ def test_float64_reference():
 def test_feedback_costs_less_in_its_metric(kernel_device, shared):
     weights = torch.randn(3, 64, 256, device=kernel_device) * 0.05
     moments = moment(shared, 256).to(kernel_device)
-    metric = Metric.of(Moments(moments))
-    fed = quantize_with_feedback(weights, 64, feedback_factor(metric.right))
+    metric = Moments(moments).metric
+    fed = quantize_with_feedback(weights, 64, metric.feedback_factor)
     plain = quantize_mse(weights, 64, metric.importance(of_inputs=True))
     assert (metric.cost(weights - fed.dequantize()) < 0.6 * metric.cost(weights - plain.dequantize())).all()

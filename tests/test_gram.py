@@ -21,7 +21,7 @@ from vllm_milo.offline.evaluate import load_model, read_tokens
 from vllm_milo.offline.families import Kind
 from vllm_milo.offline.gram import LayerGrams, WeightMoments
 from vllm_milo.offline.inspect import inspect_checkpoint
-from vllm_milo.offline.metric import Metric, Moments
+from vllm_milo.offline.metric import Moments
 from vllm_milo.offline.milo import quantize_matrices
 from vllm_milo.offline.moments import LoadedMatrix, PlainSquares
 from vllm_milo.offline.planning import batches
@@ -187,7 +187,7 @@ def test_wide_activations_have_none(sources: dict[str, Path], monkeypatch: pytes
     wide = [matrix for matrix, _ in loaded if matrix.k == 256]
     assert [matrix.name.rpartition(".")[2] for matrix in wide] == ["down_proj"]  # the shared expert's
     for matrix, _ in loaded:
-        assert (grams.of([matrix], CPU) == Moments()) == (matrix in wide)
+        assert (grams.of([matrix], CPU).inputs is None) == (matrix in wide)
     conversion = Conversion(
         Recipe(max_rounds=1), budget_bits=3.8, calibration=WeightMoments(ModelReader(sources["qwen2_moe"]))
     )
@@ -266,7 +266,7 @@ def test_feedback_at_the_end_gains_most_of_what_it_gains_in_all_rounds():
     def cost(feedback: int | None) -> float:
         recipe = Recipe(max_rounds=10, feedback_rounds=feedback)
         found = quantize_matrices(weights, 8, recipe, torch.bfloat16, moments)
-        return float(Metric.of(moments).cost(weights - found.dequantize()).sum())
+        return float(moments.metric.cost(weights - found.dequantize()).sum())
 
     never, late, always = cost(0), cost(2), cost(None)
     assert always <= late < never
@@ -290,7 +290,7 @@ def loss(folder: Path, out: Path, source: WeightMoments | PlainSquares, measured
             error = (quantized[name] - original[name])[matrix.expert, rows]
         else:
             error = quantized[name] - original[name]
-        total += 500 * float(Metric.of(measured.of([matrix], CPU)).cost(error[None]))
+        total += 500 * float(measured.of([matrix], CPU).metric.cost(error[None]))
     return total
 
 

@@ -10,7 +10,7 @@ from vllm_milo.offline.compensator import store_factor
 from vllm_milo.offline.joint import quantize_jointly
 from vllm_milo.offline.least_squares import quantize_mse
 from vllm_milo.offline.low_rank import leading_rows, store_pair
-from vllm_milo.offline.metric import Metric, Moments
+from vllm_milo.offline.metric import Moments
 from vllm_milo.offline.milo import quantize_matrices
 from vllm_milo.offline.orthonormal import orthonormal_rows
 from vllm_milo.offline.recipe import Recipe
@@ -32,7 +32,7 @@ def moment(batch, size):
 
 def metrics(batch, n, k):
     full = Moments(moment(batch, k), moment(batch, n))
-    diagonal = Moments(*(part.diagonal(dim1=-2, dim2=-1) for part in full))
+    diagonal = Moments(*(part.diagonal(dim1=-2, dim2=-1) for part in (full.inputs, full.outputs)))
     return {"none": Moments(), "diagonal": diagonal, "full": full}
 
 
@@ -45,12 +45,12 @@ def test_cost_is_the_trace_form(kind):
     inputs, outputs = (torch.diag_embed(part) if part.dim() == 2 else part for part in (inputs, outputs))
     expected = (outputs @ error @ inputs @ error.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
     # the damping of the moments adds a little
-    assert torch.allclose(Metric.of(moments).cost(error), expected, rtol=0.05 if kind != "none" else 1e-5)
+    assert torch.allclose(moments.metric.cost(error), expected, rtol=0.05 if kind != "none" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_rows_are_whitened_and_back(kind):
-    metric = Metric.of(metrics(2, 64, 128)[kind])
+    metric = metrics(2, 64, 128)[kind].metric
     u, v = torch.randn(2, 8, 64), torch.randn(2, 8, 128)
     whitened = metric.whiten(u.mT @ v)
     left, right = metric.whiten_rows(u, of_inputs=False), metric.whiten_rows(v, of_inputs=True)
@@ -61,7 +61,7 @@ def test_rows_are_whitened_and_back(kind):
 
 def test_singular_moments_are_damped():
     samples = torch.randn(1, 3, 128)
-    metric = Metric.of(Moments(samples.mT @ samples))
+    metric = Moments(samples.mT @ samples).metric
     assert torch.isfinite(metric.color_rows(torch.randn(1, 4, 128), of_inputs=True)).all()
 
 
@@ -83,7 +83,7 @@ def test_dependent_rows_stay_finite():
 
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_refitted_factors_cost_less_than_stored_ones(kind):
-    metric = Metric.of(metrics(2, 128, 192)[kind])
+    metric = metrics(2, 128, 192)[kind].metric
     residual = trained_like(2, 128, 192)
     whitened = metric.whiten(residual)
     left, right = leading_rows(whitened, 16, torch.Generator().manual_seed(0))
@@ -103,9 +103,9 @@ def test_more_rounds_and_more_ranks_never_cost_more(kind, bits):
         recipe = Recipe(factor_bits=bits, max_rounds=rounds)
         state = quantize_jointly(weights, [rank] * 2, moments, recipe, torch.bfloat16)
         compensator = state.pair.product() if state.pair else 0
-        return Metric.of(moments).cost(weights - state.base.dequantize() - compensator)
+        return moments.metric.cost(weights - state.base.dequantize() - compensator)
 
-    plain = Metric.of(moments).cost(weights - quantize_mse(weights, 64).dequantize())
+    plain = moments.metric.cost(weights - quantize_mse(weights, 64).dequantize())
     few, many, wide = cost(8, 1), cost(8, 6), cost(24, 6)
     assert (few < plain).all()
     assert (many <= few).all()
@@ -144,7 +144,7 @@ def test_ranks_of_a_batch_do_not_meet(kind, bits):
     assert together.v.values.shape == (5, 40, 128)
     for index, rank in enumerate(ranks):
         one = slice(index, index + 1)
-        own = Moments(*(None if part is None else part[one] for part in moments))
+        own = moments.select(one)
         alone = quantize_matrices(weights[one], rank, recipe, torch.bfloat16, own)
         assert torch.allclose(together.errors[one], alone.errors, rtol=0.02)
         for factor in (together.u, together.v):
@@ -200,10 +200,10 @@ def test_same_seed_same_result():
 def test_a_gpu_gets_as_far_as_a_cpu(kind, rank):
     """Its products are less precise, kernels do its sums, and its random sketches are others, which alone count 3 %."""
     weights, moments = trained_like(8, 128, 256), metrics(8, 128, 256)[kind]
-    metric = Metric.of(moments)
+    metric = moments.metric
 
     def cost(device):
-        moved = Moments(*(None if part is None else part.to(device) for part in moments))
+        moved = Moments(*(None if m is None else m.to(device) for m in (moments.inputs, moments.outputs)))
         found = quantize_matrices(weights.to(device), rank, Recipe(max_rounds=8), torch.bfloat16, moved)
         return metric.cost(weights - found.dequantize().cpu()).sqrt().mean()
 

@@ -16,7 +16,7 @@ from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluate import load_model, perplexity, read_tokens
 from vllm_milo.offline.inspect import inspect_checkpoint
-from vllm_milo.offline.metric import Metric, Moments
+from vllm_milo.offline.metric import Moments
 from vllm_milo.offline.milo import quantize_matrices
 from vllm_milo.offline.moments import PlainSquares
 from vllm_milo.offline.presets import PRESETS
@@ -134,7 +134,7 @@ def test_moments_foretell_the_loss_of_an_error(bundled_model: Path, model, token
 
     change = 0.1 * original.std() * torch.randn(original.shape)
     moments = found.of([matrix], torch.device("cpu"))
-    expected = 0.5 * float(Metric.of(moments).cost(change[None]))
+    expected = 0.5 * float(moments.metric.cost(change[None]))
     assert 1 / 3 < divergence(change) / expected < 3
 
 
