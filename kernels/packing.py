@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+MAX_CODE = 7
 CODES_PER_UNIT = 32
 WORDS_PER_UNIT = 3
 FACTOR_ZERO = 4

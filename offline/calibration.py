@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .errors import ConversionError
 from .families import Family, find_family
 from .metric import Moments
-from .moments import MAX_FULL_SIZE, LoadedMatrix
+from .moments import MAX_FULL_SIZE, LoadedMatrix, moment_numbers
 from .ranks import Matrix
 
 UNSEEN = 1e-12
@@ -86,7 +86,7 @@ class Calibration:
     def numbers(self, matrix: Matrix) -> int:
         """Return the numbers in the moments of a matrix, on both sides."""
         sides = (matrix.k, matrix.n) if self.gradients else (matrix.k,)
-        return sum(size * size if size <= MAX_FULL_SIZE else size for size in sides)
+        return sum(map(moment_numbers, sides))
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint's recipe records."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from .errors import ConversionError
 from .families import Kind
-from .moments import MAX_FULL_SIZE
+from .moments import moment_numbers
 from .reader import Layer, ModelReader
 
 BYTES = 4
@@ -103,12 +102,8 @@ def _input_moments(reader: ModelReader, layer: Layer) -> int:
     """Return the numbers in a layer's input moments; an expert's gate and up projection share theirs."""
     matrices = [source.matrix for source in layer.matrices]
     shared = f".{reader.family.projections.up}"
-    return _moments(m.k for m in matrices if m.kind is not Kind.ROUTED_EXPERT or not m.name.endswith(shared))
+    return sum(moment_numbers(m.k) for m in matrices if m.kind is not Kind.ROUTED_EXPERT or not m.name.endswith(shared))
 
 
 def _output_moments(layer: Layer) -> int:
-    return _moments(source.matrix.n for source in layer.matrices)
-
-
-def _moments(sizes: Iterable[int]) -> int:
-    return sum(size * size if size <= MAX_FULL_SIZE else size for size in sizes)
+    return sum(moment_numbers(source.matrix.n) for source in layer.matrices)

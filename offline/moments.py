@@ -17,6 +17,11 @@ LoadedMatrix = tuple[Matrix, torch.Tensor]
 """A matrix and its weights, float32 [N, K]."""
 
 
+def moment_numbers(size: int) -> int:
+    """Return how many numbers a second moment of ``size`` activations holds: all of it, or its diagonal."""
+    return size * size if size <= MAX_FULL_SIZE else size
+
+
 class LayerMoments(Protocol):
     """The second moments of the matrices of one layer."""
 

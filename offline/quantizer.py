@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_milo.kernels.packing import MAX_CODE
+
 from .errors import ConversionError
 
-MAX_CODE = 7
 MIN_SCALE = 2.0**-14
 """The smallest normal fp16. Smaller groups are stored with this scale where that loses nothing that counts."""
 MAX_SCALE = 65504.0

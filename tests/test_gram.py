@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_edits import edit_tensors
+from quantized_model import QuantizedModel
 from tiny_models import FAMILIES, TEXT, make_model
 from transformers import AutoModelForCausalLM
 
@@ -277,21 +278,12 @@ def loss(folder: Path, out: Path, source: WeightMoments | PlainSquares, measured
     """The loss that errors cost by measured moments and gradients, thousandths of a nat."""
     recipe = Recipe(group_size=128, max_rounds=6, feedback_rounds=2)
     convert(folder, out, Conversion(recipe, budget_bits=3.6, calibration=source), progress=False)
-    quantized, original = load_model(out).state_dict(), load_model(folder).state_dict()
-    total = 0.0
-    reader = ModelReader(folder)
-    for matrix in reader.matrices:
-        name, rows = f"{matrix.name}.weight", slice(None)
-        if matrix.expert is not None:
-            leaf = matrix.name.rpartition(".")[2]
-            name = f"{matrix.experts}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
-            if leaf != "down_proj":
-                rows = slice(matrix.n, None) if leaf == "up_proj" else slice(0, matrix.n)
-            error = (quantized[name] - original[name])[matrix.expert, rows]
-        else:
-            error = quantized[name] - original[name]
-        total += 500 * float(measured.of([matrix], CPU).metric.cost(error[None]))
-    return total
+    model = QuantizedModel(folder, "cpu")
+    model.load(out)
+    errors = {name: view - model.source[name] for name, view in model.views.items()}
+    return 500 * sum(
+        float(measured.of([matrix], CPU).metric.cost(errors[name][None])) for name, matrix in model.matrices.items()
+    )
 
 
 def test_they_lower_the_loss_at_equal_bits(bundled_model: Path, tmp_path: Path, measured: Calibration):

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_CODE = 7
+from ..packing import MAX_CODE
+
 _ROWS = 32
 _WARPS = 4
 

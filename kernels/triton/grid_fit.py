@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_CODE = 7
+from ..packing import MAX_CODE
+
 _ELEMENTS = 4096
 """Weights that a program holds in registers."""
 _WARPS = 4
