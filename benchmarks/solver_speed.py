@@ -179,7 +179,8 @@ def _ranks(
     matrices = [matrix for matrix, _ in loaded]
     if setting.budget_bits is not None:
         weigh = partial(sensitivity, family=FAMILY, config=CONFIG)
-        return allocate(matrices, layer_curves(loaded, moments, recipe, weigh), setting.budget_bits, recipe)
+        curves = layer_curves(batches(loaded, moments, {}), recipe, weigh)
+        return allocate(matrices, curves, setting.budget_bits, recipe)
     dense, sparse = (rank // scale // 8 * 8 for rank in (setting.dense, setting.sparse))
     return {m.name: sparse if m.kind is Kind.ROUTED_EXPERT else dense for m in matrices}
 

@@ -19,6 +19,7 @@ from .families import Family, find_family
 from .metric import Moments
 from .moments import MAX_FULL_SIZE, LoadedMatrix, moment_numbers
 from .ranks import Matrix
+from .reader import Layer, ModelReader
 
 UNSEEN = 1e-12
 """Second moment of what the text never reaches, so that such an expert is still quantized by plain squares."""
@@ -75,7 +76,7 @@ class Calibration:
         self.own_text = False
         self.gradients = gradients
 
-    def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> Calibration:
+    def of_layer(self, reader: ModelReader, layer: Layer, loaded: Sequence[LoadedMatrix]) -> Calibration:
         """Return this, which knows all layers."""
         return self
 

@@ -33,7 +33,7 @@ from .conversion import Conversion
 from .errors import ConversionError
 from .milo import Quantized, quantize_matrices
 from .moments import PlainSquares
-from .planning import Batch, batches, excess_kurtosis, plan_ranks, progress_bar
+from .planning import Batch, excess_kurtosis, load_batches, plan_ranks, progress_bar
 from .ranks import Matrix
 from .reader import Layer, ModelReader
 from .recipe import Recipe
@@ -147,9 +147,7 @@ def _convert_layer(
 ) -> dict[str, MatrixReport]:
     report: dict[str, MatrixReport] = {}
     recipe = conversion.recipe
-    loaded = list(reader.load_layer(layer, device))
-    moments = conversion.calibration.of_layer(layer.name, loaded) if loaded else PlainSquares()
-    for batch in batches(loaded, moments, ranks, mixed=recipe.method == "milo"):
+    for batch in load_batches(reader, layer, conversion.calibration, ranks, device, mixed=recipe.method == "milo"):
         theirs = [ranks[matrix.name] for matrix in batch.matrices]
         result = _quantize_named(batch, theirs, recipe, reader.dtype)
         for index, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):

@@ -22,7 +22,7 @@ from .metric import Moments
 from .moments import MAX_FULL_SIZE, LoadedMatrix
 from .precision import fast_products
 from .ranks import Matrix
-from .reader import ModelReader
+from .reader import Layer, ModelReader
 
 RESIDUAL_SHARE = 0.25
 """Share of the identity in the moments of what attention and experts read from the residual stream."""
@@ -56,31 +56,20 @@ class WeightMoments:
 
     gradients = False
 
-    def __init__(self, reader: ModelReader) -> None:
-        self._reader = reader
-        config = reader.config
-        heads = int(config.get("num_attention_heads") or 1)
-        self._head_size = int(config.get("head_dim") or int(config.get("hidden_size", heads)) // heads)
-
-    def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> LayerGrams:
-        """Return the moments of a layer's matrices, one at least.
+    def of_layer(self, reader: ModelReader, layer: Layer, loaded: Sequence[LoadedMatrix]) -> LayerGrams:
+        """Return the moments of a layer's matrices.
 
         Raises:
             ConversionError: a norm is missing or not finite.
         """
-        family = self._reader.family
-        device = loaded[0][1].device
-        norms = Norms(*(self._norm(f"{name}.{norm}.weight", device) for norm in family.norms))
-        return LayerGrams(family, loaded, norms, self._head_size)
+        norms = Norms(*(_load_norm(reader, f"{layer.name}.{norm}.weight") for norm in reader.family.norms))
+        heads = int(reader.config.get("num_attention_heads") or 1)
+        head_size = int(reader.config.get("head_dim") or int(reader.config.get("hidden_size", heads)) // heads)
+        return LayerGrams(reader.family, loaded, norms, head_size)
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint's recipe records."""
         return {"calibration": "weights"}
-
-    def _norm(self, tensor: str, device: torch.device) -> torch.Tensor:
-        if tensor not in self._reader.tensors:
-            raise ConversionError(f"{tensor}: missing; are the model's files complete? Else use --calibration none")
-        return self._reader.load_finite(tensor).to(device, torch.float32)
 
 
 class LayerGrams:
@@ -88,7 +77,8 @@ class LayerGrams:
 
     Args:
         family: the model's.
-        loaded: the layer's matrices with their weights; what is not there (ignored layers) is left out of the sums.
+        loaded: the layer's matrices with their weights, one at least; what is not there (ignored layers) is left out
+            of the sums.
         norms: of the layer.
         head_size: rows of the value projection that belong to one head.
 
@@ -98,7 +88,8 @@ class LayerGrams:
 
     def __init__(self, family: Family, loaded: Sequence[LoadedMatrix], norms: Norms, head_size: int) -> None:
         self._family = family
-        self._norms = norms
+        device = loaded[0][1].device
+        self._norms = Norms(*(norm.to(device) for norm in norms))
         self._head_size = head_size
         self._readers: dict[Activation, list[LoadedMatrix]] = {activation: [] for activation in Activation}
         self._weights: dict[str, torch.Tensor] = {}
@@ -179,6 +170,12 @@ class LayerGrams:
         if leaf == "o_proj":
             return Activation.HEADS
         raise ConversionError(f"{matrix.name}: nothing is known about this projection's inputs; use --calibration none")
+
+
+def _load_norm(reader: ModelReader, tensor: str) -> torch.Tensor:
+    if tensor not in reader.tensors:
+        raise ConversionError(f"{tensor}: missing; are the model's files complete? Else use --calibration none")
+    return reader.load_finite(tensor).float()
 
 
 def _gram(weights: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from .metric import Moments
 from .ranks import Matrix
+from .reader import Layer, ModelReader
 
 MAX_FULL_SIZE = 8192
 """Sides up to this get full second moments."""
@@ -44,8 +45,8 @@ class MomentSource(Protocol):
 
     gradients: bool
 
-    def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> LayerMoments:
-        """Return the moments of a layer's matrices, given its name and their weights."""
+    def of_layer(self, reader: ModelReader, layer: Layer, loaded: Sequence[LoadedMatrix]) -> LayerMoments:
+        """Return the moments of a layer's matrices, given the model and their weights."""
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint's recipe records of them."""
@@ -56,7 +57,7 @@ class PlainSquares:
 
     gradients = False
 
-    def of_layer(self, name: str, loaded: Sequence[LoadedMatrix]) -> LayerMoments:
+    def of_layer(self, reader: ModelReader, layer: Layer, loaded: Sequence[LoadedMatrix]) -> LayerMoments:
         """Return this, which knows no layer."""
         return self
 

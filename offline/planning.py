@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from .allocation import Curve, allocate, base_bits, measure_curves, rank_bits
 from .conversion import Conversion
 from .errors import ConversionError
 from .metric import Moments
-from .moments import LayerMoments, LoadedMatrix
+from .moments import LayerMoments, LoadedMatrix, MomentSource
 from .ranks import Matrix, Statistics, assign_ranks, needs_counts, needs_kurtosis
 from .reader import Layer, ModelReader
 from .recipe import Recipe
@@ -80,6 +80,20 @@ def batches(
             yield Batch(matrices, torch.stack([weights for _, weights in chunk]), moments.of(matrices, device))
 
 
+def load_batches(
+    reader: ModelReader,
+    layer: Layer,
+    source: MomentSource,
+    ranks: Mapping[str, int],
+    device: torch.device,
+    mixed: bool = True,
+) -> Iterator[Batch]:
+    """Load a layer and yield the :func:`batches` of its matrices; its weights are gone after the last."""
+    loaded = list(reader.load_layer(layer, device))
+    if loaded:
+        yield from batches(loaded, source.of_layer(reader, layer, loaded), ranks, mixed)
+
+
 def excess_kurtosis(values: torch.Tensor) -> float:
     """Return E[(x - μ)⁴]/σ⁴ - 3 over all entries (the paper's section 2.1), 0 for a constant matrix."""
     centered = values.double() - values.double().mean()
@@ -100,21 +114,17 @@ def stored_bits(matrices: Sequence[Matrix], ranks: Mapping[str, int], group_size
 
 
 def layer_curves(
-    loaded: Sequence[LoadedMatrix],
-    moments: LayerMoments,
-    recipe: Recipe,
-    sensitivity_of: Callable[[Matrix], float] | None,
+    layer: Iterable[Batch], recipe: Recipe, sensitivity_of: Callable[[Matrix], float] | None
 ) -> dict[str, Curve]:
     """Return the curve of expected cost of every matrix of a layer, by name.
 
     Args:
-        loaded: the layer's matrices with their weights.
-        moments: of the layer.
+        layer: its matrices in batches.
         recipe: group size and seed.
         sensitivity_of: what relative errors of a matrix count; None where costs in these moments compare by themselves.
     """
     curves: dict[str, Curve] = {}
-    for batch in batches(loaded, moments, {}):
+    for batch in layer:
         found = measure_curves(batch.weights, recipe, batch.moments, relative=sensitivity_of is not None)
         for matrix, curve in zip(batch.matrices, found, strict=True):
             weight = sensitivity_of(matrix) if sensitivity_of else 1.0
@@ -129,16 +139,10 @@ def _measure(
     weigh = (
         None if conversion.calibration.gradients else partial(sensitivity, family=reader.family, config=reader.config)
     )
-
-    def measure(layer: Layer) -> dict[str, Curve]:
-        """Measure one layer; its weights are gone before the next is loaded."""
-        loaded = list(reader.load_layer(layer, device))
-        return layer_curves(loaded, conversion.calibration.of_layer(layer.name, loaded), conversion.recipe, weigh)
-
     curves: dict[str, Curve] = {}
     for layer in progress_bar(plan, "measure", progress):
-        if layer.matrices:
-            curves |= measure(layer)
+        loaded = load_batches(reader, layer, conversion.calibration, {}, device)
+        curves |= layer_curves(loaded, conversion.recipe, weigh)
     return curves
 
 

@@ -59,7 +59,7 @@ def moment_source(folder: Path, calibration: str, options: TextOptions) -> Momen
             raise ConversionError(
                 f"--calibration-moments {options.moments} is about a text: add --calibration TEXT or {OWN_TEXT}"
             )
-        return PlainSquares() if calibration == NONE else WeightMoments(ModelReader(folder))
+        return PlainSquares() if calibration == NONE else WeightMoments()
     return _from_text(folder, calibration, options)
 
 

@@ -28,7 +28,7 @@ from vllm_milo.offline.moments import LoadedMatrix, PlainSquares
 from vllm_milo.offline.planning import batches
 from vllm_milo.offline.precision import exact_products, fast_products
 from vllm_milo.offline.ranks import Matrix
-from vllm_milo.offline.reader import ModelReader
+from vllm_milo.offline.reader import Layer, ModelReader
 from vllm_milo.offline.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -108,11 +108,15 @@ class Reference:
         return self.ffn()
 
 
+def find(reader: ModelReader, index: int) -> Layer:
+    return next(layer for layer in reader.layers if layer.name == f"model.layers.{index}")
+
+
 def load(folder: Path, index: int) -> tuple[list[LoadedMatrix], LayerGrams]:
     reader = ModelReader(folder)
-    layer = next(layer for layer in reader.layers if layer.name == f"model.layers.{index}")
+    layer = find(reader, index)
     loaded = list(reader.load_layer(layer, CPU))
-    return loaded, WeightMoments(reader).of_layer(layer.name, loaded)
+    return loaded, WeightMoments().of_layer(reader, layer, loaded)
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +193,7 @@ def test_wide_activations_have_none(sources: dict[str, Path], monkeypatch: pytes
     assert [matrix.name.rpartition(".")[2] for matrix in wide] == ["down_proj"]  # the shared expert's
     for matrix, _ in loaded:
         assert (grams.of([matrix], CPU).inputs is None) == (matrix in wide)
-    conversion = Conversion(
-        Recipe(max_rounds=1), budget_bits=3.8, calibration=WeightMoments(ModelReader(sources["qwen2_moe"]))
-    )
+    conversion = Conversion(Recipe(max_rounds=1), budget_bits=3.8, calibration=WeightMoments())
     convert(sources["qwen2_moe"], tmp_path / "out", conversion, progress=False)
     assert 3.5 < inspect_checkpoint(tmp_path / "out")["bits_per_weight"] <= 3.8
 
@@ -202,7 +204,7 @@ def test_what_is_ignored_is_left_out(ignored: str, sources: dict[str, Path]):
     loaded, grams = load(sources["qwen2_moe"], 1)
     kept = [(matrix, w) for matrix, w in loaded if not matrix.name.endswith(tuple(ignored.split(",")))]
     assert len(kept) < len(loaded)
-    part = WeightMoments(reader).of_layer("model.layers.1", kept)
+    part = WeightMoments().of_layer(reader, find(reader, 1), kept)
     changed = 0
     for matrix, _ in kept:
         found, whole = part.of([matrix], CPU).inputs, grams.of([matrix], CPU).inputs
@@ -216,7 +218,7 @@ def test_layers_without_a_norm_or_with_other_projections_are_named(sources: dict
     loaded, grams = load(sources["mixtral"], 0)
     del reader.tensors["model.layers.0.post_attention_layernorm.weight"]
     with pytest.raises(ConversionError, match=r"model\.layers\.0\.post_attention_layernorm\.weight: missing"):
-        WeightMoments(reader).of_layer("model.layers.0", loaded)
+        WeightMoments().of_layer(reader, find(reader, 0), loaded)
     other = Matrix("model.layers.0.self_attn.kv_b_proj", Kind.ATTENTION, 128, 128)
     with pytest.raises(ConversionError, match=r"kv_b_proj: nothing is known .*use --calibration none"):
         grams.group(other)
@@ -287,7 +289,7 @@ def loss(folder: Path, out: Path, source: WeightMoments | PlainSquares, measured
 
 
 def test_they_lower_the_loss_at_equal_bits(bundled_model: Path, tmp_path: Path, measured: Calibration):
-    weighed = loss(bundled_model, tmp_path / "a", WeightMoments(ModelReader(bundled_model)), measured)
+    weighed = loss(bundled_model, tmp_path / "a", WeightMoments(), measured)
     plain = loss(bundled_model, tmp_path / "b", PlainSquares(), measured)
     assert weighed < 0.95 * plain
 
