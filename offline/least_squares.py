@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .quantizer import MAX_CODE, MAX_SCALE, MIN_SCALE, GroupQuantized, min_max
+from .quantizer import MAX_CODE, MAX_SCALE, MIN_SCALE, GroupQuantized, encode, min_max
 
 CLIPS = (1.0, 0.86, 0.72)
 """Shares of a group's range that the fits start from."""
@@ -54,7 +54,7 @@ def quantize_mse(
     """
     old = None if start is None else Grid(start.scale, start.zero)
     grid = fit_grid(weights, group_size, importance, old, fits, strict)
-    return encode(weights, grid)
+    return _encode_near(weights, grid)
 
 
 def fit_grid(
@@ -106,21 +106,19 @@ def refit(
     grid = Grid(old.scale, old.zero)
     for _ in range(fits):
         grid = fitter.regress(grid, fitter.measure(grid))
-    return encode(weights, grid, work[0])
+    return _encode_near(weights, grid, work[0])
 
 
-def encode(weights: torch.Tensor, grid: Grid, work: torch.Tensor | None = None) -> GroupQuantized:
+def _encode_near(weights: torch.Tensor, grid: Grid, work: torch.Tensor | None = None) -> GroupQuantized:
     """Return the nearest codes of weights [..., N, K] on a grid; ``work``, a tensor like them, may be overwritten."""
     if weights.is_cuda:
-        from vllm_milo.kernels.triton import grid_fit
-
-        return GroupQuantized(grid_fit.nearest_codes(weights, *grid), *grid)
+        return encode(weights, *grid)
     groups = weights.unflatten(-1, (grid.scale.shape[-1], -1))
     out = None if work is None else work.view(groups.shape)
-    return GroupQuantized(nearest_codes(groups, grid, out).to(torch.uint8).flatten(-2), *grid)
+    return GroupQuantized(_nearest_codes(groups, grid, out).to(torch.uint8).flatten(-2), *grid)
 
 
-def nearest_codes(groups: torch.Tensor, grid: Grid, out: torch.Tensor | None = None) -> torch.Tensor:
+def _nearest_codes(groups: torch.Tensor, grid: Grid, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return the codes 0..7, as floats, nearest to ``groups`` [..., G, g] on the stored grid, in ``out`` if given."""
     inverse = grid.scale.float().reciprocal().unsqueeze(-1)
     return torch.addcmul(grid.zero.float().unsqueeze(-1), groups, inverse, out=out).round_().clamp_(0, MAX_CODE)
@@ -173,7 +171,7 @@ class _Fitter:
     def _sums(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the weighed sums over each group of codes, their squares, and their products with the weights."""
         groups, products = self._groups, self._products
-        codes = nearest_codes(groups, grid, self._codes)
+        codes = _nearest_codes(groups, grid, self._codes)
         if self._share is None:
             mean = codes.mean(-1)
             square = torch.linalg.vector_norm(codes, dim=-1).square() / codes.shape[-1]

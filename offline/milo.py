@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 
 from .compensator import StoredFactor, store_factor, truncated_svd
+from .hqq import quantize_hqq
 from .joint import quantize_jointly
 from .least_squares import quantize_mse
 from .metric import Moments
-from .quantizer import GroupQuantized, quantize_hqq, quantize_rtn
+from .quantizer import GroupQuantized, quantize_rtn
 from .recipe import METHODS, PLAIN_METHODS, Recipe
 
 WINDOW = 3

@@ -18,11 +18,6 @@ MIN_SCALE = 2.0**-14
 """The smallest normal fp16. Smaller groups are stored with this scale where that loses nothing that counts."""
 MAX_SCALE = 65504.0
 
-HQQ_NORM = 0.7  # p of the paper's l_p norm, and of HQQ's defaults
-HQQ_BETA = 10.0
-HQQ_KAPPA = 1.01
-HQQ_ROUNDS = 20
-
 
 class GroupQuantized(NamedTuple):
     """A quantized batch of matrices: codes uint8 [..., N, K]; scale, zero fp16 [..., N, K/g]."""
@@ -52,49 +47,17 @@ def quantize_rtn(weights: torch.Tensor, group_size: int) -> GroupQuantized:
     """
     groups = weights.unflatten(-1, (-1, group_size))
     scale, zero = min_max(groups)
-    return _encode(groups, scale, zero)
+    return encode(weights, scale, zero)
 
 
-def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
-    """HQQ: the scale of :func:`quantize_rtn`, and the zero point that the half-quadratic solver finds.
+def encode(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> GroupQuantized:
+    """Return the nearest codes of weights [..., N, K], on GPUs [B, N, K], on a stored grid fp16 [..., N, K/g]."""
+    if weights.is_cuda:
+        from vllm_milo.kernels.triton import grid_fit
 
-    Minimizes the l_p norm, p = 0.7, of the error over z alone (the paper's eq. 4-9, HQQ's constants):
-    alternates the shrinkage of the error with the mean that is optimal for it, and stops a matrix when its
-    mean absolute error no longer falls.
-
-    Args:
-        weights: float32 [..., N, K].
-        group_size: consecutive weights of a row that share one scale and zero point; divides K.
-
-    Raises:
-        ScaleError: a group's range does not fit fp16.
-    """
-    groups = weights.unflatten(-1, (-1, group_size))
-    scale, zero = min_max(groups)
-    constant = groups.amax(-1) == groups.amin(-1)
-    step = scale.float().unsqueeze(-1)
-    scaled = groups / step
-    scaled_mean = scaled.mean(-1)
-    current, best_zero = zero.float(), zero.float()
-    best_error = torch.full(groups.shape[:-3], torch.inf, device=groups.device)
-    codes, residual, size = (torch.empty_like(groups) for _ in range(3))
-    beta = HQQ_BETA
-    for _ in range(HQQ_ROUNDS):
-        torch.add(scaled, current.unsqueeze(-1), out=codes).round_().clamp_(0, MAX_CODE)
-        torch.sub(scaled, codes, out=residual).add_(current.unsqueeze(-1)).mul_(step)
-        torch.abs(residual, out=size)
-        error = size.mean(dim=(-3, -2, -1))
-        improved = error < best_error
-        if not improved.any():
-            break
-        best_error = torch.where(improved, error, best_error)
-        best_zero = torch.where(improved[..., None, None], current, best_zero)
-        shrunk = _shrink(residual, size, beta)
-        # the mean of q - (w - m)/s over a group, m the shrunk error: the zero point that is optimal for it
-        update = codes.mean(-1) - scaled_mean + shrunk.div_(step).mean(-1)
-        current = torch.where(improved[..., None, None] & ~constant, update, current)
-        beta *= HQQ_KAPPA
-    return _encode(groups, scale, _fit_zero(best_zero))
+        return GroupQuantized(grid_fit.nearest_codes(weights, scale, zero), scale, zero)
+    steps = _groups(weights, scale) / scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
+    return GroupQuantized(steps.round_().clamp_(0, MAX_CODE).to(torch.uint8).flatten(-2), scale, zero)
 
 
 def refuse_bad_scales(weights: torch.Tensor, group_size: int) -> None:
@@ -122,7 +85,7 @@ def min_max(groups: torch.Tensor, strict: bool = True) -> tuple[torch.Tensor, to
     # a constant too small for a normal scale is held by a fractional zero point instead
     tiny = constant & (largest > 0) & (scale < MIN_SCALE)
     zero = torch.where(tiny, -low / MIN_SCALE, zero)
-    return stored, _fit_zero(zero)
+    return stored, fit_zero(zero)
 
 
 def _refuse_large_scales(scale: torch.Tensor) -> None:
@@ -154,16 +117,9 @@ def _first(mask: torch.Tensor) -> list[int]:
     return [int(i) for i in mask.nonzero()[0]]
 
 
-def _fit_zero(zero: torch.Tensor) -> torch.Tensor:
+def fit_zero(zero: torch.Tensor) -> torch.Tensor:
+    """Return zero points as fp16 holds them."""
     return zero.clamp(-MAX_SCALE, MAX_SCALE).half()
-
-
-def _codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    return (groups / scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).round_().clamp_(0, MAX_CODE)
-
-
-def _encode(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> GroupQuantized:
-    return GroupQuantized(_codes(groups, scale, zero).to(torch.uint8).flatten(-2), scale, zero)
 
 
 def _groups(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -172,12 +128,3 @@ def _groups(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return scale.float().unsqueeze(-1) * (codes - zero.float().unsqueeze(-1))
-
-
-def _shrink(residual: torch.Tensor, size: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return the generalized soft threshold sign(x)·max(|x| - |x|^(p-1)/β, 0) (paper eq. 7).
-
-    Overwrites ``size``, which holds |x|; where x is 0 the power is infinite and the result 0.
-    """
-    threshold = size.pow(HQQ_NORM - 1).div_(beta)
-    return size.sub_(threshold).clamp_(min=0).copysign_(residual)

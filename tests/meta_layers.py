@@ -70,6 +70,7 @@ def run_converter(group: int) -> None:
     weights = torch.empty(2, 256, 512, device="meta")
     grid = [torch.empty(2, 256, 512 // group, dtype=torch.float16, device="meta") for _ in range(2)]
     codes = grid_fit.nearest_codes(weights, *grid)
+    grid_fit.half_quadratic_step(weights, grid[0], grid[1].float(), 10.0, 0.7)
     for share in (None, torch.empty(1, 1, 512, device="meta")):
         grid_fit.code_sums(weights, *grid, share)
     row = torch.empty(2, 256, device="meta")

@@ -3,9 +3,10 @@ import torch
 
 from vllm_milo.kernels.triton import grid_fit
 from vllm_milo.offline.compensator import store_factor, truncated_svd
+from vllm_milo.offline.hqq import NORM, _step, quantize_hqq
 from vllm_milo.offline.least_squares import quantize_mse, refit
 from vllm_milo.offline.milo import METHODS, Recipe, _Progress, quantize_matrices
-from vllm_milo.offline.quantizer import GroupQuantized, ScaleError, quantize_hqq, quantize_rtn
+from vllm_milo.offline.quantizer import GroupQuantized, ScaleError, quantize_rtn
 from vllm_milo.offline.recipe import PLAIN_METHODS
 
 QUANTIZERS = {"rtn": quantize_rtn, "hqq": quantize_hqq, "mse": quantize_mse}
@@ -245,3 +246,31 @@ def test_kernels_measure_what_torch_does(kernel_device, poisoned_empty, batch, r
     found = grid_fit.code_sums(moved, scale, zero, None if share is None else share.to(kernel_device))
     for sums, expected in zip(found, (found_codes, found_codes**2, found_codes * values), strict=True):
         assert torch.allclose(sums.cpu().double(), (counted * expected).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 64, 256), (3, 5, 384), (2, 33, 128)])
+def test_kernel_takes_the_half_quadratic_step_of_torch(kernel_device, poisoned_empty, batch, rows, columns, group):
+    """Of weights whose rows lie apart; some lie on the grid, where the error has no sign and its power no value."""
+    wide = torch.randn(batch, rows, columns + 128) * 0.05
+    wide[..., 128 : 128 + columns // 2] = 0.0
+    weights = wide[..., 128:]
+    scale = (0.02 + 0.02 * torch.rand(batch, rows, columns // group)).half()
+    zero = torch.randint(0, 8, scale.shape) + 0.3 * torch.randn(scale.shape) * (torch.rand(scale.shape) < 0.5)
+    groups = weights.double().unflatten(-1, (-1, group))
+    expected = _step(groups, scale)(zero.double(), 12.0)
+    moved = wide.to(kernel_device)[..., 128:]
+    found = grid_fit.half_quadratic_step(moved, scale.to(kernel_device), zero.to(kernel_device), 12.0, NORM)
+    for values, right in zip(found, expected, strict=True):
+        assert torch.allclose(values.cpu().double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_gpu_finds_the_zero_points_of_a_cpu(group):
+    weights = heavy_tailed(3, 65, 384)
+    weights[1, 7, :group] = 0.25
+    here, there = quantize_hqq(weights, group), quantize_hqq(weights.cuda(), group)
+    assert torch.equal(here.scale, there.scale.cpu())
+    assert torch.allclose(here.zero.float(), there.zero.cpu().float(), atol=0.02)
+    assert (here.codes != there.codes.cpu()).float().mean() < 0.01
