@@ -114,14 +114,22 @@ def _tails(matrix: torch.Tensor, total: torch.Tensor, generator: torch.Generator
     if matrix.shape[-2] < matrix.shape[-1]:
         matrix = matrix.mT
     if smaller <= EXACT_SIZE:
-        squares = torch.linalg.eigvalsh(matrix.mT @ matrix).clamp(min=0).flip(-1)[..., :most]
+        squares = _eigenvalues(matrix.mT @ matrix)[..., :most]
     else:
         most = most // 4 // RANK_MULTIPLE * RANK_MULTIPLE
         _, right = leading_rows(matrix, most, generator)
-        squares = torch.linalg.eigvalsh(right @ right.mT).clamp(min=0).flip(-1)
+        squares = _eigenvalues(right @ right.mT)
     steps = squares.unflatten(-1, (-1, RANK_MULTIPLE)).sum(-1).cumsum(-1)
     shares = 1 - steps / total.clamp(min=1e-30).unsqueeze(-1)
     return torch.cat([torch.ones_like(shares[..., :1]), shares.clamp(min=0)], -1)
+
+
+def _eigenvalues(moment: torch.Tensor) -> torch.Tensor:
+    """Return the eigenvalues of Gram matrices [..., r, r], falling.
+
+    In float64, since cuSOLVER takes a third of the time for it (512 x 512): for float32 it goes by Jacobi rotations.
+    """
+    return torch.linalg.eigvalsh(moment.double()).float().clamp(min=0).flip(-1)
 
 
 def _hull(costs: Sequence[float]) -> list[tuple[int, float]]:
