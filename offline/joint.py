@@ -129,7 +129,7 @@ class _Base:
         self,
         weights: torch.Tensor,
         old: GroupQuantized,
-        work: tuple[torch.Tensor, torch.Tensor],
+        work: Sequence[torch.Tensor],
         first: bool,
         feedback: bool,
     ) -> GroupQuantized:
@@ -168,7 +168,7 @@ def _runs(ranks: Sequence[int]) -> list[_Run]:
 
 
 class _Loop:
-    """The rounds on one batch, with the work space that they share: two tensors like the weights.
+    """The rounds on one batch, with the work space that they share: tensors like the weights, two on CPUs, one on GPUs.
 
     Factors of all ``ranks`` have ``rows`` rows.
     """
@@ -189,7 +189,7 @@ class _Loop:
         self._recipe = recipe
         self._dtype = dtype
         self._base = _Base(metric, recipe)
-        self._work = (torch.empty_like(weights), torch.empty_like(weights))
+        self._work = [torch.empty_like(weights) for _ in range(1 if weights.is_cuda else 2)]
 
     def begin_plain(self) -> _Path:
         """Return the path that begins without a compensator."""

@@ -87,7 +87,7 @@ def refit(
     group_size: int,
     importance: torch.Tensor | None,
     fits: int,
-    work: tuple[torch.Tensor, torch.Tensor],
+    work: Sequence[torch.Tensor],
 ) -> GroupQuantized:
     """Go on from the grids of an earlier result for similar weights: codes and regressions, ``fits`` times.
 
@@ -100,13 +100,13 @@ def refit(
         group_size: as in :func:`quantize_mse`.
         importance: as in :func:`quantize_mse`.
         fits: regressions.
-        work: two tensors like the weights, overwritten.
+        work: two tensors like the weights, overwritten; on GPUs none are needed.
     """
     fitter = _Fitter(weights, group_size, importance, work)
     grid = Grid(old.scale, old.zero)
     for _ in range(fits):
         grid = fitter.regress(grid, fitter.measure(grid))
-    return _encode_near(weights, grid, work[0])
+    return _encode_near(weights, grid, None if weights.is_cuda else work[0])
 
 
 def _encode_near(weights: torch.Tensor, grid: Grid, work: torch.Tensor | None = None) -> GroupQuantized:
@@ -147,7 +147,7 @@ class _Fitter:
         weights: torch.Tensor,
         group_size: int,
         importance: torch.Tensor | None,
-        work: tuple[torch.Tensor, torch.Tensor] | None = None,
+        work: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self._weights = weights
         self._groups = weights.unflatten(-1, (-1, group_size))

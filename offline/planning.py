@@ -47,7 +47,8 @@ def plan_ranks(
     matrices = [source.matrix for layer in plan for source in layer.matrices]
     if conversion.budget_bits is not None and not conversion.policies:
         curves = _measure(reader, plan, conversion, device, progress)
-        return allocate(matrices, curves, conversion.budget_bits, conversion.recipe), []
+        ranks = allocate(matrices, curves, conversion.budget_bits, conversion.recipe)
+        return ranks, _warn_without_ranks(ranks, conversion.budget_bits, conversion.recipe.group_size)
     statistics = _statistics(reader, plan, conversion, device, progress)
     if conversion.budget_bits is None:
         return assign_ranks(conversion.policies, matrices, statistics)
@@ -144,6 +145,15 @@ def _measure(
         loaded = load_batches(reader, layer, conversion.calibration, {}, device)
         curves |= layer_curves(loaded, conversion.recipe, weigh)
     return curves
+
+
+def _warn_without_ranks(ranks: Mapping[str, int], budget: float, group_size: int) -> list[str]:
+    if not ranks or any(ranks.values()):
+        return []
+    return [
+        f"--budget-bits {budget:g} leaves nothing for compensators: codes, scales and zero points of group size "
+        f"{group_size} take {base_bits(group_size):g} bits a weight; a little more gains much accuracy"
+    ]
 
 
 def _scale_policies(

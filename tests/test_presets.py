@@ -69,10 +69,19 @@ def test_without_options_it_is_balanced(bundled_model: Path, tmp_path: Path):
         (["--ranks", "dense=8,sparse=4", "--budget-bits", "3.9"], 3.9, "milo"),
     ],
 )
-def test_budgets_are_kept(bundled_model: Path, tmp_path: Path, options: list[str], bits: float, method: str):
+def test_budgets_are_kept(
+    bundled_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    bits: float,
+    method: str,
+):
     report = quantize(bundled_model, tmp_path / "out", *options)
     assert bits - 0.12 < report["bits_per_weight"] <= bits
     assert report["recipe"]["method"] == method
+    warned = f"--budget-bits {bits:g} leaves nothing for compensators" in capsys.readouterr().err
+    assert warned == ("--group-size" in options)
 
 
 @pytest.mark.parametrize(

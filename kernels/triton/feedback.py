@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..packing import MAX_CODE
+from .grid_fit import nearest_code
 
 _ROWS = 32
 _WARPS = 4
@@ -89,7 +90,7 @@ def _feed_back(
     for j in range(GROUP):
         here = column[None, :] == j
         value = tl.sum(tl.where(here, left, 0.0), 1)
-        code = tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), LAST)
+        code = nearest_code(value, LAST)
         diagonal = tl.load(factor + j * (factor_row + factor_column))
         spread = tl.load(factor + j * factor_row + column * factor_column, mask=column > j, other=0.0) / diagonal
         error = value - code

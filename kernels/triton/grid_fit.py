@@ -88,6 +88,12 @@ def _launch(
 
 
 @triton.jit
+def nearest_code(steps, LAST: tl.constexpr):
+    """Return the codes, as floats, nearest to weights in steps of their grid, w/s + z."""
+    return tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), LAST)
+
+
+@triton.jit
 def _nearest(
     weights,
     rows,
@@ -109,7 +115,7 @@ def _nearest(
     scale = tl.load(scales + group, mask=inside, other=1.0).to(tl.float32)
     zero = tl.load(zeros + group, mask=inside, other=0.0).to(tl.float32)
     steps = zero[:, None] + values / scale[:, None]
-    return values, steps, tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), LAST), scale
+    return values, steps, nearest_code(steps, LAST), scale
 
 
 @triton.jit
