@@ -17,7 +17,7 @@ from typing import Any
 import scores
 import torch
 from activations import second_moments
-from contenders import CALIBRATION, COUNTS, GPTQ_ROWS, HQQ, SECTIONS, Contender, Shape
+from contenders import CALIBRATION, COUNTS, GPTQ_ROWS, HQQ, SECTIONS, WINDOWS, Contender, Shape
 from gptq import quantize_model
 from quantize_pool import Job, QuantizePool
 from quantized_model import QuantizedModel
@@ -143,7 +143,11 @@ class Benchmark:
             yield sections[0], contender
 
     def _arguments(self, contender: Contender) -> tuple[str, ...]:
-        values = {COUNTS: str(self.counts_file), CALIBRATION: str(self.calibration_text)}
+        values = {
+            COUNTS: str(self.counts_file),
+            CALIBRATION: str(self.calibration_text),
+            WINDOWS: str(len(self.calibration)),
+        }
         filled = tuple(values.get(argument, argument) for argument in contender.arguments)
         return (*filled, "--device", self.settings.quantize_device)
 

@@ -17,8 +17,13 @@ from vllm_milo.offline.sources import NONE
 
 COUNTS = "{counts}"
 CALIBRATION = "{calibration}"
-WEIGHED_BY = {"calibrated": CALIBRATION, "own text": OWN_TEXT, "plain squares": NONE}
-"""What a preset's ``--calibration`` may be, beside its default."""
+WINDOWS = "{windows}"
+WEIGHED_BY = {
+    "calibrated": ("--calibration", CALIBRATION, "--calibration-windows", WINDOWS),
+    "own text": ("--calibration", OWN_TEXT),
+    "plain squares": ("--calibration", NONE),
+}
+"""What a preset may weigh errors by, beside its default; on a text by as many windows of it as GPTQ sees."""
 RANK_STEP = 8
 FACTOR_BITS = 3 + 16 / 64
 """Stored bits of one value of a 3-bit factor, with its scales."""
@@ -30,7 +35,7 @@ class Contender(NamedTuple):
     Attributes:
         name: as printed; unique within a section.
         group: the curve it is a point of; those of the paper's method start with "paper".
-        arguments: of ``milo quantize``, after model and output; ``{counts}`` and ``{calibration}`` are filled in.
+        arguments: of ``milo quantize``, after model and output; what stands in braces is filled in.
     """
 
     name: str
@@ -210,4 +215,4 @@ def preset(name: str, bits: float, how: str = "") -> Contender:
     if not how:
         return Contender(f"{name} {bits:g}", f"ours {name}", arguments)
     group = "ours best" if (name, how) == ("best", "calibrated") else f"ours {name}, {how}"
-    return Contender(f"{name} {bits:g}, {how}", group, (*arguments, "--calibration", WEIGHED_BY[how]))
+    return Contender(f"{name} {bits:g}, {how}", group, (*arguments, *WEIGHED_BY[how]))

@@ -13,7 +13,7 @@ from accuracy import split_text
 from accuracy_report import format_report
 from accuracy_run import Benchmark, Settings
 from activations import second_moments
-from contenders import CALIBRATION, COUNTS, SECTIONS, Contender, Shape, policies_section
+from contenders import CALIBRATION, COUNTS, SECTIONS, WINDOWS, Contender, Shape, policies_section
 from gptq import Gptq, gptq, quantize_model
 from quantize_pool import Job, QuantizePool
 from quantized_model import QuantizedModel
@@ -224,7 +224,7 @@ def test_contenders_are_calls_that_the_command_line_takes(
     monkeypatch.setattr(sources, "calibrate", lambda *arguments, **options: Calibration())
     monkeypatch.setattr(sources, "write_windows", lambda *arguments: None)
     monkeypatch.setattr(cli, "_print_summary", lambda summary: None)
-    values = {COUNTS: str(counts), CALIBRATION: str(TEXT)}
+    values = {COUNTS: str(counts), CALIBRATION: str(TEXT), WINDOWS: "3"}
     for contender in SECTIONS[section](Shape(1024, ModelReader(bundled_model).matrices), 20):
         arguments = [values.get(argument, argument) for argument in contender.arguments]
         assert milo(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *arguments]) == 0, contender
