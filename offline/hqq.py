@@ -61,7 +61,7 @@ def _step_on_gpu(weights: torch.Tensor, scale: torch.Tensor) -> _Step:
 
 
 def _step(groups: torch.Tensor, scale: torch.Tensor) -> _Step:
-    """Return a round in torch, for groups [..., G, g]; it allocates nothing of their size."""
+    """Return a round in torch, for groups [..., G, g], with work space that all rounds share."""
     width = scale.float().unsqueeze(-1)
     scaled = groups / width
     scaled_mean = scaled.mean(-1)
