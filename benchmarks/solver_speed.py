@@ -81,21 +81,21 @@ def main() -> None:
             feedback_rounds=FEEDBACK_ROUNDS,
         )
         calibration = arguments.calibration if recipe.method == "milo" else NONE
+        warm_up(recipe, arguments.device)
         times = [
             time_layer(setting, recipe, calibration, arguments.scale, arguments.device)
             for _ in range(arguments.repeats)
         ]
         rows.append(sorted(times, key=lambda row: row["layer_seconds"])[len(times) // 2])
         print(json.dumps(rows[-1]), flush=True)
-        record = {"device": device_name(arguments.device), "torch": torch.__version__, "scale": arguments.scale}
-        record["repeats"] = arguments.repeats
+        record = {"device": device_name(arguments.device), "torch": torch.__version__}
+        record |= {"scale": arguments.scale, "repeats": arguments.repeats}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
 def time_layer(setting: Setting, recipe: Recipe, calibration: str, scale: int, device: str) -> dict[str, Any]:
     """Return seconds of one layer by part and of all layers, rounds, errors, and the peak of device memory."""
-    warm_up(recipe, device)
     loaded = list(random_layer(scale, device))
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from vllm_milo.kernels.packing import MAX_CODE
+
 from .least_squares import Grid, fit_grid
 from .precision import fast_products
-from .quantizer import MAX_CODE, GroupQuantized
+from .quantizer import GroupQuantized
 
 
 def quantize_with_feedback(

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from .quantizer import MAX_CODE, MAX_SCALE, MIN_SCALE, GroupQuantized, encode, min_max
+from vllm_milo.kernels.packing import MAX_CODE
+
+from .quantizer import MAX_SCALE, MIN_SCALE, GroupQuantized, encode, min_max
 
 CLIPS = (1.0, 0.86, 0.72)
 """Shares of a group's range that the fits start from."""
@@ -100,13 +102,13 @@ def refit(
         group_size: as in :func:`quantize_mse`.
         importance: as in :func:`quantize_mse`.
         fits: regressions.
-        work: two tensors like the weights, overwritten; on GPUs none are needed.
+        work: tensors like the weights, overwritten: two on CPUs; a GPU overwrites none.
     """
     fitter = _Fitter(weights, group_size, importance, work)
     grid = Grid(old.scale, old.zero)
     for _ in range(fits):
         grid = fitter.regress(grid, fitter.measure(grid))
-    return _encode_near(weights, grid, None if weights.is_cuda else work[0])
+    return _encode_near(weights, grid, work[0])
 
 
 def _encode_near(weights: torch.Tensor, grid: Grid, work: torch.Tensor | None = None) -> GroupQuantized:

@@ -13,20 +13,8 @@ import solver_speed
 def test_rows_hold_parts_and_what_they_add_up_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(solver_speed, "CONFIG", {"num_local_experts": 1, "num_experts_per_tok": 1})
     out = tmp_path / "speed.json"
-    arguments = [
-        "-o",
-        str(out),
-        "--method",
-        "milo",
-        "--rounds",
-        "1",
-        "--scale",
-        "16",
-        "--device",
-        "cpu",
-        "--repeats",
-        "2",
-    ]
+    options = "--method milo --rounds 1 --scale 16 --device cpu --repeats 2"
+    arguments = ["-o", str(out), *options.split()]
     monkeypatch.setattr(sys, "argv", ["solver_speed.py", *arguments, "--settings", "hqq", "s1", "balanced"])
     solver_speed.main()
     hqq, fixed, balanced = json.loads(out.read_text(encoding="utf-8"))["rows"]
