@@ -23,7 +23,7 @@ from accuracy_run import Benchmark, Settings
 from contenders import SECTIONS, Contender
 from plots import plot
 
-from vllm_milo.offline.evaluate import read_tokens
+from vllm_milo.offline.source.tokens import read_tokens
 
 
 def main() -> int:

@@ -23,8 +23,8 @@ from quantize_pool import Job, QuantizePool
 from quantized_model import QuantizedModel
 
 from vllm_milo import __version__
-from vllm_milo.offline.evaluate import count_experts_used
-from vllm_milo.offline.inspect import inspect_checkpoint
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.evaluation.expert_use import count_experts_used
 
 REFERENCES = ("HQQ", *GPTQ_ROWS)
 BUDGETS = (3.5525, 3.6, 3.605, 3.75)

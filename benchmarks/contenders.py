@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from gptq import Gptq
 
-from vllm_milo.offline.families import Kind
-from vllm_milo.offline.generation import OWN_TEXT
-from vllm_milo.offline.ranks import DENSE_KINDS, Matrix
-from vllm_milo.offline.sources import NONE
+from vllm_milo.offline.calibration.choose import NONE
+from vllm_milo.offline.calibration.generated_text import OWN_TEXT
+from vllm_milo.offline.nouns import DENSE_KINDS, Kind, Matrix
 
 COUNTS = "{counts}"
 CALIBRATION = "{calibration}"

@@ -20,8 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from serving import post, serve
 
-from vllm_milo.offline.evaluate import Perplexity, load_model, perplexity, read_tokens
-from vllm_milo.offline.inspect import inspect_checkpoint
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.evaluation.perplexity import Perplexity, perplexity
+from vllm_milo.offline.source.tokens import read_tokens
 
 ASSETS = Path(__file__).resolve().parent.parent / "tests" / "assets"
 PROMPT = "In the morning the old man"

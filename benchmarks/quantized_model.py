@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from vllm_milo.offline.evaluate import dequantized_tensors, load_model
-from vllm_milo.offline.families import Kind
-from vllm_milo.offline.ranks import Matrix
-from vllm_milo.offline.reader import ModelReader
+from vllm_milo.offline.checkpoint.dequantize import dequantized_tensors
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.nouns import Kind, Matrix
+from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.validation import validate_checkpoint
 
 

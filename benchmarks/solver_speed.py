@@ -30,16 +30,16 @@ from typing import Any, NamedTuple
 import torch
 from accuracy_run import device_name
 
-from vllm_milo.offline.allocation import allocate
-from vllm_milo.offline.families import FAMILIES, Kind
-from vllm_milo.offline.gram import FEEDBACK_ROUNDS, LayerGrams, Norms
-from vllm_milo.offline.metric import Moments
-from vllm_milo.offline.milo import Recipe, quantize_matrices
-from vllm_milo.offline.moments import LayerMoments, LoadedMatrix, PlainSquares
-from vllm_milo.offline.planning import batches, layer_curves
-from vllm_milo.offline.ranks import Matrix
-from vllm_milo.offline.sensitivity import sensitivity
-from vllm_milo.offline.sources import NONE, WEIGHTS
+from vllm_milo.offline.batches import batches
+from vllm_milo.offline.calibration.choose import NONE, WEIGHTS
+from vllm_milo.offline.calibration.gram import FEEDBACK_ROUNDS, LayerGrams, Norms
+from vllm_milo.offline.calibration.moment_source import LayerMoments, PlainSquares
+from vllm_milo.offline.nouns import Kind, LoadedMatrix, Matrix, Moments, Recipe
+from vllm_milo.offline.ranks.allocation import allocate
+from vllm_milo.offline.ranks.plan import layer_curves
+from vllm_milo.offline.ranks.sensitivity import sensitivity
+from vllm_milo.offline.solve.methods import quantize_matrices
+from vllm_milo.offline.source.families import FAMILIES
 
 LAYERS = 32
 HIDDEN, INNER, VALUES, HEAD = 4096, 14336, 1024, 128

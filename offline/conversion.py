@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .moments import MomentSource, PlainSquares
-from .ranks import Policy
-from .recipe import Recipe
-from .writer import SHARD_BYTES
+from .calibration.moment_source import MomentSource, PlainSquares
+from .checkpoint.writer import SHARD_BYTES
+from .nouns import Recipe
+from .ranks.policies import Policy
 
 
 @dataclass(frozen=True)

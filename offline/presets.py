@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConversionError
-from .ranks import Policy
+from .ranks.policies import Policy
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ if not HAS_GPU:
 from tiny_models import FAMILIES, expert_counts, make_model
 from transformers import AutoConfig
 
-from vllm_milo.offline.convert import Conversion, convert
-from vllm_milo.offline.milo import Recipe
-from vllm_milo.offline.ranks import parse_policies
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_milo.offline.convert import Conversion, convert
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.recipe import Recipe
+from vllm_milo.offline.nouns import Recipe
 
 FAST = Recipe(max_rounds=1)
 WEIGHTS = "model.safetensors"

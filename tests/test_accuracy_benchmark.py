@@ -20,14 +20,15 @@ from quantized_model import QuantizedModel
 from scores import choose_windows, gap_closed, interpolate, paired_difference, paper_share, perplexities, spread
 from tiny_models import TEXT, make_model
 
-from vllm_milo.offline import cli, sources
-from vllm_milo.offline.calibration import Calibration
+from vllm_milo.offline.calibration import choose
+from vllm_milo.offline.calibration.text_moments import Calibration
 from vllm_milo.offline.cli import main as milo
+from vllm_milo.offline.cli import quantize
 from vllm_milo.offline.conversion import Conversion
-from vllm_milo.offline.evaluate import load_model
-from vllm_milo.offline.quantizer import quantize_rtn
-from vllm_milo.offline.ranks import Statistics, assign_ranks, parse_policies
-from vllm_milo.offline.reader import ModelReader
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.ranks.policies import Statistics, assign_ranks, parse_policies
+from vllm_milo.offline.solve.base.group import quantize_rtn
+from vllm_milo.offline.source.reader import ModelReader
 
 
 def correlated_inputs(tokens: int, size: int) -> torch.Tensor:
@@ -220,10 +221,10 @@ def test_contenders_are_calls_that_the_command_line_takes(
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps({"expert_counts": {"model.layers.0.mlp.experts": [1] * 12}}), encoding="utf-8")
     seen: list[Conversion] = []
-    monkeypatch.setattr(cli, "convert", lambda source, out, conversion, progress: seen.append(conversion))
-    monkeypatch.setattr(sources, "calibrate", lambda *arguments, **options: Calibration())
-    monkeypatch.setattr(sources, "write_windows", lambda *arguments: None)
-    monkeypatch.setattr(cli, "_print_summary", lambda summary: None)
+    monkeypatch.setattr(quantize, "convert", lambda source, out, conversion, progress: seen.append(conversion))
+    monkeypatch.setattr(choose, "calibrate", lambda *arguments, **options: Calibration())
+    monkeypatch.setattr(choose, "write_windows", lambda *arguments: None)
+    monkeypatch.setattr(quantize, "_print_summary", lambda summary: None)
     values = {COUNTS: str(counts), CALIBRATION: str(TEXT), WINDOWS: "3"}
     for contender in SECTIONS[section](Shape(1024, ModelReader(bundled_model).matrices), 20):
         arguments = [values.get(argument, argument) for argument in contender.arguments]

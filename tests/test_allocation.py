@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_milo.offline.allocation import Curve, allocate, base_bits, measure_curves, rank_bits
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.families import FAMILIES, Kind
-from vllm_milo.offline.metric import Moments
-from vllm_milo.offline.milo import quantize_matrices
-from vllm_milo.offline.ranks import Matrix
-from vllm_milo.offline.recipe import Recipe
-from vllm_milo.offline.sensitivity import sensitivity
+from vllm_milo.offline.nouns import Kind, Matrix, Moments, Recipe
+from vllm_milo.offline.ranks.allocation import Curve, allocate, measure_curves
+from vllm_milo.offline.ranks.budget import base_bits, rank_bits
+from vllm_milo.offline.ranks.sensitivity import sensitivity
+from vllm_milo.offline.solve.methods import quantize_matrices
+from vllm_milo.offline.source.families import FAMILIES
 
 MATRICES = [Matrix(f"m{index}", Kind.ATTENTION, 256, 256) for index in range(4)]
 
@@ -92,7 +91,7 @@ def test_costs_are_relative_or_absolute():
 def test_large_matrices_get_a_partial_spectrum(monkeypatch):
     weights = torch.randn(1, 256, 320) * 0.05
     (exact,) = measure_curves(weights, Recipe(), Moments())
-    monkeypatch.setattr("vllm_milo.offline.allocation.EXACT_SIZE", 128)
+    monkeypatch.setattr("vllm_milo.offline.ranks.allocation.EXACT_SIZE", 128)
     (partial,) = measure_curves(weights, Recipe(), Moments())
     assert 4 < len(partial.costs) < len(exact.costs)
     for found, expected in zip(partial.costs, exact.costs, strict=False):

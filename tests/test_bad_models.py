@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny_models import make_model
 
 from vllm_milo.checkpoint import CheckpointError
-from vllm_milo.offline.convert import Conversion
-from vllm_milo.offline.milo import Recipe
-from vllm_milo.offline.ranks import parse_policies
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
 from vllm_milo.shards import ShardError
 
 

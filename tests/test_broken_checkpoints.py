@@ -12,9 +12,10 @@ from folder_edits import edit_format, edit_tensors
 from tiny_models import make_model
 
 from vllm_milo.checkpoint import CheckpointError, split_expert_name
-from vllm_milo.offline.convert import Conversion, convert
-from vllm_milo.offline.milo import Recipe
-from vllm_milo.offline.ranks import parse_policies
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
 from vllm_milo.shards import ShardError, read_tensors
 from vllm_milo.validation import quantized_modules, validate_checkpoint
 

@@ -10,7 +10,9 @@ import torch
 
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.evaluate import load_model, perplexity, read_expert_counts
+from vllm_milo.offline.evaluation.expert_use import read_expert_counts
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.evaluation.perplexity import perplexity
 
 TEXT = Path(__file__).parent / "assets" / "valid.txt"
 

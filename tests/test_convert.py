@@ -14,13 +14,15 @@ from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from vllm_milo.checkpoint import TENSOR_NAMES
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
-from vllm_milo.offline.convert import Conversion, convert, excess_kurtosis
-from vllm_milo.offline.evaluate import load_model
-from vllm_milo.offline.inspect import inspect_checkpoint
-from vllm_milo.offline.milo import Recipe
-from vllm_milo.offline.ranks import parse_policies
-from vllm_milo.offline.reader import ModelReader
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.plan import excess_kurtosis
+from vllm_milo.offline.ranks.policies import parse_policies
+from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.shards import read_tensors
 from vllm_milo.validation import quantized_modules, validate_checkpoint
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vllm_milo.kernels.triton import feedback
-from vllm_milo.offline.error_feedback import quantize_group, quantize_with_feedback
-from vllm_milo.offline.least_squares import Grid, quantize_mse
-from vllm_milo.offline.metric import Moments
+from vllm_milo.offline.nouns import Moments
+from vllm_milo.offline.solve.base.error_feedback import quantize_group, quantize_with_feedback
+from vllm_milo.offline.solve.base.least_squares import Grid, quantize_mse
+from vllm_milo.offline.solve.metric import metric_of
 
 
 def moment(batch: int, size: int) -> torch.Tensor:
@@ -17,7 +18,7 @@ def moment(batch: int, size: int) -> torch.Tensor:
 
 
 def factor_of(moments: torch.Tensor) -> torch.Tensor:
-    factor = Moments(moments).metric.feedback_factor
+    factor = metric_of(Moments(moments)).feedback_factor
     assert factor is not None
     return factor
 
@@ -69,7 +70,7 @@ def test_float64_reference():
 def test_feedback_costs_less_in_its_metric(kernel_device, shared):
     weights = torch.randn(3, 64, 256, device=kernel_device) * 0.05
     moments = moment(shared, 256).to(kernel_device)
-    metric = Moments(moments).metric
+    metric = metric_of(Moments(moments))
     fed = quantize_with_feedback(weights, 64, metric.feedback_factor)
     plain = quantize_mse(weights, 64, metric.importance(of_inputs=True))
     assert (metric.cost(weights - fed.dequantize()) < 0.6 * metric.cost(weights - plain.dequantize())).all()

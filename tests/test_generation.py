@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_milo.offline import memory, sources
+from vllm_milo.offline.calibration import choose, memory
+from vllm_milo.offline.calibration.generated_text import BATCH, write_windows
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.evaluate import load_model, perplexity
-from vllm_milo.offline.generation import BATCH, write_windows
-from vllm_milo.offline.inspect import inspect_checkpoint
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.evaluation.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_model_of_nan_is_named(bundled_model: Path):
 
 @pytest.mark.parametrize("moments", ["full", "inputs"])
 def test_best_needs_no_text(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str):
-    monkeypatch.setattr(sources, "WINDOW", 64)
+    monkeypatch.setattr(choose, "WINDOW", 64)
     out = tmp_path / "out"
     options = ["--preset", "best", "--calibration-windows", "3", "--calibration-moments", moments, "--max-rounds", "1"]
     assert main(["quantize", str(bundled_model), "-o", str(out), "--quiet", *options]) == 0

@@ -12,24 +12,27 @@ from quantized_model import QuantizedModel
 from tiny_models import FAMILIES, TEXT, make_model
 from transformers import AutoModelForCausalLM
 
-from vllm_milo.offline import gram, joint
-from vllm_milo.offline.calibration import Calibration, calibrate, spread_windows
+from vllm_milo.offline.batches import batches
+from vllm_milo.offline.calibration import gram
+from vllm_milo.offline.calibration.gram import LayerGrams, WeightMoments
+from vllm_milo.offline.calibration.moment_source import PlainSquares
+from vllm_milo.offline.calibration.text_moments import Calibration
+from vllm_milo.offline.calibration.whole_model import calibrate
+from vllm_milo.offline.calibration.windows import spread_windows
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.evaluate import load_model, read_tokens
-from vllm_milo.offline.families import Kind
-from vllm_milo.offline.gram import LayerGrams, WeightMoments
-from vllm_milo.offline.inspect import inspect_checkpoint
-from vllm_milo.offline.metric import Moments
-from vllm_milo.offline.milo import quantize_matrices
-from vllm_milo.offline.moments import LoadedMatrix, PlainSquares
-from vllm_milo.offline.planning import batches
-from vllm_milo.offline.precision import exact_products, fast_products
-from vllm_milo.offline.ranks import Matrix
-from vllm_milo.offline.reader import Layer, ModelReader
-from vllm_milo.offline.recipe import Recipe
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.nouns import Kind, LoadedMatrix, Matrix, Moments, Recipe
+from vllm_milo.offline.solve import joint_loop
+from vllm_milo.offline.solve.methods import quantize_matrices
+from vllm_milo.offline.solve.metric import metric_of
+from vllm_milo.offline.solve.precision import exact_products, fast_products
+from vllm_milo.offline.source.layers import Layer
+from vllm_milo.offline.source.reader import ModelReader
+from vllm_milo.offline.source.tokens import read_tokens
 
 CPU = torch.device("cpu")
 
@@ -243,9 +246,11 @@ def test_a_shared_moment_is_one_for_each(rank: int | list[int]):
 
 def test_feedback_in_the_last_rounds_only(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    feed = joint.quantize_with_feedback
-    monkeypatch.setattr(joint, "quantize_with_feedback", lambda w, *others: (calls.append(len(w)), feed(w, *others))[1])
-    monkeypatch.setattr(joint, "PLAIN_WINS", 0)  # one path goes on
+    feed = joint_loop.quantize_with_feedback
+    monkeypatch.setattr(
+        joint_loop, "quantize_with_feedback", lambda w, *others: (calls.append(len(w)), feed(w, *others))[1]
+    )
+    monkeypatch.setattr(joint_loop, "PLAIN_WINS", 0)  # one path goes on
     weights, moments = torch.randn(2, 64, 128) * 0.05, Moments(torch.eye(128).unsqueeze(0))
 
     def count(rank: int, rounds: int, feedback: int | None) -> int:
@@ -269,7 +274,7 @@ def test_feedback_at_the_end_gains_most_of_what_it_gains_in_all_rounds():
     def cost(feedback: int | None) -> float:
         recipe = Recipe(max_rounds=10, feedback_rounds=feedback)
         found = quantize_matrices(weights, 8, recipe, torch.bfloat16, moments)
-        return float(moments.metric.cost(weights - found.dequantize()).sum())
+        return float(metric_of(moments).cost(weights - found.dequantize()).sum())
 
     never, late, always = cost(0), cost(2), cost(None)
     assert always <= late < never
@@ -284,7 +289,7 @@ def loss(folder: Path, out: Path, source: WeightMoments | PlainSquares, measured
     model.load(out)
     errors = {name: view - model.source[name] for name, view in model.views.items()}
     return 500 * sum(
-        float(measured.of([matrix], CPU).metric.cost(errors[name][None])) for name, matrix in model.matrices.items()
+        float(metric_of(measured.of([matrix], CPU)).cost(errors[name][None])) for name, matrix in model.matrices.items()
     )
 
 
@@ -300,8 +305,10 @@ def recipe_of(folder: Path) -> dict:
 
 def test_the_default_needs_nothing_but_the_weights(bundled_model: Path, tmp_path: Path, monkeypatch):
     rounds = []
-    monkeypatch.setattr("vllm_milo.offline.cli.convert", lambda *a, **o: rounds.append(a[2]) or convert(*a, **o))
-    monkeypatch.setattr("vllm_milo.offline.cli.ROUNDS", 3)
+    monkeypatch.setattr(
+        "vllm_milo.offline.cli.quantize.convert", lambda *a, **o: rounds.append(a[2]) or convert(*a, **o)
+    )
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.ROUNDS", 3)
     arguments = ["quantize", str(bundled_model), "--quiet", "-o"]
     for number, options in enumerate([[], ["--preset", "small"], ["--method", "milo", "--ranks", "dense=8"]]):
         out = tmp_path / str(number)

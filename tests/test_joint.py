@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_milo.offline import joint
-from vllm_milo.offline.compensator import store_factor
-from vllm_milo.offline.joint import quantize_jointly
-from vllm_milo.offline.least_squares import quantize_mse
-from vllm_milo.offline.low_rank import leading_rows, store_pair
-from vllm_milo.offline.metric import Moments
-from vllm_milo.offline.milo import quantize_matrices
-from vllm_milo.offline.orthonormal import orthonormal_rows
-from vllm_milo.offline.recipe import Recipe
+from vllm_milo.offline.nouns import Moments, Recipe
+from vllm_milo.offline.solve import joint_loop
+from vllm_milo.offline.solve.base.least_squares import quantize_mse
+from vllm_milo.offline.solve.compensator.factors import store_factor
+from vllm_milo.offline.solve.compensator.low_rank import leading_rows, store_pair
+from vllm_milo.offline.solve.compensator.orthonormal import orthonormal_rows
+from vllm_milo.offline.solve.joint_loop import quantize_jointly
+from vllm_milo.offline.solve.methods import quantize_matrices
+from vllm_milo.offline.solve.metric import metric_of
 
 
 def trained_like(*shape):
@@ -45,12 +45,12 @@ def test_cost_is_the_trace_form(kind):
     inputs, outputs = (torch.diag_embed(part) if part.dim() == 2 else part for part in (inputs, outputs))
     expected = (outputs @ error @ inputs @ error.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
     # the damping of the moments adds a little
-    assert torch.allclose(moments.metric.cost(error), expected, rtol=0.05 if kind != "none" else 1e-5)
+    assert torch.allclose(metric_of(moments).cost(error), expected, rtol=0.05 if kind != "none" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_rows_are_whitened_and_back(kind):
-    metric = metrics(2, 64, 128)[kind].metric
+    metric = metric_of(metrics(2, 64, 128)[kind])
     u, v = torch.randn(2, 8, 64), torch.randn(2, 8, 128)
     whitened = metric.whiten(u.mT @ v)
     left, right = metric.whiten_rows(u, of_inputs=False), metric.whiten_rows(v, of_inputs=True)
@@ -61,7 +61,7 @@ def test_rows_are_whitened_and_back(kind):
 
 def test_singular_moments_are_damped():
     samples = torch.randn(1, 3, 128)
-    metric = Moments(samples.mT @ samples).metric
+    metric = metric_of(Moments(samples.mT @ samples))
     assert torch.isfinite(metric.color_rows(torch.randn(1, 4, 128), of_inputs=True)).all()
 
 
@@ -83,7 +83,7 @@ def test_dependent_rows_stay_finite():
 
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_refitted_factors_cost_less_than_stored_ones(kind):
-    metric = metrics(2, 128, 192)[kind].metric
+    metric = metric_of(metrics(2, 128, 192)[kind])
     residual = trained_like(2, 128, 192)
     whitened = metric.whiten(residual)
     left, right = leading_rows(whitened, 16, torch.Generator().manual_seed(0))
@@ -103,9 +103,9 @@ def test_more_rounds_and_more_ranks_never_cost_more(kind, bits):
         recipe = Recipe(factor_bits=bits, max_rounds=rounds)
         state = quantize_jointly(weights, [rank] * 2, moments, recipe, torch.bfloat16)
         compensator = state.pair.product() if state.pair else 0
-        return moments.metric.cost(weights - state.base.dequantize() - compensator)
+        return metric_of(moments).cost(weights - state.base.dequantize() - compensator)
 
-    plain = moments.metric.cost(weights - quantize_mse(weights, 64).dequantize())
+    plain = metric_of(moments).cost(weights - quantize_mse(weights, 64).dequantize())
     few, many, wide = cost(8, 1), cost(8, 6), cost(24, 6)
     assert (few < plain).all()
     assert (many <= few).all()
@@ -164,8 +164,8 @@ def test_both_beginnings_go_on_where_they_are_close(monkeypatch):
     weights, recipe = torch.randn(3, 128, 256), Recipe(max_rounds=10)
 
     def cost(low_rank_wins, plain_wins):
-        monkeypatch.setattr(joint, "LOW_RANK_WINS", low_rank_wins)
-        monkeypatch.setattr(joint, "PLAIN_WINS", plain_wins)
+        monkeypatch.setattr(joint_loop, "LOW_RANK_WINS", low_rank_wins)
+        monkeypatch.setattr(joint_loop, "PLAIN_WINS", plain_wins)
         return quantize_jointly(weights, [24] * 3, Moments(), recipe, torch.bfloat16).cost
 
     both, plain, low_rank = cost(0, 1e9), cost(0, 0), cost(1e9, 1e9)
@@ -200,7 +200,7 @@ def test_same_seed_same_result():
 def test_a_gpu_gets_as_far_as_a_cpu(kind, rank):
     """Its products are less precise, kernels do its sums, and its random sketches are others, which alone count 3 %."""
     weights, moments = trained_like(8, 128, 256), metrics(8, 128, 256)[kind]
-    metric = moments.metric
+    metric = metric_of(moments)
 
     def cost(device):
         moved = Moments(*(None if m is None else m.to(device) for m in (moments.inputs, moments.outputs)))

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from vllm_runner import ENVIRONMENT
 
 from vllm_milo.offline.cli import main as milo
-from vllm_milo.offline.evaluate import load_model
+from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 LAUNCHER = Path(__file__).resolve().parent.parent / "benchmarks" / "lm_eval_cpu.py"

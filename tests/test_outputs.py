@@ -13,8 +13,9 @@ from folder_edits import edit_tensors
 from refusals import FAST, Q_PROJ, WEIGHTS, refused
 from safetensors.torch import save_file
 
-from vllm_milo.offline import writer
-from vllm_milo.offline.convert import Conversion, convert
+from vllm_milo.offline.checkpoint import writer
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.validation import read_format, validate_checkpoint
 

@@ -9,20 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_milo.offline.calibration import Moment, calibrate, spread_windows
+from vllm_milo.offline.calibration.moment_source import PlainSquares
+from vllm_milo.offline.calibration.text_moments import Moment
+from vllm_milo.offline.calibration.whole_model import calibrate
+from vllm_milo.offline.calibration.windows import spread_windows
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.evaluate import load_model, perplexity, read_tokens
-from vllm_milo.offline.inspect import inspect_checkpoint
-from vllm_milo.offline.metric import Moments
-from vllm_milo.offline.milo import quantize_matrices
-from vllm_milo.offline.moments import PlainSquares
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.evaluation.perplexity import perplexity
+from vllm_milo.offline.nouns import Moments, Recipe
 from vllm_milo.offline.presets import PRESETS
-from vllm_milo.offline.ranks import Policy, parse_policies
-from vllm_milo.offline.reader import ModelReader
-from vllm_milo.offline.recipe import Recipe
+from vllm_milo.offline.ranks.policies import Policy, parse_policies
+from vllm_milo.offline.solve.methods import quantize_matrices
+from vllm_milo.offline.solve.metric import metric_of
+from vllm_milo.offline.source.reader import ModelReader
+from vllm_milo.offline.source.tokens import read_tokens
 
 TEXT = Path(__file__).parent / "assets" / "valid.txt"
 FEW = ("--max-rounds", "2", "--quiet")
@@ -143,7 +147,7 @@ def test_moments_foretell_the_loss_of_an_error(bundled_model: Path, model, token
 
     change = 0.1 * original.std() * torch.randn(original.shape)
     moments = found.of([matrix], torch.device("cpu"))
-    expected = 0.5 * float(moments.metric.cost(change[None]))
+    expected = 0.5 * float(metric_of(moments).cost(change[None]))
     assert 1 / 3 < divergence(change) / expected < 3
 
 

@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from vllm_milo.kernels.triton import grid_fit
-from vllm_milo.offline.compensator import store_factor, truncated_svd
-from vllm_milo.offline.hqq import NORM, _step, quantize_hqq
-from vllm_milo.offline.least_squares import quantize_mse, refit
-from vllm_milo.offline.milo import METHODS, Recipe, _Progress, quantize_matrices
-from vllm_milo.offline.quantizer import GroupQuantized, ScaleError, quantize_rtn
-from vllm_milo.offline.recipe import PLAIN_METHODS
+from vllm_milo.offline.nouns import METHODS, PLAIN_METHODS, Recipe
+from vllm_milo.offline.solve.base.group import GroupQuantized, ScaleError, quantize_rtn
+from vllm_milo.offline.solve.base.hqq import NORM, _step, quantize_hqq
+from vllm_milo.offline.solve.base.least_squares import quantize_mse, refit
+from vllm_milo.offline.solve.compensator.factors import store_factor, truncated_svd
+from vllm_milo.offline.solve.methods import quantize_matrices
+from vllm_milo.offline.solve.paper_loop import _Progress
 
 QUANTIZERS = {"rtn": quantize_rtn, "hqq": quantize_hqq, "mse": quantize_mse}
 PAPER = Recipe("paper")
@@ -106,7 +107,7 @@ def test_truncated_svd_is_the_best_low_rank_approximation(shape):
 
 
 def test_randomized_svd_is_close_and_seeded(monkeypatch):
-    monkeypatch.setattr("vllm_milo.offline.compensator.EXACT_SIZE", 32)
+    monkeypatch.setattr("vllm_milo.offline.solve.compensator.factors.EXACT_SIZE", 32)
     residual = torch.randn(2, 256, 320)
     found = [truncated_svd(residual, 24, torch.Generator().manual_seed(0)) for _ in range(2)]
     assert torch.equal(found[0][0], found[1][0])

@@ -1,9 +1,9 @@
 import pytest
 
-from vllm_milo.offline.convert import rank_table
+from vllm_milo.offline.checkpoint.matrices import rank_table
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.families import Kind
-from vllm_milo.offline.ranks import Matrix, Policy, Statistics, assign_ranks, parse_policies, share_ranks
+from vllm_milo.offline.nouns import Kind, Matrix
+from vllm_milo.offline.ranks.policies import Policy, Statistics, assign_ranks, parse_policies, share_ranks
 
 
 def model(experts: int = 4, layers: int = 2, n: int = 256, k: int = 512):

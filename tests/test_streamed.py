@@ -8,16 +8,16 @@ import pytest
 import torch
 from tiny_models import FAMILIES, TEXT, VOCABULARY, make_model
 
-from vllm_milo.offline import memory
-from vllm_milo.offline.calibration import calibrate
+from vllm_milo.offline.calibration import memory
+from vllm_milo.offline.calibration.streamed import calibrate_streamed
+from vllm_milo.offline.calibration.whole_model import calibrate
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
-from vllm_milo.offline.evaluate import load_model
-from vllm_milo.offline.inspect import inspect_checkpoint
-from vllm_milo.offline.reader import ModelReader
-from vllm_milo.offline.recipe import Recipe
-from vllm_milo.offline.streamed import calibrate_streamed
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.source.reader import ModelReader
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from test_vllm_models import MODELS, assert_matches, job
 from tiny_models import logprobs
 from transformers import AutoTokenizer
 
-from vllm_milo.offline.evaluate import load_model
+from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 SIZE = ["--max-model-len", "512", "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]

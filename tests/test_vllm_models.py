@@ -9,7 +9,7 @@ import torch
 import vllm_runner
 from tiny_models import FAMILIES, compare, make_prompts
 
-from vllm_milo.offline.evaluate import load_model
+from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 MODELS = [*FAMILIES, "bundled"]

@@ -15,10 +15,11 @@ from serving import ServerError, post, serve
 from tiny_models import logprobs, make_prompts
 from transformers import AutoTokenizer
 
-from vllm_milo.offline.convert import Conversion, convert
-from vllm_milo.offline.evaluate import load_model
-from vllm_milo.offline.milo import Recipe
-from vllm_milo.offline.ranks import parse_policies
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 README_MODEL, *README_ARGUMENTS = readme_words("vllm serve ")[2:]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from .names import EXPERT_PROJECTIONS
+
 QUANT_METHOD = "milo"
 FORMAT_VERSION = 1
 BITS = 3
@@ -26,16 +28,6 @@ U, V, U_SCALE, V_SCALE = "weight_u", "weight_v", "weight_u_scale", "weight_v_sca
 BASE_TENSORS = (PACKED, SCALE, ZERO)
 FACTOR_TENSORS = (U, V, U_SCALE, V_SCALE)
 TENSOR_NAMES = BASE_TENSORS + FACTOR_TENSORS
-
-EXPERT_PROJECTIONS = {
-    "gate_proj": "gate",
-    "w1": "gate",
-    "up_proj": "up",
-    "w3": "up",
-    "down_proj": "down",
-    "w2": "down",
-}
-"""Role of an expert's projection by its name in the checkpoint (Mixtral and PhiMoE say w1, w3, w2)."""
 
 _EXPERT_MATRIX = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)")
 

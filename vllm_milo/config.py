@@ -12,15 +12,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, MiLoFormat, RankTable
+from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
 from vllm_milo.validation import validate_checkpoint
-
-FUSED_LAYERS = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
-}
-"""Parts of vLLM's fused layers; models list only some of them in ``packed_modules_mapping``."""
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 class MiLoConfig(QuantizationConfig):
@@ -109,7 +102,7 @@ class MiLoConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         parts = self.parts(prefix)
-        if prefix.rpartition(".")[2] in _ROUTERS or self._ignores(prefix, parts):
+        if leaf_of(prefix) in ROUTERS or self._ignores(prefix, parts):
             return UnquantizedLinearMethod()
         return MiLoLinearMethod(self.format, prefix, parts)
 

@@ -13,7 +13,6 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_milo import compat
 from vllm_milo.checkpoint import (
     BASE_TENSORS,
-    EXPERT_PROJECTIONS,
     PACKED,
     SCALE,
     U_SCALE,
@@ -31,12 +30,12 @@ from vllm_milo.kernels import ops
 from vllm_milo.kernels.reference import ACTIVATIONS
 from vllm_milo.kernels.warm_up import warm_up_moe
 from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
+from vllm_milo.names import EXPERT_PROJECTIONS
 from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
 _SHARDS = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}
 """vLLM's shard ids: which GEMM's parameters, and which part of them, a projection fills."""
-_ROLES = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 class _Gemm(NamedTuple):
@@ -201,7 +200,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         key = find_key(self.format.ranks.experts, self.prefix)
         names = self.format.ranks.experts[key] if key is not None else {}
         roles = {EXPERT_PROJECTIONS[name]: name for name in names}
-        return roles.get(_ROLES[shard], shard)
+        return roles.get(EXPERT_PROJECTIONS[shard], shard)
 
     def _check_sizes(self) -> None:
         for gemm in self.gemms:

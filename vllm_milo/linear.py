@@ -29,9 +29,11 @@ from vllm_milo.checkpoint import (
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.warm_up import warm_up_linear
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
+from vllm_milo.names import QKV_PARTS
 from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
 
-_QKV = {"q": 0, "k": 1, "v": 2}
+_QKV = {part[0]: index for index, part in enumerate(QKV_PARTS)}
+"""Index of a part by vLLM's shard ids: q, k, v."""
 _Loader = Callable[..., None]
 
 

@@ -12,17 +12,10 @@ from typing import NamedTuple
 import torch
 
 from vllm_milo.checkpoint import U_SCALE, V_SCALE, CheckpointError, CompensatorFormat, TensorSpec
+from vllm_milo.dtypes import MODEL_DTYPES, safetensors_name
 
-_SAFETENSORS_NAMES = {
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
 ANY_FLOAT = "floating point"
 """Expected dtype of 16-bit factors: the model may be served in another dtype than it was stored in."""
-_FLOATS = ("F16", "BF16", "F32")
 _SHOWN_PIECES = 4
 
 
@@ -49,7 +42,7 @@ class FillGuard:
             CheckpointError: the piece is not expected, came before, or has another dtype or shape.
         """
         expected = self._missing.pop(piece, None)
-        found_dtype, found_shape = _SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+        found_dtype, found_shape = safetensors_name(str(tensor.dtype)) or str(tensor.dtype), tuple(tensor.shape)
         if expected is None:
             reason = "appears twice" if piece in self._filled else "is extra: the rank table gives it no place"
             raise CheckpointError(
@@ -57,7 +50,7 @@ class FillGuard:
                 f"convert the model again"
             )
         dtype, shape = expected
-        same_dtype = found_dtype == dtype or (dtype == ANY_FLOAT and found_dtype in _FLOATS)
+        same_dtype = found_dtype == dtype or (dtype == ANY_FLOAT and found_dtype in MODEL_DTYPES)
         if not same_dtype or found_shape != shape:
             raise CheckpointError(
                 f"{piece} (layer {self.layer}): expected {dtype} {list(shape)}, "

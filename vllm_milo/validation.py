@@ -13,7 +13,6 @@ from typing import Any
 
 from .checkpoint import (
     BASE_TENSORS,
-    EXPERT_PROJECTIONS,
     PACKED,
     TENSOR_NAMES,
     CheckpointError,
@@ -21,9 +20,10 @@ from .checkpoint import (
     TensorSpec,
     split_expert_name,
 )
+from .dtypes import safetensors_name
+from .names import EXPERT_PROJECTIONS
 from .shards import TensorEntry, read_json, read_tensors
 
-SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SHOWN_PROBLEMS = 5
 
 
@@ -70,7 +70,7 @@ def validate_checkpoint(folder: Path) -> MiLoFormat:
     fmt, config = read_format(folder)
     tensors = read_tensors(folder)
     modules = quantized_modules(tensors)
-    dtype = SAFETENSORS_DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "BF16")
+    dtype = safetensors_name(str(config.get("dtype", config.get("torch_dtype")))) or "BF16"
     experts = count_experts(modules)
     problems = [
         *_expert_problems(modules, experts),

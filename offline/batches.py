@@ -1,0 +1,66 @@
+"""Matrices of one shape in batches, so that the solver works on many at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .calibration.moment_source import LayerMoments, MomentSource
+from .nouns import LoadedMatrix, Matrix, Moments
+from .source.layers import Layer
+from .source.reader import ModelReader
+
+BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
+"""Most weights that the solver takes at once: on a CPU what its cache holds, on a GPU what fills it. The solver
+needs about ten float32 copies of them."""
+
+
+class Batch(NamedTuple):
+    """Matrices of one shape, their weights [B, N, K] and what errors in them cost."""
+
+    matrices: list[Matrix]
+    weights: torch.Tensor
+    moments: Moments
+
+
+def batches(
+    loaded: Sequence[LoadedMatrix], moments: LayerMoments, ranks: Mapping[str, int], mixed: bool = True
+) -> Iterator[Batch]:
+    """Group a layer's matrices by shape, in order of rank, so that the solver works on many at once.
+
+    Args:
+        loaded: the layer's matrices with their weights.
+        moments: of the layer.
+        ranks: of every matrix, by name; those that it lacks count as one rank.
+        mixed: whether a batch may hold several ranks above 0.
+    """
+    groups: dict[tuple[int, int, int, str], list[LoadedMatrix]] = defaultdict(list)
+    for matrix, weights in loaded:
+        rank = ranks.get(matrix.name, 0)
+        groups[matrix.n, matrix.k, min(rank, 1) if mixed else rank, moments.group(matrix)].append((matrix, weights))
+    for members in groups.values():
+        members.sort(key=lambda member: ranks.get(member[0].name, 0))
+        first, device = members[0][0], members[0][1].device
+        footprint = first.n * first.k + moments.numbers(first)
+        size = max(1, BATCH_ELEMENTS.get(device.type, 2**26) // footprint)
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            matrices = [matrix for matrix, _ in chunk]
+            yield Batch(matrices, torch.stack([weights for _, weights in chunk]), moments.of(matrices, device))
+
+
+def load_batches(
+    reader: ModelReader,
+    layer: Layer,
+    source: MomentSource,
+    ranks: Mapping[str, int],
+    device: torch.device,
+    mixed: bool = True,
+) -> Iterator[Batch]:
+    """Load a layer and yield the :func:`batches` of its matrices; its weights are gone after the last."""
+    loaded = list(reader.load_layer(layer, device))
+    if loaded:
+        yield from batches(loaded, source.of_layer(reader, layer, loaded), ranks, mixed)

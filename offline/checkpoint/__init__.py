@@ -1,0 +1,1 @@
+"""Checkpoints: writing them, and looking at what they hold."""

@@ -1,0 +1,110 @@
+"""What a MiLo checkpoint holds: sizes, bits a weight, ranks, recorded errors. Reads headers only."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS
+from vllm_milo.dtypes import DTYPES
+from vllm_milo.shards import TensorEntry, read_json, read_tensors
+from vllm_milo.validation import (
+    count_experts,
+    matrix_shape,
+    module_rank,
+    quantized_modules,
+    read_format,
+    validate_checkpoint,
+)
+
+from ..source.families import find_family
+from .report import REPORT_NAME
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return what ``milo inspect --json`` prints, after validating the checkpoint.
+
+    ``bits_per_weight`` counts codes, scales, zero points and factors over the quantized matrices; ``bytes``
+    is all tensors of the checkpoint, ``quantized_bytes`` those of quantized matrices.
+
+    Raises:
+        CheckpointError, ShardError: the folder is no valid MiLo checkpoint.
+    """
+    validate_checkpoint(folder)
+    fmt, config = read_format(folder)
+    tensors = read_tensors(folder)
+    modules = quantized_modules(tensors)
+    weights = sum(math.prod(matrix_shape(found)) for found in modules.values())
+    base = sum(_bytes(found, BASE_TENSORS) for found in modules.values())
+    factors = sum(_bytes(found, FACTOR_TENSORS) for found in modules.values())
+    errors = _recorded_errors(folder)
+    return {
+        "format_version": fmt.to_dict()["format_version"],
+        "group_size": fmt.group_size,
+        "compensator_bits": fmt.compensator.bits,
+        "recipe": dict(fmt.recipe),
+        "quantized_weights": weights,
+        "bits_per_weight": 8 * (base + factors) / weights,
+        "bytes": sum(_tensor_bytes(entry) for entry in tensors.values()),
+        "quantized_bytes": base + factors,
+        "factor_bytes": factors,
+        "ranks": _by_kind(modules, {m: float(r) for m, r in _ranks(modules, fmt).items()}, config),
+        "relative_error": _by_kind(modules, errors, config) if errors else None,
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Return the text that ``milo inspect`` prints."""
+    gib = 2**30
+    lines = [
+        f"3-bit, group size {report['group_size']}, compensators in {report['compensator_bits']} bits",
+        f"recipe           {report['recipe']}",
+        f"all tensors      {report['bytes'] / gib:.3f} GiB",
+        f"quantized        {report['quantized_bytes'] / gib:.3f} GiB for {report['quantized_weights']:,} weights",
+        f"  compensators   {report['factor_bytes'] / gib:.3f} GiB",
+        f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors)",
+    ]
+    for title, table in (("rank", report["ranks"]), ("relative error", report["relative_error"])):
+        for kind, row in (table or {}).items():
+            lines.append(
+                f"{title:<16} {kind:<15} mean {row['mean']:.4g}  min {row['min']:.4g}  max {row['max']:.4g}"
+                f"  ({row['matrices']} matrices)"
+            )
+    return "\n".join(lines)
+
+
+def _ranks(modules: Mapping[str, Mapping[str, TensorEntry]], fmt: Any) -> dict[str, int]:
+    experts = count_experts(modules)
+    return {name: module_rank(name, fmt, experts) for name in modules}
+
+
+def _by_kind(
+    modules: Mapping[str, Any], values: Mapping[str, float], config: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    family = find_family(config)
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for name in modules:
+        if name in values:
+            kinds[str(family.kind(name))].append(values[name])
+    return {
+        kind: {"matrices": len(found), "mean": sum(found) / len(found), "min": min(found), "max": max(found)}
+        for kind, found in sorted(kinds.items())
+    }
+
+
+def _recorded_errors(folder: Path) -> dict[str, float]:
+    path = folder / REPORT_NAME
+    if not path.exists():
+        return {}
+    return {name: entry["error"] for name, entry in read_json(path)["matrices"].items()}
+
+
+def _bytes(found: Mapping[str, TensorEntry], names: tuple[str, ...]) -> int:
+    return sum(_tensor_bytes(found[name]) for name in names if name in found)
+
+
+def _tensor_bytes(entry: TensorEntry) -> int:
+    return math.prod(entry.shape) * DTYPES[entry.dtype].size

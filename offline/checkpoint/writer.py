@@ -1,0 +1,174 @@
+"""Writes a checkpoint folder that appears whole or not at all.
+
+Everything goes into a hidden sibling folder first; config.json comes last and a rename publishes the
+folder. A failure or Ctrl-C removes it; a killed process leaves only a ``.partial`` folder without
+config.json, which nothing takes for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from vllm_milo.shards import INDEX_NAME
+
+from ..errors import ConversionError
+
+SHARD_BYTES = 4 * 2**30
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class CheckpointWriter:
+    """A context manager: ``add`` tensors, ``seal``, ``publish``; leaving it before that removes everything.
+
+    Args:
+        out: the checkpoint folder; must not exist, or be empty, unless ``overwrite``.
+        overwrite: replace an existing folder, once the new one is whole.
+        shard_bytes: start a new shard beyond this size.
+
+    Raises:
+        ConversionError: ``out`` exists and is not empty, or cannot be written.
+    """
+
+    def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+        self.out = out.resolve()
+        self.overwrite = overwrite
+        self.shard_bytes = shard_bytes
+        self.bytes_written = 0
+        self.partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def __enter__(self) -> CheckpointWriter:
+        self._refuse_existing()
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; full shards go to disk at once."""
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a view would keep its whole batch in memory until the shard is full
+        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
+            self._write_shard()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+
+    def seal(self, config: Mapping[str, Any], source: Path, extra: Mapping[str, Any]) -> None:
+        """Write the index, the source's other files, ``extra`` JSON files and, last, config.json.
+
+        Raises:
+            ConversionError: the disk is full or the folder cannot be written.
+        """
+        self._write_shard()
+        try:
+            self._name_shards()
+            _copy_companions(source, self.partial)
+            for name, content in extra.items():
+                _write_json(self.partial / name, content)
+            _write_json(self.partial / "config.json", config)
+            _sync(self.partial)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def publish(self) -> None:
+        """Make the sealed folder appear as ``out``, in one rename.
+
+        Raises:
+            ConversionError: the folder cannot be renamed.
+        """
+        replaced = self.partial.with_name(self.partial.name + ".replaced")
+        try:
+            if self.out.exists():
+                self.out.rename(replaced)
+            self.partial.rename(self.out)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _write_shard(self) -> None:
+        if not self._pending:
+            return
+        path = self.partial / _shard_name(len(self._shards) + 1)
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise self._cannot_write(error) from error
+        self._shards.append(list(self._pending))
+        self.bytes_written += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _name_shards(self) -> None:
+        """Give the shards their final names, now that their number is known, and index them."""
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, start=1):
+            final = _shard_name(number, len(self._shards))
+            (self.partial / _shard_name(number)).rename(self.partial / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(self.partial / INDEX_NAME, index)
+
+    def _refuse_existing(self) -> None:
+        try:
+            if self.out.exists() and not self.out.is_dir():
+                raise ConversionError(f"{self.out}: is a file, not a folder; choose another output")
+            if self.out.exists() and any(self.out.iterdir()) and not self.overwrite:
+                raise ConversionError(f"{self.out}: exists and is not empty; choose another or pass --overwrite")
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: Exception) -> ConversionError:
+        text = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+            free = shutil.disk_usage(self.out.parent).free
+            return ConversionError(
+                f"{self.out}: the disk is full ({free / 2**20:.0f} MiB free); nothing was left behind, "
+                f"free space or choose another output"
+            )
+        return ConversionError(f"{self.out}: cannot be written: {text}")
+
+
+def _shard_name(number: int, total: int | None = None) -> str:
+    return f"model-{number:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config, remote code and the like: all files but weights and config."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file and the folder: after the rename nothing of the checkpoint may be only in memory."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

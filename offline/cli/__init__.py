@@ -1,0 +1,5 @@
+"""The command line ``milo``."""
+
+from .command import main
+
+__all__ = ["main"]

@@ -1,0 +1,26 @@
+"""Arguments that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that a model can be run in."""
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every subcommand takes that runs a model on a text."""
+    parser.add_argument("model", type=Path, help="folder of a source model or MiLo checkpoint")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    parser.add_argument("--max-windows", type=int, default=None)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def default_device() -> str:
+    """Return the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

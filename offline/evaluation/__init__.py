@@ -1,0 +1,1 @@
+"""Evaluation: what a source model or a checkpoint makes of a text."""

@@ -1,0 +1,56 @@
+"""How often the router picks each expert on a text: ``milo stats``, for the frequency policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_milo.shards import read_json
+
+from ..errors import ConversionError
+from ..source.families import find_family
+from .perplexity import WINDOW, perplexity
+
+
+def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None = None) -> dict[str, list[int]]:
+    """Return how often the router picks each expert on a text, by experts' name in the checkpoint."""
+    family = find_family(model.config.to_dict())
+    number = family.num_experts(model.config.to_dict())
+    counts: dict[str, torch.Tensor] = {}
+
+    def counter(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            counts[name] += torch.bincount(chosen.flatten().cpu(), minlength=number)
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            experts = family.checkpoint_name(name)
+            counts[experts] = torch.zeros(number, dtype=torch.int64)
+            hooks.append(module.register_forward_pre_hook(counter(experts), with_kwargs=True))
+    window = min(WINDOW, int(model.config.max_position_embeddings))
+    try:
+        perplexity(model, tokens, max_windows, window=window, stride=window)  # no token counts twice
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: count.tolist() for name, count in counts.items()}
+
+
+def read_expert_counts(path: Path) -> dict[str, list[int]]:
+    """Read a file that ``milo stats`` wrote.
+
+    Raises:
+        ConversionError: the file is not of that form.
+    """
+    content = read_json(path)
+    counts = content.get("expert_counts") if isinstance(content, dict) else None
+    if not isinstance(counts, dict) or not all(isinstance(value, list) for value in counts.values()):
+        raise ConversionError(f"{path}: no expert_counts; make it with `milo stats MODEL --text FILE -o {path}`")
+    return counts

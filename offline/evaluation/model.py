@@ -1,0 +1,32 @@
+"""A source model or a MiLo checkpoint as a model of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_milo.validation import validate_checkpoint
+
+from ..checkpoint.dequantize import dequantized_tensors
+from ..source.whole_model import load_source_model, model_class
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Return the Hugging Face model of a folder; MiLo checkpoints get the weights s·(q - z) + UᵀV.
+
+    Raises:
+        ConversionError: transformers has no class for the architecture.
+        CheckpointError, ShardError: the MiLo checkpoint is broken.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not getattr(config, "quantization_config", None):
+        return load_source_model(folder, dtype, device)
+    found = model_class(config, folder)
+    fmt = validate_checkpoint(folder)
+    del config.quantization_config
+    state = dict(dequantized_tensors(folder, fmt, dtype))
+    return found.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()

@@ -1,0 +1,1 @@
+"""Base quantizers: codes, scales and zero points of groups of weights."""

@@ -1,0 +1,1 @@
+"""Compensators: low-rank factors of what the base leaves, and their storage."""

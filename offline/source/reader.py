@@ -1,0 +1,102 @@
+"""Reads a source model folder: its config, its plan of layers, and its tensors on demand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_milo.dtypes import DTYPES, MODEL_DTYPES, safetensors_name
+from vllm_milo.shards import read_json, read_tensors
+
+from ..errors import ConversionError
+from ..nouns import Matrix
+from .completeness import check_complete, check_experts, check_shapes
+from .families import find_family
+from .family import Family
+from .layers import BROKEN, Layer, Source, plan_layers
+
+
+class ModelReader:
+    """A source model: its config, what of it will be quantized, and its tensors on demand.
+
+    Raises:
+        ConversionError: no model, an unknown family, or tensors that do not fit the config.
+        ShardError: a file is missing, truncated or unreadable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ConversionError(f"{folder}: no such folder; download the model first")
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        if "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method")
+            raise ConversionError(
+                f"{folder / 'config.json'}: the model is quantized already ({method}); convert the original"
+            )
+        self.family: Family = find_family(self.config)
+        self.tensors = read_tensors(folder)
+        self.layers = plan_layers(self.tensors, self.family)
+        check_complete(self.layers, self.config)
+        check_shapes(self.layers, self.tensors)
+        check_experts(self.matrices, self.family.num_experts(self.config))
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Return all matrices that the family quantizes, in the order of the layers."""
+        return [source.matrix for layer in self.layers for source in layer.matrices]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the model's dtype, by its config or else by its first quantizable tensor."""
+        stated = self.config.get("dtype", self.config.get("torch_dtype"))
+        if safetensors_name(str(stated)) in MODEL_DTYPES:
+            return getattr(torch, str(stated))
+        first = next(source for layer in self.layers for source in layer.matrices)
+        return getattr(torch, DTYPES[self.tensors[first.tensor].dtype].torch_name)
+
+    def load(self, tensor: str) -> torch.Tensor:
+        """Return a tensor as it is stored, on the CPU."""
+        entry = self.tensors[tensor]
+        try:
+            with safe_open(entry.file, framework="pt") as file:
+                return file.get_tensor(tensor)
+        except (OSError, SafetensorError) as error:
+            raise ConversionError(f"{entry.file}: cannot read tensor {tensor}: {error}") from error
+
+    def load_finite(self, tensor: str) -> torch.Tensor:
+        """Return a tensor that is copied unquantized.
+
+        Raises:
+            ConversionError: it holds NaN or Inf.
+        """
+        values = self.load(tensor)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise ConversionError(f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf; {BROKEN}")
+        return values
+
+    def load_layer(self, layer: Layer, device: torch.device) -> Iterator[tuple[Matrix, torch.Tensor]]:
+        """Yield the matrices of a layer in float32 on ``device``; each source tensor is read once.
+
+        Raises:
+            ConversionError: a tensor holds NaN or Inf.
+        """
+        sources: dict[str, list[Source]] = defaultdict(list)
+        for source in layer.matrices:
+            sources[source.tensor].append(source)
+        for tensor, parts in sources.items():
+            values = self.load(tensor)
+            for source in parts:
+                part = values if source.expert is None else values[source.expert, source.rows]
+                matrix = part.to(device=device, dtype=torch.float32)
+                if not torch.isfinite(matrix).all():
+                    raise ConversionError(
+                        f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf "
+                        f"(matrix {source.matrix.name}); {BROKEN}"
+                    )
+                yield source.matrix, matrix
