@@ -18,6 +18,7 @@ from vllm_milo.validation import validate_checkpoint
 from .batches import Batch, load_batches
 from .calibration.moment_source import PlainSquares
 from .checkpoint.matrices import add_matrix, rank_table
+from .checkpoint.output import refuse_unsafe_output
 from .checkpoint.report import REPORT_NAME, MatrixReport, report_file
 from .checkpoint.writer import CheckpointWriter
 from .conversion import Conversion
@@ -53,6 +54,7 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
         ConversionError, CheckpointError, ShardError: bad input, or the output cannot be written.
     """
     start = time.monotonic()
+    refuse_unsafe_output(out, source, conversion.overwrite)
     reader = ModelReader(source)
     device = _device(conversion.device)
     ignore = (*reader.family.ignore, *conversion.ignore)
@@ -78,16 +80,18 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
         base_format.group_size, base_format.compensator, rank_table(matrices, ranks), ignore, base_format.recipe
     )
     report: dict[str, MatrixReport] = {}
-    with CheckpointWriter(out, conversion.overwrite, conversion.shard_bytes) as writer:
+    with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
         for layer in progress_bar(plan, "quantize", progress):
             report |= _convert_layer(reader, layer, ranks, conversion, device, writer)
         config = reader.config | {"quantization_config": fmt.to_dict()}
-        writer.seal(config, source, {REPORT_NAME: report_file(report)})
+        writer.seal(config, {REPORT_NAME: report_file(report)})
         validate_checkpoint(writer.partial)
-        writer.publish()
+        published = writer.publish()
+    if published != writer.out:
+        warnings = [*warnings, f"{out}: appeared during the conversion and was kept; the checkpoint is {published}"]
     errors = [entry.error for entry in report.values()]
     return Summary(
-        out=out,
+        out=published if published != writer.out else out,
         seconds=time.monotonic() - start,
         matrices=len(matrices),
         bytes_written=writer.bytes_written,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from .source.layers import Layer
+Item = TypeVar("Item")
 
 
-def progress_bar(plan: Sequence[Layer], what: str, progress: bool) -> Iterator[Layer]:
-    """Iterate over layers with a progress bar on stderr."""
-    return iter(tqdm(plan, desc=what, unit="layer", disable=not progress, file=sys.stderr))
+def progress_bar(items: Sequence[Item], what: str, progress: bool, unit: str = "layer") -> Iterator[Item]:
+    """Iterate over ``items`` with a progress bar on stderr that shows the remaining time."""
+    return iter(tqdm(items, desc=what, unit=unit, disable=not progress, file=sys.stderr))

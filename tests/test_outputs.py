@@ -14,6 +14,7 @@ from refusals import FAST, Q_PROJ, WEIGHTS, refused
 from safetensors.torch import save_file
 
 from vllm_milo.offline.checkpoint import writer
+from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
@@ -42,6 +43,141 @@ def test_overwrite_replaces(source: Path, checkpoint: Path, tmp_path: Path):
     convert(source, out, Conversion(FAST, overwrite=True), progress=False)
     assert read_format(out)[1]["model_type"] == "mixtral"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused_untouched(source: Path, out: Path, message: str, watched: Path) -> None:
+    """Assert that a conversion with --overwrite is refused before any work, and that ``watched`` stays as it was."""
+    before = snapshot(watched)
+    with pytest.raises(ConversionError, match=message):
+        convert(source, out, Conversion(FAST, overwrite=True), progress=False)
+    assert snapshot(watched) == before
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+def test_the_source_is_no_output(source: Path, tmp_path: Path, through_link: bool):
+    out = source
+    if through_link:
+        out = tmp_path / "link"
+        out.symlink_to(source)
+    refused_untouched(source, out, "is the source model", tmp_path)
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+def test_a_folder_around_the_source_is_no_output(source: Path, tmp_path: Path, through_link: bool):
+    parent = tmp_path / "parent"
+    (parent / "neighbour").mkdir(parents=True)
+    (parent / "neighbour" / "precious.txt").write_text("data")
+    inside = Path(shutil.move(source, parent / "model"))
+    out = parent
+    if through_link:
+        out = tmp_path / "link"
+        out.symlink_to(parent)
+    refused_untouched(inside, out, "holds the source model", tmp_path)
+
+
+def test_a_folder_in_the_source_is_no_output(source: Path, tmp_path: Path):
+    refused_untouched(source, source / "milo", "lies in the source model", tmp_path)
+
+
+@pytest.mark.parametrize("out", [".", "..", ""])
+def test_the_working_directory_is_no_output(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str):
+    here = tmp_path / "work" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    refused_untouched(source, Path(out), "is the working directory or holds it", tmp_path)
+
+
+def test_the_home_directory_is_no_output(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    home = tmp_path / "home" / "me"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for out in (home, home.parent):
+        refused_untouched(source, out, "is the home directory or holds it", tmp_path)
+
+
+def test_an_empty_output_is_refused_by_the_command(source: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        milo(["quantize", str(source), "-o", "", "--overwrite"])
+    assert "is empty; is a shell variable unset?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [None, "{}", "[]", "null", '{"quantization_config": {"quant_method": "gptq"}}', "?"])
+def test_only_checkpoints_are_overwritten(source: Path, tmp_path: Path, config: str | None):
+    out = tmp_path / "documents"
+    out.mkdir()
+    (out / "precious.txt").write_text("data")
+    if config is not None:
+        (out / "config.json").write_text(config)
+    refused_untouched(source, out, "is no MiLo checkpoint; --overwrite replaces only those", tmp_path)
+
+
+def during(monkeypatch: pytest.MonkeyPatch, act) -> None:
+    """Let ``act`` happen when a conversion is about to publish."""
+    seal = writer.CheckpointWriter.seal
+
+    def sealed(self, *arguments):
+        seal(self, *arguments)
+        act()
+
+    monkeypatch.setattr(writer.CheckpointWriter, "seal", sealed)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_meanwhile_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool):
+    out = tmp_path / "out"
+
+    def appear() -> None:
+        out.mkdir()
+        (out / "precious.txt").write_text("data")
+
+    during(monkeypatch, appear)
+    summary = convert(source, out, Conversion(FAST, overwrite=overwrite), progress=False)
+    assert snapshot(out) == {"precious.txt": b"data"}
+    assert summary.out == tmp_path / "out-2"
+    assert validate_checkpoint(summary.out)
+    assert "appeared during the conversion and was kept" in summary.warnings[-1]
+
+
+def test_a_checkpoint_that_was_exchanged_meanwhile_is_kept(
+    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = Path(shutil.copytree(checkpoint, tmp_path / "out"))
+
+    def exchange() -> None:
+        out.rename(tmp_path / "old")
+        shutil.copytree(checkpoint, out)
+
+    during(monkeypatch, exchange)
+    before = snapshot(out)
+    summary = convert(source, out, Conversion(FAST, overwrite=True), progress=False)
+    assert snapshot(out) == before
+    assert summary.out == tmp_path / "out-2"
+
+
+def test_what_was_there_comes_back_if_the_rename_fails(
+    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = Path(shutil.copytree(checkpoint, tmp_path / "out"))
+    before, rename = snapshot(out), Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(tuple("0123456789")) and ".partial-" in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ConversionError, match="cannot be written"):
+        convert(source, out, Conversion(FAST, overwrite=True), progress=False)
+    assert snapshot(out) == before
+
+
+def test_the_output_is_looked_at_before_a_calibration(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.moment_source", lambda *_: pytest.fail("calibrated first"))
+    assert milo(["quantize", str(source), "-o", str(source), "--overwrite", "--quiet"]) == 1
 
 
 def test_output_under_a_file(source: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,88 @@ def test_wheel_holds_the_mapped_packages(tmp_path: Path):
     assert found.startswith(str(tmp_path / "site"))
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever it does."""
+PURE = ("checkpoint", "dtypes", "names", "shards", "validation")
+"""Modules of the plugin that need neither torch nor vLLM, and that the converter may import too."""
+
+FLOORS = {
+    "errors": set(),
+    "progress": set(),
+    "nouns": set(),
+    "solve": {"errors", "nouns"},
+    "source": {"errors", "nouns"},
+    "calibration": {"errors", "nouns", "solve", "source"},
+    "batches": {"nouns", "source", "calibration"},
+    "ranks": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches"},
+    "presets": {"errors", "ranks"},
+    "checkpoint": {"errors", "nouns", "solve", "source"},
+    "evaluation": {"errors", "source", "checkpoint"},
+    "conversion": {"nouns", "calibration", "ranks", "checkpoint"},
+    "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "ranks", "checkpoint"}
+    | {"conversion"},
+    "cli": {"errors", "nouns", "source", "calibration", "ranks", "presets", "checkpoint", "evaluation", "conversion"}
+    | {"convert"},
+}
+"""The rooms of offline/, each with those that it may import: only what stands above it in this list."""
+
+
+def room(path: Path) -> str:
+    """The package of offline/, or its module at the top, that a file belongs to."""
+    return path.relative_to(ROOT / "offline").parts[0].removesuffix(".py")
+
+
+def test_rooms_of_the_converter_import_downwards():
+    above: set[str] = set()
+    for name, allowed in FLOORS.items():
+        assert allowed <= above, f"{name} may import {sorted(allowed - above)}, which stand below it"
+        above.add(name)
+    prefix = "vllm_milo.offline"
+    for path in (ROOT / "offline").rglob("*.py"):
+        if path == ROOT / "offline" / "__init__.py":
+            continue
+        used = {name.removeprefix(prefix).strip(".").split(".")[0] for name in imports(path) if name.startswith(prefix)}
+        extra = used - FLOORS[room(path)] - {room(path)}
+        assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}, which {room(path)} may not"
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the packages by the name they are installed by."""
+    found = {}
+    for folder in ("vllm_milo", "kernels", "offline"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts if folder == "vllm_milo" else ("vllm_milo", *parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Imports count at the top of modules and inside functions alike."""
+    known = modules()
+    graph = {name: imports(path, known) & known.keys() for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way[way.index(name) :], name))
+        if name not in done:
+            for used in graph[name] - {name}:
+                visit(used, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_folders_hold_few_modules():
+    for folder in {path.parent for path in modules().values()}:
+        held = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(held) <= 12, f"{folder.relative_to(ROOT)} holds {len(held)} modules"
+
+
+def imports(path: Path, known: Collection[str] = ()) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever it does.
+
+    Modules that are ``known`` and taken from a package count in its place.
+    """
     package = "vllm_milo." + ".".join(path.relative_to(ROOT).parent.parts)
     package = "vllm_milo" if path.parent == ROOT / "vllm_milo" else package
     found = set()
@@ -68,7 +149,9 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parent = package.rsplit(".", node.level - 1)[0] if node.level else None
-            found.add(".".join(filter(None, (parent, node.module))) if node.level else str(node.module))
+            name = ".".join(filter(None, (parent, node.module))) if node.level else str(node.module)
+            members = {f"{name}.{alias.name}" for alias in node.names}
+            found |= (members & set(known)) or {name}
     return found
 
 
@@ -79,7 +162,7 @@ def imports(path: Path) -> set[str]:
         (
             "offline",
             {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
-            | {"vllm_milo", "vllm_milo.checkpoint", "vllm_milo.shards", "vllm_milo.validation"}
+            | {"vllm_milo", *(f"vllm_milo.{name}" for name in PURE)}
             | {"vllm_milo.kernels.triton.feedback", "vllm_milo.kernels.triton"},  # the converter's own kernels
         ),
     ],
@@ -96,7 +179,7 @@ def test_packages_import_in_one_direction(folder: str, allowed: set[str]):
             assert known, f"{path.relative_to(ROOT)} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["__init__", "checkpoint", "shards", "validation"])
+@pytest.mark.parametrize("name", ["__init__", *PURE])
 def test_pure_modules_need_nothing(name: str):
     code = (
         f"import sys; import vllm_milo.{name}; print({{'torch', 'vllm', 'triton', 'transformers'}} & set(sys.modules))"

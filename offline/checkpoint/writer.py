@@ -1,8 +1,8 @@
 """Writes a checkpoint folder that appears whole or not at all.
 
-Everything goes into a hidden sibling folder first; config.json comes last and a rename publishes the
-folder. A failure or Ctrl-C removes it; a killed process leaves only a ``.partial`` folder without
-config.json, which nothing takes for a checkpoint.
+Everything goes into a hidden sibling folder first. config.json comes last, all files are flushed to disk, and a rename
+publishes the folder (:meth:`CheckpointWriter.publish`). A failure or Ctrl-C removes it; a killed process leaves only a
+``.partial`` folder without config.json, which nothing takes for a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from vllm_milo.shards import INDEX_NAME
 
 from ..errors import ConversionError
+from .output import refuse_unsafe_output
 
 SHARD_BYTES = 4 * 2**30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -32,16 +33,18 @@ class CheckpointWriter:
     """A context manager: ``add`` tensors, ``seal``, ``publish``; leaving it before that removes everything.
 
     Args:
-        out: the checkpoint folder; must not exist, or be empty, unless ``overwrite``.
-        overwrite: replace an existing folder, once the new one is whole.
+        out: the checkpoint folder; see :func:`.output.refuse_unsafe_output` for what it may be.
+        source: the model folder that is converted.
+        overwrite: replace an existing MiLo checkpoint, once the new one is whole.
         shard_bytes: start a new shard beyond this size.
 
     Raises:
-        ConversionError: ``out`` exists and is not empty, or cannot be written.
+        ConversionError: ``out`` is not safe to write, or cannot be written.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, out: Path, source: Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
         self.out = out.resolve()
+        self.source = source
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
         self.bytes_written = 0
@@ -51,7 +54,8 @@ class CheckpointWriter:
         self._shards: list[list[str]] = []
 
     def __enter__(self) -> CheckpointWriter:
-        self._refuse_existing()
+        refuse_unsafe_output(self.out, self.source, self.overwrite)
+        self._found = _identity(self.out)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir()
@@ -74,7 +78,7 @@ class CheckpointWriter:
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
 
-    def seal(self, config: Mapping[str, Any], source: Path, extra: Mapping[str, Any]) -> None:
+    def seal(self, config: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write the index, the source's other files, ``extra`` JSON files and, last, config.json.
 
         Raises:
@@ -83,7 +87,7 @@ class CheckpointWriter:
         self._write_shard()
         try:
             self._name_shards()
-            _copy_companions(source, self.partial)
+            _copy_companions(self.source, self.partial)
             for name, content in extra.items():
                 _write_json(self.partial / name, content)
             _write_json(self.partial / "config.json", config)
@@ -91,20 +95,39 @@ class CheckpointWriter:
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def publish(self) -> None:
-        """Make the sealed folder appear as ``out``, in one rename.
+    def publish(self) -> Path:
+        """Make the sealed folder appear as ``out`` in one rename; return where it is.
+
+        What was at ``out`` at the start is looked at once more. If something else stands there now, that is kept and
+        the checkpoint appears beside it under another name. If the rename fails, what was there comes back.
 
         Raises:
             ConversionError: the folder cannot be renamed.
         """
+        target = self.out
+        if _identity(self.out) != self._found or not self._may_replace():
+            target = _free_name(self.out)
         replaced = self.partial.with_name(self.partial.name + ".replaced")
         try:
-            if self.out.exists():
-                self.out.rename(replaced)
-            self.partial.rename(self.out)
+            if target.exists():
+                target.rename(replaced)
+            try:
+                self.partial.rename(target)
+            except BaseException:
+                if replaced.exists():
+                    replaced.rename(target)
+                raise
         except OSError as error:
             raise self._cannot_write(error) from error
         shutil.rmtree(replaced, ignore_errors=True)
+        return target
+
+    def _may_replace(self) -> bool:
+        try:
+            refuse_unsafe_output(self.out, self.source, self.overwrite)
+        except ConversionError:
+            return False
+        return True
 
     def _write_shard(self) -> None:
         if not self._pending:
@@ -128,15 +151,6 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self.partial / INDEX_NAME, index)
 
-    def _refuse_existing(self) -> None:
-        try:
-            if self.out.exists() and not self.out.is_dir():
-                raise ConversionError(f"{self.out}: is a file, not a folder; choose another output")
-            if self.out.exists() and any(self.out.iterdir()) and not self.overwrite:
-                raise ConversionError(f"{self.out}: exists and is not empty; choose another or pass --overwrite")
-        except OSError as error:
-            raise self._cannot_write(error) from error
-
     def _cannot_write(self, error: Exception) -> ConversionError:
         text = str(error)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
@@ -146,6 +160,23 @@ class CheckpointWriter:
                 f"free space or choose another output"
             )
         return ConversionError(f"{self.out}: cannot be written: {text}")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another at the same path; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _free_name(folder: Path) -> Path:
+    """Return the path of a sibling that does not exist: ``NAME-2``, ``NAME-3``, …"""
+    number = 2
+    while (sibling := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return sibling
 
 
 def _shard_name(number: int, total: int | None = None) -> str:

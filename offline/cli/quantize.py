@@ -14,6 +14,7 @@ from ..calibration.choose import MOMENTS, NONE, WEIGHTS, TextOptions, moment_sou
 from ..calibration.generated_text import OWN_TEXT
 from ..calibration.gram import FEEDBACK_ROUNDS, ROUNDS
 from ..checkpoint.inspect import inspect_checkpoint
+from ..checkpoint.output import refuse_unsafe_output
 from ..conversion import Conversion
 from ..convert import Summary, convert
 from ..errors import ConversionError
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("quantize", help="convert a model folder to a MiLo checkpoint")
     parser.add_argument("model", type=Path, help="folder of the source model (safetensors)")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("-o", "--output", type=_folder, required=True, help="folder of the checkpoint")
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -69,12 +70,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing MiLo checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_run)
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; is a shell variable unset?")
+    return Path(text)
+
+
 def _run(arguments: argparse.Namespace) -> None:
+    refuse_unsafe_output(arguments.output, arguments.model, arguments.overwrite)  # before a calibration that takes long
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
     budget = arguments.budget_bits

@@ -1,0 +1,68 @@
+"""Which folders a conversion may write to: never one whose loss would be more than an old checkpoint's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import ConversionError
+
+
+def refuse_unsafe_output(out: Path, source: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is not safe to write or to replace. All paths count with their links resolved.
+
+    Args:
+        out: the output folder, existing or not.
+        source: the model folder that is read.
+        overwrite: whether an existing checkpoint may be replaced.
+
+    Raises:
+        ConversionError: ``out`` is the source, holds it or lies in it; is the working or the home directory or holds
+            one of them; is a file; or has content that may not be replaced: without ``overwrite`` any, with it
+            whatever is no MiLo checkpoint.
+    """
+    _refuse_place(out, source)
+    try:
+        if out.exists() and not out.is_dir():
+            raise ConversionError(f"{out}: is a file, not a folder; choose another output")
+        if not out.exists() or not any(out.iterdir()):
+            return
+        if not overwrite:
+            raise ConversionError(f"{out}: exists and is not empty; choose another or pass --overwrite")
+        if not is_milo_checkpoint(out):
+            raise ConversionError(
+                f"{out}: holds files, but is no MiLo checkpoint; --overwrite replaces only those. Choose another output"
+            )
+    except OSError as error:
+        raise ConversionError(f"{out}: cannot be written: {error}") from error
+
+
+def is_milo_checkpoint(folder: Path) -> bool:
+    """Return whether a folder's config.json says that it is a MiLo checkpoint, whole or not."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "milo")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _refuse_place(out: Path, source: Path) -> None:
+    target, origin = out.resolve(), source.resolve()
+    if target == origin:
+        raise ConversionError(f"{out}: is the source model; choose another output")
+    if target in origin.parents:
+        raise ConversionError(f"{out}: holds the source model {source}; choose another output")
+    if origin in target.parents:
+        raise ConversionError(f"{out}: lies in the source model {source}; choose another output")
+    for place, what in ((Path.cwd(), "the working directory"), (_home(), "the home directory")):
+        if place is not None and (target == place.resolve() or target in place.resolve().parents):
+            raise ConversionError(
+                f"{out}: is {what} or holds it; name a folder of the checkpoint's own (is a shell variable unset?)"
+            )
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:  # no home directory can be determined
+        return None
