@@ -55,7 +55,7 @@ def batches(
 def load_batches(
     reader: ModelReader,
     layer: Layer,
-    source: MomentSource,
+    source: MomentSource | LayerMoments,
     ranks: Mapping[str, int],
     device: torch.device,
     mixed: bool = True,
@@ -63,4 +63,5 @@ def load_batches(
     """Load a layer and yield the :func:`batches` of its matrices; its weights are gone after the last."""
     loaded = list(reader.load_layer(layer, device))
     if loaded:
-        yield from batches(loaded, source.of_layer(reader, layer, loaded), ranks, mixed)
+        moments = source.of_layer(reader, layer, loaded) if hasattr(source, "of_layer") else source
+        yield from batches(loaded, moments, ranks, mixed)

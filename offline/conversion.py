@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from .calibration.moment_source import MomentSource, PlainSquares
 from .checkpoint.writer import SHARD_BYTES
+from .learn.layer import LearnOptions
 from .nouns import Recipe
 from .ranks.policies import Policy
 
@@ -21,6 +24,8 @@ class Conversion:
         budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks
             come from measured spectra (see :mod:`.allocation`).
         calibration: second moments that weigh errors, for method ``milo``.
+        windows: token ids int64 [W, T] of a calibration text that goes through the model while it is converted, or None.
+        learn: how codes are learned on it.
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
         device: where the arithmetic runs.
@@ -32,6 +37,8 @@ class Conversion:
     policies: Sequence[Policy] = ()
     budget_bits: float | None = None
     calibration: MomentSource = field(default_factory=PlainSquares)
+    windows: torch.Tensor | None = None
+    learn: LearnOptions = field(default_factory=LearnOptions)
     ignore: Sequence[str] = ()
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     device: str = "cpu"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +17,23 @@ from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.validation import validate_checkpoint
 
 from .batches import Batch, load_batches
-from .calibration.moment_source import PlainSquares
+from .calibration.moment_source import LayerMoments, PlainSquares
+from .calibration.sequential import SequentialPass, Visit
 from .checkpoint.matrices import add_matrix, rank_table
 from .checkpoint.output import refuse_unsafe_output
 from .checkpoint.report import REPORT_NAME, MatrixReport, report_file
 from .checkpoint.writer import CheckpointWriter
 from .conversion import Conversion
 from .errors import ConversionError
-from .nouns import Recipe
+from .learn.layer import learn_layer
+from .nouns import Matrix, Recipe
 from .progress import progress_bar
 from .ranks.plan import Pass, RankChoice, plan_ranks
-from .solve.methods import Quantized, quantize_matrices
+from .solve.methods import Quantized, Solved, quantize_matrices
 from .source.ignore import check_ignore, without_ignored
-from .source.layers import Layer
+from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
+from .source.streamed_model import StreamedModel, reader_tensors
 
 
 class Summary(NamedTuple):
@@ -80,9 +84,16 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
         base_format.group_size, base_format.compensator, rank_table(matrices, ranks), ignore, base_format.recipe
     )
     report: dict[str, MatrixReport] = {}
+    stream = None
+    if conversion.windows is not None:
+        dtype = reader.dtype if device.type == "cuda" else torch.float32
+        streamed = StreamedModel(
+            source, reader.family, reader_tensors(reader.load_finite, reader.tensors), device, dtype
+        )
+        stream = SequentialPass(streamed, reader.family, conversion.windows)
     with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
         for layer in progress_bar(plan, "quantize", progress):
-            report |= _convert_layer(reader, layer, ranks, conversion, device, writer)
+            report |= _convert_layer(reader, layer, ranks, conversion, device, writer, stream)
         config = reader.config | {"quantization_config": fmt.to_dict()}
         writer.seal(config, {REPORT_NAME: report_file(report)})
         validate_checkpoint(writer.partial)
@@ -109,18 +120,69 @@ def _convert_layer(
     conversion: Conversion,
     device: torch.device,
     writer: CheckpointWriter,
+    stream: SequentialPass | None,
 ) -> dict[str, MatrixReport]:
+    """Quantize a layer and write it; with a calibration stream, learn it in between and lead the stream on."""
     report: dict[str, MatrixReport] = {}
-    recipe = conversion.recipe
-    for batch in load_batches(reader, layer, conversion.calibration, ranks, device, mixed=recipe.method == "milo"):
-        theirs = [ranks[matrix.name] for matrix in batch.matrices]
-        result = _quantize_named(batch, theirs, recipe, reader.dtype)
-        for index, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
-            add_matrix(writer, matrix.name, rank, result, index)
-            report[matrix.name] = MatrixReport(float(result.errors[index]), rank, int(result.rounds[index]))
+    index = layer_index(layer.name)
+    if stream is None or index is None:
+        found = _solve_layer(reader, layer, ranks, conversion, device, None, report)
+        for matrix, one in found:
+            add_matrix(writer, matrix.name, one)
+    else:
+        visit = stream.visit(index)
+        solved = dict(_solve_layer(reader, layer, ranks, conversion, device, visit.moments, report))
+        solved = learn_visit(stream, visit, solved, conversion)
+        for matrix, one in solved.items():
+            add_matrix(writer, matrix.name, one)
+        visit.leave({matrix: one.dequantize() for matrix, one in solved.items()})
     for tensor in layer.others:
         writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
     return report
+
+
+def learn_visit(
+    stream: SequentialPass, visit: Visit, solved: dict[Matrix, Solved], conversion: Conversion
+) -> dict[Matrix, Solved]:
+    options = conversion.learn
+    if not solved or options.steps == 0:
+        return solved
+    learned, report = learn_layer(
+        stream.model,
+        visit.index,
+        visit.module,
+        solved,
+        stream.quantized,
+        visit.target,
+        visit.moments.tokens,
+        conversion.recipe.factor_bits,
+        options,
+    )
+    if os.environ.get("MILO_SAY"):
+        print(
+            f"layer {visit.index}: {report.before:.5f} -> {report.after:.5f} untrained {len(report.untrained)}",
+            flush=True,
+        )
+    return learned
+
+
+def _solve_layer(
+    reader: ModelReader,
+    layer: Layer,
+    ranks: Mapping[str, int],
+    conversion: Conversion,
+    device: torch.device,
+    moments: LayerMoments | None,
+    report: dict[str, MatrixReport],
+) -> Iterator[tuple[Matrix, Solved]]:
+    """Yield the solved matrices of a layer, and put what there is to say of each into ``report``."""
+    recipe = conversion.recipe
+    for batch in load_batches(reader, layer, moments or conversion.calibration, ranks, device, recipe.method == "milo"):
+        theirs = [ranks[matrix.name] for matrix in batch.matrices]
+        result = _quantize_named(batch, theirs, recipe, reader.dtype)
+        for place, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
+            report[matrix.name] = MatrixReport(float(result.errors[place]), rank, int(result.rounds[place]))
+            yield matrix, result.one(place, rank)
 
 
 def _quantize_named(batch: Batch, ranks: Sequence[int], recipe: Recipe, dtype: torch.dtype) -> Quantized:

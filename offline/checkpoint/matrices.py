@@ -11,7 +11,7 @@ from vllm_milo.checkpoint import PACKED, SCALE, U_SCALE, V_SCALE, ZERO, RankTabl
 from vllm_milo.kernels.packing import pack_codes
 
 from ..nouns import Matrix
-from ..solve.methods import Quantized
+from ..solve.methods import Solved
 from .writer import CheckpointWriter
 
 
@@ -34,14 +34,16 @@ def rank_table(matrices: Sequence[Matrix], ranks: Mapping[str, int]) -> RankTabl
     return RankTable(0, modules, experts)
 
 
-def add_matrix(writer: CheckpointWriter, name: str, rank: int, result: Quantized, index: int) -> None:
-    """Write the tensors of the matrix at ``index`` of a batch; of factors, the first ``rank`` rows."""
-    writer.add(f"{name}.{PACKED}", pack_codes(result.base.codes[index]))
-    writer.add(f"{name}.{SCALE}", result.base.scale[index])
-    writer.add(f"{name}.{ZERO}", result.base.zero[index])
-    for factor, tensor, scale in ((result.u, U, U_SCALE), (result.v, V, V_SCALE)):
-        if factor is not None:
-            values = factor.values[index, :rank]
-            writer.add(f"{name}.{tensor}", pack_codes(values) if values.dtype == torch.uint8 else values)
-            if factor.scale is not None:
-                writer.add(f"{name}.{scale}", factor.scale[index, :rank])
+def add_matrix(writer: CheckpointWriter, name: str, solved: Solved) -> None:
+    """Write the tensors of a quantized matrix."""
+    writer.add(f"{name}.{PACKED}", pack_codes(solved.base.codes))
+    writer.add(f"{name}.{SCALE}", solved.base.scale)
+    writer.add(f"{name}.{ZERO}", solved.base.zero)
+    if solved.pair is None:
+        return
+    for factor, tensor, scale in ((solved.pair.u, U, U_SCALE), (solved.pair.v, V, V_SCALE)):
+        writer.add(
+            f"{name}.{tensor}", pack_codes(factor.values) if factor.values.dtype == torch.uint8 else factor.values
+        )
+        if factor.scale is not None:
+            writer.add(f"{name}.{scale}", factor.scale)

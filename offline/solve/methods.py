@@ -12,8 +12,26 @@ from .base.group import GroupQuantized, quantize_rtn
 from .base.hqq import quantize_hqq
 from .base.least_squares import quantize_mse
 from .compensator.factors import StoredFactor, store_factor
+from .compensator.low_rank import StoredPair
 from .joint_loop import quantize_jointly
 from .paper_loop import alternate
+
+
+class Solved(NamedTuple):
+    """One quantized matrix: codes [N, K], scales and zero points [N, K/g], and its factors, if it has rank."""
+
+    base: GroupQuantized
+    pair: StoredPair | None
+
+    @property
+    def rank(self) -> int:
+        """The rank of the compensator."""
+        return 0 if self.pair is None else self.pair.u.values.shape[-2]
+
+    def dequantize(self) -> torch.Tensor:
+        """Return s·(q - z) + UᵀV in float32, [N, K]."""
+        base = self.base.dequantize()
+        return base if self.pair is None else base + self.pair.product()
 
 
 class Quantized(NamedTuple):
@@ -35,6 +53,13 @@ class Quantized(NamedTuple):
         if self.u is None or self.v is None:
             return base
         return base + self.u.dequantize().mT @ self.v.dequantize()
+
+    def one(self, index: int, rank: int) -> Solved:
+        """Return the matrix at ``index`` of the batch, whose own rank is ``rank``."""
+        pair = None
+        if rank > 0 and self.u is not None and self.v is not None:
+            pair = StoredPair(self.u.rows(index, rank), self.v.rows(index, rank))
+        return Solved(GroupQuantized(*(part[index] for part in self.base)), pair)
 
 
 def quantize_matrices(

@@ -36,6 +36,11 @@ class Layer(NamedTuple):
     others: list[str]
 
 
+def layer_index(name: str) -> int | None:
+    """Return the number of a decoder layer by its name; None for what belongs to none."""
+    return None if name == OUTSIDE else int(name.rpartition(".")[2])
+
+
 def plan_layers(tensors: Mapping[str, TensorEntry], family: Family) -> list[Layer]:
     """Return the layers of a model in order, by the names and shapes of its tensors.
 

@@ -28,6 +28,11 @@ class StoredFactor(NamedTuple):
     values: torch.Tensor
     scale: torch.Tensor | None
 
+    def rows(self, index: int, rank: int) -> StoredFactor:
+        """Return the first ``rank`` rows of the factor at ``index`` of a batch."""
+        scale = None if self.scale is None else self.scale[index, :rank]
+        return StoredFactor(self.values[index, :rank], scale)
+
     def dequantize(self) -> torch.Tensor:
         """Return the factor's values in float32, [..., r, C]."""
         if self.scale is None:

@@ -1,0 +1,114 @@
+"""Second moments of the inputs of one decoder layer's matrices, gathered while the layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors import ConversionError
+from ..nouns import Matrix, Moments
+from ..source.family import Family
+from .text_moments import Moment
+
+MAX_EXPERT_BYTES = 6 * 2**30
+"""Above this, the experts of a layer share the moment of their input; each keeps the one of its inner activations."""
+
+
+class InputMoments:
+    """The moments of one layer's matrices.
+
+    Inputs of routed experts count with the square of their router weight: that is how their errors count in the sum.
+
+    Args:
+        module: the decoder layer; hooked until :meth:`close`.
+        name: of the layer, with a dot at the end.
+        family: of the model.
+    """
+
+    def __init__(self, module: torch.nn.Module, name: str, family: Family) -> None:
+        self._family = family
+        self.by_name: dict[str, Moment] = {}
+        self.tokens: dict[str, int] = {}
+        self._last: tuple[torch.Tensor | None, Moment | None] = (None, None)
+        self._undo: list[Callable[[], None]] = []
+        for inner, part in module.named_modules():
+            checkpoint = family.checkpoint_name(name + inner)
+            if isinstance(part, torch.nn.Linear) and family.kind(checkpoint) is not None:
+                self._undo.append(part.register_forward_pre_hook(partial(self._see, checkpoint)).remove)
+            elif inner.endswith(".experts") and hasattr(part, "gate_up_proj"):
+                self._undo.append(part.register_forward_pre_hook(_Experts(self, checkpoint, part)).remove)
+
+    def close(self) -> None:
+        """Stop watching."""
+        for undo in self._undo:
+            undo()
+        self._last = (None, None)
+
+    def _see(self, name: str, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        """Add the inputs of a linear layer, which the layer before it may have shared."""
+        known, moment = self._last
+        if known is not args[0] or moment is None:
+            moment = self.by_name.get(name) or Moment(args[0].shape[-1])
+            moment.add(args[0])
+            self._last = (args[0], moment)
+        self.by_name[name] = moment
+
+    def group(self, matrix: Matrix) -> str:
+        """Return a name that matrices of one batch have in common: routed experts apart from all others."""
+        return "experts" if matrix.experts is not None else ""
+
+    def numbers(self, matrix: Matrix) -> int:
+        """Return the numbers in the moment of a matrix."""
+        moment = self.by_name.get(matrix.name)
+        return 0 if moment is None else moment.size**2 if moment.full else moment.size
+
+    def of(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:
+        """Return the moments of matrices of one shape, stacked, each of mean diagonal 1.
+
+        Raises:
+            ConversionError: the model never ran one of them, or its inputs are not finite.
+        """
+        found = []
+        for matrix in matrices:
+            if matrix.name not in self.by_name:
+                raise ConversionError(f"{matrix.name}: the calibration found no such module in the model")
+            moment = self.by_name[matrix.name].shrunk(device)
+            diagonal = moment.diagonal() if moment.dim() == 2 else moment
+            if not torch.isfinite(diagonal).all():
+                raise ConversionError(
+                    f"{matrix.name}: its inputs on the calibration text hold NaN or Inf; the source model is broken, "
+                    f"or needs another dtype; use --calibration none"
+                )
+            found.append(moment / diagonal.mean().clamp(min=1e-30))
+        return Moments(torch.stack(found))
+
+
+class _Experts:
+    """Adds the inputs and inner activations of the routed experts of a layer."""
+
+    def __init__(self, into: InputMoments, name: str, module: Any) -> None:
+        self._into, self._name = into, name
+        experts, hidden, inner = module.down_proj.shape
+        shared = experts * hidden**2 * 4 > MAX_EXPERT_BYTES
+        common = Moment(hidden)
+        self._moments = [(common if shared else Moment(hidden), Moment(inner)) for _ in range(experts)]
+        gate, up, down = into._family.projections
+        for expert, (before, middle) in enumerate(self._moments):
+            for leaf, moment in ((gate, before), (up, before), (down, middle)):
+                into.by_name[f"{name}.{expert}.{leaf}"] = moment
+                into.tokens[f"{name}.{expert}.{leaf}"] = 0
+
+    def __call__(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        states, index, weights = args
+        for expert in index.unique().tolist():
+            tokens, place = torch.where(index == expert)
+            rows, weight = states[tokens], weights[tokens, place, None]
+            before, middle = self._moments[expert]
+            before.add(rows * weight)
+            gate, up = torch.nn.functional.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
+            middle.add(module.act_fn(gate) * up * weight)
+            for leaf in self._into._family.projections:
+                self._into.tokens[f"{self._name}.{expert}.{leaf}"] += len(rows)

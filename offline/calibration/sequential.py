@@ -1,0 +1,76 @@
+"""Calibration in one streamed pass: each layer sees what the quantized layers before it put out.
+
+Two streams of hidden states go through the model side by side, a layer in memory at a time: one through the original
+layers, one through the quantized ones. What a layer's matrices read in the second gives the second moments that their
+errors are weighed by, and what the layer puts out in the first is what its learned codes are trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..nouns import Matrix
+from ..source.family import Family
+from ..source.streamed_model import StreamedModel
+from .input_moments import InputMoments
+
+
+class SequentialPass:
+    """The two streams of a model.
+
+    Args:
+        model: the source model.
+        family: of the model.
+        windows: int64 [W, T].
+        batch: windows that run at once.
+    """
+
+    def __init__(self, model: StreamedModel, family: Family, windows: torch.Tensor, batch: int = 8) -> None:
+        self.model, self._family, self._batch = model, family, batch
+        self.original = model.begin(windows)
+        self.quantized = self.original
+
+    @torch.no_grad()
+    def visit(self, index: int) -> Visit:
+        """Load a layer, run it on the original stream, and gather moments on the quantized one."""
+        module = self.model.layer(index)
+        target = self.model.advance(index, module, self.original, self._batch)
+        moments = InputMoments(module, f"model.layers.{index}.", self._family)
+        for part in self.quantized.split(self._batch):
+            self.model.run(index, module, part)
+        moments.close()
+        return Visit(self, index, module, target, moments)
+
+
+class Visit:
+    """One layer in memory.
+
+    Attributes:
+        module: the layer with its original weights.
+        target: what it puts out in the original stream, [W, T, H].
+        moments: of its matrices' inputs in the quantized stream.
+    """
+
+    def __init__(
+        self,
+        of: SequentialPass,
+        index: int,
+        module: torch.nn.Module,
+        target: torch.Tensor,
+        moments: InputMoments,
+    ) -> None:
+        self._pass, self.index, self.module, self.target, self.moments = of, index, module, target, moments
+
+    @torch.no_grad()
+    def leave(self, weights: Mapping[Matrix, torch.Tensor]) -> None:
+        """Run the layer with its quantized weights, float32 [N, K] each, on the quantized stream, and free it."""
+        model = self._pass.model
+        own = dict(self.module.named_parameters())
+        held = {name: own[mine].data for name, mine in model.parameters(self.index, self.module).items()}
+        for matrix, values in weights.items():
+            model.place(f"{matrix.name}.weight", held)[1].copy_(values)
+        self._pass.quantized = model.advance(self.index, self.module, self._pass.quantized, self._pass._batch)
+        self._pass.original = self.target
+        model.drop(self.module)

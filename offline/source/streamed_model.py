@@ -1,0 +1,192 @@
+"""A source model that runs with one decoder layer in memory at a time, as transformers runs it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConversionError
+from .family import Family
+
+Tensors = Iterable[tuple[str, torch.Tensor]]
+"""Names and tensors, as they stand in a source model."""
+
+Load = Callable[[str], Tensors]
+"""Returns the tensors whose names begin with a prefix."""
+
+
+class StreamedModel:
+    """The layers of a causal language model, each loaded when its turn comes.
+
+    Args:
+        folder: of the model, for its config.json and, where it brings any, its code.
+        family: of the model.
+        load: the model's tensors by prefix of their names.
+        device: where layers run.
+        dtype: of weights and hidden states.
+
+    Raises:
+        ConversionError: transformers cannot run this architecture.
+    """
+
+    def __init__(self, folder: Path, family: Family, load: Load, device: torch.device, dtype: torch.dtype) -> None:
+        self._family, self._load = family, load
+        self.device, self.dtype = device, dtype
+        self._model = _empty_model(folder, dtype)
+        self._arguments: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._model.model.layers)
+
+    def begin(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states [W, T, H] before the first layer, of windows of token ids int64 [W, T].
+
+        Raises:
+            ConversionError: a token id lies outside the embedding.
+        """
+        self._arguments = self._layer_arguments(windows.shape[1])
+        embedding = self._one("model.embed_tokens.weight")
+        if windows.max() >= len(embedding):
+            raise ConversionError(
+                f"the tokenizer gives token id {int(windows.max())}, but model.embed_tokens.weight has "
+                f"{len(embedding)} rows; do tokenizer and model belong together?"
+            )
+        states = torch.nn.functional.embedding(windows.to(embedding.device), embedding)
+        return states.to(self.device, self.dtype)
+
+    def layer(self, index: int) -> torch.nn.Module:
+        """Return a decoder layer with its weights; :meth:`drop` it after use.
+
+        Raises:
+            ConversionError: the files lack a parameter that transformers needs, or hold one that it does not know.
+        """
+        module = self._model.model.layers[index]
+        module.to_empty(device=self.device)
+        name = f"model.layers.{index}."
+        parameters = {self._family.checkpoint_name(name + n): p.data for n, p in module.named_parameters()}
+        missing = set(parameters) | {name + buffer for buffer, _ in module.named_buffers()}
+        for tensor, values in self._load(name):
+            target, place = self.place(tensor, parameters)
+            if target not in parameters:
+                raise ConversionError(f"{tensor}: transformers has no such parameter; use --calibration none")
+            place.copy_(values)
+            missing.discard(target)
+        if missing:
+            raise ConversionError(
+                f"model.layers.{index}: transformers needs {sorted(missing)}, which the model's files lack; "
+                f"use --calibration none"
+            )
+        return module
+
+    def parameters(self, index: int, module: torch.nn.Module) -> dict[str, str]:
+        """Return the module's own name of each of a layer's parameters, by its name in checkpoints."""
+        name = f"model.layers.{index}."
+        return {self._family.checkpoint_name(name + n): n for n, _ in module.named_parameters()}
+
+    def drop(self, module: torch.nn.Module) -> None:
+        """Free the weights of a layer."""
+        module.to("meta")
+
+    def run(self, index: int, module: Callable[..., Any], states: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states [b, T, H] after a layer; ``module`` is the layer or what calls it."""
+        out = module(states, **self._arguments[index])
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def advance(self, index: int, module: torch.nn.Module, states: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return the hidden states [W, T, H] of all windows after a layer, ``batch`` windows at a time."""
+        return torch.cat([self.run(index, module, part) for part in states.split(batch)])
+
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what makes logits, float32 [.., V], of hidden states [.., H] after the last layer."""
+        norm = self._model.model.norm.to_empty(device=self.device)
+        norm.weight.data.copy_(self._one("model.norm.weight"))
+        tied = self._model.config.tie_word_embeddings
+        weight = self._one("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device, self.dtype)
+        return lambda states: torch.nn.functional.linear(norm(states), weight).float()
+
+    def place(self, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+        """Return which of a layer's parameters a tensor belongs to, and its place in it.
+
+        Tensors of one expert have their place in the fused 3-D tensors that transformers 5 holds.
+        """
+        name = self._family.checkpoint_name(tensor)
+        expert = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", name)
+        if expert is None or name in parameters:
+            return name, parameters.get(name, torch.empty(0))
+        role = self._family.role(expert[3])
+        fused = f"{expert[1]}.{'down_proj' if role == 'down' else 'gate_up_proj'}"
+        if fused not in parameters:
+            raise ConversionError(f"{fused}: transformers holds the experts of this model otherwise; use its version 5")
+        held = parameters[fused][int(expert[2])]
+        if role == "down":
+            return fused, held
+        half = held.shape[0] // 2
+        return fused, held[:half] if role == "gate" else held[half:]
+
+    def _one(self, name: str) -> torch.Tensor:
+        found = dict(self._load(name))
+        if name not in found:
+            raise ConversionError(f"{name}: missing; are the model's files complete?")
+        return found[name]
+
+    @torch.no_grad()
+    def _layer_arguments(self, length: int) -> list[dict[str, Any]]:
+        """Return what the model calls each layer with beside hidden states: masks and positions of one window."""
+        body = self._model.model
+        layers, norm = body.layers, body.norm
+        body.rotary_emb = type(body.rotary_emb)(config=self._model.config).to(self.device)
+        body.layers = torch.nn.ModuleList(_Recorder(layer) for layer in layers)
+        body.norm = torch.nn.Identity()
+        states = torch.zeros(1, length, self._model.config.hidden_size, device=self.device, dtype=self.dtype)
+        body(inputs_embeds=states, use_cache=False)
+        calls = [recorder.arguments for recorder in body.layers]
+        body.layers, body.norm = layers, norm
+        return calls
+
+
+class _Recorder(torch.nn.Module):
+    """Stands for a decoder layer and records what it is called with."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Return the Hugging Face model without weights, on the meta device."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except (ValueError, KeyError, ImportError) as error:
+        raise ConversionError(
+            f"{folder}: transformers {transformers.__version__} cannot run this model: {error}"
+        ) from error
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")
+    return model.requires_grad_(False)
+
+
+def reader_tensors(load_finite: Callable[[str], torch.Tensor], names: Iterable[str]) -> Load:
+    """Return the tensors of a source model by prefix of their names."""
+    known = list(names)
+
+    def load(prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, load_finite(name)) for name in known if name.startswith(prefix))
+
+    return load
