@@ -25,11 +25,11 @@ def _adam(value, gradient, first, second, rate, bias1, bias2, BETA1: tl.constexp
     return value - rate * (first * bias1) / (tl.sqrt(second * bias2) + 1e-12), first, second
 
 
-@triton.jit(do_not_specialize=["step_latent", "step_scale", "step_zero", "bias1", "bias2"])
+@triton.jit(do_not_specialize=["rate_latent", "rate_scale", "rate_zero"])
 def _step_kernel(
     gradient_ptr, out_ptr, latent_ptr, latent1_ptr, latent2_ptr, begin_ptr, change_ptr, change1_ptr, change2_ptr,
-    zero_ptr, zero1_ptr, zero2_ptr, active_ptr, N, K, gradient_batch, out_batch,
-    step_latent, step_scale, step_zero, bias1, bias2,
+    zero_ptr, zero1_ptr, zero2_ptr, active_ptr, pace_ptr, N, K, gradient_batch, out_batch,
+    rate_latent, rate_scale, rate_zero,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     MIN_SCALE: tl.constexpr, MAX_SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,8 @@ def _step_kernel(
     group, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < N
-    active = tl.load(active_ptr + batch)
+    active = tl.load(active_ptr + batch) * tl.load(pace_ptr)
+    bias1, bias2 = tl.load(pace_ptr + 1), tl.load(pace_ptr + 2)
     of_group = (batch * N + row) * (K // GROUP) + group
     begin = tl.load(begin_ptr + of_group, mask=inside, other=1.0)
     change = tl.load(change_ptr + of_group, mask=inside, other=0.0)
@@ -57,7 +58,7 @@ def _step_kernel(
     latent1 = tl.load(latent1_ptr + place, mask=mask, other=0.0)
     latent2 = tl.load(latent2_ptr + place, mask=mask, other=0.0)
     latent, latent1, latent2 = _adam(
-        latent, at_latent, latent1, latent2, step_latent * active, bias1, bias2, BETA1, BETA2
+        latent, at_latent, latent1, latent2, rate_latent * active, bias1, bias2, BETA1, BETA2
     )  # fmt: skip
     tl.store(latent_ptr + place, latent, mask=mask)
     tl.store(latent1_ptr + place, latent1, mask=mask)
@@ -65,14 +66,14 @@ def _step_kernel(
     change1 = tl.load(change1_ptr + of_group, mask=inside, other=0.0)
     change2 = tl.load(change2_ptr + of_group, mask=inside, other=0.0)
     change, change1, change2 = _adam(
-        change, at_change, change1, change2, step_scale * active, bias1, bias2, BETA1, BETA2
+        change, at_change, change1, change2, rate_scale * active, bias1, bias2, BETA1, BETA2
     )  # fmt: skip
     tl.store(change_ptr + of_group, change, mask=inside)
     tl.store(change1_ptr + of_group, change1, mask=inside)
     tl.store(change2_ptr + of_group, change2, mask=inside)
     zero1 = tl.load(zero1_ptr + of_group, mask=inside, other=0.0)
     zero2 = tl.load(zero2_ptr + of_group, mask=inside, other=0.0)
-    zero, zero1, zero2 = _adam(zero, at_zero, zero1, zero2, step_zero * active, bias1, bias2, BETA1, BETA2)
+    zero, zero1, zero2 = _adam(zero, at_zero, zero1, zero2, rate_zero * active, bias1, bias2, BETA1, BETA2)
     tl.store(zero_ptr + of_group, zero, mask=inside)
     tl.store(zero1_ptr + of_group, zero1, mask=inside)
     tl.store(zero2_ptr + of_group, zero2, mask=inside)
@@ -90,7 +91,7 @@ def step_base(
     rates: tuple[float, float, float],
     betas: tuple[float, float],
     limits: tuple[float, float],
-    corrections: tuple[float, float],
+    pace: torch.Tensor,
 ) -> None:
     """Take one step of Adam on a batch of matrices and write the new weights; all in place.
 
@@ -102,7 +103,7 @@ def step_base(
         rates: of latents, of the relative change of scales, of zero points.
         betas: Adam's.
         limits: least and largest scale.
-        corrections: what Adam's moments are multiplied by in this step.
+        pace: float32 [3]: share of the rates in this step, and what Adam's first and second moments are multiplied by.
     """
     batch, n, k = gradient.shape
     for tensor in (gradient, out):
@@ -123,12 +124,12 @@ def step_base(
         latents.adam_zero.first,
         latents.adam_zero.second,
         latents.active,
+        pace,
         n,
         k,
         gradient.stride(0),
         out.stride(0),
         *rates,
-        *corrections,
         GROUP=k // groups,
         ROWS=ROWS,
         BETA1=betas[0],

@@ -74,14 +74,12 @@ def render(document: Document, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None):
         try:
             return str(tokenizer.apply_chat_template(document, tokenize=False))
-        except Exception as error:  # noqa: BLE001 (templates raise what they like: for a role they do not know, say)
+        except Exception as error:
             _ = error
     return "\n\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in document)
 
 
-def cut_windows(
-    documents: Iterable[Document], tokenizer: Any, number: int, length: int, seed: int = 0
-) -> torch.Tensor:
+def cut_windows(documents: Iterable[Document], tokenizer: Any, number: int, length: int, seed: int = 0) -> torch.Tensor:
     """Return up to ``number`` windows of token ids, int64 [number, length], of documents in a shuffled order.
 
     Raises:

@@ -26,12 +26,15 @@ class InputMoments:
         module: the decoder layer; hooked until :meth:`close`.
         name: of the layer, with a dot at the end.
         family: of the model.
+        full: whether moments count in full, or their diagonals alone.
     """
 
-    def __init__(self, module: torch.nn.Module, name: str, family: Family) -> None:
+    def __init__(self, module: torch.nn.Module, name: str, family: Family, full: bool = True) -> None:
         self._family = family
         self.by_name: dict[str, Moment] = {}
         self.tokens: dict[str, int] = {}
+        self._stacked: dict[tuple[int, ...], Moments] = {}
+        self.full = full
         self._last: tuple[torch.Tensor | None, Moment | None] = (None, None)
         self._undo: list[Callable[[], None]] = []
         for inner, part in module.named_modules():
@@ -57,8 +60,8 @@ class InputMoments:
         self.by_name[name] = moment
 
     def group(self, matrix: Matrix) -> str:
-        """Return a name that matrices of one batch have in common: routed experts apart from all others."""
-        return "experts" if matrix.experts is not None else ""
+        """Return a name that matrices of one batch have in common: the roles of routed experts apart from each other."""
+        return matrix.name.rpartition(".")[2] if matrix.experts is not None else ""
 
     def numbers(self, matrix: Matrix) -> int:
         """Return the numbers in the moment of a matrix."""
@@ -66,24 +69,35 @@ class InputMoments:
         return 0 if moment is None else moment.size**2 if moment.full else moment.size
 
     def of(self, matrices: Sequence[Matrix], device: torch.device) -> Moments:
-        """Return the moments of matrices of one shape, stacked, each of mean diagonal 1.
+        """Return the moments of matrices of one shape, each of mean diagonal 1; one for all where they share it.
 
         Raises:
             ConversionError: the model never ran one of them, or its inputs are not finite.
         """
-        found = []
+        own = []
         for matrix in matrices:
             if matrix.name not in self.by_name:
                 raise ConversionError(f"{matrix.name}: the calibration found no such module in the model")
-            moment = self.by_name[matrix.name].shrunk(device)
-            diagonal = moment.diagonal() if moment.dim() == 2 else moment
-            if not torch.isfinite(diagonal).all():
-                raise ConversionError(
-                    f"{matrix.name}: its inputs on the calibration text hold NaN or Inf; the source model is broken, "
-                    f"or needs another dtype; use --calibration none"
-                )
-            found.append(moment / diagonal.mean().clamp(min=1e-30))
-        return Moments(torch.stack(found))
+            own.append(self.by_name[matrix.name])
+        if len({id(moment) for moment in own}) == 1:
+            own = own[:1]
+        key = tuple(id(moment) for moment in own)
+        if key not in self._stacked:
+            found = [self._unit(matrix.name, moment, device) for matrix, moment in zip(matrices, own, strict=False)]
+            self._stacked[key] = Moments(torch.stack(found))
+        return self._stacked[key]
+
+    def _unit(self, name: str, moment: Moment, device: torch.device) -> torch.Tensor:
+        """Return a moment, or its diagonal, of mean diagonal 1."""
+        values = moment.shrunk(device)
+        diagonal = values.diagonal() if values.dim() == 2 else values
+        if not torch.isfinite(diagonal).all():
+            raise ConversionError(
+                f"{name}: its inputs on the calibration text hold NaN or Inf; the source model is broken, or needs "
+                f"another dtype; use --calibration none"
+            )
+        mean = diagonal.mean().clamp(min=1e-30)
+        return (values if self.full else diagonal) / mean
 
 
 class _Experts:

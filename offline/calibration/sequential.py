@@ -25,10 +25,13 @@ class SequentialPass:
         family: of the model.
         windows: int64 [W, T].
         batch: windows that run at once.
+        full: whether moments count in full, or their diagonals alone.
     """
 
-    def __init__(self, model: StreamedModel, family: Family, windows: torch.Tensor, batch: int = 8) -> None:
-        self.model, self._family, self._batch = model, family, batch
+    def __init__(
+        self, model: StreamedModel, family: Family, windows: torch.Tensor, batch: int = 8, full: bool = True
+    ) -> None:
+        self.model, self._family, self._batch, self._full = model, family, batch, full
         self.original = model.begin(windows)
         self.quantized = self.original
 
@@ -37,7 +40,7 @@ class SequentialPass:
         """Load a layer, run it on the original stream, and gather moments on the quantized one."""
         module = self.model.layer(index)
         target = self.model.advance(index, module, self.original, self._batch)
-        moments = InputMoments(module, f"model.layers.{index}.", self._family)
+        moments = InputMoments(module, f"model.layers.{index}.", self._family, self._full)
         for part in self.quantized.split(self._batch):
             self.model.run(index, module, part)
         moments.close()

@@ -53,18 +53,45 @@ class Adam:
         self.first = torch.zeros_like(like, dtype=torch.float32)
         self.second = torch.zeros_like(like, dtype=torch.float32)
 
-    def move(self, values: torch.Tensor, gradient: torch.Tensor, rate: float | torch.Tensor, step: int) -> None:
-        """Move ``values`` against ``gradient`` by Adam's ``step`` (from 1)."""
+    def move(self, values: torch.Tensor, gradient: torch.Tensor, rate: float | torch.Tensor, pace: Pace) -> None:
+        """Move ``values`` against ``gradient`` by one step of Adam."""
         self.first.lerp_(gradient, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        bias1, bias2 = corrections(step)
-        size = (self.second * bias2).sqrt_().add_(EPSILON)
-        values.sub_(self.first / size * (rate * bias1))
+        size = (self.second * pace.second).sqrt_().add_(EPSILON)
+        values.sub_(self.first / size * (pace.share * pace.first * rate))
 
 
-def corrections(step: int) -> tuple[float, float]:
-    """Return what Adam multiplies its moments by after so many steps, since they begin at 0."""
-    return 1 / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step)
+class Pace:
+    """What differs between the steps of a training, in one tensor that a captured step reads.
+
+    Attributes:
+        values: float32 [3] on the device: share of the learning rates, and what Adam's first and second moments are
+            multiplied by, since they begin at 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(3, device=device)
+
+    def set(self, step: int, steps: int, warm_up: int = 10) -> None:
+        """Prepare for a step, from 0: rates rise shortly, then fall to 0 along a cosine."""
+        share = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        bias = [1 / (1 - beta ** (step + 1)) for beta in BETAS]
+        self.values.copy_(torch.tensor([share, *bias]))
+
+    @property
+    def share(self) -> torch.Tensor:
+        """The share of the learning rates."""
+        return self.values[0]
+
+    @property
+    def first(self) -> torch.Tensor:
+        """The factor of first moments."""
+        return self.values[1]
+
+    @property
+    def second(self) -> torch.Tensor:
+        """The factor of second moments."""
+        return self.values[2]
 
 
 class BaseLatents:
@@ -108,21 +135,20 @@ class BaseLatents:
         steps = self._grouped(self.codes()).sub_(self.stored_zero.float().unsqueeze(-1))
         out.copy_(steps.mul_(self.scale.float().unsqueeze(-1)).flatten(-2))
 
-    def step(self, gradient: torch.Tensor, out: torch.Tensor, rates: Rates, share: float, step: int) -> None:
+    def step(self, gradient: torch.Tensor, out: torch.Tensor, rates: Rates, pace: Pace) -> None:
         """Take one step of Adam and write the new weights.
 
         Args:
             gradient: of the loss at the weights, [B, N, K].
             out: as in :meth:`write`.
             rates: learning rates.
-            share: factor of all rates in this step.
-            step: from 1.
+            pace: of this step.
         """
         if gradient.is_cuda:
             from vllm_milo.kernels.convert.learn import step_base
 
-            by_part = (rates.codes * share, rates.scale * share, rates.zero * share)
-            step_base(self, gradient, out, by_part, BETAS, (MIN_SCALE, MAX_SCALE), corrections(step))
+            by_part = (rates.codes, rates.scale, rates.zero)
+            step_base(self, gradient, out, by_part, BETAS, (MIN_SCALE, MAX_SCALE), pace.values)
             return
         grouped = self._grouped(gradient.float())
         codes, latent = self._grouped(self.codes()), self._grouped(self.latent)
@@ -131,10 +157,10 @@ class BaseLatents:
         at_change = (grouped * (codes - zero)).sum(-1) * self.begin_scale
         at_zero = -(grouped * scale).sum(-1)
         at_latent = (grouped * scale * inside).flatten(-2)
-        active = self.active[:, None, None] * share
-        self.adam_latent.move(self.latent, at_latent, active * rates.codes, step)
-        self.adam_change.move(self.change, at_change, active * rates.scale, step)
-        self.adam_zero.move(self.zero, at_zero, active * rates.zero, step)
+        active = self.active[:, None, None]
+        self.adam_latent.move(self.latent, at_latent, active * rates.codes, pace)
+        self.adam_change.move(self.change, at_change, active * rates.scale, pace)
+        self.adam_zero.move(self.zero, at_zero, active * rates.zero, pace)
         self.write(out)
 
     def stored(self) -> GroupQuantized:
@@ -181,7 +207,7 @@ class FactorLatents:
         steps, scale = self._steps()
         return (nearest(steps).clamp_(self._low, self._high) * scale).flatten(-2) * self.rows
 
-    def step(self, gradient: torch.Tensor, rate: float, step: int) -> None:
+    def step(self, gradient: torch.Tensor, rate: float, pace: Pace) -> None:
         """Take one step of Adam against the gradient [B, r, C] at the rounded factor."""
         gradient = gradient * self.rows
         if self._bits != 16:
@@ -191,8 +217,8 @@ class FactorLatents:
             rounded = nearest(steps).clamp_(self._low, self._high)
             at_scale = (grouped * (rounded - steps * inside)).sum(-1)
             gradient = (grouped * inside).flatten(-2)
-            self._adam_scale.move(self.scale, at_scale, rate * self._scale_size, step)
-        self._adam.move(self.values, gradient, rate * self._size, step)
+            self._adam_scale.move(self.scale, at_scale, rate * self._scale_size, pace)
+        self._adam.move(self.values, gradient, rate * self._size, pace)
 
     def stored(self) -> StoredFactor:
         """Return the factor as it is stored."""
@@ -241,15 +267,15 @@ class Latents:
         self.base.write(out)
         self._add_compensator(out)
 
-    def step(self, gradient: torch.Tensor, out: torch.Tensor, rates: Rates, share: float, step: int) -> None:
+    def step(self, gradient: torch.Tensor, out: torch.Tensor, rates: Rates, pace: Pace) -> None:
         """Take one step against the gradient at the weights [B, N, K], and write the new weights into ``out``."""
         if self.pair is not None:
             u, v = self.pair
             left, right = u.rounded().to(gradient.dtype), v.rounded().to(gradient.dtype)
             at_u, at_v = torch.bmm(right, gradient.mT).float(), torch.bmm(left, gradient).float()
-            u.step(at_u * self._own, rates.factors * share, step)
-            v.step(at_v * self._own, rates.factors * share, step)
-        self.base.step(gradient, out, rates, share, step)
+            u.step(at_u * self._own, rates.factors, pace)
+            v.step(at_v * self._own, rates.factors, pace)
+        self.base.step(gradient, out, rates, pace)
         self._add_compensator(out)
 
     def _add_compensator(self, out: torch.Tensor) -> None:
@@ -266,8 +292,3 @@ class Latents:
 def nearest(values: torch.Tensor) -> torch.Tensor:
     """Return the nearest integers, halves up: as the kernel rounds."""
     return torch.floor(values + 0.5)
-
-
-def schedule(step: int, steps: int, warm_up: int = 10) -> float:
-    """Return the share of the learning rates in a step (from 0): a short rise, then a cosine's fall to 0."""
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -7,23 +7,19 @@ would drown the others. Everything stays in the format: only codes, scales, zero
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from ..nouns import Matrix
-from ..solve.base.group import GroupQuantized
-from ..solve.compensator.factors import FACTOR_ZERO, StoredFactor
-from ..solve.compensator.low_rank import StoredPair
 from ..solve.methods import Solved
 from ..source.streamed_model import StreamedModel
-from .latents import Latents, Rates, schedule
+from .groups import make_groups, step_groups
+from .latents import Pace, Rates
+from .repeat import Repeat
 
-MIN_TOKENS = 128
-"""A routed expert that saw fewer tokens of the calibration text keeps the solver's codes."""
 CHECK_SHARE = 16
 """One window of so many is kept apart, to tell whether training helped."""
 
@@ -80,29 +76,30 @@ def learn_layer(
     Returns:
         The trained matrices, or the solver's where training did not lower the loss on the windows kept apart.
     """
-    groups = _groups(model, index, module, solved, tokens, bits)
+    own = dict(module.named_parameters())
+    parameters = {name: own[mine] for name, mine in model.parameters(index, module).items()}
+    groups = make_groups(model.place, parameters, solved, tokens, bits)
     check = torch.arange(len(states)) % CHECK_SHARE == CHECK_SHARE - 1
     if not check.any() or check.all():
         check = torch.ones(len(states), dtype=torch.bool)
     loss = _Loss(model, index, module, states, target)
     for group in groups:
         group.write()
-    before = loss.mean(check.nonzero().flatten(), options.batch)
+    checked = check.nonzero().flatten()
+    before = loss.mean(checked, options.batch)
     train = (~check).nonzero().flatten() if not check.all() else torch.arange(len(states))
-    generator = torch.Generator().manual_seed(options.seed + index)
-    for step in range(options.steps):
-        pick = train[torch.randperm(len(train), generator=generator)[: options.batch]]
-        for group in groups:
-            group.parameter.requires_grad_(True)
-        loss(pick).backward()
-        for group in groups:
-            group.parameter.requires_grad_(False)
-        share = schedule(step, options.steps)
-        for group in groups:
-            group.step(options.rates, share, step + 1)
-        for group in groups:
-            group.parameter.grad = None
-    after = loss.mean(check.nonzero().flatten(), options.batch)
+    pace, generator = Pace(states.device), torch.Generator().manual_seed(options.seed + index)
+    batch = loss.batch(min(options.batch, len(train)))
+
+    def body() -> None:
+        step_groups(groups, batch.loss, options.rates, pace)
+
+    step = Repeat(body, states.device)
+    for number in range(options.steps):
+        batch.fill(train[torch.randperm(len(train), generator=generator)[: len(batch)]])
+        pace.set(number, options.steps)
+        step()
+    after = loss.mean(checked, options.batch)
     untrained = [matrix.name for group in groups for matrix in group.untrained]
     if not after < before:
         return dict(solved), LearnReport(before, before, untrained)
@@ -111,113 +108,51 @@ def learn_layer(
 
 
 class _Loss:
-    """The loss of a layer on some windows: squared errors, each token's divided by the energy of its output."""
+    """The loss of a layer: squared errors of its output, each token's divided by the energy of its output."""
 
     def __init__(
         self, model: StreamedModel, index: int, module: torch.nn.Module, states: torch.Tensor, target: torch.Tensor
     ) -> None:
-        self._run = lambda pick: model.run(index, module, states[pick.to(states.device)])
-        self._target = target
+        self.run = lambda part: model.run(index, module, part)
+        self.states, self.target = states, target
         energy = torch.cat([part.float().square().mean(-1, keepdim=True) for part in target.split(8)])
-        self._weight = energy.clamp(min=1e-12).reciprocal()
+        self.weight = energy.clamp(min=1e-12).reciprocal()
 
-    def __call__(self, pick: torch.Tensor) -> torch.Tensor:
-        error = self._run(pick).float() - self._target[pick.to(self._target.device)].float()
-        return (error.square() * self._weight[pick.to(self._weight.device)]).mean()
+    def batch(self, size: int) -> _Batch:
+        """Return a batch of ``size`` windows, to be filled."""
+        return _Batch(self, size)
 
     @torch.no_grad()
-    def mean(self, windows: torch.Tensor, batch: int) -> float:
-        """Return the mean loss of windows."""
-        return sum(float(self(part)) * len(part) for part in windows.split(batch)) / len(windows)
+    def mean(self, windows: torch.Tensor, size: int) -> float:
+        """Return the mean loss of windows, ``size`` at a time."""
+        total = 0.0
+        for part in windows.split(size):
+            batch = self.batch(len(part))
+            batch.fill(part)
+            total += float(batch.loss()) * len(part)
+        return total / len(windows)
 
 
-class _Group:
-    """Matrices that lie in one parameter of the layer in one row range: a linear layer, or one role of all experts."""
+class _Batch:
+    """Some windows in tensors that stay where they are."""
 
-    def __init__(self, parameter: torch.nn.Parameter, rows: slice, fused: bool, matrices: Sequence[Matrix]) -> None:
-        self.parameter, self._rows, self._fused = parameter, rows, fused
-        self.matrices = sorted(matrices, key=lambda matrix: matrix.expert or 0)
-        self.untrained: list[Matrix] = []
+    def __init__(self, of: _Loss, size: int) -> None:
+        self._of = of
+        self._states, self._target, self._weight = (
+            torch.empty(size, *tensor.shape[1:], dtype=tensor.dtype, device=of.states.device)
+            for tensor in (of.states, of.target, of.weight)
+        )
 
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the matrices' part [B, N, K] of the parameter, or of a tensor like it."""
-        return tensor[:, self._rows] if self._fused else tensor.unsqueeze(0)
+    def __len__(self) -> int:
+        return len(self._states)
 
-    def begin(self, solved: Mapping[Matrix, Solved], tokens: Mapping[str, int], bits: int) -> None:
-        """Take the solver's results."""
-        states = [solved[matrix] for matrix in self.matrices]
-        active = [tokens.get(matrix.name, MIN_TOKENS) >= MIN_TOKENS for matrix in self.matrices]
-        self.untrained = [matrix for matrix, trained in zip(self.matrices, active, strict=True) if not trained]
-        base = GroupQuantized(*(torch.stack(parts) for parts in zip(*(state.base for state in states), strict=True)))
-        self._ranks = [state.rank for state in states]
-        weights = self.view(self.parameter.data).float()
-        trained = torch.tensor(active, device=weights.device)
-        self._latents = Latents(weights, base, _stack_pairs(states), self._ranks, bits, trained)
+    def fill(self, windows: torch.Tensor) -> None:
+        """Take the windows with these numbers."""
+        of = self._of
+        for mine, all_ in ((self._states, of.states), (self._target, of.target), (self._weight, of.weight)):
+            mine.copy_(all_[windows.to(all_.device)])
 
-    def write(self) -> None:
-        """Write the quantized weights into the layer."""
-        self._latents.write(self.view(self.parameter.data))
-
-    def step(self, rates: Rates, share: float, step: int) -> None:
-        """Take one step of Adam against the parameter's gradient."""
-        if self.parameter.grad is not None:
-            gradient, out = self.view(self.parameter.grad), self.view(self.parameter.data)
-            self._latents.step(gradient, out, rates, share, step)
-
-    def stored(self) -> dict[Matrix, Solved]:
-        """Return the trained matrices."""
-        base, pair = self._latents.stored()
-        found = {}
-        for place, (matrix, rank) in enumerate(zip(self.matrices, self._ranks, strict=True)):
-            own = None if pair is None or rank == 0 else StoredPair(*(factor.rows(place, rank) for factor in pair))
-            found[matrix] = Solved(GroupQuantized(*(part[place] for part in base)), own)
-        return found
-
-
-def _groups(
-    model: StreamedModel,
-    index: int,
-    module: torch.nn.Module,
-    solved: Mapping[Matrix, Solved],
-    tokens: Mapping[str, int],
-    bits: int,
-) -> list[_Group]:
-    names, own = model.parameters(index, module), dict(module.named_parameters())
-    held = {name: own[mine].data for name, mine in names.items()}
-    members: dict[tuple[str, int], list[Matrix]] = defaultdict(list)
-    for matrix in solved:
-        target, place = model.place(f"{matrix.name}.weight", held)
-        first = 0 if place.dim() == held[target].dim() else (place.data_ptr() - held[target][matrix.expert].data_ptr())
-        members[target, first // (place.element_size() * place.shape[-1])].append(matrix)
-    groups = []
-    for (target, first), matrices in members.items():
-        fused = held[target].dim() == 3
-        group = _Group(own[names[target]], slice(first, first + matrices[0].n), fused, matrices)
-        group.begin(solved, tokens, bits)
-        groups.append(group)
-    return groups
-
-
-def _stack_pairs(states: Sequence[Solved]) -> StoredPair | None:
-    """Return the factors of all matrices, those of smaller ranks padded with rows that stand for 0."""
-    most = max(state.rank for state in states)
-    if most == 0:
-        return None
-    example = next(state.pair for state in states if state.pair is not None)
-    factors = []
-    for side in range(2):
-        pairs = [None if state.pair is None else state.pair[side] for state in states]
-        factors.append(_stack_factors(pairs, most, example[side]))
-    return StoredPair(*factors)
-
-
-def _stack_factors(factors: Sequence[StoredFactor | None], rank: int, like: StoredFactor) -> StoredFactor:
-    zero = FACTOR_ZERO if like.values.dtype == torch.uint8 else 0
-    values = like.values.new_full((len(factors), rank, like.values.shape[-1]), zero)
-    scale = None if like.scale is None else like.scale.new_ones(len(factors), rank, like.scale.shape[-1])
-    for place, factor in enumerate(factors):
-        if factor is not None:
-            values[place, : factor.values.shape[-2]] = factor.values
-            if scale is not None and factor.scale is not None:
-                scale[place, : factor.scale.shape[-2]] = factor.scale
-    return StoredFactor(values, scale)
+    def loss(self) -> torch.Tensor:
+        """Return the mean loss of the batch."""
+        error = self._of.run(self._states).float() - self._target.float()
+        return (error.square() * self._weight).mean()

@@ -177,9 +177,14 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
         raise ConversionError(
             f"{folder}: transformers {transformers.__version__} cannot run this model: {error}"
         ) from error
+    use_grouped_experts(model)
+    return model.requires_grad_(False)
+
+
+def use_grouped_experts(model: Any) -> None:
+    """Let a model of transformers multiply all experts of a layer at once, where it can."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm")
-    return model.requires_grad_(False)
 
 
 def reader_tensors(load_finite: Callable[[str], torch.Tensor], names: Iterable[str]) -> Load:

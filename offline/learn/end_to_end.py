@@ -1,0 +1,110 @@
+"""Trains the quantized state of a whole model on the original model's predictions.
+
+The loss is the KL divergence from the original's distribution of the next token, the mean over all tokens. It needs both
+models in memory. What it gains over training layer by layer is the sum of small errors that no layer sees by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..nouns import Matrix
+from ..solve.methods import Solved
+from ..source.family import Family
+from .groups import Place, make_groups, step_groups
+from .latents import Pace, Rates
+from .repeat import Repeat
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """How a whole model is trained.
+
+    Attributes:
+        steps: of Adam.
+        batch: windows of a step.
+        seed: of the choice of windows.
+        rates: learning rates.
+    """
+
+    steps: int = 200
+    batch: int = 4
+    seed: int = 0
+    rates: Rates = field(default_factory=lambda: Rates(codes=0.0, scale=3e-4, zero=1.5e-3, factors=1.2e-3))
+
+
+class TuneReport(NamedTuple):
+    """The mean KL divergence, nats a token, over the first and the last tenth of the steps."""
+
+    first: float
+    last: float
+
+
+def tune(
+    model: Any,
+    original: Any,
+    place: Place,
+    family: Family,
+    solved: Mapping[Matrix, Solved],
+    windows: torch.Tensor,
+    bits: int,
+    options: TuneOptions,
+) -> tuple[dict[Matrix, Solved], TuneReport]:
+    """Train all matrices of a model together.
+
+    Args:
+        model: a causal LM of transformers with the original weights, which are overwritten.
+        original: the same model, which stays as it is.
+        place: of a tensor in the model's parameters.
+        family: of the model.
+        solved: the quantized matrices.
+        windows: token ids, int64 [W, T].
+        bits: of the factors.
+        options: steps, windows, rates.
+    """
+    parameters = {family.checkpoint_name(name): parameter for name, parameter in model.named_parameters()}
+    groups = make_groups(place, parameters, solved, {}, bits)
+    for group in groups:
+        group.write()
+    generator = torch.Generator().manual_seed(options.seed)
+    device = model.device
+    ids = torch.empty(options.batch, windows.shape[1], dtype=torch.int64, device=device)
+    value, pace = torch.zeros((), device=device), Pace(device)
+
+    def body() -> None:
+        value.copy_(step_groups(groups, lambda: _divergence(model, original, ids), options.rates, pace))
+
+    step = Repeat(body, device)
+    losses: list[torch.Tensor] = []
+    order = torch.randperm(len(windows), generator=generator)
+    for number in range(options.steps):
+        if len(order) < options.batch:
+            order = torch.randperm(len(windows), generator=generator)
+        ids.copy_(windows[order[: options.batch]])
+        order = order[options.batch :]
+        pace.set(number, options.steps)
+        step()
+        losses.append(value.clone())
+    tenth = max(1, len(losses) // 10)
+    first, last = (float(torch.stack(part).mean()) for part in (losses[:tenth], losses[-tenth:]))
+    return {matrix: one for group in groups for matrix, one in group.stored().items()}, TuneReport(first, last)
+
+
+def _divergence(model: Any, original: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL divergence of the model's predictions from the original's, window by window."""
+    with torch.no_grad():
+        wanted = original(ids, use_cache=False).logits
+    logits = model(ids, use_cache=False).logits
+    total = logits.new_zeros((), dtype=torch.float32)
+    for mine, theirs in zip(logits, wanted, strict=True):
+        total = total + _window_divergence(mine, theirs)
+    return total / len(ids)
+
+
+def _window_divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    target, found = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (target.exp() * (target - found)).sum(-1).mean()
