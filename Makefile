@@ -23,7 +23,7 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 # before torch: the models are too small for threads, which wait for each other longer than they compute,
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# for the benchmarks; last, so that vllm_milo is the installed one
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

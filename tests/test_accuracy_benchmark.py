@@ -9,17 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import split_text
-from accuracy_report import format_report
-from accuracy_run import Benchmark, Settings
-from activations import second_moments
-from contenders import CALIBRATION, COUNTS, SECTIONS, WINDOWS, Contender, Shape, policies_section
-from gptq import Gptq, gptq, quantize_model
-from quantize_pool import Job, QuantizePool
-from quantized_model import QuantizedModel
-from scores import choose_windows, gap_closed, interpolate, paired_difference, paper_share, perplexities, spread
 from tiny_models import TEXT, make_model
 
+from benchmarks.accuracy.activations import second_moments
+from benchmarks.accuracy.contenders import CALIBRATION, COUNTS, SECTIONS, WINDOWS, Contender, Shape, policies_section
+from benchmarks.accuracy.gptq import Gptq, gptq, quantize_model
+from benchmarks.accuracy.perplexity import split_text
+from benchmarks.accuracy.pool import Job, QuantizePool
+from benchmarks.accuracy.quantized_model import QuantizedModel
+from benchmarks.accuracy.report import format_report
+from benchmarks.accuracy.run import Benchmark, Settings
+from benchmarks.accuracy.scores import (
+    choose_windows,
+    gap_closed,
+    interpolate,
+    paired_difference,
+    paper_share,
+    perplexities,
+    spread,
+)
 from vllm_milo.offline.calibration import choose
 from vllm_milo.offline.calibration.text_moments import Calibration
 from vllm_milo.offline.cli import main as milo
@@ -313,7 +321,7 @@ def test_benchmark_scores_paired_rows_and_reports_them(tmp_path: Path, bundled_m
 
 def test_plot_is_written(tmp_path: Path):
     pytest.importorskip("matplotlib", reason="pip install 'vllm-milo[bench]'")
-    from plots import plot
+    from benchmarks.accuracy.plot import plot
 
     rows = [
         {"section": "main", "name": name, "group": group, "bits": bits, "perplexity": [value, value + 1]}

@@ -6,16 +6,14 @@ import importlib.util
 import json
 from pathlib import Path
 
-import kernel_report
-import linear
-import moe_layer
 import pytest
 import torch
-import tune
-from kernel_report import format_report
-from moe_contenders import Layer, MoEShape, contenders
-from timing import BadOutputError, Budget, Ceilings, check_outputs, markdown_table, microseconds, roof, time_calls
 
+from benchmarks.kernels import linear, moe_layer, report, tune
+from benchmarks.kernels.moe_contenders import Layer, MoEShape, contenders
+from benchmarks.kernels.report import format_report
+from benchmarks.kernels.timing import BadOutputError, Budget, Ceilings, check_outputs, microseconds, roof, time_calls
+from benchmarks.records import markdown_table
 from vllm_milo.kernels import tuned
 
 CPU = torch.device("cpu")
@@ -108,7 +106,7 @@ def test_dry_run_writes_record_and_report(tmp_path: Path):
 def test_a_record_is_shown_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run(tmp_path, "--contenders", "milo")
     capsys.readouterr()
-    kernel_report.main([str(tmp_path / "moe.json")])
+    report.main([str(tmp_path / "moe.json")])
     shown = capsys.readouterr().out
     assert "| milo |" in shown
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from folder_edits import edit_tensors
-from quantized_model import QuantizedModel
 from tiny_models import FAMILIES, TEXT, make_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.accuracy.quantized_model import QuantizedModel
 from vllm_milo.offline.batches import batches
 from vllm_milo.offline.calibration import gram
 from vllm_milo.offline.calibration.gram import LayerGrams, WeightMoments

@@ -19,7 +19,7 @@ from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
-LAUNCHER = Path(__file__).resolve().parent.parent / "benchmarks" / "lm_eval_cpu.py"
+LAUNCHER = Path(__file__).resolve().parent.parent / "benchmarks" / "accuracy" / "lm_eval_cpu.py"
 ITEMS = 8
 
 TASK = """\

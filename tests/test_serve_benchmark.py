@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import serve
 import torch
-from serve_models import CONTENDERS, MODELS, gptq, kv_bytes, milo, write_model
-from serve_worker import stored_bytes
 from transformers import AutoConfig
 
+from benchmarks.serving import decode
+from benchmarks.serving.models import CONTENDERS, MODELS, gptq, kv_bytes, milo, write_model
+from benchmarks.serving.worker import stored_bytes
 from vllm_milo.checkpoint import MiLoFormat
 
 
@@ -68,9 +68,9 @@ def test_a_failing_contender_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
         raise_in_worker = {"engine": {"no_such_argument": 1}, "batches": [], "throughput": {}}
         return {"folder": str(folder / "absent"), "vocab": 10, **raise_in_worker}
 
-    monkeypatch.setattr(serve, "job", job)
+    monkeypatch.setattr(decode, "job", job)
     output = tmp_path / "serve.json"
-    serve.main(["-o", str(output), "--model", "tiny", "--contenders", "bf16"])
+    decode.main(["-o", str(output), "--model", "tiny", "--contenders", "bf16"])
     row = json.loads(output.read_text())["rows"][0]
     assert "no_such_argument" in row["error"]
     assert "Failed:" in output.with_suffix(".md").read_text()
@@ -82,7 +82,7 @@ def test_a_failing_contender_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tiny_model_is_measured(tmp_path: Path):
     output = tmp_path / "serve.json"
     words = ["-o", str(output), "--model", "tiny", "--layers", "1", "--batches", "1,2", "--prompts", "4", "--eager"]
-    serve.main([*words, "--contenders", "milo-s1"])
+    decode.main([*words, "--contenders", "milo-s1"])
     row = json.loads(output.read_text())["rows"][0]
     assert "error" not in row, row["error"]
     assert row["decode"]["1"]["milliseconds"] > 0

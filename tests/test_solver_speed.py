@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import solver_speed
+
+from benchmarks.offline import solver_speed
 
 
 def test_rows_hold_parts_and_what_they_add_up_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_runner
-from serving import post, serve
 from test_vllm_models import MODELS, assert_matches, job
 from tiny_models import logprobs
 from transformers import AutoTokenizer
 
+from benchmarks.serving.server import post, serve
 from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]

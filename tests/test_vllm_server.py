@@ -11,10 +11,10 @@ import httpx
 import pytest
 import torch
 from readme import readme_words
-from serving import ServerError, post, serve
 from tiny_models import logprobs, make_prompts
 from transformers import AutoTokenizer
 
+from benchmarks.serving.server import ServerError, post, serve
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.evaluation.model import load_model

@@ -1,7 +1,7 @@
 """Tunes the tiles of our MoE layer for a shape on this GPU and writes a configuration file for it.
 
-    python benchmarks/tune.py -o kernels/tuned --shape mixtral
-    python benchmarks/tune.py -o out/tuned --experts 60 --top-k 4 --hidden 2048 --intermediate 1408 --tokens 1,16
+    python -m benchmarks.kernels.tune -o kernels/tuned --shape mixtral
+    python -m benchmarks.kernels.tune -o out/tuned --experts 60 --top-k 4 --hidden 2048 --intermediate 1408
 
 Every candidate is timed as in ``moe_layer.py`` (8 routings in a CUDA graph), after its result was compared with the
 float32 reference; the fastest correct one is kept: first among tiles of the first GEMM, then of the second. Processes
@@ -24,12 +24,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from kernel_bench import measure_point
-from moe_contenders import Layer, MoEShape, milo
-from moe_layer import SHAPES, copies_needed, make_point, random_inputs
-from random_weights import GROUP as GROUP_SIZE
-from timing import Budget, Ceilings, environment, error_text, l2_bytes, measure_ceilings
 
+from benchmarks.kernels.moe_contenders import Layer, MoEShape, milo
+from benchmarks.kernels.moe_layer import SHAPES, copies_needed, make_point, random_inputs
+from benchmarks.kernels.random_weights import GROUP as GROUP_SIZE
+from benchmarks.kernels.run import measure_point
+from benchmarks.kernels.timing import Budget, Ceilings, error_text, l2_bytes, measure_ceilings
+from benchmarks.processes import main_command
+from benchmarks.records import environment
 from vllm_milo.kernels import tuned
 from vllm_milo.kernels.triton import fused_moe
 from vllm_milo.kernels.triton.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
@@ -203,12 +205,8 @@ def compile_part(shape: MoEShape, arguments: argparse.Namespace) -> None:
 
 def compile_all(words: Sequence[str], parts: int, seconds: float) -> None:
     """Run ``parts`` processes that compile, and wait for them; what they do not finish is compiled later."""
-    command = [sys.executable, str(Path(__file__).resolve()), *words]
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    processes = [
-        subprocess.Popen([*command, "--compile-part", f"{part}/{parts}"], env=os.environ | {"PYTHONPATH": path})
-        for part in range(parts)
-    ]
+    command = main_command("benchmarks.kernels.tune", *words)
+    processes = [subprocess.Popen([*command, "--compile-part", f"{part}/{parts}"]) for part in range(parts)]
     budget = Budget(seconds)
     for process in processes:
         try:

@@ -1,10 +1,10 @@
 """Perplexity against stored bits of every method on one model and text: JSON, tables and a plot.
 
-    python benchmarks/accuracy.py MODEL --text FILE -o OUT --jobs 4
+    python -m benchmarks.accuracy.perplexity MODEL --text FILE -o OUT --jobs 4
 
 OUT gets results.json (after every row), results.md and perplexity.png. Contenders are calls of `milo quantize`, so
-their bits are those on disk; GPTQ is benchmarks/gptq.py. The last part of the text is for calibration, expert counts
-and output errors and is not scored. `--section` chooses what to compare: main (methods, ranks, presets), iterations,
+their bits are those on disk; GPTQ is ``gptq.py``. The last part of the text is for calibration, expert counts and
+output errors and is not scored. `--section` chooses what to compare: main (methods, ranks, presets), iterations,
 factors, policies.
 """
 
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accuracy_report import format_report
-from accuracy_run import Benchmark, Settings
-from contenders import SECTIONS, Contender
-from plots import plot
 
+from benchmarks.accuracy.contenders import SECTIONS, Contender
+from benchmarks.accuracy.plot import plot
+from benchmarks.accuracy.report import format_report
+from benchmarks.accuracy.run import Benchmark, Settings
 from vllm_milo.offline.source.tokens import read_tokens
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from quantized_model import QuantizedModel
+
+from benchmarks.accuracy.quantized_model import QuantizedModel
 
 Hook = Callable[..., None]
 

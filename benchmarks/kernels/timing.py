@@ -1,14 +1,10 @@
-"""What every kernel benchmark shares: timing in CUDA graphs, measured ceilings, roofs, the environment, tables."""
+"""What every kernel benchmark shares: timing in CUDA graphs, measured ceilings, roofs."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -181,38 +177,9 @@ def roof(num_bytes: float, flops: float, ceilings: Ceilings) -> Roof:
     return Roof(memory, "memory") if memory >= compute else Roof(compute, "compute")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the device and the versions that a result depends on; absent packages are None."""
-    record: dict[str, Any] = {"device": platform.processor() or platform.machine()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        record = {
-            "device": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "memory_bytes": properties.total_memory,
-        }
-    packages = ("triton", "vllm", "humming-kernels", "vllm-milo")
-    versions = {name.replace("-", "_"): _version(name) for name in packages}
-    return record | {"python": platform.python_version(), "torch": torch.__version__, **versions}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def l2_bytes(device: torch.device) -> int:
     """Return the size of the device's L2 cache; 0 on CPUs, where nothing is rotated."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
-
-
-def markdown_table(header: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def microseconds(seconds: float) -> str:
@@ -224,9 +191,3 @@ def microseconds(seconds: float) -> str:
 def error_text(error: BaseException) -> str:
     """Return an error for the record: its type, and the first 2000 characters."""
     return f"{type(error).__name__}: {error}"[:2000]
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a result file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

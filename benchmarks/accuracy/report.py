@@ -1,6 +1,6 @@
 """Formats results.json of the accuracy benchmark as Markdown tables.
 
-python benchmarks/accuracy_report.py OUT/results.json
+python -m benchmarks.accuracy.report OUT/results.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scores import spread
+from benchmarks.accuracy.scores import spread
 
 Row = Mapping[str, Any]
 TITLES = {

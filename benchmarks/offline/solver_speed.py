@@ -1,6 +1,6 @@
 """Times the solver on the matrices of one Mixtral-8x7B layer and extrapolates to all 32.
 
-    python benchmarks/solver_speed.py -o OUT.json --method milo
+    python -m benchmarks.offline.solver_speed -o OUT.json --method milo
 
 A layer is 8 experts of w1, w3 [14336, 4096] and w2 [4096, 14336], q and o [4096, 4096], k and v [1024, 4096]. Weights
 are random, as the solver's time does not depend on them except through its stop rule; the rounds that it took are
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accuracy_run import device_name
 
+from benchmarks.records import device_name
 from vllm_milo.offline.batches import batches
 from vllm_milo.offline.calibration.choose import NONE, WEIGHTS
 from vllm_milo.offline.calibration.gram import FEEDBACK_ROUNDS, LayerGrams, Norms

@@ -1,6 +1,6 @@
 """Plots perplexity against stored bits from results.json of the accuracy benchmark.
 
-python benchmarks/plots.py OUT/results.json     # writes OUT/perplexity.png
+python -m benchmarks.accuracy.plot OUT/results.json     # writes OUT/perplexity.png
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scores import spread
+from benchmarks.accuracy.scores import spread
 
 MAX_BITS = 4.05
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from kernel_bench import DTYPE
-from random_weights import CODE_SPREAD, random_scales, random_words
+
+from benchmarks.kernels.random_weights import CODE_SPREAD, random_scales, random_words
+from benchmarks.kernels.run import DTYPE
 
 
 class HummingGemm:

@@ -1,7 +1,7 @@
 """Times dense layers with large compensators (attention, shared experts): ours against bf16, Marlin and Humming.
 
-    python benchmarks/linear.py -o out/linear.json
-    python benchmarks/linear.py -o out/linear.json --shapes mixtral-qkv --rank 1024
+    python -m benchmarks.kernels.linear -o out/linear.json
+    python -m benchmarks.kernels.linear -o out/linear.json --shapes mixtral-qkv --rank 1024
 
 Ours carries compensators of ``--rank`` in 3 bits on every part; the peers carry none. The calls of a graph rotate
 over so many copies of the layer that their 3-bit weights are three times L2, for all contenders alike. Roofs,
@@ -18,13 +18,13 @@ from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
-import kernel_bench
 import torch
-from kernel_bench import DTYPE, Point, Subject
-from moe_contenders import int4_scales
-from random_weights import random_linear, random_words
-from timing import CALLS_IN_GRAPH, l2_bytes
 
+from benchmarks.kernels import run
+from benchmarks.kernels.moe_contenders import int4_scales
+from benchmarks.kernels.random_weights import random_linear, random_words
+from benchmarks.kernels.run import DTYPE, Point, Subject
+from benchmarks.kernels.timing import CALLS_IN_GRAPH, l2_bytes
 from vllm_milo.kernels import ops, reference
 
 
@@ -123,7 +123,7 @@ def marlin(shape: LinearShape, tokens: Sequence[int], device: torch.device, grou
 
 def humming(shape: LinearShape, tokens: Sequence[int], device: torch.device) -> Dense:
     """Humming's dense GEMM on uint3 with integer zero points, groups of 64."""
-    from humming_gemm import HummingGemm
+    from benchmarks.kernels.humming_gemm import HummingGemm
 
     gemm = HummingGemm(sum(shape.widths), shape.k, None, tokens, 64, False, device)
     return Dense(gemm.weights, lambda tensors, x: gemm(tensors, x, x.shape[0]), [])
@@ -174,10 +174,10 @@ def build(name: str, contender: str, arguments: argparse.Namespace) -> Subject:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
-    parser = kernel_bench.parser(__doc__, SHAPES, list(contenders(0)))
+    parser = run.parser(__doc__, SHAPES, list(contenders(0)))
     parser.add_argument("--rank", type=int, default=512, help="of our compensators, in 3 bits")
     parser.set_defaults(shapes=[name for name in SHAPES if name != "tiny"], contenders=list(contenders(0)))
-    kernel_bench.main("linear", parser.parse_args(words), build)
+    run.main("linear", parser.parse_args(words), build)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import shutil
 import tempfile
@@ -14,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import scores
 import torch
-from activations import second_moments
-from contenders import CALIBRATION, COUNTS, GPTQ_ROWS, HQQ, SECTIONS, WINDOWS, Contender, Shape
-from gptq import quantize_model
-from quantize_pool import Job, QuantizePool
-from quantized_model import QuantizedModel
 
+from benchmarks.accuracy import scores
+from benchmarks.accuracy.activations import second_moments
+from benchmarks.accuracy.contenders import CALIBRATION, COUNTS, GPTQ_ROWS, HQQ, SECTIONS, WINDOWS, Contender, Shape
+from benchmarks.accuracy.gptq import quantize_model
+from benchmarks.accuracy.pool import Job, QuantizePool
+from benchmarks.accuracy.quantized_model import QuantizedModel
+from benchmarks.records import device_name
 from vllm_milo import __version__
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.evaluation.expert_use import count_experts_used
@@ -234,11 +234,6 @@ class Benchmark:
     @staticmethod
     def _gap(row: dict[str, Any], scored: dict[str, dict[str, Any]]) -> list[float]:
         return scores.gap_closed(row["perplexity"], scored["HQQ"]["perplexity"], scored["bf16"]["perplexity"])
-
-
-def device_name(device: str) -> str:
-    """Return what the numbers were made on."""
-    return torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,17 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from kernel_report import format_report, plot
-from timing import (
-    Budget,
-    Ceilings,
-    environment,
-    error_text,
-    measure_ceilings,
-    roof,
-    time_calls,
-    write_json,
-)
+
+from benchmarks.kernels.report import format_report, plot
+from benchmarks.kernels.timing import Budget, Ceilings, error_text, measure_ceilings, roof, time_calls
+from benchmarks.records import environment, write_json
 
 DTYPE = torch.bfloat16
 MAX_ERROR = 0.02

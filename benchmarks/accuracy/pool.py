@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from contenders import Contender
 
+from benchmarks.accuracy.contenders import Contender
 from vllm_milo.offline.cli import main as milo
 
 INTERRUPTED = 130

@@ -1,7 +1,7 @@
 """Decode latency, throughput and weight memory in vLLM with dummy weights: MiLo against int4 Marlin, bf16, Humming.
 
-    python benchmarks/serve.py -o out/serve.json                                  # Mixtral-8x7B's shapes, 8 layers
-    python benchmarks/serve.py -o out/serve.json --model qwen3 --layers 48 --contenders milo-s1,marlin-int4-g128
+    python -m benchmarks.serving.decode -o out/serve.json    # Mixtral-8x7B's shapes, 8 layers
+    python -m benchmarks.serving.decode -o out/serve.json --model qwen3 --layers 48 --contenders milo-s1,bf16
 
 One process and one start of vLLM for each contender: torch.compile and CUDA graphs on, graphs for the measured
 batches only. The latency of a decoding step is the difference of two output lengths, divided by the tokens between.
@@ -16,15 +16,15 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve_models import CONTENDERS, MODELS, kv_bytes, write_model
-from timing import markdown_table, write_json
+from benchmarks.processes import main_command
+from benchmarks.records import markdown_table, write_json
+from benchmarks.serving.models import CONTENDERS, MODELS, kv_bytes, write_model
 
 MAX_MODEL_LEN = 512
 ENVIRONMENT = {
@@ -72,14 +72,12 @@ def measure(contender: str, arguments: argparse.Namespace, folder: Path) -> dict
     (folder / "job.json").write_text(json.dumps(work))
     log, out = folder / "vllm.log", folder / "out.json"
     row: dict[str, Any] = {"contender": contender, "model": arguments.model, "layers": arguments.layers}
-    worker = Path(__file__).with_name("serve_worker.py")
-    path = os.pathsep.join(filter(None, (str(worker.parent), os.environ.get("PYTHONPATH"))))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ENVIRONMENT | {"PYTHONPATH": path}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ENVIRONMENT
     start = time.monotonic()
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                [sys.executable, str(worker), str(folder / "job.json"), str(out)],
+                main_command("benchmarks.serving.worker", str(folder / "job.json"), str(out)),
                 env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT,
                 timeout=arguments.contender_seconds, check=False,
             ).returncode  # fmt: skip

@@ -1,7 +1,7 @@
 """Times one whole MoE layer (align, gate/up, SiLU, down, weighted sum): ours against vLLM's other kernels.
 
-    python benchmarks/moe_layer.py -o out/moe.json                 # every shape, token count and contender
-    python benchmarks/moe_layer.py -o out/moe.json --shapes mixtral --tokens 16,64 --contenders milo,bf16
+    python -m benchmarks.kernels.moe_layer -o out/moe.json                 # every shape, token count and contender
+    python -m benchmarks.kernels.moe_layer -o out/moe.json --shapes mixtral --tokens 16,64 --contenders milo,bf16
 
 Each time is of 8 calls in one CUDA graph, with 8 random routings and inputs, divided by 8. Weights come from device
 memory: where one token's experts would fit in L2, the calls rotate over copies of the layer, for all contenders
@@ -17,11 +17,12 @@ from functools import partial
 from itertools import cycle
 from typing import NamedTuple
 
-import kernel_bench
 import torch
-from kernel_bench import DTYPE, Point, Subject
-from moe_contenders import DEFAULT, Layer, MoEShape, contenders
-from timing import CALLS_IN_GRAPH, l2_bytes
+
+from benchmarks.kernels import run
+from benchmarks.kernels.moe_contenders import DEFAULT, Layer, MoEShape, contenders
+from benchmarks.kernels.run import DTYPE, Point, Subject
+from benchmarks.kernels.timing import CALLS_IN_GRAPH, l2_bytes
 
 SHAPES = {
     "mixtral": MoEShape("Mixtral-8x7B", 8, 2, 4096, 14336),
@@ -101,10 +102,10 @@ def build(name: str, contender: str, arguments: argparse.Namespace) -> Subject:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
-    parser = kernel_bench.parser(__doc__, SHAPES, list(contenders(0)))
+    parser = run.parser(__doc__, SHAPES, list(contenders(0)))
     parser.add_argument("--rank", type=int, default=16, help="of our experts' compensators, in 3 bits")
     parser.set_defaults(shapes=["mixtral", "deepseek", "qwen3"], contenders=list(DEFAULT))
-    kernel_bench.main("moe_layer", parser.parse_args(words), build)
+    run.main("moe_layer", parser.parse_args(words), build)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures one model in one start of vLLM: ``python serve_worker.py JOB.json OUT.json``; see ``serve.py``."""
+"""Measures one model in one start of vLLM; ``decode.py`` starts it as a process, with a job file and one to write."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ class Worker:
 
 
 def main() -> None:
-    """Run the job file named on the command line; ``timing.environment`` goes into the result."""
-    from timing import environment
+    """Run the job file named on the command line; the environment goes into the result."""
+    from benchmarks.records import environment
 
     job = json.loads(Path(sys.argv[1]).read_text())
     fill_integers()

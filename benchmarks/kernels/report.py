@@ -1,6 +1,8 @@
 """Tables and plots of kernel benchmark records: one block a shape, contenders against token counts.
 
-python benchmarks/kernel_report.py out/moe.json      # table and plot again, where the GPU machine had no matplotlib
+    python -m benchmarks.kernels.report out/moe.json
+
+The benchmarks write both themselves; this makes them again, where the GPU machine had no matplotlib.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timing import markdown_table, microseconds
+from benchmarks.kernels.timing import microseconds
+from benchmarks.records import markdown_table
 
 OURS, WITHOUT = "milo", "milo-no-compensators"
 

@@ -1,11 +1,11 @@
 """Train a MoE of a few hundred million parameters, quantize it in every way and score that, in one call.
 
-    python benchmarks/large_model.py --data DATA -o OUT --model /tmp/large-model
+    python -m benchmarks.accuracy.large_model --data DATA -o OUT --model /tmp/large-model
 
 Small models alone mislead: their ranks cost many bits and their experts are thin. On an H100 the preset ``large``
 takes under 10 minutes: `--train-seconds` for training, the rest until `--max-seconds` for contenders, the important
 ones first. OUT/results.json is whole after every row. A model folder that exists already is not trained again.
-DATA is as for benchmarks/train_model.py; ``--preset smoke`` checks the whole on a CPU.
+DATA is as for benchmarks.train_model; ``--preset smoke`` checks the whole on a CPU.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from accuracy import finish
-from accuracy_run import Benchmark, Settings
-from train_model import CONTEXT, PRESETS, Limits, load_data, train_and_save
+
+from benchmarks.accuracy.perplexity import finish
+from benchmarks.accuracy.run import Benchmark, Settings
+from benchmarks.train_model import CONTEXT, PRESETS, Limits, load_data, train_and_save
 
 CALIBRATION_WINDOWS = 128
 

@@ -10,9 +10,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from kernel_bench import DTYPE
-from random_weights import moe_spec, random_experts, random_scales, random_words
 
+from benchmarks.kernels.random_weights import moe_spec, random_experts, random_scales, random_words
+from benchmarks.kernels.run import DTYPE
 from vllm_milo.kernels import ops, reference
 
 LayerCall = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -147,9 +147,10 @@ def humming(shape: MoEShape, tokens: Sequence[int], device: torch.device, float_
     ``float_zero``: bf16 zero points, which HQQ and MiLo need; otherwise integers, stored in 4 bits.
     """
     import vllm._custom_ops as vllm_ops  # noqa: F401  (registers silu_and_mul)
-    from humming_gemm import HummingGemm
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
     from vllm.model_executor.layers.fused_moe.moe_fused_mul_sum import moe_fused_mul_sum
+
+    from benchmarks.kernels.humming_gemm import HummingGemm
 
     counts = [count * shape.top_k for count in tokens]
     hidden, inner = shape.hidden, shape.intermediate

@@ -10,8 +10,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from activations import layers_of, second_moments
-from quantized_model import QuantizedModel
+
+from benchmarks.accuracy.activations import layers_of, second_moments
+from benchmarks.accuracy.quantized_model import QuantizedModel
 
 MAX_CODE = 7
 SCALE_BITS = 16

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gptq import Gptq
-
+from benchmarks.accuracy.gptq import Gptq
 from vllm_milo.offline.calibration.choose import NONE
 from vllm_milo.offline.calibration.generated_text import OWN_TEXT
 from vllm_milo.offline.nouns import DENSE_KINDS, Kind, Matrix
