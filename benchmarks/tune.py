@@ -31,10 +31,10 @@ from random_weights import GROUP as GROUP_SIZE
 from timing import Budget, Ceilings, environment, error_text, l2_bytes, measure_ceilings
 
 from vllm_milo.kernels import tuned
-from vllm_milo.kernels.triton import fused_moe
-from vllm_milo.kernels.triton.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
-from vllm_milo.kernels.triton.dispatch import MoEShape as LocalShape
-from vllm_milo.kernels.triton.gemm import GemmConfig
+from vllm_milo.kernels.serving import fused_moe
+from vllm_milo.kernels.serving.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
+from vllm_milo.kernels.serving.dispatch import MoEShape as LocalShape
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
 Configs = tuple[GemmConfig, GemmConfig]
 """The tiles of a layer's two GEMMs, gate/up first."""

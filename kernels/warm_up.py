@@ -108,7 +108,7 @@ def _warm_up(
     if backend != "triton" or device.type != "cuda" or os.environ.get(WARM_UP_VARIABLE) == "0" or key in _done:
         return
     _done.add(key)
-    from .triton.launch import Launch, noting
+    from .launch import Launch, noting
 
     start = time.monotonic()
 

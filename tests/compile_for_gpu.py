@@ -22,9 +22,9 @@ from register_hazards import hazards, instructions
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vllm_milo.kernels.triton import dispatch, fused_moe, linear
-from vllm_milo.kernels.triton.gemm import GemmConfig
-from vllm_milo.kernels.triton.launch import LaunchMode
+from vllm_milo.kernels.launch import LaunchMode
+from vllm_milo.kernels.serving import dispatch, fused_moe, linear
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_milo.kernels.triton import feedback, fused_moe, grid_fit, linear
-from vllm_milo.kernels.triton.gemm import GemmConfig
+from vllm_milo.kernels.convert import feedback, grid_fit
+from vllm_milo.kernels.serving import fused_moe, linear
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
 def meta_layer(parts: int, experts: int, n: int, k: int, group: int, bits: int) -> list[torch.Tensor]:
-    """Return a layer as :class:`vllm_milo.kernels.triton.layout.KernelWeights` holds it."""
+    """Return a layer as :class:`vllm_milo.kernels.serving.layout.KernelWeights` holds it."""
     units = -(-k // 128)
     u, v = {3: (torch.int16, torch.int32), 8: (torch.int8, torch.int8), 16: (torch.bfloat16, torch.bfloat16)}[bits]
     tensors = {

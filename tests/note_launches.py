@@ -20,8 +20,10 @@ import triton
 from compile_for_gpu import Driver
 from meta_layers import run_dense, run_experts
 
-from vllm_milo.kernels.triton import activation, dispatch, fused_moe, gemm, linear, prepare, project, reduce
-from vllm_milo.kernels.triton.launch import Launch, LaunchMode, noting
+from vllm_milo.kernels.launch import Launch, LaunchMode, noting
+from vllm_milo.kernels.serving import activation, dispatch, fused_moe, linear, prepare, reduce
+from vllm_milo.kernels.serving.gemm import kernel as gemm
+from vllm_milo.kernels.serving.projection import kernel as projection
 from vllm_milo.kernels.warm_up import token_counts
 
 LAYERS: dict[str, Callable[[int], None]] = {
@@ -35,7 +37,7 @@ LAYERS: dict[str, Callable[[int], None]] = {
 MOST = 3000
 KERNELS = [
     value
-    for module in (activation, gemm, prepare, project, reduce)
+    for module in (activation, gemm, prepare, projection, reduce)
     for name, value in vars(module).items()
     if name.endswith("_kernel")
 ]
@@ -77,7 +79,7 @@ def main() -> None:
     for one in noted.values():
         one.kernel.warmup(*one.arguments, grid=(1,), **one.constants)
     first = made()
-    with mock.patch.object(type(gemm._gemm_kernel), "__getitem__", only_compile):
+    with mock.patch.object(type(gemm.gemm_kernel), "__getitem__", only_compile):
         for count in (1, 5):
             LAYERS["small experts"](count)
     json.dump({"left": left, "ahead": ahead, "noted": len(noted), "compiled": [first, made() - first]}, sys.stdout)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vllm_milo.kernels.triton import grid_fit
+from vllm_milo.kernels.convert import grid_fit
 from vllm_milo.offline.compensator import store_factor, truncated_svd
 from vllm_milo.offline.hqq import NORM, _step, quantize_hqq
 from vllm_milo.offline.least_squares import quantize_mse, refit

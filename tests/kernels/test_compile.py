@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from readme import ROOT
 from register_hazards import hazards
 
-SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
+SCRIPT = ROOT / "tests" / "compile_for_gpu.py"
 
 
 @pytest.mark.timeout(900)

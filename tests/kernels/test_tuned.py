@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vllm_milo.kernels import tuned
-from vllm_milo.kernels.triton.dispatch import TUNED_KEYS
-from vllm_milo.kernels.triton.gemm import GemmConfig
+from vllm_milo.kernels.serving.dispatch import TUNED_KEYS
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
 H100 = "NVIDIA H100 80GB HBM3"
 NAME = "E=8,N=14336,device_name=NVIDIA_H100_80GB_HBM3,dtype=int3_milo.json"

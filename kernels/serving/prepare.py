@@ -1,8 +1,8 @@
 """What comes before the V·x of a GEMM's input, in one launch: the sort of the pairs, and what the GEMM wants of x.
 
 That is the sums of x over groups, with which zero points are taken off while tokens are few, or x in fp16 where many
-tokens meet weights in fp16 (see :mod:`.dequant`). What makes the second GEMM's input makes them as well. The counters
-of all of a layer's V·x start here: each launch has its own, whichever stream or graph it runs in.
+tokens meet weights in fp16 (see :mod:`.gemm.dequant`). What makes the second GEMM's input makes them as well. The
+counters of all of a layer's V·x start here: each launch has its own, whichever stream or graph it runs in.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import LaunchMode, launch
 from .activation import power_of_two
-from .launch import LaunchMode, launch
 from .layout import UNIT
-from .project import DownShape, Projected, allocate_counters, plan
+from .projection.launcher import Projected, allocate_counters
+from .projection.plan import DownShape, plan
 from .routing import Routes, TokenBlocks, allocate_blocks, sort_expert, sort_sizes
 
 SUM_ROWS = 16

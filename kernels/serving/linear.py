@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import launch_mode
 from ..weights import LinearSpec, largest_rank
 from .dispatch import linear_config
-from .gemm import GemmConfig, gemm
-from .launch import launch_mode
+from .gemm.config import GemmConfig
+from .gemm.launcher import gemm
 from .layout import KernelWeights
 from .prepare import MAX_ROW, prepare
-from .project import DownShape, project
+from .projection.launcher import project
+from .projection.plan import DownShape
 from .reduce import sum_splits
 
 FEW_TOKENS = 256

@@ -9,8 +9,8 @@ import torch
 from random_layers import exact_moe, moe_spec, random_experts, random_routing, relative_error
 
 from vllm_milo.kernels import ops
-from vllm_milo.kernels.triton import fused_moe as triton_moe
-from vllm_milo.kernels.triton.gemm import GemmConfig
+from vllm_milo.kernels.serving import fused_moe as triton_moe
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # bf16 dots are wrong interpreted

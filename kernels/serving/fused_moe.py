@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import launch_mode
 from ..weights import MoESpec
 from .activation import activate
 from .dispatch import MoEShape, moe_configs
-from .gemm import GemmConfig, gemm, gemm_gated
-from .launch import launch_mode
+from .gemm.config import GemmConfig
+from .gemm.launcher import gemm, gemm_gated
 from .layout import KernelWeights
 from .prepare import MAX_ROW, prepare
-from .project import DownShape, Projected, project
+from .projection.launcher import Projected, project
+from .projection.plan import DownShape
 from .reduce import weighted_sum
 from .routing import Routes
 

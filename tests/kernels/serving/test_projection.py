@@ -10,13 +10,15 @@ import torch
 from random_layers import moe_spec, random_experts, random_linear, random_routing, relative_error
 
 from vllm_milo.kernels import ops
+from vllm_milo.kernels.launch import launch_mode
 from vllm_milo.kernels.reference import expert_factors
-from vllm_milo.kernels.triton import fused_moe, linear, prepare, project
-from vllm_milo.kernels.triton.gemm import GemmConfig
-from vllm_milo.kernels.triton.launch import launch_mode
-from vllm_milo.kernels.triton.layout import KernelWeights, prepare_experts
-from vllm_milo.kernels.triton.project import DownShape, Plan, plan
-from vllm_milo.kernels.triton.routing import Routes, TokenBlocks
+from vllm_milo.kernels.serving import fused_moe, linear, prepare
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
+from vllm_milo.kernels.serving.layout import KernelWeights, prepare_experts
+from vllm_milo.kernels.serving.projection import launcher
+from vllm_milo.kernels.serving.projection import plan as planning
+from vllm_milo.kernels.serving.projection.plan import DownShape, Plan, plan
+from vllm_milo.kernels.serving.routing import Routes, TokenBlocks
 from vllm_milo.kernels.weights import LinearWeights
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -94,7 +96,7 @@ class Projection:
             x, routes, len(case.ranks), case.block_m, 64, False, True, [shape, shape], mode
         )
         top_k = case.top_k or 1
-        down = project.project(x, self.prepared, blocks, routes, top_k, case.bits, shape, counters, mode)
+        down = launcher.project(x, self.prepared, blocks, routes, top_k, case.bits, shape, counters, mode)
         return down, counters, blocks, plan(shape, blocks, routes is None, mode.early)
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +123,8 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], None]:
     """Choose whether programs of V·x add its parts, and how many those are."""
 
     def choose(finish: bool, splits: int) -> None:
-        monkeypatch.setattr(project, "_finishes", lambda *_: finish)
-        monkeypatch.setattr(project, "_splits", lambda *_: splits)
+        monkeypatch.setattr(planning, "_finishes", lambda *_: finish)
+        monkeypatch.setattr(planning, "_splits", lambda *_: splits)
 
     return choose
 
@@ -175,7 +177,7 @@ def test_whichever_program_is_last_gives_the_same_bits(name: str, monkeypatch: p
     first, *_, how = layer.run()
     programs = how.blocks * how.splits * how.rank_tiles
     builder = interpreter.interpreter_builder
-    in_order, launch = builder.set_grid_idx, project.launch
+    in_order, launch = builder.set_grid_idx, launcher.launch
     for _ in range(4):
         order = torch.randperm(programs).tolist()
 
@@ -184,7 +186,7 @@ def test_whichever_program_is_last_gives_the_same_bits(name: str, monkeypatch: p
                 patch.setattr(builder, "set_grid_idx", lambda x, y, z: in_order(order[x], y, z))
                 launch(*arguments, **constants)
 
-        monkeypatch.setattr(project, "launch", shuffled)
+        monkeypatch.setattr(launcher, "launch", shuffled)
         again, *_ = layer.run()
         known = layer.exact()[1]
         assert torch.equal(again[0][known], first[0][known])
@@ -192,13 +194,13 @@ def test_whichever_program_is_last_gives_the_same_bits(name: str, monkeypatch: p
 
 def record_finishes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Return a list that grows with each launch of V·x by whether its programs add its parts."""
-    seen, launch = [], project.launch
+    seen, launch = [], launcher.launch
 
     def noted(*arguments, **constants):
         seen.append(constants["FINISH"])
         launch(*arguments, **constants)
 
-    monkeypatch.setattr(project, "launch", noted)
+    monkeypatch.setattr(launcher, "launch", noted)
     return seen
 
 

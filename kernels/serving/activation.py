@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchMode, launch
+from ..launch import LaunchMode, launch
 from .layout import UNIT
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vllm_milo.kernels.packing import dequantize, dequantize_factor, pack_codes, unpack_codes
-from vllm_milo.kernels.triton.layout import from_units, join_scale_zero, repack_matrix, to_units
+from vllm_milo.kernels.serving.layout import from_units, join_scale_zero, repack_matrix, to_units
 
 
 def test_golden_vector():

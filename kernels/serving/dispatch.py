@@ -8,8 +8,8 @@ import torch
 import triton
 
 from .. import tuned
-from .gemm import GemmConfig
-from .launch import processors, shared_memory
+from ..launch import processors, shared_memory
+from .gemm.config import GemmConfig
 from .layout import UNIT, KernelWeights
 
 BLOCK_N = 128

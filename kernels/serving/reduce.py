@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchMode, launch
+from ..launch import LaunchMode, launch
 from .routing import Routes, local_expert
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_milo.kernels.triton import feedback
+from vllm_milo.kernels.convert import feedback
 from vllm_milo.offline.error_feedback import quantize_group, quantize_with_feedback
 from vllm_milo.offline.least_squares import Grid, quantize_mse
 from vllm_milo.offline.metric import Moments

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from random_layers import moe_spec, random_experts, random_linear, random_routing
+from readme import ROOT
 
 from vllm_milo.kernels import ops, warm_up
-from vllm_milo.kernels.triton import gemm, prepare, project
-from vllm_milo.kernels.triton.launch import LaunchMode, launch, noting
+from vllm_milo.kernels.launch import LaunchMode, launch, noting
+from vllm_milo.kernels.serving import prepare
+from vllm_milo.kernels.serving.gemm.kernel import gemm_kernel
+from vllm_milo.kernels.serving.projection.kernel import project_kernel
 from vllm_milo.kernels.warm_up import token_counts, warm_up_linear, warm_up_moe
 from vllm_milo.kernels.weights import LinearWeights
 
@@ -51,7 +54,7 @@ def test_every_kernel_is_compiled_ahead(tmp_path: Path):
     """With Triton as on a GPU: the interpreter compiles nothing."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = Path(__file__).with_name("note_launches.py")
+    script = ROOT / "tests" / "note_launches.py"
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
@@ -70,7 +73,7 @@ def test_nothing_is_done_without_a_gpu(backend: str, monkeypatch: pytest.MonkeyP
 
 def compiled() -> int:
     """Return how many kernels this process has compiled or read from disk."""
-    kernels = (gemm._gemm_kernel, project._project_kernel, prepare._prepare_kernel)
+    kernels = (gemm_kernel, project_kernel, prepare._prepare_kernel)
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vllm_milo.kernels import tuned
-from vllm_milo.kernels.triton import dispatch
-from vllm_milo.kernels.triton.dispatch import MoEShape, heuristic_configs, moe_configs
+from vllm_milo.kernels.serving import dispatch
+from vllm_milo.kernels.serving.dispatch import MoEShape, heuristic_configs, moe_configs
 
 SHAPES = [(8, 4096, 14336), (64, 2048, 1408), (128, 2048, 768), (1, 64, 64), (512, 7168, 2048)]
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The GEMM on 3-bit weights."""
