@@ -54,7 +54,10 @@ class Launch(NamedTuple):
 
     def key(self) -> Hashable:
         """Return what Triton compiles the kernel for: launches with equal keys share the machine code."""
-        kinds = map(_kind, self.kernel.params, self.arguments)  # the parameters after those are constants
+        kinds = (
+            _kind(value, parameter.do_not_specialize)
+            for parameter, value in zip(self.kernel.params, self.arguments, strict=False)  # constants come after those
+        )
         return self.kernel, tuple(kinds), tuple(sorted(self.constants.items()))
 
     def compile(self) -> None:
@@ -62,9 +65,26 @@ class Launch(NamedTuple):
         _ = self.kernel.warmup(*self.arguments, grid=(1,), **self.constants).run
 
 
-def _kind(parameter: Any, value: Any) -> Hashable:
+def _kind(value: Any, any_number: bool) -> Hashable:
+    """Return what Triton compiles a kernel for in an argument.
+
+    Of a number that is its width. Unless ``any_number``, it is also whether the number is 1 or a multiple of 16. Within
+    a tuple Triton always looks at that, whatever the parameter says.
+    """
+    if isinstance(value, tuple):
+        return tuple(_kind(field, any_number=False) for field in value)
     if isinstance(value, int):
-        return value.bit_length() > 31, not parameter.do_not_specialize and (value == 1, value % 16 == 0)
+        return value.bit_length() > 31, not any_number and (value == 1, value % 16 == 0)
+    return value
+
+
+def _without_memory(value: Any) -> Any:
+    """Return an argument with pointers for tensors."""
+    if isinstance(value, torch.Tensor):
+        return Pointer(value.dtype, value.data_ptr() % 16)
+    if isinstance(value, tuple):
+        fields = map(_without_memory, value)
+        return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
     return value
 
 
@@ -89,8 +109,7 @@ def launch(kernel: Any, grid: tuple[int, ...], mode: LaunchMode, *arguments: Any
     if noted is None:
         kernel[grid](*arguments, **constants)
         return
-    pointers = [Pointer(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in arguments]
-    made = Launch(kernel, pointers, constants)
+    made = Launch(kernel, [_without_memory(argument) for argument in arguments], constants)
     noted.setdefault(made.key(), made)
 
 

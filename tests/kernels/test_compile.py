@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from readme import ROOT
 from register_hazards import hazards
-
-SCRIPT = ROOT / "tests" / "compile_for_gpu.py"
+from scripts import run_script
 
 
 @pytest.mark.timeout(900)
@@ -26,12 +21,7 @@ SCRIPT = ROOT / "tests" / "compile_for_gpu.py"
     ],
 )
 def test_every_kind_of_launch_compiles_and_fits(capability: int, which: str, least: int, tmp_path: Path):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(SCRIPT), str(capability), *which.split()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= least
+    assert int(run_script("compile_for_gpu.py", str(capability), *which.split(), cache=tmp_path)) >= least
 
 
 def test_the_search_for_hazards_follows_loops():

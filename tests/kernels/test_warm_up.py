@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from random_layers import moe_spec, random_experts, random_linear, random_routing
-from readme import ROOT
+from scripts import run_script
 
 from vllm_milo.kernels import ops, warm_up
 from vllm_milo.kernels.launch import LaunchMode, launch, noting
@@ -52,12 +49,7 @@ def test_noted_launches_are_not_done():
 
 def test_every_kernel_is_compiled_ahead(tmp_path: Path):
     """With Triton as on a GPU: the interpreter compiles nothing."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = ROOT / "tests" / "note_launches.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(run_script("note_launches.py", cache=tmp_path))
     assert set(found["left"].values()) == {0}, found
     assert all(5 < number < 60 for number in found["ahead"].values()), found
     assert found["compiled"] == [found["noted"], 0], "launches are told apart as Triton does"

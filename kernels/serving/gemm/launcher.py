@@ -8,10 +8,11 @@ import torch
 import triton
 
 from ...launch import LaunchMode, launch
-from ..blocks import block_kind
+from ..blocks import block_kind, make_blocks
 from ..layout import KernelWeights
 from ..projection.launcher import Projected
 from ..routing import Routes, TokenBlocks
+from .arguments import Activations, Compensators, Output, RowScales, Shape, Tile, Weights
 from .config import GemmConfig
 from .kernel import gemm_kernel
 
@@ -64,7 +65,9 @@ def gemm(
     out_dtype = dtype if config.split_k == 1 else torch.float32
     out = torch.empty(config.split_k, pairs, weights.columns, dtype=out_dtype, device=source.x.device)
     tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
-    _launch(source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, out)
+    _launch(
+        source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, Output(out, None)
+    )
     return out
 
 
@@ -95,8 +98,8 @@ def gemm_gated(
     out = torch.empty(routes.num_pairs, half, dtype=torch.float16, device=device)
     hidden = Hidden(out, torch.empty(routes.num_pairs, dtype=torch.float32, device=device))
     tiles = half // (config.block_n // 2)
-    common = (group_size, factor_bits, config, mode, tiles, out)
-    _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation, hidden.row_scale)
+    common = (group_size, factor_bits, config, mode, tiles, Output(*hidden))
+    _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation)
     return hidden
 
 
@@ -112,9 +115,8 @@ def _launch(
     config: GemmConfig,
     mode: LaunchMode,
     tiles: int,
-    out: torch.Tensor,
+    output: Output,
     activation: str = "",
-    out_scale: torch.Tensor | None = None,
 ) -> None:
     x = source.x
     rows, k = x.shape
@@ -123,38 +125,7 @@ def _launch(
     if config.scales_weights(group_size):
         scale = "weights" if source.row_scale is None else "fast"
     max_rank = 0 if source.down is None else source.down.shape[2]
-    launch(
-        gemm_kernel,
-        (tiles * blocks.max_blocks, config.split_k),
-        mode,
-        x,
-        source.sums,
-        weights.packed,
-        weights.scale_zero,
-        weights.u,
-        weights.u_scale,
-        weights.rank_blocks,
-        weights.u_starts,
-        source.down,
-        source.row_scale,
-        source.norm if activation else None,
-        weights.norms if activation else None,
-        out,
-        out_scale,
-        blocks.pairs,
-        blocks.experts,
-        blocks.num_blocks,
-        None if routes is None else routes.ids,
-        None if routes is None else routes.expert_map,
-        weights.columns,
-        k,
-        *widths,
-        *[0] * (MAX_PARTS - len(widths)),
-        rows if routes is None else routes.num_pairs,
-        rows,
-        top_k,
-        max_rank,
-        blocks.max_blocks,
+    tile = Tile(
         PARTS=len(widths),
         GROUP=group_size,
         FACTOR_BITS=factor_bits,
@@ -165,9 +136,9 @@ def _launch(
         HAS_MAP=routes is not None and routes.expert_map is not None,
         BLOCKS=block_kind(blocks, routes),
         SCALE=scale,
-        HAS_ROW_SCALE=source.row_scale is not None,
-        EVEN_N=all(width % config.block_n == 0 for width in widths),
+        EVEN_N=bool(activation) or all(width % config.block_n == 0 for width in widths),
         EVEN_K=k % 128 == 0,
+        HAS_ROW_SCALE=source.row_scale is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TAIL_M=config.tail_m if config.tail_m < config.block_m else 0,
@@ -177,6 +148,25 @@ def _launch(
         RANK_STEP=64 if max_rank >= 64 * len(widths) else 16,
         ACTIVATION=activation,
         PDL=mode.early,
+    )
+    widths = [*widths, *[0] * (MAX_PARTS - len(widths))]
+    launch(
+        gemm_kernel,
+        (tiles * blocks.max_blocks, config.split_k),
+        mode,
+        Activations(x, source.sums),
+        Weights(weights.packed, weights.scale_zero),
+        Compensators(weights.u, weights.u_scale, weights.rank_blocks, weights.u_starts, source.down),
+        RowScales(source.row_scale, source.norm if activation else None, weights.norms if activation else None),
+        output,
+        make_blocks(blocks, routes),
+        Shape(weights.columns, k, *widths),
+        rows if routes is None else routes.num_pairs,
+        rows,
+        top_k,
+        max_rank,
+        blocks.max_blocks,
+        TILE=tile,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
     )

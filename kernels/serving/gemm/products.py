@@ -10,33 +10,37 @@ from .dequant import add_group, code_operand, fast_operand, finished, quarter_op
 
 @triton.jit
 def multiply(
-    x_ptr, sums_ptr, packed_ptr, scale_zero_ptr, expert, rows, valid, n, inside, split_index, N, K, num_rows,
-    GROUP: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, SCALE: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    activations, weights, shape, num_rows, expert, rows, valid, n, inside, split_index,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """W·x of an expert's outputs ``n`` and of ``rows`` of x over one of SPLIT_K parts of K, fp32 [BLOCK_N, BLOCK_M]."""
+    N = shape.N
+    K = shape.K
+    BF16: tl.constexpr = TILE.BF16
+    ASM: tl.constexpr = TILE.ASM
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     units = (K + 127) // 128
-    chunk = tl.cdiv(units, SPLIT_K)
+    chunk = tl.cdiv(units, TILE.SPLIT_K)
     begin = split_index * chunk
     end = tl.minimum(begin + chunk, units)
     lane = tl.arange(0, 4)
     k64 = tl.arange(0, 64)
     first_unit = expert.to(tl.int64) * units + begin
-    words = packed_ptr + first_unit * (12 * N) + (n // 64 * 768 + n % 64 * 4)[:, None] + lane[None, :]
+    words = weights.packed + first_unit * (12 * N) + (n // 64 * 768 + n % 64 * 4)[:, None] + lane[None, :]
     word_mask = inside[:, None] & (lane >= 0)[None, :]
-    groups: tl.constexpr = 128 // GROUP
+    groups: tl.constexpr = 128 // TILE.GROUP
     group = tl.arange(0, groups)
-    scales = scale_zero_ptr + first_unit * (N * groups) + (n * groups)[:, None] + group[None, :]
+    scales = weights.scale_zero + first_unit * (N * groups) + (n * groups)[:, None] + group[None, :]
     scale_mask = inside[:, None] & (group >= 0)[None, :]
-    x_rows = x_ptr + rows[None, :].to(tl.int64) * K + begin * 128
-    sums_per_unit: tl.constexpr = 4 if GROUP == 32 else 2
+    x_rows = activations.x + rows[None, :].to(tl.int64) * K + begin * 128
+    sums_per_unit: tl.constexpr = 4 if TILE.GROUP == 32 else 2
     sum_lane = tl.arange(0, sums_per_unit)
-    sums = sums_ptr + ((begin.to(tl.int64) * num_rows + rows) * sums_per_unit)[:, None] + sum_lane[None, :]
+    sums = activations.sums + ((begin.to(tl.int64) * num_rows + rows) * sums_per_unit)[:, None] + sum_lane[None, :]
     x_mask = valid[None, :] & (k64 >= 0)[:, None]
-    wide: tl.constexpr = SCALE == "weights" and BF16
+    wide: tl.constexpr = TILE.SCALE == "weights" and BF16
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for unit in tl.range(begin, end, num_stages=STAGES):
-        if EVEN_N:
+    for unit in tl.range(begin, end, num_stages=TILE.STAGES):
+        if TILE.EVEN_N:
             w0 = tl.load(words)
             w1 = tl.load(words + 256)
             w2 = tl.load(words + 512)
@@ -46,7 +50,7 @@ def multiply(
             w1 = tl.load(words + 256, mask=word_mask, other=0)
             w2 = tl.load(words + 512, mask=word_mask, other=0)
             scale_zero = tl.load(scales, mask=scale_mask, other=0)
-        if GROUP == 32:
+        if TILE.GROUP == 32:
             even, odd = tl.split(tl.reshape(scale_zero, (BLOCK_N, 2, 2)))
             first, third = tl.split(even)
             second, fourth = tl.split(odd)
@@ -74,16 +78,16 @@ def multiply(
             acc = add_group(acc, product, sum3, scale, zero, 1, BF16)
         else:
             x0 = tl.load(x_rows + k64[:, None], mask=x_mask, other=0.0)
-            if EVEN_K:
+            if TILE.EVEN_K:
                 x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask, other=0.0)
             else:
                 x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask & (unit * 128 + 64 < K), other=0.0)
-            if GROUP == 64:
+            if TILE.GROUP == 64:
                 word0, word1 = tl.split(scale_zero)
             else:
                 word0 = tl.reshape(scale_zero, (BLOCK_N,))
                 word1 = word0
-            if SCALE == "fast":
+            if TILE.SCALE == "fast":
                 acc = finished(tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N), x0, acc), ASM)
                 acc = finished(tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N), x1, acc), ASM)
             else:
@@ -91,7 +95,7 @@ def multiply(
                 scale1, zero1 = scale_and_zero(word1)
                 codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, BLOCK_N)
                 codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, BLOCK_N)
-                if SCALE == "weights":
+                if TILE.SCALE == "weights":
                     first_half = scaled(codes0, scale0, zero0, 0, BF16)
                     second_half = scaled(codes1, scale1, zero1, 1, BF16)
                     acc = tl.dot(first_half, x0, acc)

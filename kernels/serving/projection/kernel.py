@@ -11,35 +11,38 @@ from ..gemm.dequant import code_operand, finished, scale_and_zero, scaled
 
 @triton.jit
 def _down_project(
-    x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, expert, rows, valid, slot, split, unit_chunk, K,
-    PARTS: tl.constexpr, FACTOR_BITS: tl.constexpr, RANKS: tl.constexpr,
-    BF16: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, factor, K, expert, rows, valid, slot, split, unit_chunk, TILE: tl.constexpr
 ):  # fmt: skip
     """V·x of the ranks ``slot`` of an expert over ``unit_chunk`` units of K, fp32 [RANKS, BLOCK_M]."""
+    PARTS: tl.constexpr = TILE.PARTS
+    RANKS: tl.constexpr = TILE.RANKS
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BF16: tl.constexpr = TILE.BF16
+    ASM: tl.constexpr = TILE.ASM
     units = (K + 127) // 128
     begin = split * unit_chunk
     end = tl.minimum(begin + unit_chunk, units)
-    row = tl.load(rank_blocks_ptr + expert * PARTS) * 16 + slot
-    in_rank = row < tl.load(rank_blocks_ptr + expert * PARTS + PARTS) * 16
+    row = tl.load(factor.rank_blocks + expert * PARTS) * 16 + slot
+    in_rank = row < tl.load(factor.rank_blocks + expert * PARTS + PARTS) * 16
     k64 = tl.arange(0, 64)
     lane = tl.arange(0, 4)
     first_unit = (row // 16).to(tl.int64) * units + begin
-    scales = v_scale_ptr + first_unit * 16 + row % 16
-    words = v_ptr + (first_unit * 192 + row % 16 * 4)[:, None] + lane[None, :]
-    values = v_ptr + ((row.to(tl.int64) * units + begin) * 128)[:, None] + k64[None, :]
+    scales = factor.v_scale + first_unit * 16 + row % 16
+    words = factor.v + (first_unit * 192 + row % 16 * 4)[:, None] + lane[None, :]
+    values = factor.v + ((row.to(tl.int64) * units + begin) * 128)[:, None] + k64[None, :]
     word_mask = in_rank[:, None] & (lane >= 0)[None, :]
     x_rows = x_ptr + rows[None, :].to(tl.int64) * K + begin * 128 + k64[:, None]
     x_mask = valid[None, :] & (k64 >= 0)[:, None]
     down = tl.zeros((RANKS, BLOCK_M), tl.float32)
-    for unit in tl.range(begin, end, num_stages=STAGES):
+    for unit in tl.range(begin, end, num_stages=TILE.STAGES):
         x0 = tl.load(x_rows, mask=x_mask, other=0.0)
-        if EVEN_K:
+        if TILE.EVEN_K:
             x1 = tl.load(x_rows + 64, mask=x_mask, other=0.0)
         else:
             x1 = tl.load(x_rows + 64, mask=x_mask & (unit * 128 + 64 < K), other=0.0)
         # fp16 scales of both halves, joined like a scale and a zero point
         scale0, scale1 = scale_and_zero(tl.load(scales, mask=in_rank, other=0))
-        if FACTOR_BITS == 3:
+        if TILE.FACTOR_BITS == 3:
             w0 = tl.load(words, mask=word_mask, other=0)
             w1 = tl.load(words + 64, mask=word_mask, other=0)
             w2 = tl.load(words + 128, mask=word_mask, other=0)
@@ -62,14 +65,14 @@ def _down_project(
 
 @triton.jit
 def _finish(
-    parts_ptr, counter_ptr, down_ptr, own, place, inside, split, splits, part_size,
-    RANKS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    result, counter_ptr, own, place, inside, split, splits, part_size, RANKS: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """Store ``own``, fp32 [RANKS, BLOCK_M], as one of ``splits`` parts; store their sum if it is the last of them.
 
     ``place`` [RANKS, BLOCK_M] is that in each part and in the sum. The parts are added in their order, all of them as
     memory has them, so that the same input gives the same bits whichever is last.
     """
+    parts_ptr = result.parts
     tl.store(parts_ptr + split * part_size + place, own, mask=inside)
     tl.debug_barrier()  # one thread counts for all of the program, once all have stored
     done = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
@@ -79,51 +82,44 @@ def _finish(
             # from L2: the cache of this multiprocessor may not know what others wrote
             down += tl.load(parts_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
             parts_ptr += part_size
-        tl.store(down_ptr + place, down.to(down_ptr.dtype.element_ty), mask=inside)
+        tl.store(result.down + place, down.to(result.down.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
     do_not_specialize=["num_pairs", "top_k", "max_blocks", "unit_chunk", "splits", "rank_tiles"],
 )
 def project_kernel(
-    x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, down_ptr, parts_ptr, counters_ptr,
-    pairs_ptr, experts_ptr, num_blocks_ptr, ids_ptr, map_ptr,
-    K, num_pairs, top_k, max_rank, max_blocks, unit_chunk, splits, rank_tiles,
-    PARTS: tl.constexpr, FACTOR_BITS: tl.constexpr, RANKS: tl.constexpr,
-    BF16: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, SUB_BLOCKS: tl.constexpr, STAGES: tl.constexpr, FINISH: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, factor, result, blocks, K, num_pairs, top_k, max_rank, max_blocks, unit_chunk, splits, rank_tiles,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """V·x of BLOCK_M pairs, RANKS ranks and ``unit_chunk`` units of K; SUB_BLOCKS of them are a block of the GEMM.
+    """V·x of BLOCK_M pairs, RANKS ranks and ``unit_chunk`` units of K.
 
-    FINISH: parts, fp32 [splits, num_pairs, max_rank], are added to down, 16 bits [num_pairs, max_rank], with counters
-    int32 [blocks, rank_tiles] that start at 0 and end at ``splits`` where a block is in use. Else down are the parts.
+    The parameters are those of :mod:`.arguments` and, as ``blocks``, :class:`..blocks.Blocks`; ``max_blocks`` are
+    blocks of the GEMM, ``max_rank`` the ranks of a row of the result, and the last three those of :class:`.plan.Plan`.
     """
-    if PDL:
+    if TILE.PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    kind: tl.constexpr = TILE.BLOCKS
+    block_m: tl.constexpr = TILE.BLOCK_M
     program = tl.program_id(0)
     block = program // (splits * rank_tiles)
     split = program % splits
     tile = program // splits % rank_tiles
-    expert = block_expert(
-        experts_ptr, num_blocks_ptr, ids_ptr, map_ptr, block // SUB_BLOCKS, max_blocks, HAS_MAP, BLOCKS
-    )  # fmt: skip
-    pairs = load_pairs(pairs_ptr, block, num_pairs, max_blocks * SUB_BLOCKS, BLOCK_M, BLOCKS)
+    expert = block_expert(blocks, block // TILE.SUB_BLOCKS, max_blocks, TILE.HAS_MAP, kind)
+    pairs = load_pairs(blocks, block, num_pairs, max_blocks * TILE.SUB_BLOCKS, block_m, kind)
     if expert >= 0:
         valid = pairs < num_pairs
         rows = tl.where(valid, pairs // top_k, 0)
-        slot = tile * RANKS + tl.arange(0, RANKS)
-        down = _down_project(
-            x_ptr, v_ptr, v_scale_ptr, rank_blocks_ptr, expert, rows, valid, slot, split, unit_chunk, K,
-            PARTS, FACTOR_BITS, RANKS, BF16, ASM, EVEN_K, BLOCK_M, STAGES,
-        )  # fmt: skip
+        slot = tile * TILE.RANKS + tl.arange(0, TILE.RANKS)
+        own = _down_project(x_ptr, factor, K, expert, rows, valid, slot, split, unit_chunk, TILE)
         place = pairs[None, :].to(tl.int64) * max_rank + slot[:, None]
         inside = valid[None, :] & (slot < max_rank)[:, None]
         part_size = tl.cast(num_pairs, tl.int64) * max_rank
-        if FINISH:
-            counter_ptr = counters_ptr + block * rank_tiles + tile
+        if TILE.FINISH:
+            counter_ptr = result.counters + block * rank_tiles + tile
             _finish(
-                parts_ptr, counter_ptr, down_ptr, down, place, inside, split, splits, part_size, RANKS, BLOCK_M
+                result, counter_ptr, own, place, inside, split, splits, part_size, TILE.RANKS, block_m
             )  # fmt: skip
         else:
-            tl.store(down_ptr + split * part_size + place, down.to(down_ptr.dtype.element_ty), mask=inside)
+            tl.store(result.down + split * part_size + place, own.to(result.down.dtype.element_ty), mask=inside)

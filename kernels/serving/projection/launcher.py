@@ -16,9 +16,10 @@ import torch
 import triton
 
 from ...launch import LaunchMode, launch
-from ..blocks import block_kind
+from ..blocks import block_kind, make_blocks
 from ..layout import KernelWeights
 from ..routing import Routes, TokenBlocks
+from .arguments import Factor, Result, Tile
 from .kernel import project_kernel
 from .plan import RANKS, DownShape, Plan, pipeline_stages, plan
 
@@ -86,30 +87,7 @@ def project(
     down = parts
     if down is None or how.finish:
         down = torch.empty(1, num_pairs, shape.max_rank, dtype=x.dtype, device=x.device)
-    launch(
-        project_kernel,
-        (how.blocks * how.splits * how.rank_tiles,),
-        mode,
-        x,
-        weights.v,
-        weights.v_scale,
-        weights.rank_blocks,
-        down,
-        parts if how.finish else None,
-        counters if how.finish else None,
-        blocks.pairs,
-        blocks.experts,
-        blocks.num_blocks,
-        None if routes is None else routes.ids,
-        None if routes is None else routes.expert_map,
-        k,
-        num_pairs,
-        top_k,
-        shape.max_rank,
-        blocks.max_blocks,
-        how.chunk,
-        how.splits,
-        how.rank_tiles,
+    tile = Tile(
         PARTS=(weights.rank_blocks.shape[0] - 1) // num_experts,
         FACTOR_BITS=factor_bits,
         RANKS=RANKS,
@@ -123,6 +101,24 @@ def project(
         STAGES=pipeline_stages(routes is None, how.block_m),
         FINISH=how.finish,
         PDL=mode.early,
+    )
+    launch(
+        project_kernel,
+        (how.blocks * how.splits * how.rank_tiles,),
+        mode,
+        x,
+        Factor(weights.v, weights.v_scale, weights.rank_blocks),
+        Result(down, parts if how.finish else None, counters if how.finish else None),
+        make_blocks(blocks, routes),
+        k,
+        num_pairs,
+        top_k,
+        shape.max_rank,
+        blocks.max_blocks,
+        how.chunk,
+        how.splits,
+        how.rank_tiles,
+        TILE=tile,
         num_warps=4,
     )
     return down

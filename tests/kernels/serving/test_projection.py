@@ -197,7 +197,7 @@ def record_finishes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen, launch = [], launcher.launch
 
     def noted(*arguments, **constants):
-        seen.append(constants["FINISH"])
+        seen.append(constants["TILE"].FINISH)
         launch(*arguments, **constants)
 
     monkeypatch.setattr(launcher, "launch", noted)
