@@ -69,10 +69,10 @@ def fused_moe(
     fast = _is_fast(x, down, first, second, spec)
     dtype = x.dtype
     needs_sums = first.needs_sums(spec.group_size)
-    source, blocks, counters = prepare(
+    source, blocks, (planned13, planned2) = prepare(
         x, routes, num_experts, first.block_m, spec.group_size, fast, needs_sums, downs, mode
     )
-    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, downs[0], counters[0], mode)
+    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
     source = source._replace(down=down13)
     if fast:
         hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *format_, first, mode, spec.activation)
@@ -81,7 +81,7 @@ def fused_moe(
         half = [gate_up.columns // 2] * 2
         y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *format_, first, mode, dtype)
         source = Projected(*activate(y, spec.activation, spec.group_size, dtype, mode), None)
-    down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, downs[1], counters[1], mode)
+    down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
     return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)

@@ -35,8 +35,10 @@ def linear(
     needs_sums = config.needs_sums(spec.group_size)
     half = x.dtype == torch.bfloat16 and not needs_sums and rows.shape[1] <= MAX_ROW
     shape = DownShape(largest_rank([spec.ranks]), layer.units, config.split_k)
-    source, blocks, counters = prepare(rows, None, 1, config.block_m, spec.group_size, half, needs_sums, [shape], mode)
-    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, shape, counters[0], mode)
+    source, blocks, (planned,) = prepare(
+        rows, None, 1, config.block_m, spec.group_size, half, needs_sums, [shape], mode
+    )
+    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, planned, mode)
     source = source._replace(down=down)
     y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
     return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)

@@ -16,7 +16,7 @@ import triton.language as tl
 from ..launch import LaunchMode, launch
 from .activation import power_of_two
 from .layout import UNIT
-from .projection.launcher import Projected, allocate_counters
+from .projection.launcher import Planned, Projected, allocate_counters
 from .projection.plan import DownShape, plan
 from .routing import Routes, TokenBlocks, allocate_blocks, sort_expert, sort_sizes
 
@@ -114,8 +114,8 @@ def prepare(
     need_sums: bool,
     downs: Sequence[DownShape],
     mode: LaunchMode,
-) -> tuple[Projected, TokenBlocks, list[torch.Tensor]]:
-    """Return the input of a GEMM, without V·x, the pairs in blocks, and counters for every V·x of the layer.
+) -> tuple[Projected, TokenBlocks, list[Planned]]:
+    """Return the input of a GEMM, without V·x, the pairs in blocks, and the plan of every V·x of the layer.
 
     In fp16 (``half``), x of a bf16 model loses nothing that matters: bf16 has 8 significant bits and fp16 11, so values
     down to 2^-15 of a row's largest lose nothing, smaller ones what is 2^-25 of it.
@@ -132,9 +132,9 @@ def prepare(
         mode: how to launch.
 
     Returns:
-        The input, its sums empty where not needed; the blocks; and for each of ``downs`` its counters, int32, 0 once
-        this launch is done, empty where not needed. A single token, each of whose pairs is a block, and a dense layer
-        need no sort.
+        The input, its sums empty where not needed; the blocks; and for each of ``downs`` its plan with its counters,
+        which are 0 once this launch is done. A single token, each of whose pairs is a block, and a dense layer need no
+        sort.
     """
     rows, k = x.shape
     units = triton.cdiv(k, UNIT)
@@ -153,10 +153,10 @@ def prepare(
     sort = blocks.pairs is not None
     bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
     plans = [plan(down, blocks, routes is None, mode.early) for down in downs]
-    buffer, counters = allocate_counters(plans, x.device)
+    buffer, planned = allocate_counters(plans, x.device)
     programs = row_programs + (num_experts if sort else 0) + triton.cdiv(buffer.numel(), COUNTERS)
     if programs == 0:
-        return source, blocks, counters
+        return source, blocks, planned
     half_row = triton.next_power_of_2(k) if half else 0
     launch(
         _prepare_kernel,
@@ -189,4 +189,4 @@ def prepare(
         PDL=mode.early,
         num_warps=_warps(num_pairs if sort else 0, chunk, half_row),
     )
-    return source, blocks, counters
+    return source, blocks, planned

@@ -21,7 +21,7 @@ from ..layout import KernelWeights
 from ..routing import Routes, TokenBlocks
 from .arguments import Factor, Result, Tile
 from .kernel import project_kernel
-from .plan import RANKS, DownShape, Plan, pipeline_stages, plan
+from .plan import RANKS, Plan, pipeline_stages
 
 
 class Projected(NamedTuple):
@@ -43,12 +43,24 @@ class Projected(NamedTuple):
     norm: torch.Tensor | None = None
 
 
-def allocate_counters(plans: Sequence[Plan], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return uninitialized counters, int32, as one buffer and as its parts for each plan."""
+class Planned(NamedTuple):
+    """A V·x of a layer, worked out before the layer's first launch.
+
+    Attributes:
+        plan: how it is spread over programs.
+        counters: int32, empty where the programs need none. The layer's first launch sets them to 0, for one use.
+    """
+
+    plan: Plan
+    counters: torch.Tensor
+
+
+def allocate_counters(plans: Sequence[Plan], device: torch.device) -> tuple[torch.Tensor, list[Planned]]:
+    """Return uninitialized counters, int32, as one buffer and as its parts with each plan."""
     # each part at a multiple of 16 bytes: kernels are compiled anew for other addresses
     sizes = [triton.cdiv(one.counters, 4) * 4 for one in plans]
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    return buffer, list(buffer.split(sizes))
+    return buffer, [Planned(*pair) for pair in zip(plans, buffer.split(sizes), strict=True)]
 
 
 def project(
@@ -58,8 +70,7 @@ def project(
     routes: Routes | None,
     top_k: int,
     factor_bits: int,
-    shape: DownShape,
-    counters: torch.Tensor,
+    planned: Planned,
     mode: LaunchMode,
 ) -> torch.Tensor | None:
     """Return V·x as in :class:`Projected`.
@@ -71,22 +82,21 @@ def project(
         routes: where the pairs go; None for a dense layer, whose pairs are its rows.
         top_k: pairs that share a row of x.
         factor_bits: 3, 8 or 16.
-        shape: of V·x.
-        counters: int32, of :func:`..prepare.prepare` for this shape: 0 on the device by now, and for one use.
+        planned: what :func:`..prepare.prepare` returned for this V·x.
         mode: how to launch.
     """
-    if shape.max_rank == 0:
+    how, counters = planned
+    if how.max_rank == 0:
         return None
     rows, k = x.shape
     num_pairs = rows if routes is None else routes.num_pairs
     num_experts = weights.packed.shape[0]
-    how = plan(shape, blocks, routes is None, mode.early)
     parts = None
     if how.splits > 1:
-        parts = torch.empty(how.splits, num_pairs, shape.max_rank, dtype=torch.float32, device=x.device)
+        parts = torch.empty(how.splits, num_pairs, how.max_rank, dtype=torch.float32, device=x.device)
     down = parts
     if down is None or how.finish:
-        down = torch.empty(1, num_pairs, shape.max_rank, dtype=x.dtype, device=x.device)
+        down = torch.empty(1, num_pairs, how.max_rank, dtype=x.dtype, device=x.device)
     tile = Tile(
         PARTS=(weights.rank_blocks.shape[0] - 1) // num_experts,
         FACTOR_BITS=factor_bits,
@@ -113,7 +123,7 @@ def project(
         k,
         num_pairs,
         top_k,
-        shape.max_rank,
+        how.max_rank,
         blocks.max_blocks,
         how.chunk,
         how.splits,

@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     """How V·x is spread over programs.
 
     Attributes:
+        max_rank: that of the :class:`DownShape`.
         block_m: pairs of a program.
         sub_blocks: so many are a block of the GEMM.
         blocks: blocks of ``block_m`` pairs, in use or not.
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
         finish: whether the last program of a block and a rank tile adds the parts.
     """
 
+    max_rank: int
     block_m: int
     sub_blocks: int
     blocks: int
@@ -95,7 +97,8 @@ def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Pla
     count = blocks.max_blocks * sub_blocks
     rank_tiles = triton.cdiv(shape.max_rank, RANKS)
     if rank_tiles == 0:
-        return Plan(block_m, sub_blocks, count, 0, 1, shape.units, False)
+        return Plan(0, block_m, sub_blocks, count, 0, 1, shape.units, False)
     splits = _splits(dense, blocks.block_m, shape.split_k, count * rank_tiles, shape.units, early)
     finish = splits > 1 and _finishes(dense, blocks.block_m)
-    return Plan(block_m, sub_blocks, count, rank_tiles, splits, triton.cdiv(shape.units, splits), finish)
+    chunk = triton.cdiv(shape.units, splits)
+    return Plan(shape.max_rank, block_m, sub_blocks, count, rank_tiles, splits, chunk, finish)

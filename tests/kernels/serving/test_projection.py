@@ -92,12 +92,12 @@ class Projection:
         mode = launch_mode(x.device, few_tokens=True)
         shape = DownShape(max(sum(expert) for expert in self.padded), self.prepared.units, 1)
         # as if there were two in a layer, of which this is the second
-        _, blocks, (_, counters) = prepare.prepare(
+        _, blocks, (_, planned) = prepare.prepare(
             x, routes, len(case.ranks), case.block_m, 64, False, True, [shape, shape], mode
         )
         top_k = case.top_k or 1
-        down = launcher.project(x, self.prepared, blocks, routes, top_k, case.bits, shape, counters, mode)
-        return down, counters, blocks, plan(shape, blocks, routes is None, mode.early)
+        down = launcher.project(x, self.prepared, blocks, routes, top_k, case.bits, planned, mode)
+        return down, planned.counters, blocks, planned.plan
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float64 [pairs, ranks], and which of them mean anything."""
