@@ -87,7 +87,7 @@ def main(capability: int, everything: bool, asm: bool) -> None:
             names = pointer_names(kernel.arg_names, values)
             early = options.get("launch_pdl", False)
             if kernel.__module__.startswith(SERVING) and (
-                found := violations(kernel.__name__, made.asm["ptx"], names, early)
+                found := violations(kernel.__name__, made.asm["ptx"], made.asm["ttir"], names, early)
             ):
                 raise ValueError(f"{kernel.__name__} breaks the protocol of launches: it {found[0]}; {options}")
             used, allowed = made.metadata.shared, SHARED_BYTES[capability]

@@ -35,7 +35,10 @@ def _activation_kernel(
     y_ptr, h_ptr, sums_ptr, size, num_pairs,
     ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h = act(gate)·up of one pair over UNITS units, and its sums; y [SPLIT_K, num_pairs, 2·size], gate first."""
+    """h = act(gate)·up of one pair over UNITS units, and its sums; y [SPLIT_K, num_pairs, 2·size], gate first.
+
+    Its step in :mod:`.protocol` is ``ACTIVATE``.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

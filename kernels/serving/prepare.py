@@ -73,6 +73,8 @@ def _prepare_kernel(
 ):  # fmt: skip
     """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), zeros in the counters, and of x either
     fp16 rows of up to HALF_ROW (if > 0) or sums. The sort takes longest, and starts first.
+
+    Its step in :mod:`.protocol` is ``PREPARE``.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

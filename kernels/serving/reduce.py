@@ -16,7 +16,10 @@ def _weighted_sum_kernel(
     TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTED: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[token] = Σ weight·y over its pairs with a local expert, y [SPLIT_K, pairs, H] as partial sums."""
+    """out[token] = Σ weight·y over its pairs with a local expert, y [SPLIT_K, pairs, H] as partial sums.
+
+    Its step in :mod:`.protocol` is ``WEIGHTED_SUM``.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -71,6 +74,10 @@ def weighted_sum(
 
 @triton.jit(do_not_specialize=["size"])
 def _sum_splits_kernel(y_ptr, out_ptr, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out = Σ y over SPLIT_K parts of ``size`` values.
+
+    Its step in :mod:`.protocol` is ``SUM_SPLITS``.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -52,6 +52,9 @@ def test_every_kernel_is_compiled_ahead(tmp_path: Path):
     found = json.loads(run_script("note_launches.py", cache=tmp_path))
     assert set(found["left"].values()) == {0}, found
     assert all(5 < number < 60 for number in found["ahead"].values()), found
+    for layers, keys, different in found["ranks"].values():
+        assert 3 <= keys < layers, "layers share their keys"
+        assert different == 0, "layers of one key launch the same kernels"
     assert found["compiled"] == [found["noted"], 0], "launches are told apart as Triton does"
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+def rank_step(max_rank: int, parts: int) -> int:
+    """Return the ranks that the up-projection takes at a time, for the largest rank of an expert over all parts."""
+    return 64 if max_rank >= 64 * parts else 16
+
+
 class GemmConfig(NamedTuple):
     """A tile and how it is run.
 

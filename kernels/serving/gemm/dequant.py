@@ -21,6 +21,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .proved import warn_if_unproved
+
+warn_if_unproved(triton.__version__)
+
 _FP16_ONE = tl.constexpr(5.9604644775390625e-08)  # 2^-24
 
 
@@ -236,7 +240,7 @@ def finished(acc, ASM: tl.constexpr):
 
     A warpgroup's MMA reads its A operand from registers while the warp goes on. Triton (3.6) lets the last product of a
     loop's turn run into the next one, which writes those registers anew: results are then wrong now and then. A use of
-    the sum by anything but a product makes it wait; with ASM one that emits nothing.
+    the sum by anything but a product makes it wait; with ASM one that emits nothing. See :mod:`.proved`.
     """
     if ASM:
         return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=False, pack=1)

@@ -19,8 +19,9 @@ def gemm_kernel(
 
     The parameters are those of :mod:`.arguments` and, as ``blocks``, :class:`..blocks.Blocks`; ``max_blocks`` are the
     blocks of the grid. GROUP_BLOCKS neighbouring blocks, mostly of one expert, go through the tiles together.
+
+    Its steps in :mod:`..protocol` are ``GEMM`` and ``GEMM_ALONE``.
     """
-    # the launch before is then the one of V·x, which has waited for all others
     late_wait: tl.constexpr = TILE.PDL and TILE.HAS_RANK
     if TILE.PDL and not late_wait:
         tl.extra.cuda.gdc_wait()
@@ -51,7 +52,7 @@ def gemm_kernel(
         share: tl.constexpr = block_m // tail_m
         few = load_pairs(blocks, block * share, num_pairs, max_blocks * share, tail_m, kind)
     if expert < 0:
-        # one program must wait, or the launch after could overtake the one before; others would be in tiles' places
+        # the protocol's rule 3: one program must wait, and others would be in tiles' places
         if late_wait:  # noqa: SIM102 (a constant, which Triton must see by itself)
             if tl.program_id(0) + tl.program_id(1) == 0:
                 tl.extra.cuda.gdc_wait()

@@ -13,7 +13,7 @@ from ..layout import KernelWeights
 from ..projection.launcher import Projected
 from ..routing import Routes, TokenBlocks
 from .arguments import Activations, Compensators, Output, RowScales, Shape, Tile, Weights
-from .config import GemmConfig
+from .config import GemmConfig, rank_step
 from .kernel import gemm_kernel
 
 MAX_PARTS = 4
@@ -145,7 +145,7 @@ def _launch(
         SPLIT_K=config.split_k,
         STAGES=config.num_stages,
         GROUP_BLOCKS=config.group_blocks,
-        RANK_STEP=64 if max_rank >= 64 * len(widths) else 16,
+        RANK_STEP=rank_step(max_rank, len(widths)),
         ACTIVATION=activation,
         PDL=mode.early,
     )

@@ -54,7 +54,7 @@ def compute_tile(
     )  # fmt: skip
     if TILE.PDL and TILE.HAS_RANK:
         tl.extra.cuda.gdc_wait()
-    if TILE.PDL:  # not sooner: what is launched next would take the place of this launch's own tiles
+    if TILE.PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # once more: registers are short in the loop
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)

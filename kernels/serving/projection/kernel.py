@@ -70,16 +70,16 @@ def _finish(
     """Store ``own``, fp32 [RANKS, BLOCK_M], as one of ``splits`` parts; store their sum if it is the last of them.
 
     ``place`` [RANKS, BLOCK_M] is that in each part and in the sum. The parts are added in their order, all of them as
-    memory has them, so that the same input gives the same bits whichever is last.
+    memory has them, so that the same input gives the same bits whichever is last. :mod:`..protocol` says why in this
+    order, with a barrier and ``.cg``.
     """
     parts_ptr = result.parts
     tl.store(parts_ptr + split * part_size + place, own, mask=inside)
-    tl.debug_barrier()  # one thread counts for all of the program, once all have stored
+    tl.debug_barrier()
     done = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     if done == splits - 1:
         down = tl.zeros((RANKS, BLOCK_M), tl.float32)
         for _ in tl.range(0, splits, loop_unroll_factor=128 // BLOCK_M):  # as many loads as registers have room for
-            # from L2: the cache of this multiprocessor may not know what others wrote
             down += tl.load(parts_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
             parts_ptr += part_size
         tl.store(result.down + place, down.to(result.down.dtype.element_ty), mask=inside)
@@ -96,6 +96,7 @@ def project_kernel(
 
     The parameters are those of :mod:`.arguments` and, as ``blocks``, :class:`..blocks.Blocks`; ``max_blocks`` are
     blocks of the GEMM, ``max_rank`` the ranks of a row of the result, and the last three those of :class:`.plan.Plan`.
+    Its step in :mod:`..protocol` is ``PROJECT``.
     """
     if TILE.PDL:
         tl.extra.cuda.gdc_wait()

@@ -12,6 +12,11 @@ RANKS = 64
 """Ranks of a program: fewer would not be multiplied by a whole warpgroup, and take as long."""
 
 
+def rank_tiles(max_rank: int) -> int:
+    """Return the parts of the ranks; 0 for none."""
+    return triton.cdiv(max_rank, RANKS)
+
+
 class DownShape(NamedTuple):
     """What is known of a V·x before its input.
 
@@ -95,10 +100,10 @@ def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Pla
     block_m = min(64, blocks.block_m)
     sub_blocks = blocks.block_m // block_m
     count = blocks.max_blocks * sub_blocks
-    rank_tiles = triton.cdiv(shape.max_rank, RANKS)
-    if rank_tiles == 0:
+    tiles = rank_tiles(shape.max_rank)
+    if tiles == 0:
         return Plan(0, block_m, sub_blocks, count, 0, 1, shape.units, False)
-    splits = _splits(dense, blocks.block_m, shape.split_k, count * rank_tiles, shape.units, early)
+    splits = _splits(dense, blocks.block_m, shape.split_k, count * tiles, shape.units, early)
     finish = splits > 1 and _finishes(dense, blocks.block_m)
     chunk = triton.cdiv(shape.units, splits)
-    return Plan(shape.max_rank, block_m, sub_blocks, count, rank_tiles, splits, chunk, finish)
+    return Plan(shape.max_rank, block_m, sub_blocks, count, tiles, splits, chunk, finish)
