@@ -13,6 +13,8 @@ Rows come in blocks, so that what a tile loads is contiguous:
     V of an expert [r, K]      ->  int32 [r/16, K/128, 3, 16, 4]
     Uᵀ of an expert [N, r]     ->  int16 [r/16, N, 4], lane t's four codes k = 8·h + 2·t + b in its four nibbles
 
+:data:`EXAMPLE` follows some codes of a unit into the bits of its words; :mod:`.gemm.dequant` takes them out again.
+
 K is padded to 128 with codes 0 (no waste unless K is an odd multiple of 64), ranks of each part to 16.
 """
 
@@ -35,6 +37,35 @@ FIRST_HALF = ((0, 0), (1, 0), (2, 0), (0, 2), (1, 2), (2, 2), (0, 4), (1, 4))
 """(word, field) of pairs 0..7. Fields 0, 2 and 4 reach bit 0 of a half by shifts of 0, 6 and 12."""
 SECOND_HALF = ((0, 1), (1, 1), (2, 1), (0, 3), (1, 3), (2, 3), (2, 4))
 """(word, field) of pairs 8..14, read at bit 3; pair 15 is in the spare bits."""
+
+
+class Bits(NamedTuple):
+    """Where a code stands in the 3 words of each of the 4 lanes of a unit.
+
+    Attributes:
+        lane: of the MMA.
+        word: of the lane, for each of the code's bits, the lowest first.
+        bit: of that word, likewise.
+    """
+
+    lane: int
+    word: tuple[int, int, int]
+    bit: tuple[int, int, int]
+
+
+EXAMPLE = {
+    0: Bits(lane=0, word=(0, 0, 0), bit=(0, 1, 2)),  # the first pair's first code: word 0, field 0
+    1: Bits(lane=0, word=(0, 0, 0), bit=(16, 17, 18)),  # its second code, in the other half of the word
+    2: Bits(lane=1, word=(0, 0, 0), bit=(0, 1, 2)),  # two codes a lane
+    8: Bits(lane=0, word=(1, 1, 1), bit=(0, 1, 2)),  # h = 1: pair 1, in word 1
+    16: Bits(lane=0, word=(2, 2, 2), bit=(0, 1, 2)),  # i = 1: pair 2, in word 2
+    24: Bits(lane=0, word=(0, 0, 0), bit=(6, 7, 8)),  # pair 3: word 0, field 2
+    56: Bits(lane=0, word=(1, 1, 1), bit=(12, 13, 14)),  # pair 7: word 1, field 4
+    64: Bits(lane=0, word=(0, 0, 0), bit=(3, 4, 5)),  # the second half: pair 8 in word 0, field 1
+    117: Bits(lane=2, word=(2, 2, 2), bit=(28, 29, 30)),  # pair 14: word 2, field 4
+    127: Bits(lane=3, word=(0, 1, 2), bit=(31, 31, 31)),  # pair 15: one bit in each word
+}
+"""A worked example: where some of the 128 codes of a unit stand, each by its number k."""
 
 
 class KernelWeights(NamedTuple):

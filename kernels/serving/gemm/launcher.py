@@ -1,4 +1,4 @@
-"""GEMM on 3-bit weights, grouped by expert or dense, with the compensators' up-projection in the epilogue."""
+"""Launches the GEMM, alone or with the activation function in its epilogue."""
 
 from __future__ import annotations
 
