@@ -121,34 +121,8 @@ def _launch(
     x = source.x
     rows, k = x.shape
     _check(x, weights, widths, blocks, group_size, config)
-    scale = "products"
-    if config.scales_weights(group_size):
-        scale = "weights" if source.row_scale is None else "fast"
+    tile = _make_tile(source, widths, blocks, routes, group_size, factor_bits, config, mode, activation)
     max_rank = 0 if source.down is None else source.down.shape[2]
-    tile = Tile(
-        PARTS=len(widths),
-        GROUP=group_size,
-        FACTOR_BITS=factor_bits,
-        HAS_RANK=source.down is not None,
-        DOWN_SPLITS=1 if source.down is None else source.down.shape[0],
-        BF16=x.dtype == torch.bfloat16,
-        ASM=mode.asm,
-        HAS_MAP=routes is not None and routes.expert_map is not None,
-        BLOCKS=block_kind(blocks, routes),
-        SCALE=scale,
-        EVEN_N=bool(activation) or all(width % config.block_n == 0 for width in widths),
-        EVEN_K=k % 128 == 0,
-        HAS_ROW_SCALE=source.row_scale is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        TAIL_M=config.tail_m if config.tail_m < config.block_m else 0,
-        SPLIT_K=config.split_k,
-        STAGES=config.num_stages,
-        GROUP_BLOCKS=config.group_blocks,
-        RANK_STEP=rank_step(max_rank, len(widths)),
-        ACTIVATION=activation,
-        PDL=mode.early,
-    )
     widths = [*widths, *[0] * (MAX_PARTS - len(widths))]
     launch(
         gemm_kernel,
@@ -169,6 +143,50 @@ def _launch(
         TILE=tile,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
+    )
+
+
+def _make_tile(
+    source: Projected,
+    widths: list[int],
+    blocks: TokenBlocks,
+    routes: Routes | None,
+    group_size: int,
+    factor_bits: int,
+    config: GemmConfig,
+    mode: LaunchMode,
+    activation: str,
+) -> Tile:
+    """Return the constants of a launch."""
+    scale = "products"
+    if activation:
+        scale = "fast"
+    elif config.scales_weights(group_size):
+        scale = "weights" if source.row_scale is None else "fast"
+    max_rank = 0 if source.down is None else source.down.shape[2]
+    return Tile(
+        PARTS=len(widths),
+        GROUP=group_size,
+        FACTOR_BITS=factor_bits,
+        HAS_RANK=source.down is not None,
+        DOWN_SPLITS=1 if source.down is None else source.down.shape[0],
+        BF16=source.x.dtype == torch.bfloat16,
+        ASM=mode.asm,
+        HAS_MAP=routes is not None and routes.expert_map is not None,
+        BLOCKS=block_kind(blocks, routes),
+        SCALE=scale,
+        EVEN_N=bool(activation) or all(width % config.block_n == 0 for width in widths),
+        EVEN_K=source.x.shape[1] % 128 == 0,
+        HAS_ROW_SCALE=source.row_scale is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        TAIL_M=config.tail_m if config.tail_m < config.block_m else 0,
+        SPLIT_K=config.split_k,
+        STAGES=config.num_stages,
+        GROUP_BLOCKS=config.group_blocks,
+        RANK_STEP=rank_step(max_rank, len(widths)),
+        ACTIVATION=activation,
+        PDL=mode.early,
     )
 
 
