@@ -52,7 +52,7 @@ def test_wheel_holds_the_mapped_packages(tmp_path: Path):
         assert {name for name in tops if not name.endswith(".dist-info")} == {"vllm_milo"}
         archive.extractall(tmp_path / "site")
     code = (
-        "import vllm_milo.kernels.ops, vllm_milo.offline.cli, vllm_milo.kernels.triton.layout as layout\n"
+        "import vllm_milo.kernels.ops, vllm_milo.offline.cli, vllm_milo.kernels.serving.layout as layout\n"
         "print(layout.__file__)"
     )
     found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()[-1]
@@ -163,7 +163,7 @@ def imports(path: Path, known: Collection[str] = ()) -> set[str]:
             "offline",
             {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
             | {"vllm_milo", *(f"vllm_milo.{name}" for name in PURE)}
-            | {"vllm_milo.kernels.triton.feedback", "vllm_milo.kernels.triton"},  # the converter's own kernels
+            | {"vllm_milo.kernels.convert.feedback", "vllm_milo.kernels.convert"},  # the converter's own kernels
         ),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vllm_milo.kernels.triton import grid_fit
+from vllm_milo.kernels.convert import grid_fit
 from vllm_milo.offline.nouns import METHODS, PLAIN_METHODS, Recipe
 from vllm_milo.offline.solve.base.group import GroupQuantized, ScaleError, quantize_rtn
 from vllm_milo.offline.solve.base.hqq import NORM, _step, quantize_hqq

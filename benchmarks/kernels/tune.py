@@ -33,10 +33,10 @@ from benchmarks.kernels.timing import Budget, Ceilings, error_text, l2_bytes, me
 from benchmarks.processes import main_command
 from benchmarks.records import environment
 from vllm_milo.kernels import tuned
-from vllm_milo.kernels.triton import fused_moe
-from vllm_milo.kernels.triton.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
-from vllm_milo.kernels.triton.dispatch import MoEShape as LocalShape
-from vllm_milo.kernels.triton.gemm import GemmConfig
+from vllm_milo.kernels.serving import fused_moe
+from vllm_milo.kernels.serving.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
+from vllm_milo.kernels.serving.dispatch import MoEShape as LocalShape
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
 Configs = tuple[GemmConfig, GemmConfig]
 """The tiles of a layer's two GEMMs, gate/up first."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the converter. Imported only where Triton is used."""
