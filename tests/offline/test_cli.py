@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import TEXT
 
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.expert_use import read_expert_counts
 from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.evaluation.perplexity import perplexity
-
-TEXT = Path(__file__).parent / "assets" / "valid.txt"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import TEXT
 
 from vllm_milo.offline.calibration.moment_source import PlainSquares
 from vllm_milo.offline.calibration.text_moments import Moment
@@ -28,7 +29,6 @@ from vllm_milo.offline.solve.metric import metric_of
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.tokens import read_tokens
 
-TEXT = Path(__file__).parent / "assets" / "valid.txt"
 FEW = ("--max-rounds", "2", "--quiet")
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import vllm_runner
 from serving import post, serve
-from test_vllm_models import MODELS, assert_matches, job
 from tiny_models import logprobs
 from transformers import AutoTokenizer
+from vllm_jobs import MODELS, assert_matches, job
 
 from vllm_milo.offline.evaluation.model import load_model
 
