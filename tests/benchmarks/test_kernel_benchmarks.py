@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import kernel_report
@@ -37,9 +38,17 @@ def test_outputs_left_poisoned_are_refused(value: float):
         check_outputs([torch.zeros(2)])
 
 
-def test_time_calls_times_one_call():
-    timing, outputs = time_calls([lambda: torch.ones(1)] * 4, CPU, 0.01)
-    assert 0 < timing.minimum <= timing.median < 0.01
+def test_time_calls_times_one_call(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+
+    def call() -> torch.Tensor:
+        nonlocal now
+        now += 0.25
+        return torch.ones(1)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    timing, outputs = time_calls([call] * 4, CPU, 0.01)
+    assert (timing.minimum, timing.median) == (0.25, 0.25)
     assert timing.replays >= 3
     assert len(outputs) == 4
 

@@ -6,6 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
+import pytest
+
 from vllm_milo.offline.calibration.moment_source import PlainSquares
 from vllm_milo.offline.calibration.whole_model import calibrate
 from vllm_milo.offline.calibration.windows import spread_windows
@@ -18,6 +20,7 @@ from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
 
 
+@pytest.mark.slow
 def test_calibrated_beats_data_free_beats_paper_at_equal_bits(
     bundled_model: Path, tmp_path: Path, trained_model, trained_tokens
 ):

@@ -17,13 +17,13 @@ def recipe_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["recipe"]
 
 
-def test_the_default_needs_nothing_but_the_weights(bundled_model: Path, tmp_path: Path, monkeypatch):
+def test_the_default_needs_nothing_but_the_weights(sources: dict[str, Path], tmp_path: Path, monkeypatch):
     rounds = []
     monkeypatch.setattr(
         "vllm_milo.offline.cli.quantize.convert", lambda *a, **o: rounds.append(a[2]) or convert(*a, **o)
     )
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.ROUNDS", 3)
-    arguments = ["quantize", str(bundled_model), "--quiet", "-o"]
+    arguments = ["quantize", str(sources["olmoe"]), "--quiet", "-o"]
     for number, options in enumerate([[], ["--preset", "small"], ["--method", "milo", "--ranks", "dense=8"]]):
         out = tmp_path / str(number)
         assert main([*arguments, str(out), *options]) == 0
