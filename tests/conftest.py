@@ -8,11 +8,12 @@ from pathlib import Path
 
 # before torch: the models are too small for threads, which wait for each other longer than they compute,
 # above all where two test processes and vLLM share two cores
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
+torch.set_num_threads(1)  # where something has imported it before
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
