@@ -7,22 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import TEXT
 
 from vllm_milo.offline.cli import main
-from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.evaluation.expert_use import read_expert_counts
-from vllm_milo.offline.evaluation.model import load_model
-from vllm_milo.offline.evaluation.perplexity import perplexity
-
-TEXT = Path(__file__).parent / "assets" / "valid.txt"
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> dict[str, Path]:
     """The bundled model by every method."""
     root = tmp_path_factory.mktemp("methods")
-    for method, ranks in (("rtn", None), ("hqq", None), ("paper", "dense=16,kurtosis=8")):
-        options = ["--ranks", ranks] if ranks else []
+    compensated = ["--ranks", "dense=16,kurtosis=8", "--max-rounds", "6"]
+    for method, options in (("rtn", []), ("hqq", []), ("paper", compensated)):
         arguments = ["quantize", str(bundled_model), "-o", str(root / method), "--method", method, "--quiet", *options]
         assert main(arguments) == 0
     return {method: root / method for method in ("rtn", "hqq", "paper")}
@@ -36,7 +31,7 @@ def eval_json(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -
 
 def test_methods_are_ordered(quantized: dict[str, Path], bundled_model: Path, capsys: pytest.CaptureFixture[str]):
     folders = [bundled_model, quantized["paper"], quantized["hqq"], quantized["rtn"]]
-    found = [eval_json(folder, capsys, "--max-windows", "40")["perplexity"] for folder in folders]
+    found = [eval_json(folder, capsys, "--max-windows", "12")["perplexity"] for folder in folders]
     assert found == sorted(found)
     assert found[0] < 30  # the trained model; its unigram perplexity is 915
     assert found[1] - found[0] < 0.7 * (found[2] - found[0])
@@ -49,40 +44,6 @@ def test_eval_states_its_protocol(bundled_model: Path, capsys: pytest.CaptureFix
     assert result["tokens"] == 1024
     assert main(["eval", str(bundled_model), "--text", str(TEXT), "--max-windows", "1", "--quiet"]) == 0
     assert "protocol: window 512" in capsys.readouterr().out
-
-
-def test_perplexity_is_the_mean_over_windows_of_new_tokens(bundled_model: Path):
-    model = load_model(bundled_model)
-    tokens = torch.randint(3, 4096, (1000,), generator=torch.Generator().manual_seed(0))
-    found = perplexity(model, tokens, window=256, stride=100)
-    losses, scored = [], 0
-    with torch.inference_mode():
-        for start in range(0, 999, 100):
-            end = min(start + 256, 1000)
-            logits = model(input_ids=tokens[None, start:end]).logits[0].double().log_softmax(-1)
-            new = [i for i in range(start + 1, end) if i >= max(scored, start + 1)]
-            if not new:
-                break
-            losses.append(-sum(float(logits[i - start - 1, tokens[i]]) for i in new) / len(new))
-            scored = end
-    assert found.windows == len(losses)
-    assert found.perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
-
-
-def test_stats_feed_the_frequency_policy(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    counts = tmp_path / "counts.json"
-    arguments = ["stats", str(bundled_model), "--text", str(TEXT), "-o", str(counts), "--max-windows", "4", "--quiet"]
-    assert main(arguments) == 0
-    table = read_expert_counts(counts)
-    assert len(table) == 4
-    assert {sum(row) for row in table.values()} == {4 * 512 * 3}  # windows, tokens, experts a token
-    options = ["--ranks", "frequency=16", "--expert-counts", str(counts), "--max-rounds", "1", "--quiet"]
-    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
-    capsys.readouterr()
-    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
-    ranks = json.loads(capsys.readouterr().out)["ranks"]["routed_expert"]
-    assert ranks["mean"] == pytest.approx(16, abs=0.7)
-    assert ranks["max"] > ranks["min"]
 
 
 @pytest.mark.parametrize(
@@ -104,12 +65,6 @@ def test_errors_go_to_stderr(bundled_model: Path, tmp_path: Path, capsys: pytest
     assert captured.err.startswith("milo quantize: error: ")
     assert message in captured.err
     assert not (tmp_path / "out").exists()
-
-
-def test_expert_counts_of_another_form(tmp_path: Path):
-    (tmp_path / "counts.json").write_text("[1, 2]")
-    with pytest.raises(ConversionError, match="no expert_counts; make it with `milo stats"):
-        read_expert_counts(tmp_path / "counts.json")
 
 
 def test_text_that_cannot_be_read(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

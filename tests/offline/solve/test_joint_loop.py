@@ -1,103 +1,23 @@
-"""The joint loop: low-rank factors in a metric, stored inside the loop, and the best state seen."""
+"""The joint loop: low-rank factors stored inside the loop, and the best state seen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from random_matrices import all_moments, trained_like
 
 from vllm_milo.offline.nouns import Moments, Recipe
 from vllm_milo.offline.solve import joint_loop
 from vllm_milo.offline.solve.base.least_squares import quantize_mse
-from vllm_milo.offline.solve.compensator.factors import store_factor
-from vllm_milo.offline.solve.compensator.low_rank import leading_rows, store_pair
-from vllm_milo.offline.solve.compensator.orthonormal import orthonormal_rows
 from vllm_milo.offline.solve.joint_loop import quantize_jointly
 from vllm_milo.offline.solve.methods import quantize_matrices
 from vllm_milo.offline.solve.metric import metric_of
 
 
-def trained_like(*shape):
-    """Weights with a few strong directions, as attention's."""
-    rank = 8
-    left, right = torch.randn(*shape[:-1], rank), torch.randn(*shape[:-2], rank, shape[-1])
-    return 0.02 * torch.randn(shape) + 0.02 * left @ right
-
-
-def moment(batch, size):
-    """A second moment with outlier channels and correlations."""
-    samples = torch.randn(batch, 4 * size, size) * torch.logspace(-1, 1, size)
-    samples = samples + torch.randn(batch, 4 * size, 1)
-    return samples.mT @ samples / samples.shape[1]
-
-
-def metrics(batch, n, k):
-    full = Moments(moment(batch, k), moment(batch, n))
-    diagonal = Moments(*(part.diagonal(dim1=-2, dim2=-1) for part in (full.inputs, full.outputs)))
-    return {"none": Moments(), "diagonal": diagonal, "full": full}
-
-
-@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
-def test_cost_is_the_trace_form(kind):
-    moments = metrics(2, 64, 128)[kind]
-    error = torch.randn(2, 64, 128)
-    inputs = torch.eye(128).expand(2, -1, -1) if moments.inputs is None else moments.inputs
-    outputs = torch.eye(64).expand(2, -1, -1) if moments.outputs is None else moments.outputs
-    inputs, outputs = (torch.diag_embed(part) if part.dim() == 2 else part for part in (inputs, outputs))
-    expected = (outputs @ error @ inputs @ error.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
-    # the damping of the moments adds a little
-    assert torch.allclose(metric_of(moments).cost(error), expected, rtol=0.05 if kind != "none" else 1e-5)
-
-
-@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
-def test_rows_are_whitened_and_back(kind):
-    metric = metric_of(metrics(2, 64, 128)[kind])
-    u, v = torch.randn(2, 8, 64), torch.randn(2, 8, 128)
-    whitened = metric.whiten(u.mT @ v)
-    left, right = metric.whiten_rows(u, of_inputs=False), metric.whiten_rows(v, of_inputs=True)
-    assert torch.allclose(left.mT @ right, whitened, rtol=1e-3, atol=1e-3)
-    assert torch.allclose(metric.color_rows(left, of_inputs=False), u, atol=1e-3)
-    assert torch.allclose(metric.color_rows(right, of_inputs=True), v, atol=1e-3)
-
-
-def test_singular_moments_are_damped():
-    samples = torch.randn(1, 3, 128)
-    metric = metric_of(Moments(samples.mT @ samples))
-    assert torch.isfinite(metric.color_rows(torch.randn(1, 4, 128), of_inputs=True)).all()
-
-
-def test_leading_rows_are_orthonormal_and_near_the_best():
-    matrix = torch.randn(2, 256, 192)
-    left, right = leading_rows(matrix, 24, torch.Generator().manual_seed(0))
-    assert torch.allclose(left @ left.mT, torch.eye(24).expand(2, -1, -1), atol=1e-4)
-    best = torch.linalg.svdvals(matrix)[:, 24:].norm(dim=1)
-    assert ((matrix - left.mT @ right).flatten(1).norm(dim=1) < 1.02 * best).all()
-    again, _ = leading_rows(matrix, 24, torch.Generator().manual_seed(0), start=right)
-    assert again.shape == left.shape
-
-
-def test_dependent_rows_stay_finite():
-    rows = torch.randn(1, 4, 64).repeat(1, 2, 1)
-    rows[:, 0] = 0
-    assert torch.isfinite(orthonormal_rows(rows)).all()
-
-
-@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
-def test_refitted_factors_cost_less_than_stored_ones(kind):
-    metric = metric_of(metrics(2, 128, 192)[kind])
-    residual = trained_like(2, 128, 192)
-    whitened = metric.whiten(residual)
-    left, right = leading_rows(whitened, 16, torch.Generator().manual_seed(0))
-    root = right.norm(dim=-1, keepdim=True).sqrt()
-    u, v = metric.color_rows(left * root, of_inputs=False), metric.color_rows(right / root, of_inputs=True)
-    plain = store_factor(u, 3, torch.float32).dequantize().mT @ store_factor(v, 3, torch.float32).dequantize()
-    fitted = store_pair(whitened, right, metric, 3, torch.float32).product()
-    assert (metric.cost(residual - fitted) < 0.95 * metric.cost(residual - plain)).all()
-
-
 @pytest.mark.parametrize("bits", [3, 8, 16])
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_more_rounds_and_more_ranks_never_cost_more(kind, bits):
-    weights, moments = trained_like(2, 64, 128), metrics(2, 64, 128)[kind]
+    weights, moments = trained_like(2, 64, 128), all_moments(2, 64, 128)[kind]
 
     def cost(rank, rounds):
         recipe = Recipe(factor_bits=bits, max_rounds=rounds)
@@ -137,7 +57,7 @@ def test_each_matrix_of_a_batch_takes_its_own_beginning():
 def test_ranks_of_a_batch_do_not_meet(kind, bits):
     """A matrix gets beside others of other ranks what it gets alone, and nothing beyond its own rank."""
     ranks = [8, 24, 24, 40, 16]
-    weights, moments = trained_like(5, 64, 128), metrics(5, 64, 128)[kind]
+    weights, moments = trained_like(5, 64, 128), all_moments(5, 64, 128)[kind]
     recipe = Recipe(factor_bits=bits, max_rounds=4)
     together = quantize_matrices(weights, ranks, recipe, torch.bfloat16, moments)
     assert together.u.values.shape == (5, 40, 64)
@@ -199,7 +119,7 @@ def test_same_seed_same_result():
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_a_gpu_gets_as_far_as_a_cpu(kind, rank):
     """Its products are less precise, kernels do its sums, and its random sketches are others, which alone count 3 %."""
-    weights, moments = trained_like(8, 128, 256), metrics(8, 128, 256)[kind]
+    weights, moments = trained_like(8, 128, 256), all_moments(8, 128, 256)[kind]
     metric = metric_of(moments)
 
     def cost(device):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from readme import ROOT
 from tiny_models import TEXT, logprobs
 from transformers import AutoTokenizer
 from vllm_runner import ENVIRONMENT
@@ -19,7 +20,7 @@ from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
-LAUNCHER = Path(__file__).resolve().parent.parent / "benchmarks" / "accuracy" / "lm_eval_cpu.py"
+LAUNCHER = ROOT / "benchmarks" / "accuracy" / "lm_eval_cpu.py"
 ITEMS = 8
 
 TASK = """\

@@ -1,4 +1,4 @@
-"""Ranks under a byte budget, and the data-free sensitivity they are weighed by."""
+"""Ranks under a byte budget."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.nouns import Kind, Matrix, Moments, Recipe
 from vllm_milo.offline.ranks.allocation import Curve, allocate, measure_curves
 from vllm_milo.offline.ranks.budget import base_bits, rank_bits
-from vllm_milo.offline.ranks.sensitivity import sensitivity
 from vllm_milo.offline.solve.methods import quantize_matrices
-from vllm_milo.offline.source.families import FAMILIES
 
 MATRICES = [Matrix(f"m{index}", Kind.ATTENTION, 256, 256) for index in range(4)]
 
@@ -23,13 +21,6 @@ def stored_bits(ranks, matrices, recipe):
 
 def geometric(start, factor, steps=16):
     return Curve([start * factor**step for step in range(steps)])
-
-
-def test_bits_of_the_format():
-    assert base_bits(64) == 3.5
-    assert base_bits(128) == 3.25
-    assert rank_bits(MATRICES[0], 3) == 512 * 3.25
-    assert rank_bits(MATRICES[0], 16) == 512 * 16
 
 
 @pytest.mark.parametrize("budget", [3.25, 3.3, 3.6, 3.75, 4.5])
@@ -96,18 +87,3 @@ def test_large_matrices_get_a_partial_spectrum(monkeypatch):
     assert 4 < len(partial.costs) < len(exact.costs)
     for found, expected in zip(partial.costs, exact.costs, strict=False):
         assert found == pytest.approx(expected, rel=0.08)
-
-
-def test_sensitivity_follows_use():
-    expert = Matrix("model.layers.0.mlp.experts.3.up_proj", Kind.ROUTED_EXPERT, 64, 64, "model.layers.0.mlp.experts", 3)
-    shared = Matrix("model.layers.0.mlp.shared_expert.up_proj", Kind.SHARED_EXPERT, 64, 64)
-    config = {"num_experts": 32, "num_experts_per_tok": 4}
-    family = FAMILIES["qwen2_moe"]
-    normalized = sensitivity(expert, family, config | {"norm_topk_prob": True})
-    assert normalized == pytest.approx(sensitivity(shared, family, config) / 8)
-    assert sensitivity(expert, family, config) < normalized
-    mixtral = expert._replace(name="model.layers.0.block_sparse_moe.experts.3.w3")
-    config = {"num_local_experts": 8, "num_experts_per_tok": 2}
-    assert sensitivity(mixtral, FAMILIES["mixtral"], config) == pytest.approx(0.7 / 4)
-    value = Matrix("model.layers.0.self_attn.v_proj", Kind.ATTENTION, 64, 64)
-    assert sensitivity(value, family, config) > sensitivity(value._replace(name="x.q_proj"), family, config)

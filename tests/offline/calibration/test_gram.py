@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,12 @@ from vllm_milo.offline.calibration.text_moments import Calibration
 from vllm_milo.offline.calibration.whole_model import calibrate
 from vllm_milo.offline.calibration.windows import spread_windows
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
-from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.model import load_model
-from vllm_milo.offline.nouns import Kind, LoadedMatrix, Matrix, Moments, Recipe
-from vllm_milo.offline.solve import joint_loop
-from vllm_milo.offline.solve.methods import quantize_matrices
+from vllm_milo.offline.nouns import Kind, LoadedMatrix, Matrix, Recipe
 from vllm_milo.offline.solve.metric import metric_of
-from vllm_milo.offline.solve.precision import exact_products, fast_products
 from vllm_milo.offline.source.layers import Layer
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.tokens import read_tokens
@@ -155,6 +150,7 @@ def test_signs_of_norms_count(sources: dict[str, Path], tmp_path: Path):
     assert torch.isfinite(load(folder, 0)[1].of([query], CPU).inputs).all()
 
 
+@pytest.mark.xdist_group("measured")
 def test_they_foretell_what_a_text_gives(bundled_model: Path, measured: Calibration):
     """Deviations from the identity point the same way; of random weights they would be orthogonal."""
 
@@ -227,60 +223,6 @@ def test_layers_without_a_norm_or_with_other_projections_are_named(sources: dict
         grams.group(other)
 
 
-@pytest.mark.parametrize("rank", [0, 8, [8, 16, 24]])
-def test_a_shared_moment_is_one_for_each(rank: int | list[int]):
-    weights = torch.randn(3, 64, 128) * 0.05
-    samples = torch.randn(512, 128) * torch.logspace(-1, 1, 128)
-    shared = (samples.mT @ samples / 512).unsqueeze(0)
-    for feedback in (None, 1):
-        recipe = Recipe(max_rounds=4, feedback_rounds=feedback)
-        once, stacked = (
-            quantize_matrices(weights, rank, recipe, torch.bfloat16, Moments(moment))
-            for moment in (shared, shared.expand(3, -1, -1).contiguous())
-        )
-        assert torch.allclose(once.errors, stacked.errors, rtol=0.02)
-    one = slice(2, 3)
-    assert Moments(shared).select(one).inputs is shared
-    assert torch.equal(Moments(shared, weights).select(one).outputs, weights[one])
-
-
-def test_feedback_in_the_last_rounds_only(monkeypatch: pytest.MonkeyPatch):
-    calls = []
-    feed = joint_loop.quantize_with_feedback
-    monkeypatch.setattr(
-        joint_loop, "quantize_with_feedback", lambda w, *others: (calls.append(len(w)), feed(w, *others))[1]
-    )
-    monkeypatch.setattr(joint_loop, "PLAIN_WINS", 0)  # one path goes on
-    weights, moments = torch.randn(2, 64, 128) * 0.05, Moments(torch.eye(128).unsqueeze(0))
-
-    def count(rank: int, rounds: int, feedback: int | None) -> int:
-        calls.clear()
-        recipe = Recipe(max_rounds=rounds, feedback_rounds=feedback)
-        quantize_matrices(weights, rank, recipe, torch.bfloat16, moments)
-        return len(calls)
-
-    assert count(8, 6, 2) == 2
-    assert count(8, 6, 0) == 0
-    assert count(8, 2, 2) == 2 * 3  # two paths, each with a beginning
-    assert count(8, 6, None) == 2 * 4 + 4  # beginnings, two rounds and trials of both paths, then four of one
-    assert count(0, 6, 0) == 1  # the only base there is
-
-
-def test_feedback_at_the_end_gains_most_of_what_it_gains_in_all_rounds():
-    samples = torch.randn(2000, 16) @ torch.randn(16, 128) + 0.3 * torch.randn(2000, 128)
-    moments = Moments((samples.mT @ samples / 2000).unsqueeze(0))
-    weights = torch.randn(4, 64, 128) * 0.05
-
-    def cost(feedback: int | None) -> float:
-        recipe = Recipe(max_rounds=10, feedback_rounds=feedback)
-        found = quantize_matrices(weights, 8, recipe, torch.bfloat16, moments)
-        return float(metric_of(moments).cost(weights - found.dequantize()).sum())
-
-    never, late, always = cost(0), cost(2), cost(None)
-    assert always <= late < never
-    assert never - late > 0.6 * (never - always)
-
-
 def loss(folder: Path, out: Path, source: WeightMoments | PlainSquares, measured: Calibration) -> float:
     """The loss that errors cost by measured moments and gradients, thousandths of a nat."""
     recipe = Recipe(group_size=128, max_rounds=6, feedback_rounds=2)
@@ -293,60 +235,8 @@ def loss(folder: Path, out: Path, source: WeightMoments | PlainSquares, measured
     )
 
 
+@pytest.mark.xdist_group("measured")
 def test_they_lower_the_loss_at_equal_bits(bundled_model: Path, tmp_path: Path, measured: Calibration):
     weighed = loss(bundled_model, tmp_path / "a", WeightMoments(), measured)
     plain = loss(bundled_model, tmp_path / "b", PlainSquares(), measured)
     assert weighed < 0.95 * plain
-
-
-def recipe_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["recipe"]
-
-
-def test_the_default_needs_nothing_but_the_weights(bundled_model: Path, tmp_path: Path, monkeypatch):
-    rounds = []
-    monkeypatch.setattr(
-        "vllm_milo.offline.cli.quantize.convert", lambda *a, **o: rounds.append(a[2]) or convert(*a, **o)
-    )
-    monkeypatch.setattr("vllm_milo.offline.cli.quantize.ROUNDS", 3)
-    arguments = ["quantize", str(bundled_model), "--quiet", "-o"]
-    for number, options in enumerate([[], ["--preset", "small"], ["--method", "milo", "--ranks", "dense=8"]]):
-        out = tmp_path / str(number)
-        assert main([*arguments, str(out), *options]) == 0
-        record = recipe_of(out)
-        assert (record["calibration"], record["max_rounds"], record["feedback_rounds"]) == ("weights", 3, 2)
-        assert isinstance(rounds.pop().calibration, WeightMoments)
-    out = tmp_path / "none"
-    assert main([*arguments, str(out), "--calibration", "none", "--max-rounds", "1"]) == 0
-    assert "calibration" not in recipe_of(out)
-    assert isinstance(rounds.pop().calibration, PlainSquares)
-    out = tmp_path / "paper"
-    assert main([*arguments, str(out), "--method", "paper", "--ranks", "dense=8", "--max-rounds", "1"]) == 0
-    assert isinstance(rounds.pop().calibration, PlainSquares)
-
-
-@pytest.mark.parametrize("calibration", ["weights", "none"])
-def test_moments_of_a_text_need_one(bundled_model: Path, tmp_path: Path, capsys, calibration: str):
-    options = ["--calibration", calibration, "--calibration-moments", "full", "--quiet"]
-    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 1
-    assert "--calibration-moments full is about a text: add --calibration TEXT or self" in capsys.readouterr().err
-
-
-def test_precision_is_lowered_on_gpus_and_restored():
-    before = torch.get_float32_matmul_precision()
-    with fast_products(CPU):
-        assert torch.get_float32_matmul_precision() == before
-    with fast_products(torch.device("cuda")):
-        assert torch.get_float32_matmul_precision() == "high"
-        with exact_products(torch.device("cuda")):
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
-
-    def fail() -> None:
-        with fast_products(torch.device("cuda")):
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert torch.get_float32_matmul_precision() == before

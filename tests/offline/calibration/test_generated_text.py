@@ -16,41 +16,36 @@ from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.evaluation.perplexity import perplexity
 
 
-@pytest.fixture(scope="module")
-def model(bundled_model: Path):
-    return load_model(bundled_model)
-
-
-def test_windows_are_whole_texts_of_the_model(model):
-    windows = write_windows(model, BATCH + 2, 96)
+def test_windows_are_whole_texts_of_the_model(trained_model):
+    windows = write_windows(trained_model, BATCH + 2, 96)
     assert windows.shape == (BATCH + 2, 96)
     assert windows.dtype == torch.int64
-    assert (windows[:, 0] == model.config.bos_token_id).all()
-    assert not (windows[:, 1:] == model.config.eos_token_id).any()
+    assert (windows[:, 0] == trained_model.config.bos_token_id).all()
+    assert not (windows[:, 1:] == trained_model.config.eos_token_id).any()
     assert len(windows.unique(dim=0)) == BATCH + 2
     # the model finds its own text likely, and a text of random tokens not
-    own = perplexity(model, windows.flatten(), window=96, stride=96).perplexity
-    noise = torch.randint(3, model.config.vocab_size, (96 * 4,))
-    assert own < 0.02 * perplexity(model, noise, window=96, stride=96).perplexity
+    own = perplexity(trained_model, windows.flatten(), window=96, stride=96).perplexity
+    noise = torch.randint(3, trained_model.config.vocab_size, (96 * 4,))
+    assert own < 0.02 * perplexity(trained_model, noise, window=96, stride=96).perplexity
 
 
-def test_the_seed_decides_and_the_generator_is_left_alone(model):
+def test_the_seed_decides_and_the_generator_is_left_alone(trained_model):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first, again, other = (write_windows(model, 2, 24, seed) for seed in (1, 1, 2))
+    first, again, other = (write_windows(trained_model, 2, 24, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_models_without_a_first_token_begin_elsewhere(model, monkeypatch: pytest.MonkeyPatch):
-    end = model.config.eos_token_id
-    monkeypatch.setattr(model.config, "bos_token_id", None)
-    assert (write_windows(model, 2, 8)[:, 0] == end).all()
-    monkeypatch.setattr(model.config, "eos_token_id", [end])
-    assert (write_windows(model, 2, 8)[:, 0] == end).all()
-    monkeypatch.setattr(model.config, "eos_token_id", None)
-    assert len(write_windows(model, 4, 8)[:, 0].unique()) > 1
+def test_models_without_a_first_token_begin_elsewhere(trained_model, monkeypatch: pytest.MonkeyPatch):
+    end = trained_model.config.eos_token_id
+    monkeypatch.setattr(trained_model.config, "bos_token_id", None)
+    assert (write_windows(trained_model, 2, 8)[:, 0] == end).all()
+    monkeypatch.setattr(trained_model.config, "eos_token_id", [end])
+    assert (write_windows(trained_model, 2, 8)[:, 0] == end).all()
+    monkeypatch.setattr(trained_model.config, "eos_token_id", None)
+    assert len(write_windows(trained_model, 4, 8)[:, 0].unique()) > 1
 
 
 def test_a_model_of_nan_is_named(bundled_model: Path):

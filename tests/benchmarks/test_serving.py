@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,15 +65,14 @@ def test_bytes_are_counted_once_and_by_kind():
 
 
 def test_a_failing_contender_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def job(folder: Path, *_: object) -> dict:
-        raise_in_worker = {"engine": {"no_such_argument": 1}, "batches": [], "throughput": {}}
-        return {"folder": str(folder / "absent"), "vocab": 10, **raise_in_worker}
+    """With something in place of vLLM that fails at once."""
+    (tmp_path / "vllm.py").write_text("raise ImportError('no_such_module')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
-    monkeypatch.setattr(decode, "job", job)
     output = tmp_path / "serve.json"
     decode.main(["-o", str(output), "--model", "tiny", "--contenders", "bf16"])
     row = json.loads(output.read_text())["rows"][0]
-    assert "no_such_argument" in row["error"]
+    assert "no_such_module" in row["error"]
     assert "Failed:" in output.with_suffix(".md").read_text()
 
 

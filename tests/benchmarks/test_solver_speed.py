@@ -28,5 +28,5 @@ def test_rows_hold_parts_and_what_they_add_up_to(tmp_path: Path, monkeypatch: py
         assert row["model_seconds"] == pytest.approx(32 * row["layer_seconds"])
     assert fixed["parts"]["o_proj"]["ranks"] == 32  # 512 of 4096
     assert fixed["parts"]["o_proj"]["errors"] < hqq["parts"]["o_proj, q_proj"]["errors"]
-    assert balanced["allocation_seconds"] > 0.01
+    assert balanced["allocation_seconds"] > 0
     assert sum(part["ranks"] for part in balanced["parts"].values()) > 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_runner
-from test_vllm_models import MODELS, assert_matches, job
 from tiny_models import logprobs
 from transformers import AutoTokenizer
+from vllm_jobs import MODELS, assert_matches, job
 
 from benchmarks.serving.server import post, serve
 from vllm_milo.offline.evaluation.model import load_model
