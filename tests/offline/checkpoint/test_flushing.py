@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_milo.offline.writer import CheckpointWriter
+from vllm_milo.offline.checkpoint.writer import CheckpointWriter
 
 
 def test_files_and_folder_are_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -30,10 +30,10 @@ def test_files_and_folder_are_flushed_before_the_rename(tmp_path: Path, monkeypa
     (source / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
-    with CheckpointWriter(out, shard_bytes=64) as writer:
+    with CheckpointWriter(out, source, shard_bytes=64) as writer:
         for name in "ab":
             writer.add(name, torch.zeros(32))
-        writer.seal({"model_type": "mixtral"}, source, {"milo.json": {}})
+        writer.seal({"model_type": "mixtral"}, {"milo.json": {}})
         writer.publish()
     assert unflushed == [set()]
     assert {path.name for path in out.iterdir()} >= {"config.json", "tokenizer.json", "milo.json"}
