@@ -8,6 +8,8 @@ PYTHON ?= python3
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-$(DEVICE)
+# each test goes to whoever is free; those of one xdist_group share a server or what else is slow to make
+TEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: setup demo test test-slow lint clean
 
@@ -23,13 +25,13 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(TEST) -m 'not slow'
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .

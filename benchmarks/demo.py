@@ -1,6 +1,6 @@
 """The main job from end to end: quantize the bundled MoE, serve it with vLLM, answer a request, show the numbers.
 
-python benchmarks/demo.py            # what `make demo` runs, after setting up .venv
+python -m benchmarks.demo            # what `make demo` runs, after setting up .venv
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from serving import post, serve
 
+from benchmarks.serving.server import post, serve
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.evaluation.perplexity import Perplexity, perplexity

@@ -1,11 +1,11 @@
 """Train a small MoE on real text, so that demo, tests and accuracy tables have weights with structure.
 
-    python benchmarks/train_model.py --preset bundled --data DATA --out OUT
+    python -m benchmarks.train_model --preset bundled --data DATA --out OUT
 
 DATA holds token ids (train.bin.xz and valid.bin, uint16) and the tokenizer they were made with. The preset
 ``bundled`` made tests/assets/tiny-qwen2-moe; it has a tokenizer of its own, so its text is encoded anew (with
 ``--encode-only`` into a data folder that later runs take, without a GPU). ``large`` is the
-few-hundred-million-parameter model of benchmarks/large_model.py, ``smoke`` a minute's check of all that on a CPU.
+few-hundred-million-parameter model of accuracy/large_model.py, ``smoke`` a minute's check of all that on a CPU.
 Training of the others needs a GPU and takes minutes.
 """
 

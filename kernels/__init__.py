@@ -1,4 +1,17 @@
-"""Arithmetic of MiLo: packing of 3-bit codes, reference paths, Triton GEMMs and the operators that join them.
+"""Arithmetic of MiLo: the operators, what they compute, and the Triton kernels that compute it.
 
-Imports only torch, and triton lazily.
+What every backend shares stands here:
+
+- :mod:`.ops`: the operators ``milo::linear`` and ``milo::fused_moe``, and the choice of a backend.
+- :mod:`.weights`: the tensors of a layer in the checkpoint layout. :mod:`.packing`: its 3-bit codes.
+- :mod:`.reference`: the operators in plain torch. :mod:`.bounds`: how large an expert's outputs can get.
+
+For Triton there are two rooms, and what both need:
+
+- :mod:`.serving`: the kernels that serve a layer.
+- :mod:`.convert`: the kernels that the converter uses on GPUs.
+- :mod:`.launch`: how kernels are launched, or noted. :mod:`.warm_up`: compiles noted kernels when a layer is loaded.
+- :mod:`.tuned`: files of tiles that were tuned for a shape and a device.
+
+The package imports only torch, and triton where it is used.
 """

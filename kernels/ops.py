@@ -56,7 +56,7 @@ def choose_backend(operator: str, device_type: str) -> str:
 def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> list[torch.Tensor]:
     """Return a linear layer's tensors as ``backend`` takes them."""
     if backend == "triton":
-        from .triton.layout import prepare_linear
+        from .serving.layout import prepare_linear
 
         return list(prepare_linear(weights, spec))
     return list(weights)
@@ -65,7 +65,7 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> li
 def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list[torch.Tensor]:
     """Return one expert GEMM's tensors as ``backend`` takes them."""
     if backend == "triton":
-        from .triton.layout import prepare_experts
+        from .serving.layout import prepare_experts
 
         return list(prepare_experts(weights, spec.group_size, spec.factor_bits))
     return list(weights)
@@ -119,7 +119,7 @@ def _linear(
 ) -> torch.Tensor:
     spec = LinearSpec(widths, ranks, group_size, factor_bits)
     if backend == "triton":
-        from .triton import linear as triton_linear
+        from .serving import linear as triton_linear
 
         return triton_linear.linear(x, weights, spec)
     return reference.linear(x, LinearWeights(*weights), spec)
@@ -145,7 +145,7 @@ def _fused_moe(
 ) -> torch.Tensor:
     spec = MoESpec(group_size, factor_bits, activation, router_weight_on_input, max_ranks)
     if backend == "triton":
-        from .triton import fused_moe as triton_moe
+        from .serving import fused_moe as triton_moe
 
         return triton_moe.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
     return reference.fused_moe(x, topk_weights, topk_ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)

@@ -78,7 +78,7 @@ def load(experts: int, intermediate: int, device_name: str) -> dict[int, dict[st
             logger.info("MiLo experts use the tuned configuration %s", folder / name)
             return read_file(folder / name)
     logger.info(
-        "MiLo experts use heuristic tiles: no %s; benchmarks/tune.py makes one, %s names its folder",
+        "MiLo experts use heuristic tiles: no %s; python -m benchmarks.kernels.tune makes one, %s names its folder",
         name,
         FOLDER_VARIABLE,
     )

@@ -2,7 +2,8 @@
 
 Triton compiles a kernel at its first use, and there are dozens, by number of tokens: otherwise the first requests, or
 the capture of CUDA graphs, would wait for one after the other. Here the layer is called for many numbers of tokens
-while launches are only noted, and what differs is compiled in threads. Layers of the same shape share the kernels.
+while launches are only noted, and what differs is compiled in threads. Layers share the kernels if their keys are equal
+(:func:`linear_key`, :func:`moe_key`): a key holds no ranks, but what kernels are compiled for of them.
 ``VLLM_MILO_WARM_UP=0`` leaves it to the first use. Triton keeps compiled kernels on disk for the next start.
 """
 
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from . import ops
-from .weights import LinearSpec, MoESpec
+from .weights import LinearSpec, MoESpec, largest_rank
 
 logger = logging.getLogger("vllm.milo")
 
@@ -57,7 +58,7 @@ def warm_up_linear(
     def call(tokens: int) -> None:
         ops.linear(torch.zeros(tokens, k, dtype=dtype, device=device), weights, spec, backend)
 
-    _warm_up("dense layer", ("linear", _key(weights, spec), k, dtype), call, backend, device, max_tokens)
+    _warm_up("dense layer", lambda: linear_key(weights, spec, k, dtype), call, backend, device, max_tokens)
 
 
 def warm_up_moe(
@@ -94,21 +95,73 @@ def warm_up_moe(
         router = torch.full((tokens, top_k), 1 / top_k, device=device)
         ops.fused_moe(x, router, pairs % experts, expert_map, w13, w2, spec, backend)
 
-    key = ("moe", _key(w13 + w2, spec), expert_map is None, top_k, dtype)
-    _warm_up("experts", key, call, backend, device, max_tokens)
+    def make_key() -> Hashable:
+        return moe_key(w13, w2, expert_map, spec, top_k, dtype)
+
+    _warm_up("experts", make_key, call, backend, device, max_tokens)
 
 
-def _key(weights: Sequence[torch.Tensor], spec: LinearSpec | MoESpec) -> Hashable:
-    return (tuple(weight.shape for weight in weights), str(spec), weights[0].device)
+def linear_key(weights: Sequence[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.dtype) -> Hashable:
+    """Return what determines the kernels of a dense layer; arguments as of :func:`warm_up_linear`."""
+    ranks = rank_kind(largest_rank([spec.ranks]), len(spec.widths))
+    return "linear", _tensor_kinds(weights), tuple(spec.widths), ranks, spec.group_size, spec.factor_bits, k, dtype
+
+
+def moe_key(
+    w13: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
+    expert_map: torch.Tensor | None,
+    spec: MoESpec,
+    top_k: int,
+    dtype: torch.dtype,
+) -> Hashable:
+    """Return what determines the kernels of routed experts; arguments as of :func:`warm_up_moe`."""
+    rank13, rank2 = spec.max_ranks
+    ranks = rank_kind(rank13, 2), rank_kind(rank2, 1)
+    own = spec.group_size, spec.factor_bits, spec.activation, spec.router_weight_on_input
+    return "moe", _tensor_kinds(w13), _tensor_kinds(w2), ranks, own, expert_map is None, top_k, dtype
+
+
+def rank_kind(max_rank: int, parts: int) -> Hashable:
+    """Return all that kernels are compiled for of the ranks, whose largest is as :func:`.weights.largest_rank` counts.
+
+    Their tiles decide how V·x is spread, and with it how many parts of it a GEMM adds. Their step is that of the
+    up-projection. The largest rank itself is only a parameter, and always a multiple of 16.
+    """
+    from .serving.gemm.config import rank_step
+    from .serving.projection.plan import rank_tiles
+
+    return rank_tiles(max_rank), rank_step(max_rank, parts)
+
+
+def _tensor_kinds(weights: Sequence[torch.Tensor]) -> Hashable:
+    """Return what kernels are compiled for of a layer's prepared weights.
+
+    Of the compensators that is no shape: their tensors are flat, or start with the ranks.
+    """
+    from .serving.layout import KernelWeights
+
+    layer = KernelWeights(*weights)
+    shapes = layer.packed.shape, layer.scale_zero.shape, layer.rank_blocks.shape
+    return shapes, tuple((weight.dtype, weight.data_ptr() % 16) for weight in layer), layer.packed.device
 
 
 def _warm_up(
-    what: str, key: Hashable, call: Callable[[int], None], backend: str, device: torch.device, max_tokens: int
+    what: str,
+    make_key: Callable[[], Hashable],
+    call: Callable[[int], None],
+    backend: str,
+    device: torch.device,
+    max_tokens: int,
 ) -> None:
-    if backend != "triton" or device.type != "cuda" or os.environ.get(WARM_UP_VARIABLE) == "0" or key in _done:
+    """Compile what ``call`` launches for up to ``max_tokens`` tokens, unless that was done for a layer of this key."""
+    if backend != "triton" or device.type != "cuda" or os.environ.get(WARM_UP_VARIABLE) == "0":
+        return
+    key = make_key(), max_tokens
+    if key in _done:
         return
     _done.add(key)
-    from .triton.launch import Launch, noting
+    from .launch import Launch, noting
 
     start = time.monotonic()
 

@@ -3,8 +3,9 @@
     python compile_for_gpu.py CAPABILITY usual|all [portable]
 
 Triton compiles for a target, and only loading needs the device. The layers have shapes but no memory. Prints the
-number of kernels; any that does not compile, asks for more shared memory than a block may have there, or writes
-registers that an MMA still reads (:mod:`register_hazards`) is an error.
+number of kernels. A kernel is an error if it does not compile, asks for more shared memory than a block may have there,
+writes registers that an MMA still reads (:mod:`register_hazards`) or breaks the protocol of launches
+(:mod:`protocol_in_ptx`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from unittest import mock
 import torch
 import triton
 from meta_layers import run_converter, run_dense, run_experts
+from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vllm_milo.kernels.triton import dispatch, fused_moe, linear
-from vllm_milo.kernels.triton.gemm import GemmConfig
-from vllm_milo.kernels.triton.launch import LaunchMode
+from vllm_milo.kernels.launch import LaunchMode
+from vllm_milo.kernels.serving import dispatch, fused_moe, linear
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
+SERVING = "vllm_milo.kernels.serving."
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
@@ -51,6 +54,7 @@ def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
     for tokens in (1, 40, 300, 2000) if capability == 90 else (1, 300):
         yield partial(mixtral, tokens)
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
+    yield partial(run_dense, 1, [4096], 4096, 0)
     for group in (32, 64, 128):
         yield partial(run_converter, group)
     if not everything:
@@ -80,6 +84,12 @@ def main(capability: int, everything: bool, asm: bool) -> None:
             done[id(made)] = made
             if found := hazards(instructions(made.asm["cubin"])):
                 raise ValueError(f"{kernel.__name__} writes registers that an MMA still reads: {found[0]}; {options}")
+            names = pointer_names(kernel.arg_names, values)
+            early = options.get("launch_pdl", False)
+            if kernel.__module__.startswith(SERVING) and (
+                found := violations(kernel.__name__, made.asm["ptx"], made.asm["ttir"], names, early)
+            ):
+                raise ValueError(f"{kernel.__name__} breaks the protocol of launches: it {found[0]}; {options}")
             used, allowed = made.metadata.shared, SHARED_BYTES[capability]
             if used > allowed:
                 raise MemoryError(f"{kernel.__name__} wants {used} bytes of shared memory, of {allowed}: {options}")

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 # before torch: the models are too small for threads, which wait for each other longer than they compute,
 # above all where two test processes and vLLM share two cores
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # where something has imported it before
+# for the benchmarks; last, so that vllm_milo is the installed one
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tiny_models import FAMILIES, expert_counts, make_model
+from tiny_models import FAMILIES, TEXT, expert_counts, make_model
 from transformers import AutoConfig
 
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
+from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
+from vllm_milo.offline.source.tokens import read_tokens
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -46,6 +53,18 @@ def _seed() -> None:
 def bundled_model() -> Path:
     """The bundled trained model."""
     return ASSETS / "tiny-qwen2-moe"
+
+
+@pytest.fixture(scope="session")
+def trained_model(bundled_model: Path) -> torch.nn.Module:
+    """The bundled model, loaded; who changes it changes it back."""
+    return load_model(bundled_model)
+
+
+@pytest.fixture(scope="session")
+def trained_tokens(bundled_model: Path) -> torch.Tensor:
+    """A text in the bundled model's tokens."""
+    return read_tokens(bundled_model, TEXT)
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_milo.kernels.triton import feedback, fused_moe, grid_fit, linear
-from vllm_milo.kernels.triton.gemm import GemmConfig
+from vllm_milo.kernels.convert import feedback, grid_fit
+from vllm_milo.kernels.serving import fused_moe, linear
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
 def meta_layer(parts: int, experts: int, n: int, k: int, group: int, bits: int) -> list[torch.Tensor]:
-    """Return a layer as :class:`vllm_milo.kernels.triton.layout.KernelWeights` holds it."""
+    """Return a layer as :class:`vllm_milo.kernels.serving.layout.KernelWeights` holds it."""
     units = -(-k // 128)
     u, v = {3: (torch.int16, torch.int32), 8: (torch.int8, torch.int8), 16: (torch.bfloat16, torch.bfloat16)}[bits]
     tensors = {
@@ -29,6 +30,15 @@ def meta_layer(parts: int, experts: int, n: int, k: int, group: int, bits: int) 
     return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in tensors.values()]
 
 
+def make_experts(
+    experts: int, hidden: int, intermediate: int, ranks: Sequence[int] = (32, 16), group: int = 64, bits: int = 3
+) -> tuple[MoESpec, list[torch.Tensor], list[torch.Tensor]]:
+    """Return a MoE layer; ``ranks`` are the largest of an expert in both GEMMs."""
+    spec = MoESpec(group, bits, "silu", False, list(ranks))
+    w13 = meta_layer(2, experts, 2 * intermediate, hidden, group, bits)
+    return spec, w13, meta_layer(1, experts, hidden, intermediate, group, bits)
+
+
 def run_experts(
     tokens: int,
     experts: int,
@@ -42,11 +52,9 @@ def run_experts(
     tile: GemmConfig | None = None,
 ) -> None:
     """Launch a MoE layer; ``ranks`` are the largest of an expert in both GEMMs, ``tile`` forces that of both."""
-    spec = MoESpec(group, bits, "silu", False, list(ranks))
+    spec, w13, w2 = make_experts(experts, hidden, intermediate, ranks, group, bits)
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     router = torch.empty(tokens, top_k, device="meta")
-    w13 = meta_layer(2, experts, 2 * intermediate, hidden, group, bits)
-    w2 = meta_layer(1, experts, hidden, intermediate, group, bits)
     fused_moe.fused_moe(x, router, router.int(), None, w13, w2, spec, None if tile is None else (tile, tile))
 
 

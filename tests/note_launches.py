@@ -4,25 +4,31 @@
 
 The layers have shapes but no memory. Prints a JSON object: "left", by layer, how many of the kernels that any number of
 tokens takes are not among those that are compiled ahead ("ahead"); "compiled", how many kernels Triton made of some
-noted launches ("noted"), and how many more when they were launched.
+noted launches ("noted"), and how many more when they were launched; "ranks", of layers that differ in their ranks, how
+many there are, how many keys of the warm-up they have, and for how many of the keys the launched kernels differ.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from compile_for_gpu import Driver
-from meta_layers import run_dense, run_experts
+from meta_layers import make_experts, meta_layer, run_dense, run_experts
 
-from vllm_milo.kernels.triton import activation, dispatch, fused_moe, gemm, linear, prepare, project, reduce
-from vllm_milo.kernels.triton.launch import Launch, LaunchMode, noting
-from vllm_milo.kernels.warm_up import token_counts
+from vllm_milo.kernels.launch import Launch, LaunchMode, noting
+from vllm_milo.kernels.serving import activation, dispatch, fused_moe, linear, prepare, reduce
+from vllm_milo.kernels.serving.gemm import kernel as gemm
+from vllm_milo.kernels.serving.projection import kernel as projection
+from vllm_milo.kernels.warm_up import linear_key, moe_key, token_counts
+from vllm_milo.kernels.weights import LinearSpec
 
 LAYERS: dict[str, Callable[[int], None]] = {
     "Mixtral": partial(run_experts, experts=8, top_k=2, hidden=4096, intermediate=14336),
@@ -35,7 +41,7 @@ LAYERS: dict[str, Callable[[int], None]] = {
 MOST = 3000
 KERNELS = [
     value
-    for module in (activation, gemm, prepare, project, reduce)
+    for module in (activation, gemm, prepare, projection, reduce)
     for name, value in vars(module).items()
     if name.endswith("_kernel")
 ]
@@ -52,6 +58,32 @@ def note(run: Callable[[int], None], counts: Iterable[int]) -> dict[Any, Launch]
 def made() -> int:
     """Return how many kernels this process has compiled."""
     return sum(len(caches[0]) for kernel in KERNELS for caches in kernel.device_caches.values())
+
+
+def ragged_experts() -> Iterator[tuple[Any, Callable[[int], None]]]:
+    """Yield the warm-up's key and what runs the layer, of MoE layers that differ in their ranks."""
+    sizes = {"experts": 8, "hidden": 4096, "intermediate": 1792}
+    for ranks in ((0, 0), (16, 16), (32, 16), (64, 48), (80, 64), (112, 64), (128, 80), (144, 96), (176, 128)):
+        spec, w13, w2 = make_experts(**sizes, ranks=ranks)
+        yield moe_key(w13, w2, None, spec, 2, torch.bfloat16), partial(run_experts, top_k=2, **sizes, ranks=ranks)
+
+
+def ragged_dense() -> Iterator[tuple[Any, Callable[[int], None]]]:
+    """Yield likewise of dense layers."""
+    widths, k = [1024, 256, 256], 4096
+    weights = meta_layer(3, 1, sum(widths), k, 64, 3)
+    for rank in (0, 16, 24, 32, 48, 64, 80, 128, 144):
+        spec = LinearSpec(widths, [rank] * 3, 64, 3)
+        yield linear_key(weights, spec, k, torch.bfloat16), partial(run_dense, widths=widths, k=k, rank=rank)
+
+
+def compare_ranks(layers: Iterable[tuple[Any, Callable[[int], None]]]) -> list[int]:
+    """Return the number of layers, of their keys, and of keys whose layers launch different kernels."""
+    launched: dict[Any, list[frozenset[Any]]] = defaultdict(list)
+    for key, run in layers:
+        launched[key].append(frozenset(note(run, [*range(1, 40), 64, 65, 130, 300, 1000, MOST])))
+    different = sum(len(set(kernels)) > 1 for kernels in launched.values())
+    return [sum(map(len, launched.values())), len(launched), different]
 
 
 def main() -> None:
@@ -77,10 +109,12 @@ def main() -> None:
     for one in noted.values():
         one.kernel.warmup(*one.arguments, grid=(1,), **one.constants)
     first = made()
-    with mock.patch.object(type(gemm._gemm_kernel), "__getitem__", only_compile):
+    with mock.patch.object(type(gemm.gemm_kernel), "__getitem__", only_compile):
         for count in (1, 5):
             LAYERS["small experts"](count)
-    json.dump({"left": left, "ahead": ahead, "noted": len(noted), "compiled": [first, made() - first]}, sys.stdout)
+    ranks = {"experts": compare_ranks(ragged_experts()), "dense": compare_ranks(ragged_dense())}
+    compiled = [first, made() - first]
+    json.dump({"left": left, "ahead": ahead, "noted": len(noted), "compiled": compiled, "ranks": ranks}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
     "VLLM_MILO_WARM_UP": "0",  # a test uses few of the kernels that a server might; test_vllm_gpu has servers
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -29,9 +30,7 @@ def run(job: dict[str, Any], folder: Path, timeout: float = 600) -> dict[str, An
     """Run a job in a subprocess and return its results."""
     (folder / "job.json").write_text(json.dumps(job))
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
-    if job["engine"].get("tensor_parallel_size", 1) > 1:
-        environment["OMP_NUM_THREADS"] = "1"
-    else:
+    if job["engine"].get("tensor_parallel_size", 1) == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, __file__, str(folder / "job.json"), str(folder / "out.json")]
     log = folder / "vllm.log"

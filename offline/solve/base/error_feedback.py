@@ -49,7 +49,7 @@ def quantize_group(group: torch.Tensor, factor: torch.Tensor, grid: Grid, codes:
     rounding. On GPUs one kernel does it.
     """
     if group.is_cuda:
-        from vllm_milo.kernels.triton.feedback import quantize_group as quantize_group_on_gpu
+        from vllm_milo.kernels.convert.feedback import quantize_group as quantize_group_on_gpu
 
         return quantize_group_on_gpu(group, factor, grid.scale[..., 0].float(), grid.zero[..., 0].float(), codes)
     scale, zero = grid.scale.float().mT, grid.zero.float().mT

@@ -53,7 +53,7 @@ def quantize_rtn(weights: torch.Tensor, group_size: int) -> GroupQuantized:
 def encode(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> GroupQuantized:
     """Return the nearest codes of weights [..., N, K], on GPUs [B, N, K], on a stored grid fp16 [..., N, K/g]."""
     if weights.is_cuda:
-        from vllm_milo.kernels.triton import grid_fit
+        from vllm_milo.kernels.convert import grid_fit
 
         return GroupQuantized(grid_fit.nearest_codes(weights, scale, zero), scale, zero)
     steps = _groups(weights, scale) / scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)

@@ -54,7 +54,7 @@ def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
 
 def _step_on_gpu(weights: torch.Tensor, scale: torch.Tensor) -> _Step:
     """Return a round as one kernel, which reads the weights once."""
-    from vllm_milo.kernels.triton import grid_fit
+    from vllm_milo.kernels.convert import grid_fit
 
     return lambda zero, beta: grid_fit.half_quadratic_step(weights, scale, zero, beta, NORM)
 

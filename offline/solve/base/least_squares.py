@@ -165,7 +165,7 @@ class _Fitter:
         return _CodeMoments(mean, square - mean.square(), product - mean * self._mean)
 
     def _sums_on_gpu(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        from vllm_milo.kernels.triton import grid_fit
+        from vllm_milo.kernels.convert import grid_fit
 
         share = None if self._share is None else self._share.flatten(-2)
         return grid_fit.code_sums(self._weights, *grid, share)

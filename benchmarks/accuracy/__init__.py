@@ -1,0 +1,1 @@
+"""Perplexity and output errors of quantized models against their stored bits."""

@@ -1,0 +1,1 @@
+"""Times of single layers on a GPU, ours and other kernels', and the search for tiles."""

@@ -1,0 +1,1 @@
+"""Decoding in vLLM, and vLLM's server."""

@@ -1,0 +1,168 @@
+"""Decode latency, throughput and weight memory in vLLM with dummy weights: MiLo against int4 Marlin, bf16, Humming.
+
+    python -m benchmarks.serving.decode -o out/serve.json    # Mixtral-8x7B's shapes, 8 layers
+    python -m benchmarks.serving.decode -o out/serve.json --model qwen3 --layers 48 --contenders milo-s1,bf16
+
+One process and one start of vLLM for each contender: torch.compile and CUDA graphs on, graphs for the measured
+batches only. The latency of a decoding step is the difference of two output lengths, divided by the tokens between.
+milo-s1 and milo-s2 have the ranks of the paper's two strategies: dense layers 1/8 and 1/4 of the hidden size,
+experts 16 and 32, factors in 3 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import main_command
+from benchmarks.records import markdown_table, write_json
+from benchmarks.serving.models import CONTENDERS, MODELS, kv_bytes, write_model
+
+MAX_MODEL_LEN = 512
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+SHOWN_LOG = 4000
+KERNEL_LINES = re.compile(r"(?:Using .*(?:backend|[Kk]ernel)|milo::).*")
+"""What vLLM and the plugin log of the kernels they chose."""
+
+
+def job(folder: Path, config: Mapping[str, Any], contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the worker needs to know."""
+    sequences = max(arguments.batches)
+    engine = {
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": int(1.1 * kv_bytes(dict(config), sequences * MAX_MODEL_LEN)) + 2**26,
+        "enable_prefix_caching": False,
+        "compilation_config": {"cudagraph_capture_sizes": arguments.batches},
+        "enforce_eager": arguments.eager,
+        "moe_backend": CONTENDERS[contender].moe_backend,
+    }
+    return {
+        "folder": str(folder),
+        "engine": engine,
+        "vocab": config["vocab_size"],
+        "batches": arguments.batches,
+        "throughput": {"prompts": arguments.prompts, "input": 128, "output": 128},
+        "profile": arguments.profile,
+    }
+
+
+def measure(contender: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one contender in a process of its own and return its row; a failure's row has an ``error``."""
+    config = write_model(folder / "model", arguments.model, contender, arguments.layers)
+    work = job(folder / "model", config, contender, arguments)
+    (folder / "job.json").write_text(json.dumps(work))
+    log, out = folder / "vllm.log", folder / "out.json"
+    row: dict[str, Any] = {"contender": contender, "model": arguments.model, "layers": arguments.layers}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ENVIRONMENT
+    start = time.monotonic()
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                main_command("benchmarks.serving.worker", str(folder / "job.json"), str(out)),
+                env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT,
+                timeout=arguments.contender_seconds, check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = -1
+            file.write(f"\nstopped after {arguments.contender_seconds:.0f} s\n")
+    row["total_seconds"] = time.monotonic() - start
+    text = log.read_text(errors="replace")
+    row["kernels"] = sorted(set(KERNEL_LINES.findall(text)))
+    if code != 0 or not out.exists():
+        return row | {"error": f"vLLM ended with {code}: ...{text[-SHOWN_LOG:]}"}
+    return row | json.loads(out.read_text())
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure all contenders; the record is written after each."""
+    record: dict[str, Any] = {
+        "benchmark": "serve",
+        "model": arguments.model,
+        "layers": arguments.layers,
+        "batches": arguments.batches,
+        "rows": [],
+        "skipped": [],
+    }
+    deadline = time.monotonic() + arguments.seconds
+    for contender in arguments.contenders:
+        if time.monotonic() > deadline:
+            record["skipped"].append(contender)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            row = measure(contender, arguments, Path(folder))
+        record["rows"].append(row)
+        write_json(arguments.output, record)
+        print(f"{contender}: {row['total_seconds']:.0f} s{', FAILED' if 'error' in row else ''}", flush=True)
+    return record
+
+
+def format_report(record: Mapping[str, Any]) -> str:
+    """Return the table: milliseconds of a decoding step by batch, throughput, memory of the weights."""
+    good = [row for row in record["rows"] if "error" not in row]
+    device = good[0]["environment"] if good else {"device": "?", "torch": "?", "vllm": "?"}
+    title = (
+        f"Decoding in vLLM {device['vllm']} on {device['device']} (torch {device['torch']}): shapes of "
+        f"{record['model']} with {record['layers']} layers, dummy weights. Milliseconds a step."
+    )
+    header = ["contender", *(f"batch {batch}" for batch in record["batches"]), "output tokens/s", "weights, GiB"]
+    lines = [
+        [
+            row["contender"],
+            *(f"{row['decode'][str(batch)]['milliseconds']:.2f}" for batch in record["batches"]),
+            f"{row['throughput']['output_tokens_per_second']:.0f}",
+            f"{sum(row['weight_bytes'].values()) / 2**30:.2f} (experts {row['weight_bytes']['experts'] / 2**30:.2f})",
+        ]
+        for row in good
+    ]
+    failed = [f"- {row['contender']}: {row['error'][-300:]}" for row in record["rows"] if "error" in row]
+    return "\n\n".join([title, markdown_table(header, lines), *(["Failed:", "\n".join(failed)] if failed else [])])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for; write JSON and Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--model", choices=list(MODELS), default="mixtral")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--contenders", default="milo-s1,marlin-int4-g128", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--batches", type=_numbers, default=[1, 16, 32, 64])
+    parser.add_argument("--profile", type=_numbers, default=[], help="batches whose kernels' times are recorded too")
+    parser.add_argument("--prompts", type=int, default=256, help="of the throughput run, 128 tokens in, 128 out")
+    parser.add_argument("--seconds", type=float, default=420, help="start no contender after this long")
+    parser.add_argument("--contender-seconds", type=float, default=280, help="stop a contender after this long")
+    parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs")
+    arguments = parser.parse_args(words)
+    arguments.contenders = arguments.contenders.split(",")
+    unknown = [name for name in arguments.contenders if name not in CONTENDERS]
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}: choose from {', '.join(CONTENDERS)}")
+    text = format_report(run(arguments))
+    arguments.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

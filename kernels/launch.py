@@ -1,0 +1,136 @@
+"""How kernels are launched, or noted to be compiled ahead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+PORTABLE_VARIABLE = "VLLM_MILO_PORTABLE"
+
+
+class LaunchMode(NamedTuple):
+    """How kernels are launched.
+
+    Attributes:
+        asm: use NVIDIA assembly; ``VLLM_MILO_PORTABLE=1`` forbids it.
+        early: launch a kernel before the one before it has ended. It then waits for the other's results by
+            itself (``gdc_wait``); what is saved is the launch latency, a quarter of a layer of small experts.
+    """
+
+    asm: bool
+    early: bool
+
+    def options(self) -> dict[str, Any]:
+        """Return the launch options that go with ``early``."""
+        return {"launch_pdl": True} if self.early else {}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Stands for a tensor where Triton only compiles: it asks for the element type and an address."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        """Return an address that is a multiple of 16 where the tensor's was."""
+        return self.address
+
+
+class Launch(NamedTuple):
+    """A kernel with what it was to be launched with, pointers for tensors."""
+
+    kernel: Any
+    arguments: list[Any]
+    constants: dict[str, Any]
+
+    def key(self) -> Hashable:
+        """Return what Triton compiles the kernel for: launches with equal keys share the machine code."""
+        kinds = (
+            _kind(value, parameter.do_not_specialize)
+            for parameter, value in zip(self.kernel.params, self.arguments, strict=False)  # constants come after those
+        )
+        return self.kernel, tuple(kinds), tuple(sorted(self.constants.items()))
+
+    def compile(self) -> None:
+        """Compile the kernel for the current device, and load it."""
+        _ = self.kernel.warmup(*self.arguments, grid=(1,), **self.constants).run
+
+
+def _kind(value: Any, any_number: bool) -> Hashable:
+    """Return what Triton compiles a kernel for in an argument.
+
+    Of a number that is its width. Unless ``any_number``, it is also whether the number is 1 or a multiple of 16. Within
+    a tuple Triton always looks at that, whatever the parameter says.
+    """
+    if isinstance(value, tuple):
+        return tuple(_kind(field, any_number=False) for field in value)
+    if isinstance(value, int):
+        return value.bit_length() > 31, not any_number and (value == 1, value % 16 == 0)
+    return value
+
+
+def _without_memory(value: Any) -> Any:
+    """Return an argument with pointers for tensors."""
+    if isinstance(value, torch.Tensor):
+        return Pointer(value.dtype, value.data_ptr() % 16)
+    if isinstance(value, tuple):
+        fields = map(_without_memory, value)
+        return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
+    return value
+
+
+_noted: ContextVar[dict[Hashable, Launch] | None] = ContextVar("noted launches", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[Hashable, Launch]]:
+    """Note launches instead of doing them, in this thread: yields those that differ in machine code, by key."""
+    noted: dict[Hashable, Launch] = {}
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], mode: LaunchMode, *arguments: Any, **constants: Any) -> None:
+    """Launch a Triton kernel, or note it; ``arguments`` are in its order, ``constants`` hold launch options too."""
+    constants |= mode.options()
+    noted = _noted.get()
+    if noted is None:
+        kernel[grid](*arguments, **constants)
+        return
+    made = Launch(kernel, [_without_memory(argument) for argument in arguments], constants)
+    noted.setdefault(made.key(), made)
+
+
+@cache
+def launch_mode(device: torch.device, few_tokens: bool) -> LaunchMode:
+    """Return what a device allows (early launches: Hopper and later), and what helps for so many tokens."""
+    nvidia = device.type == "cuda" and torch.version.hip is None and os.environ.get(PORTABLE_VARIABLE) != "1"
+    early = few_tokens and nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+    return LaunchMode(nvidia, early)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; a made-up number in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a tile may take; without a GPU, those of an H100."""
+    if device.type != "cuda":
+        return 227 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])

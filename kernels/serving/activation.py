@@ -1,0 +1,108 @@
+"""The gated activation between the GEMMs while tokens are few; with many the first GEMM's epilogue applies it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import LaunchMode, launch
+from .layout import UNIT
+
+
+class Activated(NamedTuple):
+    """Input of the second GEMM: x [pairs, I] and its sums, as in :class:`.project.Projected`."""
+
+    x: torch.Tensor
+    sums: torch.Tensor
+
+
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """act(gate)·up in fp32, never larger than |gate·up|."""
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-gate)) * up
+    if ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    return gate * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0)) * up  # 0.5·(1 + tanh(inner))
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _activation_kernel(
+    y_ptr, h_ptr, sums_ptr, size, num_pairs,
+    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h = act(gate)·up of one pair over UNITS units, and its sums; y [SPLIT_K, num_pairs, 2·size], gate first.
+
+    Its step in :mod:`.protocol` is ``ACTIVATE``.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pair = tl.program_id(0).to(tl.int64)
+    first_unit = tl.program_id(1) * UNITS
+    k = first_unit * 128 + tl.arange(0, UNITS * 128)
+    inside = k < size
+    gate = tl.zeros((UNITS * 128,), tl.float32)
+    up = tl.zeros((UNITS * 128,), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        row = y_ptr + (split * num_pairs + pair) * (2 * size) + k
+        gate += tl.load(row, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(row + size, mask=inside, other=0.0).to(tl.float32)
+    h = gated(gate, up, ACTIVATION).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + pair * size + k, h, mask=inside)
+    per_unit: tl.constexpr = 128 // SUM
+    group = tl.arange(0, UNITS * per_unit)
+    unit = first_unit + group // per_unit
+    sums = tl.sum(tl.reshape(tl.where(inside, h.to(tl.float32), 0.0), (UNITS * per_unit, SUM)), 1)
+    target = sums_ptr + (unit * num_pairs + pair) * per_unit + group % per_unit
+    tl.store(target, sums, mask=unit < (size + 127) // 128)
+
+
+@triton.jit
+def power_of_two(largest):
+    """(2^e, 2^-e) with 2^e <= largest < 2^(e + 1), within what fp32 holds."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dtype, mode: LaunchMode) -> Activated:
+    """Return act(gate)·up, ``dtype`` [pairs, I], and its sums, as in :class:`.project.Projected`.
+
+    Rows of pairs whose expert is not local hold nothing of use.
+
+    Args:
+        y: the first GEMM's output [split_k, pairs, 2I], gate first.
+        activation: a key of :data:`..reference.ACTIVATIONS`.
+        group_size: 32, 64 or 128.
+        dtype: fp16 or bf16.
+        mode: how to launch.
+    """
+    split_k, num_pairs, both = y.shape
+    size = both // 2
+    units = triton.cdiv(size, UNIT)
+    sum_size = min(group_size, 64)
+    h = torch.empty(num_pairs, size, dtype=dtype, device=y.device)
+    sums = torch.empty(units, num_pairs, 128 // sum_size, dtype=torch.float32, device=y.device)
+    units_a_program = 4
+    launch(
+        _activation_kernel,
+        (num_pairs, triton.cdiv(units, units_a_program)),
+        mode,
+        y,
+        h,
+        sums,
+        size,
+        num_pairs,
+        ACTIVATION=activation,
+        SPLIT_K=split_k,
+        SUM=sum_size,
+        UNITS=units_a_program,
+        PDL=mode.early,
+        num_warps=2,
+    )
+    return Activated(h, sums)

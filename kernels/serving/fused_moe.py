@@ -1,0 +1,94 @@
+"""The routed experts of one layer on Triton. At decode seven launches, of which 2 and 5 run beside 3 and 6:
+
+1. prepare: sums of x, which every tile of the first GEMM needs whole, or x in fp16; sorts the pairs as well, and sets
+   the counters of 2 and 5 to 0
+2. project: V13·x, which the epilogues of the first GEMM need
+3. gemm: gate and up, with U13 in the epilogue
+4. activate: h = act(gate)·up and its sums
+5. project: V2·h
+6. gemm: down, with U2 in the epilogue
+7. weighted_sum: over top-k
+
+With many tokens of a bf16 model 3 applies the activation itself, and hidden activations are read and written once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..launch import launch_mode
+from ..weights import MoESpec
+from .activation import activate
+from .dispatch import MoEShape, moe_configs
+from .gemm.config import GemmConfig
+from .gemm.launcher import gemm, gemm_gated
+from .layout import KernelWeights
+from .prepare import MAX_ROW, prepare
+from .projection.launcher import Projected, project
+from .projection.plan import DownShape
+from .reduce import weighted_sum
+from .routing import Routes
+
+FEW_PAIRS = 16384
+"""Up to so many pairs launches count, and start early."""
+
+
+def fused_moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    spec: MoESpec,
+    configs: tuple[GemmConfig, GemmConfig] | None = None,
+) -> torch.Tensor:
+    """Return the routed experts' weighted sum; arguments as in :func:`..reference.fused_moe`.
+
+    ``w13`` and ``w2`` are :class:`.layout.KernelWeights`. Every shape depends on the shapes of the arguments
+    alone, and nothing waits for the host, so the launches can be captured in a CUDA graph. ``configs`` forces
+    the tiles of the two GEMMs, which must agree in block_m. The same input gives the same bits.
+    """
+    gate_up, down = KernelWeights(*w13), KernelWeights(*w2)
+    tokens, top_k = topk_ids.shape
+    if tokens == 0:
+        return torch.empty_like(x)
+    routes = Routes(topk_ids.contiguous(), expert_map)
+    x = x.contiguous()
+    pairs_per_row = top_k
+    if spec.router_weight_on_input:
+        x = (x.unsqueeze(1) * topk_weights.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
+        pairs_per_row = 1
+    num_experts = gate_up.packed.shape[0]
+    shape = MoEShape(num_experts, down.columns, gate_up.columns // 2, spec.group_size)
+    first, second = configs or moe_configs(tokens, top_k, shape, x.device)
+    mode = launch_mode(x.device, few_tokens=routes.num_pairs <= FEW_PAIRS)
+    rank13, rank2 = spec.max_ranks
+    downs = [DownShape(rank13, gate_up.units, first.split_k), DownShape(rank2, down.units, second.split_k)]
+    format_ = (spec.group_size, spec.factor_bits)
+    fast = _is_fast(x, down, first, second, spec)
+    dtype = x.dtype
+    needs_sums = first.needs_sums(spec.group_size)
+    source, blocks, (planned13, planned2) = prepare(
+        x, routes, num_experts, first.block_m, spec.group_size, fast, needs_sums, downs, mode
+    )
+    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
+    source = source._replace(down=down13)
+    if fast:
+        hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *format_, first, mode, spec.activation)
+        source = Projected(hidden.x, source.sums, None, hidden.row_scale)
+    else:
+        half = [gate_up.columns // 2] * 2
+        y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *format_, first, mode, dtype)
+        source = Projected(*activate(y, spec.activation, spec.group_size, dtype, mode), None)
+    down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
+    source = source._replace(down=down2)
+    y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
+    return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
+
+
+def _is_fast(x: torch.Tensor, down: KernelWeights, first: GemmConfig, second: GemmConfig, spec: MoESpec) -> bool:
+    """Whether both GEMMs scale weights in fp16: many tokens of a bf16 model."""
+    whole = first.split_k == 1 and max(x.shape[1], down.units * 128) <= MAX_ROW
+    scaled = first.scales_weights(spec.group_size) and second.scales_weights(spec.group_size)
+    return x.dtype == torch.bfloat16 and scaled and whole

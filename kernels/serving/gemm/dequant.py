@@ -1,0 +1,247 @@
+"""Device code: from packed codes in registers to MMA operands.
+
+``code_operand`` holds, exactly, BIAS + q·ONE (first half of a unit) or BIAS + 8·q·ONE (second half):
+
+- fp16: codes are the low mantissa bits of subnormals, which tensor cores multiply exactly: BIAS 0, ONE 2^-24.
+- bf16: codes are or-ed to the mantissa of 128: BIAS 128, ONE 1. (``WIDE``: of an fp32 128, one instruction a code.)
+
+From there three ways lead to s·(q - z):
+
+- few tokens: the operand is multiplied as it is, and BIAS, zero point and scale are applied to the fp32 sum of
+  each group (:func:`add_group`). That costs less than scaling weights which few tokens share, and rounds nothing.
+- many tokens: the operand is scaled in fp32 and rounded once (:func:`scaled`).
+- many tokens of a bf16 model: fp16 operands, scaled two at a time (:func:`fast_operand`); the
+  activations go to fp16 with a power of two a row, which loses nothing.
+
+The first two return fp32(s·(q - z)), rounded once, for an identity input; the last what is within one step of bf16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .proved import warn_if_unproved
+
+warn_if_unproved(triton.__version__)
+
+_FP16_ONE = tl.constexpr(5.9604644775390625e-08)  # 2^-24
+
+
+@triton.jit
+def _and_or_bf16(word, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """Codes of both halves in the mantissa of bf16 128.
+
+    ASM: one three-input logic instruction, which compilers do not form from two constants by themselves.
+    """
+    if ASM and HIGH:
+        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380038, 0x43004300, 0xEA;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    if ASM:
+        asm_low: tl.constexpr = "lop3.b32 $0, $1, 0x00070007, 0x43004300, 0xEA;"
+        return tl.inline_asm_elementwise(asm_low, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    return (word & (0x00380038 if HIGH else 0x00070007)) | 0x43004300
+
+
+@triton.jit
+def _and_or_wide(word, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """The code of the upper half in the mantissa of fp32 128."""
+    if ASM and HIGH:
+        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380000, 0x43000000, 0xEA;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    if ASM:
+        asm_low: tl.constexpr = "lop3.b32 $0, $1, 0x00070000, 0x43000000, 0xEA;"
+        return tl.inline_asm_elementwise(asm_low, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    return (word & (0x00380000 if HIGH else 0x00070000)) | 0x43000000
+
+
+@triton.jit
+def _codes(words, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
+    """int32 [..] -> floats [.., 2] of the codes at bits 0 and 16 (HIGH: 3 and 19)."""
+    if WIDE:
+        low = _and_or_wide(words << 16, HIGH, ASM).to(tl.float32, bitcast=True)
+        high = _and_or_wide(words, HIGH, ASM).to(tl.float32, bitcast=True)
+    else:
+        dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+        bits = _and_or_bf16(words, HIGH, ASM) if BF16 else words & (0x00380038 if HIGH else 0x00070007)
+        low = (bits & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _shifted_words(w0, w1, w2, HALF: tl.constexpr):
+    """Words [ROWS, t] of a unit -> [ROWS, t, h, i0, i1], pairs of a half at bits 0 and 16 (second half: 3 and 19)."""
+    if HALF == 0:
+        v6 = w0 >> 12
+        v7 = w1 >> 12
+    else:
+        v6 = w2 >> 9
+        v7 = ((w0 >> 12) & 0x00080008) | ((w1 >> 11) & 0x00100010) | ((w2 >> 10) & 0x00200020)
+    low = tl.join(tl.join(w0, w1), tl.join(w2, w0 >> 6))
+    return tl.join(low, tl.join(tl.join(w1 >> 6, w2 >> 6), tl.join(v6, v7)))
+
+
+@triton.jit
+def _operand(pairs, ROWS: tl.constexpr):
+    """[ROWS, t, h, i0, i1, b] -> MMA operand [ROWS, 64], k = 16·i + 8·h + 2·t + b, which moves nothing."""
+    return tl.reshape(tl.permute(pairs, (0, 4, 3, 2, 1, 5)), (ROWS, 64))
+
+
+@triton.jit
+def code_operand(
+    w0, w1, w2, HALF: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr
+):
+    """Words [ROWS, 4] of a unit -> the 64 codes of a half, BIAS + q·ONE (or 8·q), as an operand [ROWS, 64].
+
+    WIDE: in fp32, for :func:`scaled`; else in 16 bits.
+    """
+    return _operand(_codes(_shifted_words(w0, w1, w2, HALF), HALF, BF16, WIDE, ASM), ROWS)
+
+
+@triton.jit
+def quarter_operand(w0, w1, w2, QUARTER: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
+    """Words [ROWS, 4] of a unit -> 32 of its codes, as an operand [ROWS, 32]."""
+    first, second = tl.split(_shifted_words(w0, w1, w2, QUARTER // 2))  # by i1
+    words = first if QUARTER % 2 == 0 else second
+    pairs = _codes(words, QUARTER // 2, BF16, False, ASM)  # [ROWS, t, h, i0, b]
+    return tl.reshape(tl.permute(pairs, (0, 3, 2, 1, 4)), (ROWS, 32))
+
+
+@triton.jit
+def scale_and_zero(word):
+    """int32 with fp16 scale (low half) and zero point (high half) -> both in fp32."""
+    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    zero = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def add_group(acc, product, x_sum, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
+    """acc += scale·(Σ q·x - zero·Σ x), from the product with the operand of one group."""
+    one: tl.constexpr = (8.0 if HALF else 1.0) if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
+    bias: tl.constexpr = 128.0 if BF16 else 0.0
+    return acc + (scale * (1.0 / one))[:, None] * (product - (bias + zero * one)[:, None] * x_sum[None, :])
+
+
+@triton.jit
+def scaled(codes, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
+    """Operand of codes [ROWS, k] -> scale·(q - zero) in fp32, rounded once to 16 bits.
+
+    fp16: the product inside the FMA and zero·scale are exact. bf16: the FMA takes 128 off as well, which costs
+    at most 2^-17 of a step.
+    """
+    one: tl.constexpr = (8.0 if HALF else 1.0) if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
+    bias: tl.constexpr = 128.0 if BF16 else 0.0
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    factor = scale * (1.0 / one)
+    offset = factor * (bias + zero * one)
+    return (codes.to(tl.float32) * factor[:, None] - offset[:, None]).to(dtype)
+
+
+@triton.jit
+def _fast_scales(word, HALF: tl.constexpr, ASM: tl.constexpr):
+    """int32 [ROWS] with scale s and zero point z -> fp16 pairs of s, of minus round(z) less the codes' bias, and of
+    (round(z) - z)·s, as int32. Adding 1536 rounds to integers; all but the last product is exact.
+    """
+    if ASM:
+        asm_scale: tl.constexpr = "prmt.b32 $0, $1, 0, 0x1010;"
+        scale = tl.inline_asm_elementwise(asm_scale, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        if HALF == 0:
+            asm: tl.constexpr = (
+                "{ .reg .b32 z, c; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600; add.rn.f16x2 z, z, c;"
+                " mov.b32 c, 0x60006000; sub.rn.f16x2 $0, c, z; }"
+            )
+            base = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        else:
+            asm_high: tl.constexpr = (
+                "{ .reg .b32 z, c; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600; add.rn.f16x2 z, z, c;"
+                " mov.b32 c, 0x65806580; sub.rn.f16x2 $0, c, z; }"
+            )
+            base = tl.inline_asm_elementwise(asm_high, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        asm_offset: tl.constexpr = (
+            "{ .reg .b32 s, z, t, c; prmt.b32 s, $1, 0, 0x1010; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600;"
+            " add.rn.f16x2 t, z, c; sub.rn.f16x2 t, t, c; sub.rn.f16x2 t, t, z; mul.rn.f16x2 $0, t, s; }"
+        )
+        offset = tl.inline_asm_elementwise(asm_offset, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    else:
+        s, z = scale_and_zero(word)
+        nearest = tl.floor(z + 0.5)
+        scale = _pair(s)
+        base = _pair(-nearest - (128.0 if HALF else 1024.0))
+        offset = _pair((nearest - z) * s)
+    return scale, base, offset
+
+
+@triton.jit
+def _pair(value):
+    """fp32 -> the same fp16 in both halves of an int32."""
+    bits = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
+def _fast_weights(words, scale, base, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """int32 [..] -> fp16 [.., 2]: (q - round(z))·s + (round(z) - z)·s of the codes at bits 0 and 16 (HIGH: 3 and 19).
+
+    Two codes an instruction: into the mantissa of 1024, base off (exact), then one FMA.
+    """
+    if ASM:
+        if HIGH:
+            bits = tl.inline_asm_elementwise(
+                "{ .reg .b32 t, a; lop3.b32 t, $1, 0x00380038, 0x64006400, 0xEA; mov.b32 a, 0x30003000;"
+                " fma.rn.f16x2 t, t, a, $3; fma.rn.f16x2 $0, t, $2, $4; }",
+                "=r,r,r,r,r",
+                [words, scale, base, offset],
+                tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; lop3.b32 t, $1, 0x00070007, 0x64006400, 0xEA;"
+                " add.rn.f16x2 t, t, $3; fma.rn.f16x2 $0, t, $2, $4; }",
+                "=r,r,r,r,r",
+                [words, scale, base, offset],
+                tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        low = (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        codes = words >> 3 if HIGH else words
+        bias: tl.constexpr = 128.0 if HIGH else 1024.0
+        s, _ = scale_and_zero(scale)
+        negative, _ = scale_and_zero(base)
+        c, _ = scale_and_zero(offset)
+        zero = -negative - bias
+        low = (((codes & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
+        high = ((((codes >> 16) & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
+    return tl.join(low, high)
+
+
+@triton.jit
+def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
+    """Words [ROWS, 4] of a unit and int32 [ROWS] -> fp16 operand [ROWS, 64] of s·(q - z), within 1.5 roundings.
+
+    The FMA rounds once; before it, (round(z) - z)·s was rounded, of which at most half a step of codes is left.
+    """
+    scale, base, offset = _fast_scales(scale_zero, HALF, ASM)
+    scale = scale[:, None, None, None, None]
+    base = base[:, None, None, None, None]
+    offset = offset[:, None, None, None, None]
+    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, base, offset, HALF, ASM), ROWS)
+
+
+@triton.jit
+def finished(acc, ASM: tl.constexpr):
+    """acc, with every product that adds to it waited for.
+
+    A warpgroup's MMA reads its A operand from registers while the warp goes on. Triton (3.6) lets the last product of a
+    loop's turn run into the next one, which writes those registers anew: results are then wrong now and then. A use of
+    the sum by anything but a product makes it wait; with ASM one that emits nothing. See :mod:`.proved`.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
+    return acc + 0.0

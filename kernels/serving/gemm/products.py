@@ -1,0 +1,131 @@
+"""The loop over K of a tile: W·x, with the weights dequantized in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dequant import add_group, code_operand, fast_operand, finished, quarter_operand, scale_and_zero, scaled
+
+
+@triton.jit
+def _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TILE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """acc += the products of a unit in groups of 32, each scaled by itself."""
+    BF16: tl.constexpr = TILE.BF16
+    ASM: tl.constexpr = TILE.ASM
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    even, odd = tl.split(tl.reshape(scale_zero, (BLOCK_N, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    sum_even, sum_odd = tl.split(tl.reshape(tl.load(sums), (BLOCK_M, 2, 2)))
+    sum0, sum2 = tl.split(sum_even)
+    sum1, sum3 = tl.split(sum_odd)
+    k32 = tl.arange(0, 32)
+    low_mask = valid[None, :] & (k32 >= 0)[:, None]
+    high_mask = low_mask & (unit * 128 + 64 < K)
+    y0 = tl.load(x_rows + k32[:, None], mask=low_mask, other=0.0)
+    y1 = tl.load(x_rows + (32 + k32)[:, None], mask=low_mask, other=0.0)
+    y2 = tl.load(x_rows + (64 + k32)[:, None], mask=high_mask, other=0.0)
+    y3 = tl.load(x_rows + (96 + k32)[:, None], mask=high_mask, other=0.0)
+    scale, zero = scale_and_zero(first)
+    product = tl.dot(quarter_operand(w0, w1, w2, 0, BF16, ASM, BLOCK_N), y0)
+    acc = add_group(acc, product, sum0, scale, zero, 0, BF16)
+    scale, zero = scale_and_zero(second)
+    product = tl.dot(quarter_operand(w0, w1, w2, 1, BF16, ASM, BLOCK_N), y1)
+    acc = add_group(acc, product, sum1, scale, zero, 0, BF16)
+    scale, zero = scale_and_zero(third)
+    product = tl.dot(quarter_operand(w0, w1, w2, 2, BF16, ASM, BLOCK_N), y2)
+    acc = add_group(acc, product, sum2, scale, zero, 1, BF16)
+    scale, zero = scale_and_zero(fourth)
+    product = tl.dot(quarter_operand(w0, w1, w2, 3, BF16, ASM, BLOCK_N), y3)
+    return add_group(acc, product, sum3, scale, zero, 1, BF16)
+
+
+@triton.jit
+def _add_halves(
+    acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE: tl.constexpr
+):  # fmt: skip
+    """acc += the products of a unit in two halves, of one group of 128 or of two of 64."""
+    BF16: tl.constexpr = TILE.BF16
+    ASM: tl.constexpr = TILE.ASM
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    wide: tl.constexpr = TILE.SCALE == "weights" and TILE.BF16
+    k64 = tl.arange(0, 64)
+    x0 = tl.load(x_rows + k64[:, None], mask=x_mask, other=0.0)
+    if TILE.EVEN_K:
+        x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask, other=0.0)
+    else:
+        x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask & (unit * 128 + 64 < K), other=0.0)
+    if TILE.GROUP == 64:
+        word0, word1 = tl.split(scale_zero)
+    else:
+        word0 = tl.reshape(scale_zero, (BLOCK_N,))
+        word1 = word0
+    if TILE.SCALE == "fast":
+        acc = finished(tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N), x0, acc), ASM)
+        acc = finished(tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N), x1, acc), ASM)
+    else:
+        scale0, zero0 = scale_and_zero(word0)
+        scale1, zero1 = scale_and_zero(word1)
+        codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, BLOCK_N)
+        codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, BLOCK_N)
+        if TILE.SCALE == "weights":
+            first_half = scaled(codes0, scale0, zero0, 0, BF16)
+            second_half = scaled(codes1, scale1, zero1, 1, BF16)
+            acc = tl.dot(first_half, x0, acc)
+            acc = finished(tl.dot(second_half, x1, acc), ASM)
+        else:
+            sum0, sum1 = tl.split(tl.load(sums))
+            acc = add_group(acc, tl.dot(codes0, x0), sum0, scale0, zero0, 0, BF16)
+            acc = add_group(acc, tl.dot(codes1, x1), sum1, scale1, zero1, 1, BF16)
+    return acc
+
+
+@triton.jit
+def multiply(
+    activations, weights, shape, num_rows, expert, rows, valid, n, inside, split_index,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """W·x of an expert's outputs ``n`` and of ``rows`` of x over one of SPLIT_K parts of K, fp32 [BLOCK_N, BLOCK_M]."""
+    N = shape.N
+    K = shape.K
+    units = (K + 127) // 128
+    chunk = tl.cdiv(units, TILE.SPLIT_K)
+    begin = split_index * chunk
+    end = tl.minimum(begin + chunk, units)
+    lane = tl.arange(0, 4)
+    k64 = tl.arange(0, 64)
+    first_unit = expert.to(tl.int64) * units + begin
+    words = weights.packed + first_unit * (12 * N) + (n // 64 * 768 + n % 64 * 4)[:, None] + lane[None, :]
+    word_mask = inside[:, None] & (lane >= 0)[None, :]
+    groups: tl.constexpr = 128 // TILE.GROUP
+    group = tl.arange(0, groups)
+    scales = weights.scale_zero + first_unit * (N * groups) + (n * groups)[:, None] + group[None, :]
+    scale_mask = inside[:, None] & (group >= 0)[None, :]
+    x_rows = activations.x + rows[None, :].to(tl.int64) * K + begin * 128
+    sums_per_unit: tl.constexpr = 4 if TILE.GROUP == 32 else 2
+    sum_lane = tl.arange(0, sums_per_unit)
+    sums = activations.sums + ((begin.to(tl.int64) * num_rows + rows) * sums_per_unit)[:, None] + sum_lane[None, :]
+    x_mask = valid[None, :] & (k64 >= 0)[:, None]
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for unit in tl.range(begin, end, num_stages=TILE.STAGES):
+        if TILE.EVEN_N:
+            w0 = tl.load(words)
+            w1 = tl.load(words + 256)
+            w2 = tl.load(words + 512)
+            scale_zero = tl.load(scales)
+        else:
+            w0 = tl.load(words, mask=word_mask, other=0)
+            w1 = tl.load(words + 256, mask=word_mask, other=0)
+            w2 = tl.load(words + 512, mask=word_mask, other=0)
+            scale_zero = tl.load(scales, mask=scale_mask, other=0)
+        if TILE.GROUP == 32:
+            acc = _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TILE, BLOCK_M)
+        else:
+            acc = _add_halves(acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE)
+        words += 12 * N
+        scales += N * groups
+        x_rows += 128
+        sums += num_rows * sums_per_unit
+    return acc

@@ -1,0 +1,122 @@
+"""Device code of one GEMM tile: the loop over K, then the compensators' up-projection, then the store.
+
+With many tokens the first GEMM of a MoE layer applies the activation before the store (:func:`compute_gated_tile`).
+
+Operands are swapped: weights are the MMA's A operand (rows of outputs), tokens its B operand, since at decode
+an expert has few tokens, and because dequantized weights then go from registers into the MMA. See
+:mod:`.dequant` for the arithmetic and :mod:`..layout` for the weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..activation import gated, power_of_two
+from ..blocks import load_pairs
+from .products import multiply
+from .up_projection import Columns, add_gated_up_projection, add_up_projection, part_ranks
+
+
+@triton.jit
+def _tile_part(tile, shape, BLOCK_N: tl.constexpr):
+    """(part, first column of the part, first column of the tile in its part, width of the part) of a tile."""
+    end0 = tl.cdiv(shape.n0, BLOCK_N)
+    end1 = end0 + tl.cdiv(shape.n1, BLOCK_N)
+    end2 = end1 + tl.cdiv(shape.n2, BLOCK_N)
+    part = (tile >= end0).to(tl.int32) + (tile >= end1).to(tl.int32) + (tile >= end2).to(tl.int32)
+    first_tile = tl.where(part == 0, 0, tl.where(part == 1, end0, tl.where(part == 2, end1, end2)))
+    start2 = shape.n0 + shape.n1
+    start = tl.where(part == 0, 0, tl.where(part == 1, shape.n0, tl.where(part == 2, start2, start2 + shape.n2)))
+    width = tl.where(part == 0, shape.n0, tl.where(part == 1, shape.n1, tl.where(part == 2, shape.n2, shape.n3)))
+    return part, start, (tile - first_tile) * BLOCK_N, width
+
+
+@triton.jit
+def compute_tile(
+    activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
+    expert, block, pairs, tile, split_index, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of :func:`.kernel.gemm_kernel`, for BLOCK_M pairs."""
+    kind: tl.constexpr = TILE.BLOCKS
+    valid = pairs < counts.num_pairs
+    rows = tl.where(valid, pairs // counts.top_k, 0)
+    part, start, first_column, width = _tile_part(tile, shape, TILE.BLOCK_N)
+    column = first_column + tl.arange(0, TILE.BLOCK_N)
+    inside = column < width
+    if TILE.EVEN_N:
+        inside = column >= 0
+    n = start + column
+    if TILE.HAS_RANK:  # read before the loop, for the epilogue's sake
+        ranks = part_ranks(compensators, expert, part, TILE.PARTS)
+    acc = multiply(
+        activations, weights, shape, counts.num_rows, expert, rows, valid, n, inside, split_index, TILE, BLOCK_M
+    )  # fmt: skip
+    if TILE.PDL and TILE.HAS_RANK:
+        tl.extra.cuda.gdc_wait()
+    if TILE.PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # once more: registers are short in the loop
+    pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
+    valid = pairs < counts.num_pairs
+    rows = tl.where(valid, pairs // counts.top_k, 0)
+    if TILE.HAS_RANK:
+        columns = Columns(first_column, column, inside, width)
+        acc = add_up_projection(
+            acc, compensators, ranks, columns, counts, pairs, valid, split_index,
+            activations.x.dtype.element_ty, TILE, BLOCK_M,
+        )  # fmt: skip
+    if TILE.HAS_ROW_SCALE:
+        acc *= tl.load(scales.row_scale + rows)[None, :]
+    target = (split_index.to(tl.int64) * counts.num_pairs + pairs)[None, :] * shape.N + n[:, None]
+    tl.store(output.y + target, acc.to(output.y.dtype.element_ty), mask=valid[None, :] & inside[:, None])
+
+
+@triton.jit
+def compute_gated_tile(
+    activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
+    expert, block, pairs, tile, split_index, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of gate and up together: h = act(gate)·up of BLOCK_N / 2 outputs and BLOCK_M pairs, in fp16.
+
+    Eight rows of the tile are gate's, the next eight up's, and so on, so that a thread holds both halves of its
+    outputs. A row of h is divided by a power of two that keeps it in fp16 whatever the weights' signs: norms bound it.
+    """
+    kind: tl.constexpr = TILE.BLOCKS
+    activation: tl.constexpr = TILE.ACTIVATION
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    valid = pairs < counts.num_pairs
+    rows = tl.where(valid, pairs // counts.top_k, 0)
+    lane = tl.arange(0, BLOCK_N)
+    first_column = tile * (BLOCK_N // 2)
+    column = first_column + lane // 16 * 8 + lane % 8
+    is_up = lane // 8 % 2 == 1
+    width = shape.N // 2
+    n = column + tl.where(is_up, width, 0)
+    acc = multiply(
+        activations, weights, shape, counts.num_rows, expert, rows, valid, n, column >= 0, split_index, TILE, BLOCK_M
+    )  # fmt: skip
+    if TILE.PDL and TILE.HAS_RANK:
+        tl.extra.cuda.gdc_wait()
+    if TILE.PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # once more: registers are short in the loop
+    pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
+    valid = pairs < counts.num_pairs
+    rows = tl.where(valid, pairs // counts.top_k, 0)
+    if TILE.HAS_RANK:
+        columns = Columns(first_column, column, column >= 0, width)
+        acc = add_gated_up_projection(
+            acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE, BLOCK_M
+        )  # fmt: skip
+    acc *= tl.load(scales.row_scale + rows)[None, :]
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+    norm = tl.load(scales.norms + rows)
+    largest = tl.load(scales.largest + expert * 2) * norm * (tl.load(scales.largest + expert * 2 + 1) * norm)
+    scale, inverse = power_of_two(largest * 0.00006103515625)  # 2^-14: h / scale stays below 2^15
+    h = (gated(gate, up, activation) * inverse[None, None, :]).to(tl.float16)
+    place = first_column + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    target = output.y + pairs[None, None, :].to(tl.int64) * width + place[:, :, None]
+    tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
+    if tile == 0:
+        tl.store(output.scale + pairs, scale, mask=valid)

@@ -1,0 +1,179 @@
+"""The compensators' up-projection, which a tile adds to its sums: Uᵀ·(V·x)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .dequant import finished
+
+
+class Columns(NamedTuple):
+    """The outputs of a tile.
+
+    Attributes:
+        first: the first of them, counted in their part.
+        each: all of them, counted in their part, [BLOCK_N].
+        inside: which of them the part has, [BLOCK_N].
+        width: outputs of the part.
+    """
+
+    first: Any
+    each: Any
+    inside: Any
+    width: Any
+
+
+class PartRanks(NamedTuple):
+    """The compensator of a part of an expert.
+
+    Attributes:
+        blocks: its blocks of 16 ranks.
+        before: ranks of the expert's parts before this one.
+        start: where its U starts, in elements of ``u_scale``.
+    """
+
+    blocks: Any
+    before: Any
+    start: Any
+
+
+@triton.jit
+def part_ranks(compensators, expert, part, PARTS: tl.constexpr):
+    """Return the :class:`PartRanks` of a part of an expert."""
+    slot = expert * PARTS + part
+    first = tl.load(compensators.rank_blocks + slot)
+    blocks = tl.load(compensators.rank_blocks + slot + 1) - first
+    before = (first - tl.load(compensators.rank_blocks + expert * PARTS)) * 16
+    return PartRanks(blocks, before, tl.load(compensators.u_starts + slot))
+
+
+@triton.jit
+def _up_codes(
+    u_ptr, u_start, blocks, rank_block, columns,
+    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr,
+):  # fmt: skip
+    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, fp32 [BLOCK_N, RANK_STEP].
+
+    ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part. Columns that are not inside, and blocks of
+    16 ranks from ``blocks`` on, give zeros.
+    """
+    block = rank_block + tl.arange(0, RANK_STEP // 16)
+    row = u_start[:, None] // 16 * 64 + (block * columns.width).to(tl.int64)[None, :] + columns.each[:, None]
+    mask = (columns.inside[:, None] & (block[None, :] < blocks[:, None]))[:, :, None]
+    if FACTOR_BITS == 3:
+        lane = tl.arange(0, 4)
+        place = u_ptr + row[:, :, None] * 4 + lane[None, None, :]
+        word = tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0x4444).to(tl.int32)  # codes of 0
+        low = tl.join(word & 7, (word >> 4) & 7)
+        high = tl.join((word >> 8) & 7, (word >> 12) & 7)
+        codes = tl.permute(tl.join(low, high), (0, 1, 4, 2, 3))  # [BLOCK_N, blocks, h, t, b]
+        return (tl.reshape(codes, (BLOCK_N, RANK_STEP)) - 4).to(tl.float32)
+    rank = tl.arange(0, 16)
+    place = u_ptr + row[:, :, None] * 16 + rank[None, None, :]
+    values = tl.load(place, mask=mask & (rank >= 0)[None, None, :], other=0)
+    return tl.reshape(values, (BLOCK_N, RANK_STEP)).to(tl.float32)
+
+
+@triton.jit
+def _up_scales(
+    u_scale_ptr, ranks, rank_block, columns,
+    FACTOR_BITS: tl.constexpr, RANK_STEP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Scales of RANK_STEP ranks of a part and GROUPS groups of 64 columns, fp32 [GROUPS, RANK_STEP]."""
+    rank = rank_block * 16 + tl.arange(0, RANK_STEP)
+    group = columns.first // 64 + tl.arange(0, GROUPS)
+    before = (rank // 16 * (columns.width // 64))[None, :].to(tl.int64)
+    place = ranks.start + before * 16 + group[:, None] * 16 + (rank % 16)
+    known = (rank < ranks.blocks * 16)[None, :] & (group < columns.width // 64)[:, None]
+    if FACTOR_BITS == 16:
+        return tl.where(known, 1.0, 0.0)
+    return tl.load(u_scale_ptr + place, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _to_rows(scale, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr):
+    """[GROUPS, RANK_STEP] -> [BLOCK_N, RANK_STEP], each group's values for as many neighbouring rows."""
+    return tl.reshape(tl.broadcast_to(scale[:, None, :], (GROUPS, BLOCK_N // GROUPS, RANK_STEP)), (BLOCK_N, RANK_STEP))
+
+
+@triton.jit
+def _load_down(
+    down_ptr, ranks, rank_block, counts, pairs, valid,
+    DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr,
+):  # fmt: skip
+    """V·x of RANK_STEP ranks of a part, [RANK_STEP, BLOCK_M]."""
+    lane = rank_block * 16 + tl.arange(0, RANK_STEP)
+    mask = valid[None, :] & (lane < ranks.blocks * 16)[:, None]
+    place = down_ptr + pairs[None, :].to(tl.int64) * counts.max_rank + (ranks.before + lane)[:, None]
+    if DOWN_SPLITS == 1:
+        return tl.load(place, mask=mask, other=0.0).to(dtype)
+    down = tl.zeros((RANK_STEP, BLOCK_M), tl.float32)
+    for _ in tl.static_range(DOWN_SPLITS):
+        down += tl.load(place, mask=mask, other=0.0)
+        place += counts.num_pairs * counts.max_rank
+    return down.to(dtype)
+
+
+@triton.jit
+def add_up_projection(
+    acc, compensators, ranks, columns, counts, pairs, valid, split_index,
+    dtype: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """acc += Uᵀ·(V·x) for this tile, over this split's share of the blocks of 16 ranks of its part."""
+    bits: tl.constexpr = TILE.FACTOR_BITS
+    rank_step: tl.constexpr = TILE.RANK_STEP
+    step: tl.constexpr = rank_step // 16
+    groups: tl.constexpr = TILE.BLOCK_N // 64
+    stages: tl.constexpr = 2 if rank_step > 16 and TILE.DOWN_SPLITS == 1 else 1  # more splits have no room for two
+    share = tl.cdiv(tl.cdiv(ranks.blocks, step), TILE.SPLIT_K) * step
+    begin = split_index * share
+    # scales are loaded a step ahead: Triton's pipeline takes no loads as narrow as these
+    scale = _up_scales(compensators.u_scale, ranks, begin, columns, bits, rank_step, groups)
+    for block in tl.range(begin, tl.minimum(begin + share, ranks.blocks), step, num_stages=stages):
+        next_scale = _up_scales(compensators.u_scale, ranks, block + step, columns, bits, rank_step, groups)
+        u = _up_codes(
+            compensators.u, ranks.start + columns.each * 0, ranks.blocks + columns.each * 0, block, columns,
+            bits, TILE.BLOCK_N, rank_step,
+        )  # fmt: skip
+        u = (u * _to_rows(scale, groups, TILE.BLOCK_N, rank_step)).to(dtype)
+        scale = next_scale
+        down = _load_down(
+            compensators.down, ranks, block, counts, pairs, valid, TILE.DOWN_SPLITS, dtype, BLOCK_M, rank_step
+        )  # fmt: skip
+        acc = finished(tl.dot(u, down, acc), TILE.ASM)
+    return acc
+
+
+@triton.jit
+def add_gated_up_projection(
+    acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """acc += Uᵀ·(V·x) where gate's columns and up's alternate: what both need is loaded before it is used."""
+    bits: tl.constexpr = TILE.FACTOR_BITS
+    splits: tl.constexpr = TILE.DOWN_SPLITS
+    rank_step: tl.constexpr = TILE.RANK_STEP
+    groups: tl.constexpr = TILE.BLOCK_N // 128 if TILE.BLOCK_N >= 128 else 1
+    stages: tl.constexpr = 2 if rank_step > 16 and splits == 1 else 1  # more splits have no room for two
+    gate = part_ranks(compensators, expert, 0, 2)
+    up = part_ranks(compensators, expert, 1, 2)
+    u_start = tl.where(is_up, up.start, gate.start)
+    own_blocks = tl.where(is_up, up.blocks, gate.blocks)
+    for block in tl.range(0, tl.maximum(gate.blocks, up.blocks), rank_step // 16, num_stages=stages):
+        u = _up_codes(compensators.u, u_start, own_blocks, block, columns, bits, TILE.BLOCK_N, rank_step)
+        gate_scale = _up_scales(compensators.u_scale, gate, block, columns, bits, rank_step, groups)
+        up_scale = _up_scales(compensators.u_scale, up, block, columns, bits, rank_step, groups)
+        gate_down = _load_down(
+            compensators.down, gate, block, counts, pairs, valid, splits, tl.float16, BLOCK_M, rank_step
+        )  # fmt: skip
+        up_down = _load_down(
+            compensators.down, up, block, counts, pairs, valid, splits, tl.float16, BLOCK_M, rank_step
+        )  # fmt: skip
+        gate_scale = _to_rows(gate_scale, groups, TILE.BLOCK_N, rank_step)
+        up_scale = _to_rows(up_scale, groups, TILE.BLOCK_N, rank_step)
+        acc = tl.dot((u * tl.where(is_up[:, None], 0.0, gate_scale)).to(tl.float16), gate_down, acc)
+        product = tl.dot((u * tl.where(is_up[:, None], up_scale, 0.0)).to(tl.float16), up_down, acc)
+        acc = finished(product, TILE.ASM)
+    return acc

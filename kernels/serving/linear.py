@@ -1,0 +1,44 @@
+"""A dense layer on Triton: sums of x, or x in fp16; V·x; the GEMM with U in the epilogue; the sum of its parts of K."""
+
+from __future__ import annotations
+
+import torch
+
+from ..launch import launch_mode
+from ..weights import LinearSpec, largest_rank
+from .dispatch import linear_config
+from .gemm.config import GemmConfig
+from .gemm.launcher import gemm
+from .layout import KernelWeights
+from .prepare import MAX_ROW, prepare
+from .projection.launcher import project
+from .projection.plan import DownShape
+from .reduce import sum_splits
+
+FEW_TOKENS = 256
+"""Up to so many rows launches count, and start early."""
+
+
+def linear(
+    x: torch.Tensor, weights: list[torch.Tensor], spec: LinearSpec, config: GemmConfig | None = None
+) -> torch.Tensor:
+    """Return x·Wᵀ + (x·Vᵀ)·U, [..., K] -> [..., N]; arguments as in :func:`..reference.linear`.
+
+    ``weights`` are :class:`.layout.KernelWeights`; ``config`` forces the tile.
+    """
+    layer = KernelWeights(*weights)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], layer.columns)
+    config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
+    mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
+    needs_sums = config.needs_sums(spec.group_size)
+    half = x.dtype == torch.bfloat16 and not needs_sums and rows.shape[1] <= MAX_ROW
+    shape = DownShape(largest_rank([spec.ranks]), layer.units, config.split_k)
+    source, blocks, (planned,) = prepare(
+        rows, None, 1, config.block_m, spec.group_size, half, needs_sums, [shape], mode
+    )
+    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, planned, mode)
+    source = source._replace(down=down)
+    y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
+    return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)

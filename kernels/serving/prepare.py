@@ -1,0 +1,194 @@
+"""What comes before the V·x of a GEMM's input, in one launch: the sort of the pairs, and what the GEMM wants of x.
+
+That is the sums of x over groups, with which zero points are taken off while tokens are few, or x in fp16 where many
+tokens meet weights in fp16 (see :mod:`.gemm.dequant`). What makes the second GEMM's input makes them as well. The
+counters of all of a layer's V·x start here: each launch has its own, whichever stream or graph it runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import LaunchMode, launch
+from .activation import power_of_two
+from .layout import UNIT
+from .projection.launcher import Planned, Projected, allocate_counters
+from .projection.plan import DownShape, plan
+from .routing import Routes, TokenBlocks, allocate_blocks, sort_expert, sort_sizes
+
+SUM_ROWS = 16
+"""Rows of x of one program."""
+SORT_PAIRS = 4096
+"""Above so many pairs the sort takes longest, and gets more warps."""
+MAX_ROW = 32768
+"""Longest row that one program takes whole, as fp16 activations need it."""
+COUNTERS = 1024
+"""Counters that one program sets to 0."""
+
+
+@triton.jit
+def _store_sums(sums_ptr, x_ptr, row_block, unit, K, num_rows, SUM: tl.constexpr, ROWS: tl.constexpr):
+    """Store the sums over SUM columns of one unit of ROWS rows of x."""
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    valid = rows < num_rows
+    k = unit * 128 + tl.arange(0, 128)
+    place = x_ptr + rows[:, None].to(tl.int64) * K + k[None, :]
+    x = tl.load(place, mask=valid[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    per_unit: tl.constexpr = 128 // SUM
+    sums = tl.sum(tl.reshape(x, (ROWS, per_unit, SUM)), 2)
+    target = sums_ptr + (unit * num_rows + rows.to(tl.int64))[:, None] * per_unit + tl.arange(0, per_unit)[None, :]
+    tl.store(target, sums, mask=valid[:, None])
+
+
+@triton.jit
+def _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, row, K, ROW: tl.constexpr):
+    """Store one row of x in fp16, divided by a power of two so that its largest value is between 1 and 2."""
+    row = row.to(tl.int64)
+    k = tl.arange(0, ROW)
+    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    scale, inverse = power_of_two(tl.max(tl.abs(x), 0))
+    x *= inverse
+    tl.store(half_ptr + row * K + k, x.to(tl.float16), mask=k < K)
+    tl.store(row_scale_ptr + row, scale)
+    tl.store(norm_ptr + row, scale * tl.sqrt(tl.sum(x * x, 0)))
+
+
+@triton.jit
+def _zero(counters_ptr, program, num_counters, COUNTERS: tl.constexpr):
+    """Set COUNTERS counters to 0."""
+    place = program * COUNTERS + tl.arange(0, COUNTERS)
+    tl.store(counters_ptr + place, 0, mask=place < num_counters)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_experts", "num_counters"])
+def _prepare_kernel(
+    x_ptr, sums_ptr, half_ptr, row_scale_ptr, norm_ptr, ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr,
+    counters_ptr, K, num_pairs, num_rows, num_experts, num_counters,
+    SUM: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, COUNTERS: tl.constexpr, HAS_MAP: tl.constexpr,
+    SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), zeros in the counters, and of x either
+    fp16 rows of up to HALF_ROW (if > 0) or sums. The sort takes longest, and starts first.
+
+    Its step in :mod:`.protocol` is ``PREPARE``.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    sorts = 0
+    if SORT_M > 0:
+        sorts = num_experts
+    zeroes = tl.cdiv(num_counters, COUNTERS)
+    if program >= sorts + zeroes:
+        program -= sorts + zeroes
+        if HALF_ROW > 0:
+            _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, program, K, HALF_ROW)
+        else:
+            units = (K + 127) // 128
+            _store_sums(sums_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, ROWS)
+    elif program >= sorts:
+        _zero(counters_ptr, program - sorts, num_counters, COUNTERS)
+    elif SORT_M > 0:
+        sort_expert(
+            ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, program,
+            num_pairs, num_experts, HAS_MAP, SORT_M, BINS, CHUNK,
+        )  # fmt: skip
+
+
+def _warps(sorted_pairs: int, chunk: int, half_row: int) -> int:
+    if sorted_pairs > SORT_PAIRS:
+        return 16
+    return 8 if chunk > 1024 or half_row > 4096 else 4
+
+
+def prepare(
+    x: torch.Tensor,
+    routes: Routes | None,
+    num_experts: int,
+    block_m: int,
+    group_size: int,
+    half: bool,
+    need_sums: bool,
+    downs: Sequence[DownShape],
+    mode: LaunchMode,
+) -> tuple[Projected, TokenBlocks, list[Planned]]:
+    """Return the input of a GEMM, without V·x, the pairs in blocks, and the plan of every V·x of the layer.
+
+    In fp16 (``half``), x of a bf16 model loses nothing that matters: bf16 has 8 significant bits and fp16 11, so values
+    down to 2^-15 of a row's largest lose nothing, smaller ones what is 2^-25 of it.
+
+    Args:
+        x: activations, fp16 or bf16 [rows, K], contiguous.
+        routes: where the pairs go; None for a dense layer, whose pairs are its rows.
+        num_experts: local experts.
+        block_m: pairs of a block.
+        group_size: 32, 64 or 128.
+        half: whether the GEMM wants fp16 rows, of at most :data:`MAX_ROW`.
+        need_sums: whether it wants the sums, which it does not with ``half``.
+        downs: every V·x of the layer.
+        mode: how to launch.
+
+    Returns:
+        The input, its sums empty where not needed; the blocks; and for each of ``downs`` its plan with its counters,
+        which are 0 once this launch is done. A single token, each of whose pairs is a block, and a dense layer need no
+        sort.
+    """
+    rows, k = x.shape
+    units = triton.cdiv(k, UNIT)
+    sum_size = min(group_size, 64)
+    sums = torch.empty(units if need_sums else 0, rows, 128 // sum_size, dtype=torch.float32, device=x.device)
+    source = Projected(x, sums, None)
+    row_programs = triton.cdiv(rows, SUM_ROWS) * units if need_sums else 0
+    if half:
+        scale, norm = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        source = Projected(torch.empty_like(x, dtype=torch.float16), sums, None, scale, norm)
+        row_programs = rows
+    if routes is None:
+        num_pairs, blocks = rows, TokenBlocks(None, None, None, triton.cdiv(rows, block_m), block_m)
+    else:
+        num_pairs, blocks = routes.num_pairs, allocate_blocks(routes, num_experts, block_m)
+    sort = blocks.pairs is not None
+    bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
+    plans = [plan(down, blocks, routes is None, mode.early) for down in downs]
+    buffer, planned = allocate_counters(plans, x.device)
+    programs = row_programs + (num_experts if sort else 0) + triton.cdiv(buffer.numel(), COUNTERS)
+    if programs == 0:
+        return source, blocks, planned
+    half_row = triton.next_power_of_2(k) if half else 0
+    launch(
+        _prepare_kernel,
+        (programs,),
+        mode,
+        x,
+        sums,
+        source.x if half else None,
+        source.row_scale,
+        source.norm,
+        None if routes is None else routes.ids,
+        None if routes is None else routes.expert_map,
+        blocks.pairs,
+        blocks.experts,
+        blocks.num_blocks,
+        buffer,
+        k,
+        num_pairs,
+        rows,
+        num_experts,
+        buffer.numel(),
+        SUM=sum_size,
+        ROWS=SUM_ROWS,
+        HALF_ROW=half_row,
+        COUNTERS=COUNTERS,
+        HAS_MAP=routes is not None and routes.expert_map is not None,
+        SORT_M=block_m if sort else 0,
+        BINS=bins,
+        CHUNK=chunk,
+        PDL=mode.early,
+        num_warps=_warps(num_pairs if sort else 0, chunk, half_row),
+    )
+    return source, blocks, planned

@@ -1,1 +1,0 @@
-"""Triton GEMMs on 3-bit weights with compensators. Imported only where Triton is used."""

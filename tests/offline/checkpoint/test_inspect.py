@@ -1,0 +1,41 @@
+"""What `milo inspect` says of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from vllm_milo.checkpoint import TENSOR_NAMES
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.shards import read_tensors
+from vllm_milo.validation import quantized_modules
+
+
+def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == inspect_checkpoint(checkpoint)
+    modules = quantized_modules(read_tensors(checkpoint))
+    written = load_file(checkpoint / "model-00001-of-00001.safetensors")
+    quantized = sum(tensor.nbytes for name, tensor in written.items() if name.rpartition(".")[2] in TENSOR_NAMES)
+    assert len(modules) == 4 * 2 + 3 + 3 + 6 * 3  # attention, dense FFN, shared expert, experts
+    assert report["quantized_bytes"] == quantized
+    assert report["bytes"] == sum(tensor.nbytes for tensor in written.values())
+    assert report["bits_per_weight"] == pytest.approx(8 * quantized / report["quantized_weights"])
+    assert report["ranks"]["attention"] == {"matrices": 8, "mean": 16, "min": 16, "max": 16}
+    assert report["ranks"]["routed_expert"]["mean"] == 8
+    assert 0 < report["relative_error"]["dense_ffn"]["mean"] < 0.3
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert "bits a weight" in capsys.readouterr().out
+
+
+def test_plain_3_bit_is_3_5_bits_a_weight(sources: dict[str, Path], tmp_path: Path):
+    out = convert(sources["olmoe"], tmp_path / "out", Conversion(Recipe(method="rtn")), progress=False).out
+    assert inspect_checkpoint(out)["bits_per_weight"] == 3.5

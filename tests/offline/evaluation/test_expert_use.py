@@ -1,0 +1,35 @@
+"""Expert counts: from `milo stats` to the frequency policy, and files of another form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import TEXT
+
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.evaluation.expert_use import read_expert_counts
+
+
+def test_stats_feed_the_frequency_policy(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    counts = tmp_path / "counts.json"
+    arguments = ["stats", str(bundled_model), "--text", str(TEXT), "-o", str(counts), "--max-windows", "4", "--quiet"]
+    assert main(arguments) == 0
+    table = read_expert_counts(counts)
+    assert len(table) == 4
+    assert {sum(row) for row in table.values()} == {4 * 512 * 3}  # windows, tokens, experts a token
+    options = ["--ranks", "frequency=16", "--expert-counts", str(counts), "--max-rounds", "1", "--quiet"]
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]["routed_expert"]
+    assert ranks["mean"] == pytest.approx(16, abs=0.7)
+    assert ranks["max"] > ranks["min"]
+
+
+def test_expert_counts_of_another_form(tmp_path: Path):
+    (tmp_path / "counts.json").write_text("[1, 2]")
+    with pytest.raises(ConversionError, match="no expert_counts; make it with `milo stats"):
+        read_expert_counts(tmp_path / "counts.json")

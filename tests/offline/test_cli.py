@@ -1,0 +1,82 @@
+"""The milo command: quantize, inspect, eval, stats on the bundled model, and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TEXT
+
+from vllm_milo.offline.cli import main
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> dict[str, Path]:
+    """The bundled model by every method."""
+    root = tmp_path_factory.mktemp("methods")
+    compensated = ["--ranks", "dense=16,kurtosis=8", "--max-rounds", "6"]
+    for method, options in (("rtn", []), ("hqq", []), ("paper", compensated)):
+        arguments = ["quantize", str(bundled_model), "-o", str(root / method), "--method", method, "--quiet", *options]
+        assert main(arguments) == 0
+    return {method: root / method for method in ("rtn", "hqq", "paper")}
+
+
+def eval_json(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict:
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--text", str(TEXT), "--json", "--quiet", *options]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_methods_are_ordered(quantized: dict[str, Path], bundled_model: Path, capsys: pytest.CaptureFixture[str]):
+    folders = [bundled_model, quantized["paper"], quantized["hqq"], quantized["rtn"]]
+    found = [eval_json(folder, capsys, "--max-windows", "12")["perplexity"] for folder in folders]
+    assert found == sorted(found)
+    assert found[0] < 30  # the trained model; its unigram perplexity is 915
+    assert found[1] - found[0] < 0.7 * (found[2] - found[0])
+
+
+def test_eval_states_its_protocol(bundled_model: Path, capsys: pytest.CaptureFixture[str]):
+    result = eval_json(bundled_model, capsys, "--max-windows", "2")
+    assert result["protocol"].startswith("window 512, stride 512")
+    assert result["windows"] == 2
+    assert result["tokens"] == 1024
+    assert main(["eval", str(bundled_model), "--text", str(TEXT), "--max-windows", "1", "--quiet"]) == 0
+    assert "protocol: window 512" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "dense=8", "--method", "hqq"], "--ranks needs compensators, which --method hqq has not"),
+        (["--ranks", "nonsense=8"], "unknown policy 'nonsense'"),
+        (["--max-rounds", "0"], "--max-rounds must be at least 1"),
+        (["--device", "cuda:7"], "torch sees no CUDA device" if not torch.cuda.is_available() else "cuda"),
+        (["--ranks", "frequency=8"], "needs --expert-counts"),
+        (["--expert-counts", "/nowhere.json"], "/nowhere.json: no such file"),
+    ],
+)
+def test_errors_go_to_stderr(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options, message):
+    if "cuda:7" in options and torch.cuda.is_available():
+        pytest.skip("a GPU may be there")
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--quiet", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("milo quantize: error: ")
+    assert message in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_cannot_be_read(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(bundled_model), "--text", str(tmp_path / "none.txt"), "--quiet"]) == 1
+    assert "none.txt: cannot be read as UTF-8 text" in capsys.readouterr().err
+
+
+def test_summary(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    assert main(["quantize", str(bundled_model), "-o", str(out), "--ranks", "dense=1000", "--max-rounds", "1"]) == 0
+    captured = capsys.readouterr()
+    for part in ("172 matrices in", "MiB", "bits a weight", "peak", "GiB of host memory"):
+        assert part in captured.out
+    assert "min(N, K)" in captured.err
+    assert "layer" in captured.err  # the progress bar

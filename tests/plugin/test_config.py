@@ -1,0 +1,75 @@
+"""Which layers are quantized, under which names, and when the checkpoint is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from plugin_layers import PREFIX
+
+from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
+
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("layers"), pytest.mark.usefixtures("one_rank")]
+
+
+def quant_method(fmt: MiLoFormat, prefix: str):
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from vllm_milo.config import MiLoConfig
+
+    return MiLoConfig(fmt).get_quant_method(ReplicatedLinear(64, 64, bias=False), prefix)
+
+
+@pytest.mark.parametrize("leaf", ["gate", "shared_expert_gate", "router"])
+def test_routers_are_never_quantized(leaf: str):
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    assert isinstance(quant_method(MiLoFormat(), f"model.layers.0.mlp.{leaf}"), UnquantizedLinearMethod)
+
+
+def test_ignored_layers_are_not_quantized():
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    from vllm_milo.linear import MiLoLinearMethod
+
+    fmt = MiLoFormat(ignore=("re:.*q_proj", "re:.*k_proj", "re:.*v_proj"))
+    assert isinstance(quant_method(fmt, f"{PREFIX}.qkv_proj"), UnquantizedLinearMethod)
+    assert isinstance(quant_method(fmt, f"{PREFIX}.o_proj"), MiLoLinearMethod)
+    with pytest.raises(CheckpointError, match=r"ignore names .*q_proj but not all parts of .*qkv_proj"):
+        quant_method(MiLoFormat(ignore=("re:.*q_proj",)), f"{PREFIX}.qkv_proj")
+
+
+def test_other_layers_are_left_to_vllm():
+    from vllm_milo.config import MiLoConfig
+
+    assert MiLoConfig(MiLoFormat()).get_quant_method(torch.nn.Embedding(4, 4), "model.embed_tokens") is None
+
+
+def test_names_follow_vllms_mapper():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from vllm_milo.config import MiLoConfig
+
+    fmt = MiLoFormat(
+        ranks=RankTable(0, {"model.a": 8, "re:.*b": 16}, {"model.mlp.experts": {"w1": 8}}), ignore=("model.c",)
+    )
+    config = MiLoConfig(fmt)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.format.ranks.of_module("language_model.model.a") == 8
+    assert config.format.ranks.of_module("language_model.model.b") == 16
+    assert config.format.ranks.of_experts("language_model.model.mlp.experts", "w1", 2) == [8, 8]
+    assert config.format.ignores("language_model.model.c")
+
+
+def test_checkpoint_is_checked_before_anything_is_allocated(tmp_path: Path):
+    from vllm_milo.config import MiLoConfig
+    from vllm_milo.shards import ShardError
+
+    config = MiLoConfig(MiLoFormat())
+    config.maybe_update_config("org/a-model-of-the-hub")
+    config.maybe_update_config(str(tmp_path))  # a config without weights is served with dummy ones
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "milo", "format_version": 1}}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"model\.safetensors: truncated"):
+        config.maybe_update_config(str(tmp_path), hf_config=None, revision=None)

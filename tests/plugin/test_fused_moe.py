@@ -1,0 +1,88 @@
+"""Layers of experts inside vLLM but without an engine: refusals, and a choice that torch.compile can trace."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
+
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("layers"), pytest.mark.usefixtures("one_rank")]
+
+
+def moe_layer(**options):
+    """What MiLoMoEMethod reads of a RoutedExperts layer."""
+    layer = torch.nn.Module()
+    layer.moe_config = SimpleNamespace(tp_rank=0, tp_size=options.pop("tp_size", 1))
+    defaults = {"activation": SimpleNamespace(value="silu"), "apply_router_weight_on_input": False}
+    layer.global_num_experts = 4
+    layer._map_global_expert_id_to_local_expert_id = lambda expert: expert
+    for name, value in {**defaults, **options}.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def create_experts(layer, fmt: MiLoFormat | None = None, intermediate: int = 128, **moe):
+    from vllm_milo.fused_moe import MiLoMoEMethod
+
+    config = SimpleNamespace(**{"has_bias": False, "is_act_and_mul": True, "is_lora_enabled": False, **moe})
+    method = MiLoMoEMethod(fmt or MiLoFormat(ranks=RankTable(8)), config, "model.layers.0.mlp.experts")
+    method.create_weights(layer, 4, 128, intermediate, torch.float32, weight_loader=None)
+    return method
+
+
+@pytest.mark.parametrize(
+    ("layer", "moe", "message"),
+    [
+        ({}, {"has_bias": True}, "experts with biases"),
+        ({}, {"is_act_and_mul": False}, "experts without a gate"),
+        ({}, {"is_lora_enabled": True}, "LoRA on experts"),
+        ({"activation": SimpleNamespace(value="relu2")}, {}, "the activation 'relu2'"),
+        ({"swiglu_limit": 7.0}, {}, "swiglu_limit"),
+    ],
+)
+def test_unsupported_experts_are_refused(layer, moe, message):
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.0\.mlp\.experts: MiLo does not support .*{message}"):
+        create_experts(moe_layer(**layer), **moe)
+
+
+@pytest.mark.parametrize("routes", [True, False])
+def test_routing_choice_can_be_traced(routes: bool, monkeypatch: pytest.MonkeyPatch):
+    """torch.compile traces reads of is_monolithic, but cannot trace the search for vLLM's router."""
+    from vllm_milo import compat
+
+    monkeypatch.setattr(compat, "routes_inside_method", lambda: routes)
+    method = create_experts(moe_layer())
+    monkeypatch.undo()
+    compiled = torch.compile(lambda x: x + method.is_monolithic, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == routes
+
+
+def test_expert_split_that_cuts_a_group_is_refused():
+    with pytest.raises(CheckpointError, match=r"tensor parallel size 2 leaves .* 96, .* --enable-expert-parallel"):
+        create_experts(moe_layer(tp_size=2), intermediate=96)
+
+
+def test_rank_list_of_another_length_is_refused():
+    fmt = MiLoFormat(ranks=RankTable(0, {}, {"model.layers.0.mlp.experts": {"up_proj": [8, 16]}}))
+    with pytest.raises(CheckpointError, match=r"lists 2 ranks, but .* has 4 experts"):
+        create_experts(moe_layer(), fmt)
+
+
+def test_missing_expert_tensors_are_named():
+    layer = moe_layer()
+    method = create_experts(layer)
+    with pytest.raises(
+        CheckpointError, match=r"lacks model\.layers\.0\.mlp\.experts\.0\.w1\.weight_packed I32 \[128, 12\]"
+    ):
+        method.process_weights_after_loading(layer)
+
+
+def test_extra_expert_factor_is_named():
+    layer = moe_layer()
+    create_experts(layer, MiLoFormat())
+    parameter = layer.w13_weight_u
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w3\.weight_u is extra"):
+        parameter.weight_loader(parameter, torch.zeros(8, 12, dtype=torch.int32), "w13_weight_u", "w3", 2)

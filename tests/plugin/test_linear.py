@@ -1,0 +1,83 @@
+"""Linear layers inside vLLM but without an engine: tensor-parallel slices, biases, splits that are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plugin_layers import PREFIX, K, as_rank, checkpoint_tensors, load, make_format, make_layer
+from random_layers import random_linear
+
+from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
+from vllm_milo.kernels import reference
+from vllm_milo.kernels.weights import offsets
+
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("layers"), pytest.mark.usefixtures("one_rank")]
+
+LAYERS = {
+    "qkv": ([512, 128, 128], [16, 8, 0], f"{PREFIX}.qkv_proj", ["q_proj", "k_proj", "v_proj"], 2),
+    "qkv replicated": ([512, 64, 64], [16, 8, 24], f"{PREFIX}.qkv_proj", ["q_proj", "k_proj", "v_proj"], 1),
+    "merged": ([256, 256], [8, 24], "model.layers.0.mlp.gate_up_proj", ["gate_proj", "up_proj"], 0),
+    "row": ([192], [16], f"{PREFIX}.o_proj", ["o_proj"], 0),
+    "column": ([256], [0], f"{PREFIX}.q_b_proj", ["q_b_proj"], 0),
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("bits", [3, 8, 16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_ranks_together_give_the_whole_layer(name: str, bits: int, tp: int, monkeypatch: pytest.MonkeyPatch):
+    widths, ranks, prefix, leaves, heads = LAYERS[name]
+    kind = name.split()[0]
+    parent = prefix.rpartition(".")[0]
+    fmt = make_format({f"{parent}.{leaf}": rank for leaf, rank in zip(leaves, ranks, strict=True)}, bits)
+    weights, spec = random_linear(widths, ranks, K, 64, bits)
+    x = torch.randn(5, K)
+    expected = reference.linear(x, weights, spec)
+    columns = offsets(widths)
+    found: list[torch.Tensor] = []
+    for rank in range(tp):
+        as_rank(monkeypatch, rank, tp)
+        layer = make_layer(kind, fmt, widths, prefix, heads)
+        load(layer, kind, checkpoint_tensors(weights, spec))
+        layer.quant_method.process_weights_after_loading(layer)
+        own = x.chunk(tp, dim=-1)[rank].contiguous() if kind == "row" else x
+        found.append(layer.quant_method.apply(layer, own))
+    if kind == "row":
+        torch.testing.assert_close(sum(found), expected)
+        return
+    for part in range(len(widths)):
+        replicas = max(1, tp // heads) if kind == "qkv" and part > 0 else 1
+        own = offsets([width // tp * (max(1, tp // heads) if heads and i > 0 else 1) for i, width in enumerate(widths)])
+        pieces = [found[rank][:, own[part] : own[part + 1]] for rank in range(0, tp, replicas)]
+        torch.testing.assert_close(torch.cat(pieces, 1), expected[:, columns[part] : columns[part + 1]])
+
+
+def test_bias_is_added():
+    weights, spec = random_linear([128], [8], K, 64, 3)
+    layer = make_layer("column", make_format({f"{PREFIX}.o_proj": 8}), [128], f"{PREFIX}.o_proj")
+    load(layer, "column", checkpoint_tensors(weights, spec))
+    layer.quant_method.process_weights_after_loading(layer)
+    x, bias = torch.randn(3, K), torch.randn(128)
+    found = layer.quant_method.apply(layer, x, bias)
+    torch.testing.assert_close(found, reference.linear(x, weights, spec) + bias)
+
+
+@pytest.mark.parametrize(
+    ("kind", "widths", "k", "message"),
+    [
+        ("qkv", [256, 64, 64], K, r"k_proj: tensor parallel size 2 leaves output size 32, .* multiple of 64"),
+        ("merged", [192, 192], K, r"gate_proj: tensor parallel size 2 leaves output size 96"),
+        ("row", [128], 192, r"o_proj: tensor parallel size 2 leaves input size 96, .* multiple of 64"),
+    ],
+)
+def test_splits_that_cut_a_group_are_refused(kind, widths, k, message, monkeypatch: pytest.MonkeyPatch):
+    as_rank(monkeypatch, 0, 2)
+    leaf = {"qkv": "qkv_proj", "merged": "gate_up_proj", "row": "o_proj"}[kind]
+    fmt = MiLoFormat(ranks=RankTable(8))
+    with pytest.raises(CheckpointError, match=message):
+        make_layer(kind, fmt, widths, f"{PREFIX}.{leaf}", heads=2, k=k)
+
+
+def test_split_of_a_layer_without_compensators_needs_only_groups(monkeypatch: pytest.MonkeyPatch):
+    as_rank(monkeypatch, 0, 2)
+    make_layer("qkv", MiLoFormat(), [256, 64, 64], f"{PREFIX}.qkv_proj", heads=2)

@@ -1,0 +1,31 @@
+"""vLLM finds the plugin."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+
+def test_entry_point_is_found_and_imports_nothing():
+    code = (
+        "import sys; from importlib.metadata import entry_points\n"
+        "(point,) = entry_points(group='vllm.general_plugins', name='milo')\n"
+        "point.load(); print({'torch', 'transformers', 'triton', 'vllm'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.vllm
+@pytest.mark.xdist_group("layers")
+def test_registering_twice_gives_vllm_the_method():
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    (point,) = entry_points(group="vllm.general_plugins", name="milo")
+    register = point.load()
+    register()
+    register()
+    assert get_quantization_config("milo").__name__ == "MiLoConfig"

@@ -1,0 +1,77 @@
+"""Linear layers of vLLM with the plugin's method, and the tensors that fill them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat, RankTable
+from vllm_milo.kernels.weights import LinearSpec, LinearWeights, factor_elements, offsets
+
+K = 256
+PREFIX = "model.layers.0.self_attn"
+
+
+def make_format(modules: dict[str, int] | None = None, bits: int = 3, **options) -> MiLoFormat:
+    return MiLoFormat(
+        compensator=CompensatorFormat(bits), ranks=RankTable(0, modules or {}), ignore=("lm_head",), **options
+    )
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """Let vLLM's layers believe that this process is one of several tensor-parallel ranks."""
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    for module in (parameter, linear):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+
+def make_layer(kind: str, fmt: MiLoFormat, widths: list[int], prefix: str, heads: int = 0, k: int = K):
+    from vllm.model_executor.layers import linear
+
+    from vllm_milo.config import MiLoConfig
+
+    options = {"bias": False, "quant_config": MiLoConfig(fmt), "prefix": prefix, "params_dtype": torch.float32}
+    if kind == "qkv":
+        head = widths[1] // heads
+        return linear.QKVParallelLinear(k, head, widths[0] // head, heads, **options)
+    if kind == "merged":
+        return linear.MergedColumnParallelLinear(k, widths, **options)
+    if kind == "row":
+        return linear.RowParallelLinear(k, widths[0], **options)
+    return linear.ColumnParallelLinear(k, widths[0], **options)
+
+
+def checkpoint_tensors(weights: LinearWeights, spec: LinearSpec) -> list[dict[str, torch.Tensor]]:
+    """The tensors of each part as a checkpoint holds them."""
+    rows, ranks = offsets(spec.widths), offsets(spec.ranks)
+    elements = [factor_elements(width, spec.factor_bits) for width in spec.widths]
+    u = offsets([rank * row for rank, row in zip(spec.ranks, elements, strict=True)])
+    scales = offsets([rank * (width // 64) for rank, width in zip(spec.ranks, spec.widths, strict=True)])
+    parts = []
+    for part, rank in enumerate(spec.ranks):
+        block, factor = slice(rows[part], rows[part + 1]), slice(ranks[part], ranks[part + 1])
+        tensors = {
+            "weight_packed": weights.packed[block],
+            "weight_scale": weights.scale[block],
+            "weight_zero": weights.zero[block],
+        }
+        if rank:
+            tensors["weight_u"] = weights.u[u[part] : u[part + 1]].view(rank, -1)
+            tensors["weight_v"] = weights.v[factor]
+        if rank and spec.factor_bits != 16:
+            tensors["weight_u_scale"] = weights.u_scale[scales[part] : scales[part + 1]].view(rank, -1)
+            tensors["weight_v_scale"] = weights.v_scale[factor]
+        parts.append(tensors)
+    return parts
+
+
+def load(layer, kind: str, tensors: list[dict[str, torch.Tensor]]) -> None:
+    ids = {"qkv": ["q", "k", "v"], "merged": [0, 1]}.get(kind, [None])
+    for shard_id, part in zip(ids, tensors, strict=True):
+        for name, tensor in part.items():
+            parameter = getattr(layer, name)
+            extra = () if shard_id is None else (shard_id,)
+            parameter.weight_loader(parameter, tensor, *extra)
