@@ -8,8 +8,7 @@ PYTHON ?= python3
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-$(DEVICE)
-# each test goes to whoever is free; those of one xdist_group share a server or what else is slow to make
-TEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+TEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: setup demo test test-slow lint clean
 

@@ -24,6 +24,8 @@ if not HAS_GPU:
 
 from tiny_models import FAMILIES, TEXT, expert_counts, make_model
 from transformers import AutoConfig
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
@@ -42,6 +44,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+SHARING = ("test_vllm_models.py", "test_vllm_server.py", "test_gram.py")
+"""Files whose tests share what takes long to make: a server, vLLM's output, moments of a text."""
+
+
+class Scheduling(LoadScopeScheduling):
+    """Gives single tests to whoever is free, but to one process those that share something; these first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = Path(nodeid.partition("::")[0])
+        if path.name in SHARING:
+            return path.name
+        return "plugin" if path.parent.name == "plugin" else nodeid  # one import of vLLM
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    """Schedule ``pytest -n 2``; other ways of ``--dist`` are left alone."""
+    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

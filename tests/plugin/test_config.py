@@ -10,7 +10,7 @@ from plugin_layers import PREFIX
 
 from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("layers"), pytest.mark.usefixtures("one_rank")]
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
 
 def quant_method(fmt: MiLoFormat, prefix: str):

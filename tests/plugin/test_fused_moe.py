@@ -9,7 +9,7 @@ import torch
 
 from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("layers"), pytest.mark.usefixtures("one_rank")]
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
 
 def moe_layer(**options):

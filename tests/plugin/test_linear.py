@@ -11,7 +11,7 @@ from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
 from vllm_milo.kernels import reference
 from vllm_milo.kernels.weights import offsets
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("layers"), pytest.mark.usefixtures("one_rank")]
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
 LAYERS = {
     "qkv": ([512, 128, 128], [16, 8, 0], f"{PREFIX}.qkv_proj", ["q_proj", "k_proj", "v_proj"], 2),

@@ -9,7 +9,7 @@ from random_layers import random_linear
 
 from vllm_milo.checkpoint import CheckpointError
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("layers"), pytest.mark.usefixtures("one_rank")]
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
 
 class TestStrictLoading:

@@ -20,7 +20,6 @@ def test_entry_point_is_found_and_imports_nothing():
 
 
 @pytest.mark.vllm
-@pytest.mark.xdist_group("layers")
 def test_registering_twice_gives_vllm_the_method():
     from vllm.model_executor.layers.quantization import get_quantization_config
 

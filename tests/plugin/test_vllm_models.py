@@ -9,7 +9,7 @@ import torch
 import vllm_runner
 from vllm_jobs import DEVICE, DTYPE, MODELS, assert_matches, job
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("models"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 TOGETHER = MODELS if DEVICE == "cpu" else []
 
 

@@ -21,7 +21,7 @@ from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("server"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 README_MODEL, *README_ARGUMENTS = readme_words("vllm serve ")[2:]
 NAMES = ["--served-model-name", "milo", README_MODEL]
 SMALL = ["--enforce-eager", "--max-num-seqs", "16"]

@@ -150,7 +150,6 @@ def test_signs_of_norms_count(sources: dict[str, Path], tmp_path: Path):
     assert torch.isfinite(load(folder, 0)[1].of([query], CPU).inputs).all()
 
 
-@pytest.mark.xdist_group("measured")
 def test_they_foretell_what_a_text_gives(bundled_model: Path, measured: Calibration):
     """Deviations from the identity point the same way; of random weights they would be orthogonal."""
 
@@ -235,7 +234,6 @@ def loss(folder: Path, out: Path, source: WeightMoments | PlainSquares, measured
     )
 
 
-@pytest.mark.xdist_group("measured")
 def test_they_lower_the_loss_at_equal_bits(bundled_model: Path, tmp_path: Path, measured: Calibration):
     weighed = loss(bundled_model, tmp_path / "a", WeightMoments(), measured)
     plain = loss(bundled_model, tmp_path / "b", PlainSquares(), measured)
