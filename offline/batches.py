@@ -49,7 +49,8 @@ def batches(
         for start in range(0, len(members), size):
             chunk = members[start : start + size]
             matrices = [matrix for matrix, _ in chunk]
-            yield Batch(matrices, torch.stack([weights for _, weights in chunk]), moments.of(matrices, device))
+            weights = torch.stack([weights for _, weights in chunk]).float()
+            yield Batch(matrices, weights, moments.of(matrices, device))
 
 
 def load_batches(

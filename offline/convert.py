@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from vllm_milo import __version__
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.validation import validate_checkpoint
 
-from .batches import Batch, load_batches
-from .calibration.moment_source import LayerMoments, PlainSquares
+from .batches import Batch, batches, load_batches
+from .calibration.moment_source import PlainSquares
 from .calibration.sequential import SequentialPass, Visit
 from .checkpoint.matrices import add_matrix, rank_table
 from .checkpoint.output import refuse_unsafe_output
@@ -126,12 +126,14 @@ def _convert_layer(
     report: dict[str, MatrixReport] = {}
     index = layer_index(layer.name)
     if stream is None or index is None:
-        found = _solve_layer(reader, layer, ranks, conversion, device, None, report)
+        loaded = load_batches(reader, layer, conversion.calibration, ranks, device, conversion.recipe.method == "milo")
+        found = _solve(loaded, ranks, conversion.recipe, reader.dtype, report)
         for matrix, one in found:
             add_matrix(writer, matrix.name, one)
     else:
         visit = stream.visit(index)
-        solved = dict(_solve_layer(reader, layer, ranks, conversion, device, visit.moments, report))
+        loaded = batches(visit.loaded([source.matrix for source in layer.matrices]), visit.moments, ranks)
+        solved = dict(_solve(loaded, ranks, conversion.recipe, reader.dtype, report))
         solved = learn_visit(stream, visit, solved, conversion)
         for matrix, one in solved.items():
             add_matrix(writer, matrix.name, one)
@@ -153,6 +155,7 @@ def learn_visit(
         visit.module,
         solved,
         stream.quantized,
+        stream.original,
         visit.target,
         visit.moments.tokens,
         conversion.recipe.factor_bits,
@@ -166,20 +169,17 @@ def learn_visit(
     return learned
 
 
-def _solve_layer(
-    reader: ModelReader,
-    layer: Layer,
+def _solve(
+    layer: Iterable[Batch],
     ranks: Mapping[str, int],
-    conversion: Conversion,
-    device: torch.device,
-    moments: LayerMoments | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
     report: dict[str, MatrixReport],
 ) -> Iterator[tuple[Matrix, Solved]]:
     """Yield the solved matrices of a layer, and put what there is to say of each into ``report``."""
-    recipe = conversion.recipe
-    for batch in load_batches(reader, layer, moments or conversion.calibration, ranks, device, recipe.method == "milo"):
+    for batch in layer:
         theirs = [ranks[matrix.name] for matrix in batch.matrices]
-        result = _quantize_named(batch, theirs, recipe, reader.dtype)
+        result = _quantize_named(batch, theirs, recipe, dtype)
         for place, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
             report[matrix.name] = MatrixReport(float(result.errors[place]), rank, int(result.rounds[place]))
             yield matrix, result.one(place, rank)

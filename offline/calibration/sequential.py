@@ -7,11 +7,11 @@ errors are weighed by, and what the layer puts out in the first is what its lear
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..nouns import Matrix
+from ..nouns import LoadedMatrix, Matrix
 from ..source.family import Family
 from ..source.streamed_model import StreamedModel
 from .input_moments import InputMoments
@@ -66,12 +66,20 @@ class Visit:
     ) -> None:
         self._pass, self.index, self.module, self.target, self.moments = of, index, module, target, moments
 
+    def loaded(self, matrices: Sequence[Matrix]) -> list[LoadedMatrix]:
+        """Return matrices with their original weights, views of the layer's parameters, [N, K] in the model's dtype."""
+        held = self._held()
+        return [(matrix, self._pass.model.place(f"{matrix.name}.weight", held)[1]) for matrix in matrices]
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        own = dict(self.module.named_parameters())
+        return {name: own[mine].data for name, mine in self._pass.model.parameters(self.index, self.module).items()}
+
     @torch.no_grad()
     def leave(self, weights: Mapping[Matrix, torch.Tensor]) -> None:
         """Run the layer with its quantized weights, float32 [N, K] each, on the quantized stream, and free it."""
         model = self._pass.model
-        own = dict(self.module.named_parameters())
-        held = {name: own[mine].data for name, mine in model.parameters(self.index, self.module).items()}
+        held = self._held()
         for matrix, values in weights.items():
             model.place(f"{matrix.name}.weight", held)[1].copy_(values)
         self._pass.quantized = model.advance(self.index, self.module, self._pass.quantized, self._pass._batch)
