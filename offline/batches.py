@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .calibration.moment_source import LayerMoments, MomentSource
+from .calibration.layer_moments import LayerMoments
 from .nouns import LoadedMatrix, Matrix, Moments
 from .source.layers import Layer
 from .source.reader import ModelReader
@@ -56,7 +56,7 @@ def batches(
 def load_batches(
     reader: ModelReader,
     layer: Layer,
-    source: MomentSource | LayerMoments,
+    moments: LayerMoments,
     ranks: Mapping[str, int],
     device: torch.device,
     mixed: bool = True,
@@ -64,5 +64,4 @@ def load_batches(
     """Load a layer and yield the :func:`batches` of its matrices; its weights are gone after the last."""
     loaded = list(reader.load_layer(layer, device))
     if loaded:
-        moments = source.of_layer(reader, layer, loaded) if hasattr(source, "of_layer") else source
         yield from batches(loaded, moments, ranks, mixed)

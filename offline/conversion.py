@@ -1,4 +1,4 @@
-"""What decides a conversion: the recipe, the ranks and where it runs."""
+"""What decides a conversion: the recipe, the ranks, the calibration text and where it runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .calibration.moment_source import MomentSource, PlainSquares
 from .checkpoint.writer import SHARD_BYTES
+from .learn.end_to_end import TuneOptions
 from .learn.layer import LearnOptions
 from .nouns import Recipe
 from .ranks.policies import Policy
+
+
+@dataclass(frozen=True)
+class Text:
+    """A calibration text, and what is done with it.
+
+    Attributes:
+        name: what the checkpoint's recipe records of it.
+        windows: token ids, int64 [W, T].
+        learn: how the codes of each layer are learned.
+        tune: how the whole model is trained after its layers, or None.
+    """
+
+    name: str
+    windows: torch.Tensor
+    learn: LearnOptions = field(default_factory=LearnOptions)
+    tune: TuneOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -21,24 +38,20 @@ class Conversion:
     Attributes:
         recipe: method, group size, factor bits, rounds, seed.
         policies: rank policies, added up; with a budget they are scaled to fit it.
-        budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks
-            come from measured spectra (see :mod:`.allocation`).
-        calibration: second moments that weigh errors, for method ``milo``.
-        windows: token ids int64 [W, T] of a calibration text that goes through the model while it is converted, or None.
-        learn: how codes are learned on it.
+        budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks go
+            by what a matrix is part of (see :mod:`.ranks.roles`).
+        text: a calibration text that goes through the model while it is converted (method ``milo``), or None.
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
         device: where the arithmetic runs.
         shard_bytes: size of an output shard.
-        overwrite: replace an existing output folder.
+        overwrite: replace an existing MiLo checkpoint.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
     policies: Sequence[Policy] = ()
     budget_bits: float | None = None
-    calibration: MomentSource = field(default_factory=PlainSquares)
-    windows: torch.Tensor | None = None
-    learn: LearnOptions = field(default_factory=LearnOptions)
+    text: Text | None = None
     ignore: Sequence[str] = ()
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     device: str = "cpu"

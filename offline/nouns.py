@@ -90,6 +90,8 @@ class Recipe:
         seed: of the random sketches.
         feedback_rounds: last rounds of ``milo`` in which a base whose inputs have full second moments feeds each
             column's error into the columns to come; None for all rounds. That takes most of a round's time.
+        base: quantizer of method ``milo`` under its compensator: ``least squares``, which wants to know the inputs'
+            second moments, or ``hqq``, whose norm is robust where nothing is known of them.
     """
 
     method: str = "milo"
@@ -98,3 +100,4 @@ class Recipe:
     max_rounds: int = 20
     seed: int = 0
     feedback_rounds: int | None = None
+    base: str = "least squares"

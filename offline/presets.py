@@ -1,8 +1,8 @@
-"""Presets of ``milo quantize``: one name for method, group size and ranks, the same on small and large models.
+"""Presets of ``milo quantize``: one name for method, group size, ranks and calibration, for models of all sizes.
 
-``balanced``, ``best`` and ``small`` store groups of 128 and spend the bytes that this saves on ranks, which buys more
-accuracy than the scales of smaller groups on every model measured. ``paper-s1`` and ``paper-s2`` are the
-paper's composites (dense 512 or 1024 and kurtosis 16 or 32 on a hidden size of 4096).
+``balanced``, ``best``, ``small`` and ``fast`` store groups of 128 and spend the bytes that this saves on ranks, which
+buys more accuracy than the scales of smaller groups. ``paper-s1`` and ``paper-s2`` are the paper's composites
+(dense 512 or 1024 and kurtosis 16 or 32 on a hidden size of 4096).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConversionError
+from .nouns import Matrix
 from .ranks.policies import Policy
 
 
@@ -24,7 +25,8 @@ class Preset:
         group_size: weights that share a scale and a zero point.
         budget_bits: average stored bits of a weight, or None where the policies decide.
         fractions: rank of each policy as a fraction of the hidden size.
-        calibrated: whether it weighs errors by a text, the model's own where none is given.
+        calibrated: whether a text goes through the model, where none is asked for.
+        thorough: whether more of the text is used, and the whole model is trained where it fits into memory.
     """
 
     method: str
@@ -32,6 +34,7 @@ class Preset:
     budget_bits: float | None = None
     fractions: tuple[tuple[str, float], ...] = ()
     calibrated: bool = False
+    thorough: bool = False
 
     def policies(self, config: Mapping[str, Any]) -> list[Policy]:
         """Return the rank policies for a model.
@@ -48,10 +51,22 @@ class Preset:
 
 
 PRESETS = {
+    "balanced": Preset("milo", 128, budget_bits=3.6, calibrated=True),
+    "best": Preset("milo", 128, budget_bits=3.6, calibrated=True, thorough=True),
+    "small": Preset("milo", 128, budget_bits=3.3, calibrated=True),
+    "fast": Preset("milo", 128, budget_bits=3.6),
     "paper-s1": Preset("paper", 64, fractions=(("dense", 1 / 8), ("kurtosis", 1 / 256))),
     "paper-s2": Preset("paper", 64, fractions=(("dense", 1 / 4), ("kurtosis", 1 / 128))),
-    "balanced": Preset("milo", 128, budget_bits=3.6),
-    "best": Preset("milo", 128, budget_bits=3.6, calibrated=True),
-    "small": Preset("milo", 128, budget_bits=3.4),
 }
 DEFAULT_PRESET = "balanced"
+
+
+def largest_group_size(matrices: list[Matrix], wanted: int) -> int:
+    """Return ``wanted``, or the largest smaller power of two that divides the input sizes of all matrices.
+
+    A size that no group fits is left to the format's own check, which names the matrix.
+    """
+    size = wanted
+    while size > 32 and any(matrix.k % size for matrix in matrices):
+        size //= 2
+    return size if not any(matrix.k % size for matrix in matrices) else wanted

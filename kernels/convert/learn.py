@@ -1,7 +1,7 @@
 """One step of learned codes on a GPU: from the gradient at a layer's weights to its new weights, in one kernel.
 
-A program takes a few groups of one row block. It reads the gradient and the latents once, adds up what the groups' scales
-and zero points get, moves all of them by Adam, and writes the weights that the new codes stand for. In separate tensor
+A program takes one group of a few rows. It reads the gradient and the latents once, adds up what the groups' scales and
+zero points get, moves all of them by Adam, and writes the weights that the new codes stand for. In separate tensor
 operations the same takes fifteen passes over tensors of the layer's size.
 """
 

@@ -1,106 +1,74 @@
-"""What ``--calibration`` names: the source of the moments that errors are weighed by."""
+"""What ``--calibration`` names: the text that goes through the model while it is converted, as windows of tokens."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..errors import ConversionError
 from ..source.reader import ModelReader
-from ..source.tokens import read_tokens
+from ..source.streamed_model import StreamedModel, reader_tensors
+from ..source.tokens import load_tokenizer
 from ..source.whole_model import load_source_model
 from . import memory
-from .generated_text import OWN_TEXT, write_windows
-from .gram import WeightMoments
-from .moment_source import MomentSource, PlainSquares
-from .streamed import calibrate_streamed
-from .text_moments import Calibration
-from .whole_model import calibrate
-from .windows import WINDOW, spread_windows
+from .documents import cut_windows, packaged_documents, read_documents
+from .generated_text import OWN_TEXT, chat_start, write_windows
 
-WEIGHTS = "weights"
+PACKAGED = "text"
+"""The text that ships with the package."""
 NONE = "none"
-MOMENTS = ("auto", "full", "inputs")
+"""No calibration."""
+WINDOW = 512
+"""Most tokens of a window."""
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How a model is calibrated on a text.
+    """How much of a text is used.
 
     Attributes:
-        windows: number of windows.
-        moments: ``full`` takes gradients too, ``inputs`` goes a layer at a time, ``auto`` is full where that fits.
-        device: where the model runs.
-        seed: of what the model writes and of the labels drawn from it.
+        windows: most windows.
+        device: where the model runs that writes its own text.
+        seed: of the order of documents, and of what the model writes.
         progress: show progress bars.
     """
 
-    windows: int = 64
-    moments: str = "auto"
+    windows: int = 256
     device: str = "cpu"
     seed: int = 0
     progress: bool = False
 
 
-def moment_source(folder: Path, calibration: str, options: TextOptions) -> MomentSource:
-    """Return the source of moments for a model folder.
+def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.Tensor:
+    """Return the windows of a calibration text, token ids int64 [W, T].
 
     Args:
         folder: the source model.
-        calibration: ``none``, ``weights``, ``self``, or the name of a text file.
-        options: how a text, given or the model's own, is used.
+        how: ``text``, ``self``, or the name of a file.
+        options: how much of it.
 
     Raises:
-        ConversionError, ShardError: the model or the text cannot be read or does not fit into memory.
+        ConversionError, ShardError: the model, its tokenizer or the text cannot be read, or the text is too short.
     """
-    if calibration in (NONE, WEIGHTS):
-        if options.moments != "auto":
-            raise ConversionError(
-                f"--calibration-moments {options.moments} is about a text: add --calibration TEXT or {OWN_TEXT}"
-            )
-        return PlainSquares() if calibration == NONE else WeightMoments()
-    return _from_text(folder, calibration, options)
-
-
-def _from_text(folder: Path, text: str, options: TextOptions) -> Calibration:
-    """Run the model on the calibration text, in windows spread over all of it; a layer at a time if it is large."""
     reader = ModelReader(folder)
-    windows = None if text == OWN_TEXT else spread_windows(read_tokens(folder, Path(text)), options.windows)
-    if _fits_whole(reader, options):
-        model = load_source_model(folder, device=options.device)
-        whole = windows if windows is not None else _write(model, options)
-        calibration = calibrate(model, whole, options.seed, options.progress)
-    else:
-        if windows is None:
-            memory.refuse_to_write_what_does_not_fit(reader, options.device)
-            windows = _write(load_source_model(folder, torch.bfloat16, options.device), options)
-        memory.refuse_what_does_not_fit(reader, windows.numel(), options.device)
-        calibration = calibrate_streamed(reader, windows, options.device, options.progress)
-    calibration.own_text = text == OWN_TEXT
-    return calibration
+    tokenizer = load_tokenizer(folder)
+    length = min(WINDOW, int(reader.config.get("max_position_embeddings") or WINDOW))
+    if how == OWN_TEXT:
+        memory.refuse_to_write_what_does_not_fit(reader, options.device)
+        dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
+        model = load_source_model(folder, dtype, options.device)
+        return write_windows(model, options.windows, length, options.seed, options.progress, chat_start(tokenizer))
+    documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
+    return cut_windows(documents, tokenizer, options.windows, length, options.seed)
 
 
-def _write(model: Any, options: TextOptions) -> torch.Tensor:
-    length = min(WINDOW, int(model.config.max_position_embeddings))
-    return write_windows(model, options.windows, length, options.seed, options.progress)
+def check_runs(folder: Path) -> None:
+    """Refuse a model that transformers cannot run a layer at a time.
 
-
-def _fits_whole(reader: ModelReader, options: TextOptions) -> bool:
-    """Return whether to run the model as a whole, for gradients too; say so on stderr if that is refused for memory."""
-    if options.moments == "inputs":
-        return False
-    need, have = memory.whole_model_need(reader), memory.available(options.device)
-    if need <= have:
-        return True
-    lack = (
-        f"gradients need the whole model with all moments on {options.device}: {memory.gib(need)}, "
-        f"and {memory.gib(have)} are free"
-    )
-    if options.moments == "full":
-        raise ConversionError(f"--calibration-moments full: {lack}; use --calibration-moments inputs")
-    print(f"warning: {lack}; using the moments of inputs alone, a layer at a time", file=sys.stderr)
-    return False
+    Raises:
+        ConversionError: transformers has no class for it.
+    """
+    reader = ModelReader(folder)
+    tensors = reader_tensors(reader.load_finite, reader.tensors)
+    StreamedModel(folder, reader.family, tensors, torch.device("meta"), torch.float32)

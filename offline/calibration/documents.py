@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import ConversionError
+from ..source.tokens import read_text
 
 KINDS = ("english", "code", "math", "multilingual", "chat")
 """Files of the text that ships with the package, in ``texts/``; ``texts/SOURCES.md`` says where they come from."""
@@ -39,10 +40,7 @@ def read_documents(path: Path) -> list[Document]:
     Raises:
         ConversionError: the file cannot be read, is not UTF-8, or a line of it has neither key.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    content = read_text(path)
     return parse_lines(content, str(path)) if path.suffix == ".jsonl" else [content]
 
 
@@ -68,14 +66,16 @@ def parse_lines(content: str, name: str) -> list[Document]:
 
 
 def render(document: Document, tokenizer: Any) -> str:
-    """Return a document as text; a chat by the tokenizer's template, or plainly where it has none."""
+    """Return a document as text; a chat by the tokenizer's template, or plainly where it has none that takes it."""
     if isinstance(document, str):
         return document
     if getattr(tokenizer, "chat_template", None):
+        from jinja2 import TemplateError
+
         try:
             return str(tokenizer.apply_chat_template(document, tokenize=False))
-        except Exception as error:
-            _ = error
+        except TemplateError:  # raised by the template itself: it refuses a system's turn, say
+            pass
     return "\n\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in document)
 
 

@@ -6,25 +6,29 @@ activations on it are those of use. transformers does the sampling.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..errors import ConversionError
+from ..progress import progress_bar
 
 OWN_TEXT = "self"
 """Value of ``--calibration`` that asks for this."""
-BATCH = 16
+BATCH = 64
 """Windows that are written at once; more need more memory for keys and values."""
 
 
 @torch.inference_mode()
-def write_windows(model: Any, number: int, length: int, seed: int = 0, progress: bool = False) -> torch.Tensor:
-    """Return ``number`` windows of token ids [number, length] that the model writes from its first token on.
+def write_windows(
+    model: Any, number: int, length: int, seed: int = 0, progress: bool = False, chat: Sequence[int] = ()
+) -> torch.Tensor:
+    """Return ``number`` windows of token ids [number, length] that the model writes.
 
-    A model without a first token begins after its end token, and one without either at a random token. The end
-    token is never drawn, so that windows are full.
+    Half of them begin with ``chat``, if given: the chat template up to a user's words. The others begin with the
+    model's first token; a model without one begins after its end token, and one without either at a random token. The
+    end token is never drawn, so that windows are full.
 
     Args:
         model: a causal LM of transformers, in evaluation mode.
@@ -32,21 +36,32 @@ def write_windows(model: Any, number: int, length: int, seed: int = 0, progress:
         length: tokens of a window.
         seed: of the sampling; the generators' states are put back.
         progress: show a progress bar.
+        chat: token ids that half of the windows begin with.
 
     Raises:
         ConversionError: fewer than one window is asked for, or the model's probabilities are not finite.
     """
     if number < 1:
         raise ConversionError("--calibration-windows must be at least 1")
-    batches = []
     devices = [model.device] if model.device.type == "cuda" else []
-    starts = range(0, number, BATCH)
+    turns = number // 2 if 0 < len(chat) < length else 0
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for start in tqdm(starts, desc="write", unit="batch", disable=not progress):
-            first = _first_tokens(model, min(BATCH, number - start))
-            batches.append(_continue(model, first, length))
-    return torch.cat(batches).cpu()
+        starts = [torch.tensor(chat, device=model.device).expand(turns, -1)] if turns else []
+        starts.append(_first_tokens(model, number - turns))
+        parts = [part for start in starts for part in start.split(BATCH)]
+        bar = progress_bar(parts, "write", progress, unit="batch")
+        return torch.cat([_continue(model, part, length) for part in bar]).cpu()
+
+
+def chat_start(tokenizer: Any) -> list[int]:
+    """Return the token ids of a chat template up to a user's words; none where there is no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    mark = "0123456789"
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    begin, found, _ = text.partition(mark)
+    return list(tokenizer(begin, add_special_tokens=False)["input_ids"]) if found else []
 
 
 def _first_tokens(model: Any, number: int) -> torch.Tensor:

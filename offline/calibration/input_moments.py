@@ -11,10 +11,43 @@ import torch
 from ..errors import ConversionError
 from ..nouns import Matrix, Moments
 from ..source.family import Family
-from .text_moments import Moment
 
+MAX_FULL_SIZE = 8192
+"""Sides up to this get full second moments, larger ones their diagonal."""
+UNSEEN = 1e-12
+"""Second moment of what the text never reaches, so that such an expert is still quantized by plain squares."""
+PRIOR_TOKENS = 1.0
+"""Correlations are shrunk as if so many times K tokens of uncorrelated inputs had been seen beside the real ones."""
 MAX_EXPERT_BYTES = 6 * 2**30
 """Above this, the experts of a layer share the moment of their input; each keeps the one of its inner activations."""
+
+
+class Moment:
+    """A running Σ a·aᵀ (or its diagonal) over rows a, with their number."""
+
+    def __init__(self, size: int) -> None:
+        self.full = size <= MAX_FULL_SIZE
+        self.rows = 0
+        self.total: torch.Tensor | None = None
+        self.size = size
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows [T, size]."""
+        rows = rows.detach().reshape(-1, self.size).float()
+        update = rows.mT @ rows if self.full else rows.square().sum(0)
+        self.total = update if self.total is None else self.total.add_(update)
+        self.rows += rows.shape[0]
+
+    def shrunk(self, device: torch.device) -> torch.Tensor:
+        """Return Σ a·aᵀ with correlations shrunk, [size, size] or [size]; the identity's share where none was seen."""
+        if self.total is None:
+            unseen = torch.full((self.size,), UNSEEN, device=device)
+            return unseen.diag_embed() if self.full else unseen
+        total = self.total.to(device)
+        if not self.full:
+            return total
+        keep = self.rows / (self.rows + PRIOR_TOKENS * self.size)
+        return total * keep + torch.diag_embed(total.diagonal()) * (1 - keep)
 
 
 class InputMoments:
@@ -60,7 +93,7 @@ class InputMoments:
         self.by_name[name] = moment
 
     def group(self, matrix: Matrix) -> str:
-        """Return a name that matrices of one batch have in common: the roles of routed experts apart from each other."""
+        """Return what matrices of one batch have in common: the roles of routed experts stay apart."""
         return matrix.name.rpartition(".")[2] if matrix.experts is not None else ""
 
     def numbers(self, matrix: Matrix) -> int:

@@ -1,24 +1,47 @@
-"""The report that lies in every checkpoint: what the conversion measured of each matrix."""
+"""The report that lies in every checkpoint: what the conversion measured of each matrix and layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 REPORT_NAME = "milo_report.json"
 
 
 class MatrixReport(NamedTuple):
-    """What the report file says of one matrix: relative error, rank, rounds."""
+    """What the solver says of one matrix: relative error, rank, rounds."""
 
     error: float
     rank: int
     rounds: int
 
 
-def report_file(report: Mapping[str, MatrixReport]) -> dict[str, Any]:
-    """Return what the report file holds."""
-    return {
-        "relative_error": "|W - W'| / |W|, Frobenius, everything as stored",
-        "matrices": {name: entry._asdict() for name, entry in report.items()},
-    }
+@dataclass
+class Report:
+    """What a conversion measured.
+
+    Attributes:
+        matrices: by name, before codes are learned.
+        layers: by name, what learning their codes did, as JSON.
+        tuning: what training the whole model did, as JSON; empty without.
+    """
+
+    matrices: dict[str, MatrixReport] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tuning: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the report file holds."""
+        content: dict[str, Any] = {
+            "relative_error": "|W - W'| / |W|, Frobenius, everything as stored, before codes are learned",
+            "matrices": {name: entry._asdict() for name, entry in self.matrices.items()},
+        }
+        if self.layers:
+            content["learned"] = (
+                "squared error of a layer's output, each token's divided by its energy, on windows that were not "
+                "trained on, before and after; experts that saw too few tokens to be trained"
+            )
+            content["layers"] = self.layers
+        if self.tuning:
+            content["tuning"] = self.tuning
+        return content

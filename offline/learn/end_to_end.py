@@ -1,7 +1,8 @@
 """Trains the quantized state of a whole model on the original model's predictions.
 
-The loss is the KL divergence from the original's distribution of the next token, the mean over all tokens. It needs both
-models in memory. What it gains over training layer by layer is the sum of small errors that no layer sees by itself.
+The loss is the KL divergence from the original's distribution of the next token, the mean over all tokens. It needs
+both models in memory. What it gains over training layer by layer are errors that add up and that no layer sees by
+itself.
 """
 
 from __future__ import annotations

@@ -33,10 +33,8 @@ class LearnOptions:
         batch: windows of a step.
         seed: of the choice of windows.
         rates: learning rates.
-        mix: share of the tokens whose states before the layer are the original model's.
     """
 
-    mix: float = 0.0
     steps: int = 200
     batch: int = 8
     seed: int = 0
@@ -48,7 +46,7 @@ class LearnReport(NamedTuple):
 
     before: float
     after: float
-    untrained: list[str]
+    untrained_experts: list[str]
 
 
 def learn_layer(
@@ -57,7 +55,6 @@ def learn_layer(
     module: torch.nn.Module,
     solved: Mapping[Matrix, Solved],
     states: torch.Tensor,
-    original: torch.Tensor,
     target: torch.Tensor,
     tokens: Mapping[str, int],
     bits: int,
@@ -71,7 +68,6 @@ def learn_layer(
         module: the layer with its original weights, which are overwritten.
         solved: what the solver made of the layer's matrices.
         states: hidden states before the layer in the quantized model, [W, T, H].
-        original: the same in the original model.
         target: hidden states after the layer in the original model, [W, T, H].
         tokens: of the calibration text that each routed expert saw, by the name of its matrices.
         bits: of the factors.
@@ -100,8 +96,7 @@ def learn_layer(
 
     step = Repeat(body, states.device)
     for number in range(options.steps):
-        pick = train[torch.randperm(len(train), generator=generator)[: len(batch)]]
-        batch.fill(pick, original, options.mix, generator)
+        batch.fill(train[torch.randperm(len(train), generator=generator)[: len(batch)]])
         pace.set(number, options.steps)
         step()
     after = loss.mean(checked, options.batch)
@@ -151,21 +146,11 @@ class _Batch:
     def __len__(self) -> int:
         return len(self._states)
 
-    def fill(
-        self,
-        windows: torch.Tensor,
-        original: torch.Tensor | None = None,
-        mix: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Take the windows with these numbers; a share ``mix`` of the tokens from the ``original`` states."""
+    def fill(self, windows: torch.Tensor) -> None:
+        """Take the windows with these numbers."""
         of = self._of
         for mine, all_ in ((self._states, of.states), (self._target, of.target), (self._weight, of.weight)):
             mine.copy_(all_[windows.to(all_.device)])
-        if mix and original is not None:
-            take = torch.rand(self._states.shape[:2], generator=generator) < mix
-            other = original[windows.to(original.device)]
-            self._states.copy_(torch.where(take.to(other.device).unsqueeze(-1), other, self._states))
 
     def loss(self) -> torch.Tensor:
         """Return the mean loss of the batch."""

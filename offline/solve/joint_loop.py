@@ -17,6 +17,7 @@ import torch
 from ..nouns import Moments, Recipe
 from .base.error_feedback import quantize_with_feedback
 from .base.group import GroupQuantized, refuse_bad_scales
+from .base.hqq import quantize_hqq
 from .base.least_squares import quantize_mse, refit
 from .compensator.low_rank import StoredPair, join_pairs, leading_rows, pad_pair, store_pair
 from .metric import Metric, metric_of
@@ -115,12 +116,15 @@ class _Base:
     """The quantizer of the base for a metric; with error feedback, if wanted, where the inputs' moment is full."""
 
     def __init__(self, metric: Metric, recipe: Recipe) -> None:
-        self._factor = metric.feedback_factor
+        self._factor = metric.feedback_factor if recipe.feedback_rounds != 0 else None
+        self._robust = recipe.base == "hqq"
         self._importance = metric.importance(of_inputs=True)
         self._group_size = recipe.group_size
 
     def begin(self, weights: torch.Tensor, feedback: bool) -> GroupQuantized:
         """Quantize weights [B, N, K] from scratch."""
+        if self._robust:
+            return quantize_hqq(weights, self._group_size)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, None, COLD_FITS)
         return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS, strict=False)
@@ -137,6 +141,8 @@ class _Base:
 
         The first compensator may take so much off a group that its old grid is no use, so there ranges count too.
         """
+        if self._robust:
+            return quantize_hqq(weights, self._group_size)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, old, WARM_FITS)
         if first:

@@ -110,23 +110,8 @@ class StreamedModel:
         return lambda states: torch.nn.functional.linear(norm(states), weight).float()
 
     def place(self, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
-        """Return which of a layer's parameters a tensor belongs to, and its place in it.
-
-        Tensors of one expert have their place in the fused 3-D tensors that transformers 5 holds.
-        """
-        name = self._family.checkpoint_name(tensor)
-        expert = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", name)
-        if expert is None or name in parameters:
-            return name, parameters.get(name, torch.empty(0))
-        role = self._family.role(expert[3])
-        fused = f"{expert[1]}.{'down_proj' if role == 'down' else 'gate_up_proj'}"
-        if fused not in parameters:
-            raise ConversionError(f"{fused}: transformers holds the experts of this model otherwise; use its version 5")
-        held = parameters[fused][int(expert[2])]
-        if role == "down":
-            return fused, held
-        half = held.shape[0] // 2
-        return fused, held[:half] if role == "gate" else held[half:]
+        """Return which of a layer's parameters a tensor belongs to, and its place in it; see :func:`place_tensor`."""
+        return place_tensor(self._family, tensor, parameters)
 
     def _one(self, name: str) -> torch.Tensor:
         found = dict(self._load(name))
@@ -179,6 +164,34 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
         ) from error
     use_grouped_experts(model)
     return model.requires_grad_(False)
+
+
+def place_tensor(family: Family, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """Return which parameter of a model of transformers a tensor belongs to, and its place in it.
+
+    Tensors of one expert have their place in the fused 3-D tensors that transformers 5 holds.
+
+    Args:
+        family: of the model.
+        tensor: its name in the source model.
+        parameters: by their names in checkpoints.
+
+    Raises:
+        ConversionError: transformers holds the experts of this model otherwise.
+    """
+    name = family.checkpoint_name(tensor)
+    expert = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", name)
+    if expert is None or name in parameters:
+        return name, parameters.get(name, torch.empty(0))
+    role = family.role(expert[3])
+    fused = f"{expert[1]}.{'down_proj' if role == 'down' else 'gate_up_proj'}"
+    if fused not in parameters:
+        raise ConversionError(f"{fused}: transformers holds the experts of this model otherwise; use its version 5")
+    held = parameters[fused][int(expert[2])]
+    if role == "down":
+        return fused, held
+    half = held.shape[0] // 2
+    return fused, held[:half] if role == "gate" else held[half:]
 
 
 def use_grouped_experts(model: Any) -> None:

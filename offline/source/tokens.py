@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import ConversionError
 
 
-def read_tokens(folder: Path, text: Path) -> torch.Tensor:
-    """Return the token ids of a text file, by the folder's tokenizer, without special tokens.
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder.
 
     Raises:
-        ConversionError: the file cannot be read.
+        ConversionError: the folder holds none that transformers can read.
     """
     from transformers import AutoTokenizer
 
     try:
-        content = text.read_text(encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a text file.
+
+    Raises:
+        ConversionError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{text}: cannot be read as UTF-8 text: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])
+        raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def read_tokens(folder: Path, text: Path) -> torch.Tensor:
+    """Return the token ids of a text file, by the folder's tokenizer, without special tokens.
+
+    Raises:
+        ConversionError: the file cannot be read, or the folder holds no tokenizer.
+    """
+    content = read_text(text)
+    return torch.tensor(load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,72 @@
+"""Ranks within a byte budget by what a matrix is part of: what every token passes gets most.
+
+At equal bits, ranks for attention and shared experts close the most of HQQ's distance to the original. On the weights
+of Qwen2.5-Coder-0.5B as a Qwen2-MoE, without data, dense ranks of 112 and routed ones of 8 leave a KL divergence of 0.207
+and 0.150 nats (documentation, code), and the same bits spread evenly 0.328 and 0.226 (2026-11-27). A rank of a routed
+expert serves only the tokens that it sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import ConversionError
+from ..nouns import DENSE_KINDS, RANK_MULTIPLE, Kind, Matrix, Recipe
+from .budget import base_bits, rank_bits, stored_bits
+
+ROUTED_SHARE = 1 / 14
+"""Rank of a routed expert as a share of that of a matrix which every token passes."""
+LARGEST_SHARE = 0.5
+"""No rank above this share of the smaller side: there the factors cost more than the weights."""
+_STEPS = 30
+
+
+def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> tuple[dict[str, int], list[str]]:
+    """Return ranks by kind, as large as ``budget`` bits a weight allow, and warnings.
+
+    Raises:
+        ConversionError: the budget does not even pay for the codes, scales and zero points.
+    """
+    least = base_bits(recipe.group_size)
+    if budget < least:
+        raise ConversionError(
+            f"--budget-bits {budget:g}: codes, scales and zero points of group size {recipe.group_size} take {least:g} "
+            f"bits a weight already; raise the budget or --group-size"
+        )
+
+    def ranks_at(dense: float) -> dict[str, int]:
+        return {matrix.name: _rank(matrix, dense) for matrix in matrices}
+
+    low, high = 0.0, float(max(min(matrix.n, matrix.k) for matrix in matrices)) / ROUTED_SHARE
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        fits = stored_bits(matrices, ranks_at(middle), recipe.group_size, recipe.factor_bits) <= budget + 1e-9
+        low, high = (middle, high) if fits else (low, middle)
+    ranks = ranks_at(low)
+    _spend_rest(matrices, ranks, budget, recipe)
+    warnings = []
+    if not any(ranks.values()):
+        warnings.append(
+            f"--budget-bits {budget:g} leaves nothing for compensators: codes, scales and zero points of group size "
+            f"{recipe.group_size} take {least:g} bits a weight; a little more gains much accuracy"
+        )
+    return ranks, warnings
+
+
+def _spend_rest(matrices: Sequence[Matrix], ranks: dict[str, int], budget: float, recipe: Recipe) -> None:
+    """Give what is left one step more where every token passes, the cheapest matrices first."""
+    weights = sum(matrix.n * matrix.k for matrix in matrices)
+    left = (budget - stored_bits(matrices, ranks, recipe.group_size, recipe.factor_bits)) * weights
+    for matrix in sorted(matrices, key=lambda matrix: matrix.n + matrix.k):
+        price = rank_bits(matrix, recipe.factor_bits) * RANK_MULTIPLE
+        within = ranks[matrix.name] + RANK_MULTIPLE <= int(min(matrix.n, matrix.k) * LARGEST_SHARE)
+        if matrix.kind in DENSE_KINDS and price <= left and within:
+            ranks[matrix.name] += RANK_MULTIPLE
+            left -= price
+
+
+def _rank(matrix: Matrix, dense: float) -> int:
+    """Return the rank of a matrix, in steps of 8, where those that every token passes get ``dense``."""
+    wanted = dense * (ROUTED_SHARE if matrix.kind is Kind.ROUTED_EXPERT else 1)
+    most = int(min(matrix.n, matrix.k) * LARGEST_SHARE)
+    return int(min(wanted, most) // RANK_MULTIPLE) * RANK_MULTIPLE
