@@ -3,13 +3,14 @@
 What happens to a model on its way (:mod:`.convert` is the flow, :mod:`.cli` the command that starts it):
 
 1. :mod:`.source` reads config.json and the tensors' headers, finds the family, and plans the layers.
-2. :mod:`.calibration` says what errors of each matrix cost, from a text, from what the model writes, or from nothing.
+2. :mod:`.calibration` lets a text go through the model a layer at a time, and gathers what errors of a matrix cost.
 3. :mod:`.ranks` gives every matrix the rank of its compensator, by policies or within a byte budget.
 4. :mod:`.batches` loads a layer and puts its matrices of one shape together.
 5. :mod:`.solve` turns a batch into codes, scales, zero points and factors.
-6. :mod:`.checkpoint` writes them, and publishes the folder whole or not at all.
-7. :mod:`.evaluation` measures what was written.
+6. :mod:`.learn` trains all of these on the layer's output, where there is a text.
+7. :mod:`.checkpoint` writes them, and publishes the folder whole or not at all.
+8. :mod:`.evaluation` measures what was written.
 
-:mod:`.nouns` holds what all of these speak of. Two residents are to come: learned codes, a stage between 5 and 6
-(``solve/learned``), and the families as a table of data (``source/families``).
+:mod:`.nouns` holds what all of these speak of. One resident is to come: the families as a table of data
+(``source/families``).
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,8 +66,13 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
     Raises:
         ConversionError, CheckpointError, ShardError: bad input, too little memory, or the output cannot be written.
     """
+    device = _device(conversion.device)
+    on_device = (
+        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    )  # for Triton's launches
     try:
-        return _convert(source, out, conversion, progress)
+        with on_device:
+            return _convert(source, out, conversion, device, progress)
     except torch.OutOfMemoryError as error:
         raise ConversionError(
             f"{conversion.device}: out of memory; use fewer --calibration-windows, --learn-steps 0, or "
@@ -74,11 +80,10 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
         ) from error
 
 
-def _convert(source: Path, out: Path, conversion: Conversion, progress: bool) -> Summary:
+def _convert(source: Path, out: Path, conversion: Conversion, device: torch.device, progress: bool) -> Summary:
     start = time.monotonic()
     refuse_unsafe_output(out, source, conversion.overwrite)
     reader = ModelReader(source)
-    device = _device(conversion.device)
     ignore = (*reader.family.ignore, *conversion.ignore)
     check_ignore(conversion.ignore, reader.matrices)
     plan = [without_ignored(layer, ignore) for layer in reader.layers]
@@ -163,7 +168,7 @@ def _learned(
     """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each."""
     memory.refuse_what_does_not_fit(reader, text.windows.numel(), str(device))
     dtype = reader.dtype if device.type == "cuda" else torch.float32
-    tensors = reader_tensors(reader.load_finite, reader.tensors)
+    tensors = reader_tensors(reader.load, reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)

@@ -70,5 +70,5 @@ def check_runs(folder: Path) -> None:
         ConversionError: transformers has no class for it.
     """
     reader = ModelReader(folder)
-    tensors = reader_tensors(reader.load_finite, reader.tensors)
+    tensors = reader_tensors(reader.load, reader.tensors)
     StreamedModel(folder, reader.family, tensors, torch.device("meta"), torch.float32)

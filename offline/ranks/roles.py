@@ -1,9 +1,9 @@
 """Ranks within a byte budget by what a matrix is part of: what every token passes gets most.
 
 At equal bits, ranks for attention and shared experts close the most of HQQ's distance to the original. On the weights
-of Qwen2.5-Coder-0.5B as a Qwen2-MoE, without data, dense ranks of 112 and routed ones of 8 leave a KL divergence of 0.207
-and 0.150 nats (documentation, code), and the same bits spread evenly 0.328 and 0.226 (2026-11-27). A rank of a routed
-expert serves only the tokens that it sees.
+of Qwen2.5-Coder-0.5B as a Qwen2-MoE, without data, dense ranks of 112 and routed ones of 8 leave a KL divergence of
+0.207 and 0.150 nats (documentation, code), and the same bits spread evenly 0.328 and 0.226 (2026-11-27). A rank of a
+routed expert serves only the tokens that it sees.
 """
 
 from __future__ import annotations

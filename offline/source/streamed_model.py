@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConversionError
 from .family import Family
+from .layers import BROKEN
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 """Names and tensors, as they stand in a source model."""
@@ -62,24 +63,30 @@ class StreamedModel:
         """Return a decoder layer with its weights; :meth:`drop` it after use.
 
         Raises:
-            ConversionError: the files lack a parameter that transformers needs, or hold one that it does not know.
+            ConversionError: the files lack a parameter that transformers needs, hold one that it does not know, or one
+                with NaN or Inf.
         """
         module = self._model.model.layers[index]
         module.to_empty(device=self.device)
         name = f"model.layers.{index}."
         parameters = {self._family.checkpoint_name(name + n): p.data for n, p in module.named_parameters()}
         missing = set(parameters) | {name + buffer for buffer, _ in module.named_buffers()}
+        finite = {}
         for tensor, values in self._load(name):
             target, place = self.place(tensor, parameters)
             if target not in parameters:
                 raise ConversionError(f"{tensor}: transformers has no such parameter; use --calibration none")
             place.copy_(values)
+            finite[tensor] = torch.isfinite(place).all()  # there, and looked at once: a GPU does not wait for each
             missing.discard(target)
         if missing:
             raise ConversionError(
                 f"model.layers.{index}: transformers needs {sorted(missing)}, which the model's files lack; "
                 f"use --calibration none"
             )
+        if finite and not torch.stack(list(finite.values())).all():
+            bad = next(tensor for tensor, good in finite.items() if not good)
+            raise ConversionError(f"tensor {bad} holds NaN or Inf; {BROKEN}")
         return module
 
     def parameters(self, index: int, module: torch.nn.Module) -> dict[str, str]:
@@ -200,11 +207,11 @@ def use_grouped_experts(model: Any) -> None:
         model.set_experts_implementation("grouped_mm")
 
 
-def reader_tensors(load_finite: Callable[[str], torch.Tensor], names: Iterable[str]) -> Load:
+def reader_tensors(load: Callable[[str], torch.Tensor], names: Iterable[str]) -> Load:
     """Return the tensors of a source model by prefix of their names."""
     known = list(names)
 
-    def load(prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, load_finite(name)) for name in known if name.startswith(prefix))
+    def select(prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, load(name)) for name in known if name.startswith(prefix))
 
-    return load
+    return select
