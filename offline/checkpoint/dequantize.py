@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_milo.checkpoint import TENSOR_NAMES, U_SCALE, V_SCALE, MiLoFormat, U, V
 from vllm_milo.kernels.packing import dequantize, dequantize_factor
-from vllm_milo.shards import TensorEntry, read_tensors
+from vllm_milo.shards import read_tensors
 from vllm_milo.validation import quantized_modules
 
 
-def dequantized_tensors(folder: Path, fmt: MiLoFormat, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of a MiLo checkpoint under its source name, quantized matrices as ``dtype``."""
-    from safetensors import safe_open
+class DequantizedTensors:
+    """A MiLo checkpoint's tensors on demand.
 
-    entries = read_tensors(folder)
-    modules = quantized_modules(entries)
-    files = {entry.file for entry in entries.values()}
-    handles = {file: safe_open(file, framework="pt") for file in files}
+    Args:
+        folder: the checkpoint.
+        fmt: its format.
+        dtype: of the weights of quantized matrices; other tensors stay as they are stored.
+    """
 
-    def load(name: str) -> torch.Tensor:
-        return handles[entries[name].file].get_tensor(name)
+    def __init__(self, folder: Path, fmt: MiLoFormat, dtype: torch.dtype) -> None:
+        self._format, self._dtype = fmt, dtype
+        self._entries = read_tensors(folder)
+        self._modules = quantized_modules(self._entries)
+        self._handles: dict[Path, Any] = {}
 
-    for name in entries:
-        if name.rpartition(".")[2] not in TENSOR_NAMES:
-            yield name, load(name)
-    for module, found in modules.items():
-        yield f"{module}.weight", _dequantize_matrix(module, found, fmt, load).to(dtype)
+    def load(self, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors whose names in the source begin with ``prefix``, quantized matrices as ``….weight``."""
+        for name in self._entries:
+            if name.startswith(prefix) and name.rpartition(".")[2] not in TENSOR_NAMES:
+                yield name, self._read(name)
+        for module, found in self._modules.items():
+            if f"{module}.weight".startswith(prefix):
+                yield f"{module}.weight", self._dequantize(module, list(found)).to(self._dtype)
 
+    def _read(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
 
-def _dequantize_matrix(
-    module: str, found: dict[str, TensorEntry], fmt: MiLoFormat, load: Callable[[str], torch.Tensor]
-) -> torch.Tensor:
-    tensors = {name: load(f"{module}.{name}") for name in found}
-    weight = dequantize(tensors["weight_packed"], tensors["weight_scale"], tensors["weight_zero"], fmt.group_size)
-    if U not in tensors:
-        return weight
-    bits = fmt.compensator.bits
-    u = dequantize_factor(tensors[U], tensors.get(U_SCALE), bits)
-    return weight + u.T @ dequantize_factor(tensors[V], tensors.get(V_SCALE), bits)
+        file = self._entries[name].file
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file].get_tensor(name)
+
+    def _dequantize(self, module: str, names: list[str]) -> torch.Tensor:
+        tensors = {name: self._read(f"{module}.{name}") for name in names}
+        packed, scale, zero = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
+        weight = dequantize(packed, scale, zero, self._format.group_size)
+        if U not in tensors:
+            return weight
+        bits = self._format.compensator.bits
+        u = dequantize_factor(tensors[U], tensors.get(U_SCALE), bits)
+        return weight + u.T @ dequantize_factor(tensors[V], tensors.get(V_SCALE), bits)

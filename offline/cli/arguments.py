@@ -11,10 +11,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Add what every subcommand takes that runs a model on a text."""
     parser.add_argument("model", type=Path, help="folder of a source model or MiLo checkpoint")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    number = {"nargs": "+"} if several else {}
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file", **number)  # type: ignore[arg-type]
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -1,40 +1,83 @@
-"""``milo eval``: prints the perplexity of a model or a MiLo checkpoint."""
+"""``milo eval``: how good a model or a checkpoint is on texts, by itself or beside the model that it was made of."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..errors import ConversionError
+from ..evaluation.divergence import divergence, open_streamed, refuse_strangers, text_windows
 from ..evaluation.model import load_model
 from ..evaluation.perplexity import STRIDE, WINDOW, perplexity
 from ..source.tokens import read_tokens
 from .arguments import add_text_arguments
 
+REFERENCE_WINDOW = 512
+
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
-    parser = commands.add_parser("eval", help="print the perplexity of a model or MiLo checkpoint")
-    add_text_arguments(parser)
-    parser.add_argument("--window", type=int, default=WINDOW, help="tokens of a window (default: %(default)s)")
+    parser = commands.add_parser("eval", help="measure a model or MiLo checkpoint on texts")
+    add_text_arguments(parser, several=True)
+    reference = "the model it was made of: KL divergence and top-1 agreement, both a layer in memory at a time"
+    parser.add_argument("--reference", type=Path, help=reference)
+    window = f"tokens of a window (default: {WINDOW}; with --reference {REFERENCE_WINDOW})"
+    parser.add_argument("--window", type=int, default=None, help=window)
     parser.add_argument("--stride", type=int, default=STRIDE, help="tokens between windows (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    result = perplexity(
-        load_model(arguments.model, getattr(torch, arguments.dtype), arguments.device),
-        read_tokens(arguments.model, arguments.text),
-        arguments.max_windows,
-        window=arguments.window,
-        stride=arguments.stride,
-        progress=not arguments.quiet,
-    )
-    if arguments.json:
-        print(json.dumps({"model": str(arguments.model), "text": str(arguments.text), **result._asdict()}))
+    for name in ("max_windows", "window"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ConversionError(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.reference is None:
+        _print_perplexities(arguments)
     else:
-        print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} windows")
-        print(f"protocol: {result.protocol}; {arguments.dtype}; text {arguments.text}")
+        _print_divergences(arguments)
+
+
+def _print_perplexities(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments.model, getattr(torch, arguments.dtype), arguments.device)
+    for text in arguments.text:
+        result = perplexity(
+            model,
+            read_tokens(arguments.model, text),
+            arguments.max_windows,
+            window=arguments.window or WINDOW,
+            stride=arguments.stride,
+            progress=not arguments.quiet,
+        )
+        if arguments.json:
+            print(json.dumps({"model": str(arguments.model), "text": str(text), **result._asdict()}))
+        else:
+            print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} windows")
+            print(f"protocol: {result.protocol}; {arguments.dtype}; text {text}")
+
+
+def _print_divergences(arguments: argparse.Namespace) -> None:
+    folders = (arguments.model, arguments.reference)
+    refuse_strangers(*folders)
+    length, most = arguments.window or REFERENCE_WINDOW, arguments.max_windows
+    windows = {text: text_windows(*folders, text, length, most) for text in arguments.text}
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    model, reference = (open_streamed(folder, device, dtype) for folder in folders)
+    rows = {text: divergence(model, reference, held, not arguments.quiet) for text, held in windows.items()}
+    mean = sum(row.kl for row in rows.values()) / len(rows)
+    if arguments.json:
+        texts = [{"text": str(text), **row._asdict()} for text, row in rows.items()]
+        names = {"model": str(arguments.model), "reference": str(arguments.reference)}
+        print(json.dumps({**names, "texts": texts, "mean_kl": mean}))
+        return
+    print(f"{'KL':>8} {'top-1':>7} {'perplexity':>11} {'reference':>10} {'windows':>8}  text")
+    for text, row in rows.items():
+        numbers = (
+            f"{row.kl:8.4f} {row.top1:7.4f} {row.perplexity:11.4f} {row.reference_perplexity:10.4f} {row.windows:8d}"
+        )
+        print(f"{numbers}  {text}")
+    print(f"{mean:8.4f} nats a token on average; windows of {length} tokens; {arguments.dtype}")

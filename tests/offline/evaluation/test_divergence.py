@@ -1,0 +1,101 @@
+"""How far a checkpoint is from its source: the streamed measure against whole models in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from folder_edits import edit_config
+from tiny_models import make_model
+
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.evaluation import divergence as module
+from vllm_milo.offline.evaluation.divergence import divergence, open_streamed
+from vllm_milo.offline.evaluation.model import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bundled_checkpoint(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("divergence") / "hqq"
+    assert main(["quantize", str(bundled_model), "-o", str(out), "--method", "hqq", "--quiet"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_streamed_scores_are_those_of_whole_models(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, out = make_model(family, tmp_path / "source"), tmp_path / "out"
+    arguments = ["--method", "paper", "--ranks", "uniform=8", "--max-rounds", "1"]
+    assert main(["quantize", str(source), "-o", str(out), "--quiet", *arguments]) == 0
+    windows = torch.randint(0, 256, (5, 24))
+    with torch.no_grad():
+        found, wanted = (load_model(folder)(windows).logits.double() for folder in (out, source))
+    left, right = found.log_softmax(-1), wanted.log_softmax(-1)
+    for batch in (2, 8):
+        monkeypatch.setattr(module, "BATCH", batch)
+        model, reference = (open_streamed(folder, CPU, torch.float32) for folder in (out, source))
+        scores = divergence(model, reference, windows)
+        assert scores.kl == pytest.approx(float((right.exp() * (right - left)).sum(-1).mean()), rel=1e-3, abs=1e-7)
+        assert scores.top1 == pytest.approx(float((left.argmax(-1) == right.argmax(-1)).float().mean()))
+        for perplexity, table in ((scores.perplexity, left), (scores.reference_perplexity, right)):
+            losses = -table[:, :-1].gather(-1, windows[:, 1:, None])
+            assert perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-4)
+        assert (scores.windows, scores.tokens) == (5, 120)
+
+
+def test_a_model_does_not_differ_from_itself(bundled_model: Path):
+    windows = torch.randint(3, 4000, (2, 32))
+    model, reference = (open_streamed(bundled_model, CPU, torch.float32) for _ in "ab")
+    scores = divergence(model, reference, windows)
+    assert scores.kl == pytest.approx(0, abs=1e-6)
+    assert scores.top1 == 1
+
+
+def test_the_command_takes_several_texts(
+    bundled_model: Path, bundled_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = tmp_path / "other.txt"
+    other.write_text("The old man went to the market. " * 200)
+    texts = [str(Path(__file__).parents[2] / "assets" / "valid.txt"), str(other)]
+    arguments = ["eval", str(bundled_checkpoint), "--reference", str(bundled_model), "--text", *texts, "--quiet"]
+    arguments += ["--max-windows", "2", "--window", "64"]
+    assert main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [row["text"] for row in said["texts"]] == texts
+    assert all(row["kl"] > 0.01 and 0 < row["top1"] < 1 and row["windows"] == 2 for row in said["texts"])
+    assert said["mean_kl"] == pytest.approx(sum(row["kl"] for row in said["texts"]) / 2)
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "top-1" in table
+    assert f"{said['texts'][0]['kl']:.4f}" in table
+
+
+def test_bad_references_and_texts_are_refused(
+    bundled_model: Path, bundled_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("")
+    binary.write_bytes(b"\xff\xfe\x00")
+    other = Path(shutil.copytree(bundled_model, tmp_path / "other"))
+    edit_config(other, vocab_size=17)
+    text = str(Path(__file__).parents[2] / "assets" / "valid.txt")
+
+    def refused(message: str, *options: str) -> None:
+        assert main(["eval", str(bundled_checkpoint), "--quiet", *options]) == 1
+        assert message in capsys.readouterr().err
+
+    reference = ("--reference", str(bundled_model))
+    refused("is a MiLo checkpoint", "--reference", str(bundled_checkpoint), "--text", text)
+    refused("vocab_size is 17 there", "--reference", str(other), "--text", text)
+    refused("has 0 tokens; nothing to score", *reference, "--text", str(empty))
+    refused("cannot be read as UTF-8 text", *reference, "--text", str(binary))
+    refused("cannot be read as UTF-8 text", *reference, "--text", str(tmp_path / "absent.txt"))
+    refused("--max-windows must be at least 1", *reference, "--text", text, "--max-windows", "0")
+    for file in other.glob("token*"):
+        file.unlink()
+    edit_config(other, vocab_size=4096)
+    refused("holds no tokenizer", "--reference", str(other), "--text", text)
