@@ -54,15 +54,23 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
 
 
 def _spend_rest(matrices: Sequence[Matrix], ranks: dict[str, int], budget: float, recipe: Recipe) -> None:
-    """Give what is left one step more where every token passes, the cheapest matrices first."""
+    """Give what is left in steps where every token passes, the cheapest matrices first, until no step fits.
+
+    A step of all routed experts may cost more than all ranks of what every token passes.
+    """
     weights = sum(matrix.n * matrix.k for matrix in matrices)
     left = (budget - stored_bits(matrices, ranks, recipe.group_size, recipe.factor_bits)) * weights
-    for matrix in sorted(matrices, key=lambda matrix: matrix.n + matrix.k):
-        price = rank_bits(matrix, recipe.factor_bits) * RANK_MULTIPLE
-        within = ranks[matrix.name] + RANK_MULTIPLE <= int(min(matrix.n, matrix.k) * LARGEST_SHARE)
-        if matrix.kind in DENSE_KINDS and price <= left and within:
-            ranks[matrix.name] += RANK_MULTIPLE
-            left -= price
+    growing = sorted((m for m in matrices if m.kind in DENSE_KINDS), key=lambda matrix: matrix.n + matrix.k)
+    while growing:
+        grown = []
+        for matrix in growing:
+            price = rank_bits(matrix, recipe.factor_bits) * RANK_MULTIPLE
+            within = ranks[matrix.name] + RANK_MULTIPLE <= int(min(matrix.n, matrix.k) * LARGEST_SHARE)
+            if price <= left and within:
+                ranks[matrix.name] += RANK_MULTIPLE
+                left -= price
+                grown.append(matrix)
+        growing = grown
 
 
 def _rank(matrix: Matrix, dense: float) -> int:

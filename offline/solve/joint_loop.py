@@ -124,7 +124,7 @@ class _Base:
     def begin(self, weights: torch.Tensor, feedback: bool) -> GroupQuantized:
         """Quantize weights [B, N, K] from scratch."""
         if self._robust:
-            return quantize_hqq(weights, self._group_size)
+            return quantize_hqq(weights, self._group_size, strict=False)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, None, COLD_FITS)
         return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS, strict=False)
@@ -142,7 +142,7 @@ class _Base:
         The first compensator may take so much off a group that its old grid is no use, so there ranges count too.
         """
         if self._robust:
-            return quantize_hqq(weights, self._group_size)
+            return quantize_hqq(weights, self._group_size, strict=False)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, old, WARM_FITS)
         if first:
