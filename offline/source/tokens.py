@@ -19,9 +19,13 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: {error}") from error
+    # without any files, transformers 5 makes up one by the model's type that knows no word
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: it knows no tokens")
+    return tokenizer
 
 
 def read_text(path: Path) -> str:

@@ -72,7 +72,7 @@ def _step(groups: torch.Tensor, scale: torch.Tensor) -> _Step:
         torch.sub(scaled, codes, out=residual).add_(zero.unsqueeze(-1)).mul_(width)
         sizes = torch.abs(residual, out=size).sum(-1)
         shrunk = _shrink(residual, size, beta)
-        # the mean of q - (w - m)/s over a group, m the shrunk error: the zero point that is optimal for it
+        # eq. 8 and 9: the zero point that is optimal for the shrunk error m, the mean of q - (w - m)/s over a group
         return sizes, codes.mean(-1) - scaled_mean + shrunk.div_(width).mean(-1)
 
     return step
