@@ -79,7 +79,7 @@ FLOORS = {
     "ranks": {"errors", "nouns", "progress", "source"},
     "presets": {"errors", "nouns", "ranks"},
     "checkpoint": {"errors", "nouns", "solve", "source"},
-    "evaluation": {"errors", "source", "checkpoint"},
+    "evaluation": {"errors", "progress", "source", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
     | {"checkpoint", "conversion"},

@@ -216,7 +216,7 @@ def paper(name: str, group: str, ranks: str, rounds: int, *more: str) -> Contend
 
 def preset(name: str, bits: float, on: str = "") -> Contender:
     """Return a preset at a budget of stored bits a weight, calibrated on the package's text or as ``on`` says."""
-    arguments = ("--preset", name, "--budget-bits", f"{bits:g}")
+    arguments: tuple[str, ...] = ("--preset", name, "--budget-bits", f"{bits:g}")
     if not PRESETS[name].calibrated:
         return Contender(f"{name} {bits:g}", f"ours {name}", arguments)
     arguments += CALIBRATED_ON[on] + (() if on == "no text" else ("--calibration-windows", WINDOWS))

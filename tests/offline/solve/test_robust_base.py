@@ -35,7 +35,7 @@ def test_a_compensator_lowers_the_norm_of_hqq(kind: str, bits: int):
 
 
 def test_at_equal_bits_ranks_beat_smaller_groups():
-    """Groups of 128 and a rank of 24 store 3.86 bits a weight, groups of 32 store 4: here there are strong directions."""
+    """Groups of 128 and a rank of 24 store 3.86 bits a weight, groups of 32 store 4; weights have strong directions."""
     weights = trained_like(2, 256, 256)
     fine = norm(weights - quantize_hqq(weights, 32).dequantize())
     assert (norm(weights - robust(24, weights, group=128).dequantize()) < fine).all()
