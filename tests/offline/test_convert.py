@@ -199,6 +199,5 @@ def test_a_text_brings_it_nearer_to_the_original_at_equal_bits(
         out = convert(bundled_model, tmp_path / name, conversion, progress=False).out
         assert 3.45 < inspect_checkpoint(out)["bits_per_weight"] <= 3.5
         found[name] = divergence(out, trained_model, others[:8])
-    print(found)
     assert found["text"] < 0.8 * found["hqq"], found
     assert found["text"] < 0.9 * found["none"], found

@@ -286,7 +286,7 @@ def test_halves_round_up():
 
 
 def test_a_factor_of_zeros_takes_steps_of_no_size():
-    _, base, pair = solve(3, [8])
+    _, _, pair = solve(3, [8])
     zeros = pair.u._replace(values=torch.full_like(pair.u.values, FACTOR_ZERO))
     factor = FactorLatents(zeros, 3, torch.ones(1, 8, dtype=torch.bool))
     factor.step(torch.randn(1, 8, N), 0.1, pace_of())
