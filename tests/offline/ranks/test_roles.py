@@ -7,7 +7,7 @@ import pytest
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.nouns import DENSE_KINDS, Kind, Matrix, Recipe
 from vllm_milo.offline.ranks.budget import rank_bits, stored_bits
-from vllm_milo.offline.ranks.roles import LARGEST_SHARE, share_budget
+from vllm_milo.offline.ranks.roles import largest_rank, share_budget
 
 RECIPE = Recipe(group_size=128)
 
@@ -54,11 +54,7 @@ def bits(matrices: list[Matrix], ranks: dict[str, int], recipe: Recipe = RECIPE)
 
 def may_grow(matrices: list[Matrix], ranks: dict[str, int]) -> list[Matrix]:
     """Matrices that every token passes with room for one step more."""
-    return [
-        matrix
-        for matrix in matrices
-        if matrix.kind in DENSE_KINDS and ranks[matrix.name] + 8 <= LARGEST_SHARE * min(matrix.n, matrix.k)
-    ]
+    return [matrix for matrix in matrices if matrix.kind in DENSE_KINDS and ranks[matrix.name] < largest_rank(matrix)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,14 +73,14 @@ def test_budget_is_kept_and_no_step_more_would_fit(name: str, budget: float, fac
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("budget", [3.25, 3.3, 3.6, 4.5, 9.0])
-def test_ranks_are_steps_of_8_and_at_most_half_of_the_smaller_side(name: str, budget: float):
+def test_ranks_are_steps_of_8_within_their_limits(name: str, budget: float):
     matrices = MODELS[name]
     ranks, _ = share_budget(matrices, budget, RECIPE)
     for matrix in matrices:
         assert ranks[matrix.name] % 8 == 0
-        assert 0 <= ranks[matrix.name] <= min(matrix.n, matrix.k) / 2
+        assert 0 <= ranks[matrix.name] <= largest_rank(matrix) <= min(matrix.n, matrix.k)
     if budget == 9:  # more than all of them take
-        assert all(ranks[m.name] == min(m.n, m.k) // 2 // 8 * 8 for m in matrices)
+        assert all(ranks[m.name] == largest_rank(m) for m in matrices)
 
 
 @pytest.mark.parametrize("name", ["all kinds", "no dense FFN", "no shared expert", "many experts", "ragged"])
@@ -97,6 +93,15 @@ def test_what_every_token_passes_gets_most(name: str):
     assert len(set(routed)) == 1  # of one shape
     for matrix in dense:
         assert ranks[matrix.name] > 4 * routed[0] or matrix not in may_grow(dense, ranks)
+
+
+def test_limits_are_what_serving_bears():
+    """Of Mixtral's sizes: attention an eighth of its larger side, a routed expert half of its smaller one."""
+    for leaf, n, limit in (("q_proj", 4096, 512), ("k_proj", 1024, 512), ("w1", 14336, 2048)):
+        kind = Kind.ROUTED_EXPERT if leaf == "w1" else Kind.ATTENTION
+        assert largest_rank(Matrix(leaf, kind, n, 4096)) == limit
+    assert largest_rank(Matrix("k_proj", Kind.ATTENTION, 128, 896)) == 112
+    assert largest_rank(Matrix("q_proj", Kind.ATTENTION, 128, 128)) == 32
 
 
 def test_more_budget_never_takes_from_routed_experts():
@@ -132,7 +137,7 @@ def test_a_budget_that_only_pays_for_the_base_warns(name: str):
 
 
 def test_sizes_too_small_for_any_rank_warn():
-    matrices = [Matrix("q_proj", Kind.ATTENTION, 8, 128), Matrix("o_proj", Kind.ATTENTION, 128, 8)]
+    matrices = [Matrix("q_proj", Kind.ATTENTION, 4, 128), Matrix("o_proj", Kind.ATTENTION, 128, 4)]
     ranks, warnings = share_budget(matrices, 9.0, RECIPE)
     assert set(ranks.values()) == {0}
     assert len(warnings) == 1
