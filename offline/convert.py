@@ -118,6 +118,7 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
         published = writer.publish()
     if published != writer.out:
         warnings = [*warnings, f"{out}: appeared during the conversion and was kept; the checkpoint is {published}"]
+    warnings = [*warnings, *report.warnings]
     errors = [entry.error for entry in report.matrices.values()]
     return Summary(
         out=published if published != writer.out else out,

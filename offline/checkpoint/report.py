@@ -30,6 +30,17 @@ class Report:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the learning."""
+        experts = {name.rpartition(".")[0] for layer in self.layers.values() for name in layer["untrained_experts"]}
+        if not experts:
+            return []
+        return [
+            f"{len(experts)} routed experts saw too little of the calibration text and keep the solver's codes, "
+            f"e.g. {min(experts)}; a longer text or one like what will be served reaches more of them"
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return what the report file holds."""
         content: dict[str, Any] = {

@@ -179,6 +179,13 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
             f"warning: no calibration: {error}. Quantizing without one (--calibration {NONE}), {COST}", file=sys.stderr
         )
         return None
+    if not arguments.quiet:
+        need = memory.streamed_need(ModelReader(arguments.model), windows.numel(), arguments.device)
+        print(
+            f"calibration: {len(windows)} windows of {windows.shape[1]} tokens; up to {memory.gib(need)} on "
+            f"{arguments.device}, a layer at a time",
+            file=sys.stderr,
+        )
     steps = effort.steps if arguments.learn_steps is None else arguments.learn_steps
     learn = LearnOptions(steps=steps, batch=min(effort.batch, len(windows)), seed=arguments.seed)
     return Text(wanted, windows, learn, _tune(arguments, effort) if thorough and steps else None)

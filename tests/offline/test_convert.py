@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.checkpoint.report import Report
 from vllm_milo.offline.conversion import Conversion, Text
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.evaluation.model import load_model
@@ -201,3 +202,12 @@ def test_a_text_brings_it_nearer_to_the_original_at_equal_bits(
         found[name] = divergence(out, trained_model, others[:8])
     assert found["text"] < 0.8 * found["hqq"], found
     assert found["text"] < 0.9 * found["none"], found
+
+
+def test_experts_that_saw_little_are_named_in_a_warning():
+    said = {"before": 1.0, "after": 0.5, "untrained_experts": [f"model.layers.0.mlp.experts.7.{p}" for p in ("a", "b")]}
+    report = Report(layers={"model.layers.0": said})
+    (warning,) = report.warnings
+    assert warning.startswith("1 routed experts saw too little of the calibration text")
+    assert "e.g. model.layers.0.mlp.experts.7;" in warning
+    assert Report().warnings == []
