@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -38,8 +40,9 @@ _SHARDS = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}
 """vLLM's shard ids: which GEMM's parameters, and which part of them, a projection fills."""
 
 
-class _Gemm(NamedTuple):
-    """One of the layer's two grouped GEMMs, on this rank.
+@dataclass(frozen=True)
+class _Gemm:
+    """One of the layer's two grouped GEMMs, in this process.
 
     ``ranks[e][p]`` is the compensator rank of part p of local expert e; ``n`` counts all parts.
     """
@@ -53,8 +56,9 @@ class _Gemm(NamedTuple):
     def parts(self) -> int:
         return 2 if self.name == "w13" else 1
 
-    @property
+    @cached_property
     def rank_offsets(self) -> list[int]:
+        """Where the factors of each part of each expert begin; asked for by every factor tensor of a load."""
         return offsets([rank for expert in self.ranks for rank in expert])
 
 
@@ -288,13 +292,14 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     def _load_factor(self, param: Parameter, loaded: torch.Tensor, tensor: str, shard: str, local: int) -> None:
         gemm, part = self._place(shard)
-        rows = gemm.rank_offsets[local * gemm.parts + part :][:2]
+        slot = local * gemm.parts + part
+        first, stop = gemm.rank_offsets[slot], gemm.rank_offsets[slot + 1]
         # U of w1 and w3 runs along the intermediate size, which is cut; so does V of w2
         is_cut = (shard == "w2") == (tensor in (V, V_SCALE))
         columns = gemm.n // gemm.parts if tensor in (U, U_SCALE) else gemm.k
         cut = FactorSlice(self.tp_rank * columns if is_cut else 0, columns)
         is_scale = tensor in (U_SCALE, V_SCALE)
-        param.data[rows[0] : rows[1]].copy_(cut.elements(self.format.compensator, loaded, is_scale))
+        param.data[first:stop].copy_(cut.elements(self.format.compensator, loaded, is_scale))
 
 
 class _LocalExperts:

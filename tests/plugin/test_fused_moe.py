@@ -86,3 +86,12 @@ def test_extra_expert_factor_is_named():
     parameter = layer.w13_weight_u
     with pytest.raises(CheckpointError, match=r"experts\.2\.w3\.weight_u is extra"):
         parameter.weight_loader(parameter, torch.zeros(8, 12, dtype=torch.int32), "w13_weight_u", "w3", 2)
+
+
+def test_rank_offsets_are_worked_out_once():
+    """Every factor tensor of a load asks for them: with 256 experts, 3072 times."""
+    from vllm_milo.fused_moe import _Gemm  # which imports vLLM
+
+    gemm = _Gemm("w13", 128, 64, [[8, 16], [0, 24]])
+    assert gemm.rank_offsets == [0, 8, 24, 24, 48]
+    assert gemm.rank_offsets is gemm.rank_offsets
