@@ -14,26 +14,36 @@ def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a model folder.
 
     Raises:
-        ConversionError: the folder holds none that transformers can read.
+        ConversionError: there is no such folder, or it holds none that transformers can read.
     """
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: no such folder; download or convert the model first")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: {error}") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # what transformers makes of no files
+        raise ConversionError(
+            f"{folder}: holds no tokenizer; copy tokenizer.json and the like from where it comes from"
+        )
+    return tokenizer
 
 
 def read_text(path: Path) -> str:
     """Return the content of a text file.
 
     Raises:
-        ConversionError: the file cannot be read, or is not UTF-8.
+        ConversionError: the file cannot be read, is not UTF-8, or holds zero bytes, as binary files do.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    if "\0" in content:
+        raise ConversionError(f"{path}: holds zero bytes, as binary files do; give a UTF-8 text")
+    return content
 
 
 def read_tokens(folder: Path, text: Path) -> torch.Tensor:
@@ -43,4 +53,10 @@ def read_tokens(folder: Path, text: Path) -> torch.Tensor:
         ConversionError: the file cannot be read, or the folder holds no tokenizer.
     """
     content = read_text(text)
-    return torch.tensor(load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"])
+    return tokenize(load_tokenizer(folder), content)
+
+
+def tokenize(tokenizer: Any, content: str) -> torch.Tensor:
+    """Return the token ids of a text, int64 [tokens], without special tokens."""
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
