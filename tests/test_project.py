@@ -76,7 +76,7 @@ FLOORS = {
     "ranks": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches"},
     "presets": {"errors", "ranks"},
     "checkpoint": {"errors", "nouns", "solve", "source"},
-    "evaluation": {"errors", "source", "checkpoint"},
+    "evaluation": {"errors", "progress", "source", "checkpoint"},
     "conversion": {"nouns", "calibration", "ranks", "checkpoint"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "ranks", "checkpoint"}
     | {"conversion"},

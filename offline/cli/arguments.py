@@ -7,15 +7,20 @@ from pathlib import Path
 
 import torch
 
+from ..errors import ConversionError
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every subcommand takes that runs a model on a text."""
+def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add what every subcommand takes that runs a model on a text, or on ``several``."""
     parser.add_argument("model", type=Path, help="folder of a source model or MiLo checkpoint")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
-    parser.add_argument("--max-windows", type=int, default=None)
+    if several:
+        parser.add_argument("--text", type=Path, required=True, nargs="+", metavar="FILE", help="UTF-8 text files")
+    else:
+        parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    parser.add_argument("--max-windows", type=int, default=None, help="windows of a text, at most")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -24,3 +29,20 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 def default_device() -> str:
     """Return the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_text_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse a device that torch does not have, and windows that leave nothing to score, before a model is loaded.
+
+    Raises:
+        ConversionError: names the option.
+    """
+    name, windows = arguments.device, arguments.max_windows
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConversionError(f"--device {name}: torch knows no such device; use cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConversionError(f"--device {name}: torch sees no such CUDA device; use --device cpu")
+    if windows is not None and windows < 1:
+        raise ConversionError(f"--max-windows {windows}: must be at least 1")

@@ -26,7 +26,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> 
 def eval_json(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict:
     capsys.readouterr()
     assert main(["eval", str(folder), "--text", str(TEXT), "--json", "--quiet", *options]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["texts"]
+    return row
 
 
 def test_methods_are_ordered(quantized: dict[str, Path], bundled_model: Path, capsys: pytest.CaptureFixture[str]):
