@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
 
 RANK_MULTIPLE = 8
-"""Ranks are multiples of this: the kernels read factors in rows of ranks, and finer steps would waste them."""
+"""Ranks are multiples of this. The kernels pad those of each matrix to blocks of 16; finer steps would waste more."""
 DENSE_KINDS = frozenset({Kind.ATTENTION, Kind.SHARED_EXPERT, Kind.DENSE_FFN})
 """What every token passes."""
 

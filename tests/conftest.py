@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-SHARING = ("test_vllm_models.py", "test_vllm_server.py", "test_gram.py")
-"""Files whose tests share what takes long to make: a server, vLLM's output, moments of a text."""
+SHARING = ("test_vllm_models.py", "test_vllm_server.py")
+"""Files whose tests share what takes long to make: a server, vLLM's output."""
 
 
 class Scheduling(LoadScopeScheduling):

@@ -1,4 +1,4 @@
-"""Every difference between vLLM versions that the plugin meets, found by capability, never by number."""
+"""What vLLM's versions differ in, found by capability, never by number; and what is read from its configuration."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register this rank's experts: codes, scales, zero points, and factors concatenated by rank.
+        """Register this process's experts: codes, scales, zero points, and the factors of all one after another.
 
         Raises:
             CheckpointError: the layer has a feature, a size or a split that is not supported.

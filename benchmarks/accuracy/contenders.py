@@ -9,19 +9,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.accuracy.gptq import Gptq
-from vllm_milo.offline.calibration.choose import NONE
+from vllm_milo.offline.calibration.choose import NONE, PACKAGED
 from vllm_milo.offline.calibration.generated_text import OWN_TEXT
 from vllm_milo.offline.nouns import DENSE_KINDS, Kind, Matrix
+from vllm_milo.offline.presets import PRESETS
 
 COUNTS = "{counts}"
 CALIBRATION = "{calibration}"
 WINDOWS = "{windows}"
-WEIGHED_BY = {
-    "calibrated": ("--calibration", CALIBRATION, "--calibration-windows", WINDOWS),
+CALIBRATED_ON = {
+    "": ("--calibration", PACKAGED),
+    "same text": ("--calibration", CALIBRATION),
     "own text": ("--calibration", OWN_TEXT),
-    "plain squares": ("--calibration", NONE),
+    "no text": ("--calibration", NONE),
 }
-"""What a preset may weigh errors by, beside its default; on a text by as many windows of it as GPTQ sees."""
+"""What a preset may be calibrated on: the package's text, the one that GPTQ sees, what the model writes by itself. All
+by as many windows as GPTQ sees."""
 RANK_STEP = 8
 FACTOR_BITS = 3 + 16 / 64
 """Stored bits of one value of a 3-bit factor, with its scales."""
@@ -82,12 +85,15 @@ def main_section(shape: Shape, rounds: int) -> list[Contender]:
         Contender("least squares", "baseline", ("--method", "mse")),
         Contender("least squares g128", "baseline", ("--method", "mse", "--group-size", "128")),
     ]
-    presets = [preset("balanced", bits) for bits in (3.55, 3.6, 3.75)]
-    presets += [preset("best", bits, "calibrated") for bits in (3.5, 3.59, 3.6, 3.75)]
-    presets += [preset("small", bits) for bits in (3.25, 3.4)]
-    presets += [preset("small", 3.297, "calibrated")]
-    presets += [preset("best", bits, "own text") for bits in (3.55, 3.6, 3.75)]
-    presets += [preset("balanced", bits, "plain squares") for bits in (3.6, 3.75)]
+    presets = [preset("balanced", bits) for bits in (3.5, 3.55, 3.6, 3.75)]
+    presets += [preset("balanced", bits, "same text") for bits in (3.5, 3.59, 3.6, 3.75)]
+    presets += [preset("balanced", bits, "own text") for bits in (3.6, 3.75)]
+    presets += [preset("balanced", 3.6, "no text")]
+    presets += [preset("best", bits) for bits in (3.5, 3.6)]
+    presets += [preset("best", bits, "same text") for bits in (3.59, 3.6)]
+    presets += [preset("small", bits) for bits in (3.25, 3.3, 3.4)]
+    presets += [preset("small", 3.297, "same text")]
+    presets += [preset("fast", bits) for bits in (3.3, 3.5, 3.6, 3.75)]
     presets += [Contender("preset paper-s1", "ours", ("--preset", "paper-s1"))]
     presets += [Contender("preset paper-s2", "ours", ("--preset", "paper-s2"))]
     return [*baselines, *paper_sweep(shape, rounds), *presets]
@@ -126,22 +132,23 @@ def large_section(shape: Shape, rounds: int) -> list[Contender]:
     head = [
         Contender("RTN", "baseline", ("--method", "rtn")),
         preset("balanced", small),
-        preset("best", large, "calibrated"),
-        preset("best", large, "own text"),
+        preset("fast", small),
+        preset("best", large, "same text"),
+        preset("balanced", small, "same text"),
         preset("balanced", small, "own text"),
-        preset("balanced", small, "plain squares"),
     ]
     fractions = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     dense = [paper(f"paper dense={r}", "paper dense", f"dense={r}", rounds) for r in map(shape.rank, fractions)]
     tail = [
         preset("balanced", 3.6),
-        preset("best", 3.6, "calibrated"),
-        preset("best", 3.6, "own text"),
+        preset("fast", 3.6),
+        preset("best", 3.6),
+        preset("best", 3.6, "same text"),
         preset("balanced", 3.75),
-        preset("best", 3.75, "calibrated"),
-        preset("best", 3.297, "calibrated"),
-        preset("best", 3.59, "calibrated"),
-        preset("small", 3.4),
+        preset("fast", 3.75),
+        preset("best", 3.297, "same text"),
+        preset("best", 3.59, "same text"),
+        preset("small", 3.3),
         preset("small", 3.25),
         preset("balanced", large),
     ]
@@ -207,10 +214,11 @@ def paper(name: str, group: str, ranks: str, rounds: int, *more: str) -> Contend
     return Contender(name, group, arguments + (("--expert-counts", COUNTS) if "frequency" in ranks else ()))
 
 
-def preset(name: str, bits: float, how: str = "") -> Contender:
-    """Return a preset at a budget of stored bits a weight, errors weighed as is its default or as ``how`` says."""
-    arguments = ("--preset", name, "--budget-bits", f"{bits:g}")
-    if not how:
+def preset(name: str, bits: float, on: str = "") -> Contender:
+    """Return a preset at a budget of stored bits a weight, calibrated on the package's text or as ``on`` says."""
+    arguments: tuple[str, ...] = ("--preset", name, "--budget-bits", f"{bits:g}")
+    if not PRESETS[name].calibrated:
         return Contender(f"{name} {bits:g}", f"ours {name}", arguments)
-    group = "ours best" if (name, how) == ("best", "calibrated") else f"ours {name}, {how}"
-    return Contender(f"{name} {bits:g}, {how}", group, (*arguments, *WEIGHED_BY[how]))
+    arguments += CALIBRATED_ON[on] + (() if on == "no text" else ("--calibration-windows", WINDOWS))
+    said = f", {on}" if on else ""
+    return Contender(f"{name} {bits:g}{said}", f"ours {name}{said}", arguments)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_milo.offline.checkpoint.dequantize import dequantized_tensors
+from vllm_milo.offline.checkpoint.dequantize import DequantizedTensors
 from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.nouns import Kind, Matrix
 from vllm_milo.offline.source.reader import ModelReader
@@ -51,7 +51,7 @@ class QuantizedModel:
     def load(self, checkpoint: Path) -> None:
         """Put the weights of a MiLo checkpoint of this model in place."""
         found = 0
-        for tensor, values in dequantized_tensors(checkpoint, validate_checkpoint(checkpoint), torch.float32):
+        for tensor, values in DequantizedTensors(checkpoint, validate_checkpoint(checkpoint), torch.float32).load():
             name = tensor.removesuffix(".weight")
             if name in self.views:
                 self.views[name].copy_(values)

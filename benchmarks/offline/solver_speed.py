@@ -4,15 +4,8 @@
 
 A layer is 8 experts of w1, w3 [14336, 4096] and w2 [4096, 14336], q and o [4096, 4096], k and v [1024, 4096]. Weights
 are random, as the solver's time does not depend on them except through its stop rule; the rounds that it took are
-in the results. With ``--calibration weights``, the default of method ``milo``, the time of the Gram matrices counts;
-for a budget the time that its ranks take, too. ``--scale 16`` divides all sizes, to check the script on a CPU.
-
-What a round of ``milo`` costs without moments, by count. Matrix products: six, 12·N·K·r FLOPs a matrix, so 90 GFLOP for
-[8, 14336, 4096] at rank 16 (two to find the space, three to fit the stored factors to each other, one to subtract
-them) and 103 GFLOP for [1, 4096, 4096] at rank 512. Everything else is bound by memory: about 36 reads or writes of W
-in float32, 5 of them in the base's two regressions. A beginning costs about 30, and a matrix takes 14 rounds' work for
-10 if one of its two beginnings wins early, 22 if they stay close: 550 to 850 reads or writes in all. W, its rests,
-the work space and the codes take about eight times W in float32 at the peak.
+in the results. Method ``milo`` runs as without a calibration, on HQQ's base; setting ``fast`` has the ranks by role of
+the preset of that name. ``--scale 16`` divides all sizes, to check the script on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,25 +23,19 @@ import torch
 
 from benchmarks.records import device_name
 from vllm_milo.offline.batches import batches
-from vllm_milo.offline.calibration.choose import NONE, WEIGHTS
-from vllm_milo.offline.calibration.gram import FEEDBACK_ROUNDS, LayerGrams, Norms
-from vllm_milo.offline.calibration.moment_source import LayerMoments, PlainSquares
-from vllm_milo.offline.nouns import Kind, LoadedMatrix, Matrix, Moments, Recipe
-from vllm_milo.offline.ranks.allocation import allocate
-from vllm_milo.offline.ranks.plan import layer_curves
-from vllm_milo.offline.ranks.sensitivity import sensitivity
+from vllm_milo.offline.calibration.layer_moments import NoMoments
+from vllm_milo.offline.nouns import PLAIN_METHODS, Kind, LoadedMatrix, Matrix, Recipe
+from vllm_milo.offline.ranks.roles import share_budget
 from vllm_milo.offline.solve.methods import quantize_matrices
-from vllm_milo.offline.source.families import FAMILIES
 
 LAYERS = 32
-HIDDEN, INNER, VALUES, HEAD = 4096, 14336, 1024, 128
-CONFIG = {"num_local_experts": 8, "num_experts_per_tok": 2}
-FAMILY = FAMILIES["mixtral"]
+HIDDEN, INNER, VALUES = 4096, 14336, 1024
+EXPERTS = 8
 SOURCE_STD = 0.02
 
 
 class Setting(NamedTuple):
-    """A row: the ranks of dense and routed matrices, or a budget of bits that the converter gives ranks by."""
+    """A row: the ranks of dense and routed matrices, or a budget of bits that is shared by role."""
 
     name: str
     dense: int = 0
@@ -63,7 +49,7 @@ SETTINGS = (
     Setting("s1", 512, 16),
     Setting("s2", 1024, 32),
     Setting("uniform", 64, 64),
-    Setting("balanced", budget_bits=3.6, group_size=128),
+    Setting("fast", budget_bits=3.6, group_size=128),
 )
 
 
@@ -78,14 +64,10 @@ def main() -> None:
             method="hqq" if setting.name == "hqq" else arguments.method,
             group_size=setting.group_size,
             max_rounds=arguments.rounds,
-            feedback_rounds=FEEDBACK_ROUNDS,
+            base="hqq",
         )
-        calibration = arguments.calibration if recipe.method == "milo" else NONE
         warm_up(recipe, arguments.device)
-        times = [
-            time_layer(setting, recipe, calibration, arguments.scale, arguments.device)
-            for _ in range(arguments.repeats)
-        ]
+        times = [time_layer(setting, recipe, arguments.scale, arguments.device) for _ in range(arguments.repeats)]
         rows.append(sorted(times, key=lambda row: row["layer_seconds"])[len(times) // 2])
         print(json.dumps(rows[-1]), flush=True)
         record = {"device": device_name(arguments.device), "torch": torch.__version__}
@@ -94,17 +76,15 @@ def main() -> None:
         arguments.output.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
-def time_layer(setting: Setting, recipe: Recipe, calibration: str, scale: int, device: str) -> dict[str, Any]:
+def time_layer(setting: Setting, recipe: Recipe, scale: int, device: str) -> dict[str, Any]:
     """Return seconds of one layer by part and of all layers, rounds, errors, and the peak of device memory."""
     loaded = list(random_layer(scale, device))
+    ranks = _ranks(setting, recipe, [matrix for matrix, _ in loaded], scale)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    moments = _moments(loaded, calibration, scale)
     clock = Clock(device)
-    ranks = _ranks(setting, recipe, loaded, moments, scale)
-    allocation = clock.lap()
     parts: dict[str, dict[str, Any]] = defaultdict(lambda: {"seconds": 0.0, "ranks": [], "rounds": [], "errors": []})
-    for batch in batches(loaded, _moments(loaded, calibration, scale), ranks, mixed=recipe.method == "milo"):
+    for batch in batches(loaded, NoMoments(), ranks, mixed=recipe.method == "milo"):
         theirs = [ranks[matrix.name] for matrix in batch.matrices]
         rank = theirs[0] if len(set(theirs)) == 1 else theirs
         result = quantize_matrices(batch.weights, rank, recipe, torch.bfloat16, batch.moments)
@@ -115,9 +95,8 @@ def time_layer(setting: Setting, recipe: Recipe, calibration: str, scale: int, d
         part["errors"] += result.errors.tolist()
         del result
         clock.lap()
-    layer = allocation + sum(part["seconds"] for part in parts.values())
+    layer = sum(part["seconds"] for part in parts.values())
     row: dict[str, Any] = {"setting": setting.name, "method": recipe.method, "rounds": recipe.max_rounds}
-    row |= {"calibration": calibration, "allocation_seconds": allocation}
     row["parts"] = {
         name: {"seconds": part["seconds"]} | {key: _mean(part[key]) for key in ("ranks", "rounds", "errors")}
         for name, part in parts.items()
@@ -130,9 +109,9 @@ def time_layer(setting: Setting, recipe: Recipe, calibration: str, scale: int, d
 
 def warm_up(recipe: Recipe, device: str) -> None:
     """Let libraries load and pick kernels outside the timing."""
+    rank = 0 if recipe.method in PLAIN_METHODS else 8
     weights = torch.randn(2, 256, 256, device=device)
-    moments = Moments(torch.eye(256, device=device).unsqueeze(0)) if recipe.method == "milo" else None
-    quantize_matrices(weights, 8, replace(recipe, max_rounds=1), torch.bfloat16, moments)
+    quantize_matrices(weights, rank, replace(recipe, max_rounds=1), torch.bfloat16)
 
 
 def random_layer(scale: int, device: str) -> Iterator[LoadedMatrix]:
@@ -165,27 +144,14 @@ def _layer(scale: int) -> Iterator[Matrix]:
     for leaf, rows in (("q_proj", hidden), ("k_proj", values), ("v_proj", values), ("o_proj", hidden)):
         yield Matrix(f"model.layers.0.self_attn.{leaf}", Kind.ATTENTION, rows, hidden)
     experts = "model.layers.0.block_sparse_moe.experts"
-    for expert in range(CONFIG["num_local_experts"]):
+    for expert in range(EXPERTS):
         for leaf, n, k in (("w1", inner, hidden), ("w3", inner, hidden), ("w2", hidden, inner)):
             yield Matrix(f"{experts}.{expert}.{leaf}", Kind.ROUTED_EXPERT, n, k, experts, expert)
 
 
-def _moments(loaded: Sequence[LoadedMatrix], calibration: str, scale: int) -> LayerMoments:
-    """Return fresh moments: each pass over a model makes its own."""
-    if calibration == NONE:
-        return PlainSquares()
-    ones = torch.ones(HIDDEN // scale, device=loaded[0][1].device)
-    return LayerGrams(FAMILY, loaded, Norms(ones, ones), HEAD // scale)
-
-
-def _ranks(
-    setting: Setting, recipe: Recipe, loaded: Sequence[LoadedMatrix], moments: LayerMoments, scale: int
-) -> Mapping[str, int]:
-    matrices = [matrix for matrix, _ in loaded]
+def _ranks(setting: Setting, recipe: Recipe, matrices: Sequence[Matrix], scale: int) -> Mapping[str, int]:
     if setting.budget_bits is not None:
-        weigh = partial(sensitivity, family=FAMILY, config=CONFIG)
-        curves = layer_curves(batches(loaded, moments, {}), recipe, weigh)
-        return allocate(matrices, curves, setting.budget_bits, recipe)
+        return share_budget(matrices, setting.budget_bits, recipe)[0]
     dense, sparse = (rank // scale // 8 * 8 for rank in (setting.dense, setting.sparse))
     return {m.name: sparse if m.kind is Kind.ROUTED_EXPERT else dense for m in matrices}
 
@@ -201,11 +167,10 @@ def _mean(values: Sequence[float]) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3, help="of which the median counts")
-    parser.add_argument("--method", default="paper")
-    parser.add_argument("--calibration", choices=[WEIGHTS, NONE], default=WEIGHTS, help="of method milo")
-    parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS], default=["hqq", "s1", "s2"])
+    parser.add_argument("--method", choices=["milo", "paper"], default="milo")
+    parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS], default=["hqq", "s1", "fast"])
     parser.add_argument("--scale", type=int, choices=[1, 2, 4, 8, 16], default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

@@ -48,7 +48,8 @@ def half_quadratic_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a round of HQQ needs of each group, float32 [B, N, G]: Σ|w - ŵ| and the next zero point.
 
-    That is the mean of q - (w - m)/s, m the error shrunk by sign(x)·max(|x| - |x|^(p-1)/β, 0).
+    That is the mean of q - (w - m)/s (paper eq. 8 and 9). m is the error, shrunk by
+    sign(x)·max(|x| - |x|^(p-1)/β, 0) (eq. 7).
 
     Args:
         weights: as in :func:`code_sums`.

@@ -13,7 +13,7 @@ from .layout import UNIT
 
 
 class Activated(NamedTuple):
-    """Input of the second GEMM: x [pairs, I] and its sums, as in :class:`.project.Projected`."""
+    """Input of the second GEMM: x [pairs, I] and its sums, as in :class:`.projection.launcher.Projected`."""
 
     x: torch.Tensor
     sums: torch.Tensor
@@ -71,7 +71,7 @@ def power_of_two(largest):
 
 
 def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dtype, mode: LaunchMode) -> Activated:
-    """Return act(gate)·up, ``dtype`` [pairs, I], and its sums, as in :class:`.project.Projected`.
+    """Return act(gate)·up, ``dtype`` [pairs, I], and its sums, as in :class:`.projection.launcher.Projected`.
 
     Rows of pairs whose expert is not local hold nothing of use.
 

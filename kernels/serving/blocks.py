@@ -49,7 +49,7 @@ def load_pairs(blocks, block, num_pairs, max_blocks, BLOCK_M: tl.constexpr, BLOC
 
 
 @triton.jit
-def last_pair(blocks, index, num_pairs, last_index, BLOCKS: tl.constexpr):
+def past_last_pair(blocks, index, num_pairs, last_index, BLOCKS: tl.constexpr):
     """Whether no pair stands at ``index`` of the sorted pairs; within a block they stand in front."""
     if BLOCKS == "sorted":
         return tl.load(blocks.pairs + index, mask=index < last_index, other=0) >= num_pairs
@@ -62,7 +62,8 @@ def last_pair(blocks, index, num_pairs, last_index, BLOCKS: tl.constexpr):
 def block_expert(blocks, block, max_blocks, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr):
     """Local expert of a block; -1 where the block is not in use.
 
-    What is read does not depend on what was read: a tile's start is a chain of such waits.
+    Both loads are issued at once. If the second needed the result of the first, every tile would start later by the
+    time that a load takes.
     """
     exists = block < max_blocks
     if BLOCKS == "sorted":

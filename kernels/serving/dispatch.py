@@ -14,7 +14,7 @@ from .layout import UNIT, KernelWeights
 
 BLOCK_N = 128
 SCALING_TOKENS = 72
-"""What scaling a tile's weights takes, in the time of so many tokens' products: by times of tiles of 64 and of 128."""
+"""Scaling a tile's weights takes as long as the products of so many tokens, by the times of tiles of 64 and of 128."""
 THREE_TILES = 168
 """Registers of a thread with which three tiles of four warps fit on a multiprocessor."""
 TUNED_KEYS = ("gate_up", "down")
@@ -71,10 +71,11 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
         sizes = [min(sizes[0], 64)]
     tiles = {size: triton.cdiv(layer.columns, BLOCK_N) * triton.cdiv(rows, size) for size in sizes}
 
-    def seconds(size: int) -> int:
+    def cost(size: int) -> int:
+        """Return the time of all rounds of tiles, in the time of one token's products."""
         return triton.cdiv(tiles[size], _resident(size) * processors(device)) * (size + SCALING_TOKENS)
 
-    block_m = sizes[0] if rows <= 64 else min(sizes, key=seconds)
+    block_m = sizes[0] if rows <= 64 else min(sizes, key=cost)
     split_k = 1
     while 2 * split_k * tiles[block_m] <= _resident(block_m) * processors(device) and layer.units >= 8 * split_k:
         split_k *= 2
@@ -97,8 +98,10 @@ def _largest_block(device: torch.device) -> int:
 
 
 def _pipeline_bytes(block_m: int, stages: int) -> int:
-    """Return the shared memory of units of activations, and of codes with scales and zero points, one unit less: they
-    go to registers at once.
+    """Return the bytes of shared memory that the load pipeline takes.
+
+    These are ``stages`` units of activations, and one unit less of codes with their scales and zero points: the current
+    ones are in registers already.
     """
     return stages * 2 * UNIT * block_m + (stages - 1) * (3 * 16 + 4 * 4) * BLOCK_N
 

@@ -30,7 +30,7 @@ from .reduce import weighted_sum
 from .routing import Routes
 
 FEW_PAIRS = 16384
-"""Up to so many pairs launches count, and start early."""
+"""Up to so many pairs the latency of launches matters, and they start early."""
 
 
 def fused_moe(

@@ -79,7 +79,7 @@ class KernelWeights(NamedTuple):
     u_scale fp16, 1-D, likewise [rᵢ/16, Nᵢ/64, 16]; v int32 [R, K/128, 3, 16, 4] ([R, 16, 128·⌈K/128⌉]);
     v_scale int32 [R, ⌈K/128⌉, 16], the fp16 scales of a unit's halves in its halves, 0 in the rows and groups that
     padding added; rank_blocks int32 [E·P + 1],
-    the blocks of part p of expert e; u_starts int32 [E·P], where its part of u starts, in elements of u_scale;
+    the blocks of part p of expert e; u_starts int64 [E·P], where its part of u starts, in elements of u_scale;
     norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty.
     """
 

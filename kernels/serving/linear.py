@@ -16,7 +16,7 @@ from .projection.plan import DownShape
 from .reduce import sum_splits
 
 FEW_TOKENS = 256
-"""Up to so many rows launches count, and start early."""
+"""Up to so many rows the latency of launches matters, and they start early."""
 
 
 def linear(

@@ -21,8 +21,8 @@ What the GEMM reads before its wait
     V·x had ended and what they wrote was visible. This assumes that what was visible to the programs of V·x is visible
     to a grid that starts after it, as CUDA's memory model gives: it is performed at the scope of the GPU, and a grid
     starts with empty caches of its multiprocessors.
-    With a GEMM whose block is not in use only the first program waits, for rule 3: others would hold the places of
-    tiles.
+    Of the GEMM's programs whose block is not in use only the first one waits, for rule 3. The others return at once, so
+    that they do not hold the places of tiles.
 
 When the launch after may start
     Right after the wait, but for a GEMM: its programs say so after their loop over K. Sooner, programs of the launch

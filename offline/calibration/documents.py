@@ -51,7 +51,7 @@ def parse_lines(content: str, name: str) -> list[Document]:
         ConversionError: names the line that holds none.
     """
     documents: list[Document] = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # JSON may hold other line ends
         if not line.strip():
             continue
         try:
@@ -59,7 +59,8 @@ def parse_lines(content: str, name: str) -> list[Document]:
         except ValueError as error:
             raise ConversionError(f"{name}, line {number}: not JSON: {error}") from None
         found = entry.get("text", entry.get("messages")) if isinstance(entry, dict) else None
-        if not isinstance(found, str | list) or not found:
+        chat = isinstance(found, list) and all(isinstance(message, dict) for message in found)
+        if not found or not (chat or isinstance(found, str)):
             raise ConversionError(f'{name}, line {number}: needs "text", or "messages" of a chat')
         documents.append(found)
     return documents

@@ -2,77 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_milo.checkpoint import TENSOR_NAMES, U_SCALE, V_SCALE, MiLoFormat, U, V
 from vllm_milo.kernels.packing import dequantize, dequantize_factor
-from vllm_milo.shards import TensorEntry, read_tensors
+from vllm_milo.shards import read_tensors
 from vllm_milo.validation import quantized_modules
 
-from ..source.streamed_model import Load
 
-_CPU = torch.device("cpu")
-
-
-def dequantized_tensors(
-    folder: Path, fmt: MiLoFormat, dtype: torch.dtype, prefix: str = ""
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a MiLo checkpoint whose source names begin with ``prefix``, quantized matrices as ``dtype``.
-
-    Raises:
-        ShardError: a file is missing, truncated or unreadable.
-    """
-    yield from dequantizing_load(folder, fmt, dtype)(prefix)
-
-
-def dequantizing_load(folder: Path, fmt: MiLoFormat, dtype: torch.dtype, device: torch.device = _CPU) -> Load:
-    """Return what yields the tensors of a MiLo checkpoint by prefix of their source names.
-
-    The headers are read once, here; what a prefix names is read, and its matrices dequantized, one tensor at a time.
+class DequantizedTensors:
+    """A MiLo checkpoint's tensors on demand.
 
     Args:
-        folder: of the checkpoint, which :func:`validate_checkpoint` has found whole.
-        fmt: of the checkpoint.
-        dtype: of dequantized matrices, whose arithmetic is float32; other tensors come as they are stored.
-        device: where matrices are dequantized and returned; other tensors stay on the CPU.
-
-    Raises:
-        ShardError: a file is missing, truncated or unreadable.
+        folder: the checkpoint.
+        fmt: its format.
+        dtype: of the weights of quantized matrices; other tensors stay as they are stored.
     """
-    from safetensors import safe_open
 
-    entries = read_tensors(folder)
-    modules = quantized_modules(entries)
+    def __init__(self, folder: Path, fmt: MiLoFormat, dtype: torch.dtype) -> None:
+        self._format, self._dtype = fmt, dtype
+        self._entries = read_tensors(folder)
+        self._modules = quantized_modules(self._entries)
+        self._handles: dict[Path, Any] = {}
 
-    def select(prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        plain = [n for n in entries if n.startswith(prefix) and n.rpartition(".")[2] not in TENSOR_NAMES]
-        matrices = {name: found for name, found in modules.items() if f"{name}.weight".startswith(prefix)}
-        files = {entries[name].file for name in plain}
-        files |= {entry.file for found in matrices.values() for entry in found.values()}
-        handles = {file: safe_open(file, framework="pt") for file in files}
-        for name in plain:
-            yield name, handles[entries[name].file].get_tensor(name)
+    def load(self, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors whose names in the source begin with ``prefix``, quantized matrices as ``….weight``."""
+        for name in self._entries:
+            if name.startswith(prefix) and name.rpartition(".")[2] not in TENSOR_NAMES:
+                yield name, self._read(name)
+        for module, found in self._modules.items():
+            if f"{module}.weight".startswith(prefix):
+                yield f"{module}.weight", self._dequantize(module, list(found)).to(self._dtype)
 
-        def load(name: str) -> torch.Tensor:
-            return handles[entries[name].file].get_tensor(name).to(device)
+    def _read(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
 
-        for name, found in matrices.items():
-            yield f"{name}.weight", _dequantize_matrix(name, found, fmt, load).to(dtype)
+        file = self._entries[name].file
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file].get_tensor(name)
 
-    return select
-
-
-def _dequantize_matrix(
-    module: str, found: dict[str, TensorEntry], fmt: MiLoFormat, load: Callable[[str], torch.Tensor]
-) -> torch.Tensor:
-    """Return the weights s·(q - z) + UᵀV of one matrix, float32 [N, K]."""
-    tensors = {name: load(f"{module}.{name}") for name in found}
-    weight = dequantize(tensors["weight_packed"], tensors["weight_scale"], tensors["weight_zero"], fmt.group_size)
-    if U not in tensors:
-        return weight
-    bits = fmt.compensator.bits
-    u = dequantize_factor(tensors[U], tensors.get(U_SCALE), bits)
-    return weight + u.T @ dequantize_factor(tensors[V], tensors.get(V_SCALE), bits)
+    def _dequantize(self, module: str, names: list[str]) -> torch.Tensor:
+        tensors = {name: self._read(f"{module}.{name}") for name in names}
+        packed, scale, zero = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
+        weight = dequantize(packed, scale, zero, self._format.group_size)
+        if U not in tensors:
+            return weight
+        bits = self._format.compensator.bits
+        u = dequantize_factor(tensors[U], tensors.get(U_SCALE), bits)
+        return weight + u.T @ dequantize_factor(tensors[V], tensors.get(V_SCALE), bits)

@@ -1,8 +1,8 @@
 """Writes a checkpoint folder that appears whole or not at all.
 
 Everything goes into a hidden sibling folder first. config.json comes last, all files are flushed to disk, and a rename
-publishes the folder (:meth:`CheckpointWriter.publish`). A failure or Ctrl-C removes it; a killed process leaves only a
-``.partial`` folder without config.json, which nothing takes for a checkpoint.
+publishes the folder (:meth:`CheckpointWriter.publish`). A failure or Ctrl-C removes it. A killed process leaves a
+hidden ``.partial`` folder; in it is a config.json only if the checkpoint was whole.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class CheckpointWriter:
                 raise
         except OSError as error:
             raise self._cannot_write(error) from error
+        _flush(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return target
 
@@ -198,8 +199,12 @@ def _write_json(path: Path, content: Any) -> None:
 def _sync(folder: Path) -> None:
     """Flush every file and the folder: after the rename nothing of the checkpoint may be only in memory."""
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

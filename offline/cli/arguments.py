@@ -14,21 +14,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Add what every subcommand takes that runs a model on a text, or on ``several``."""
+    """Add what every subcommand takes that runs a model on a text."""
     parser.add_argument("model", type=Path, help="folder of a source model or MiLo checkpoint")
-    if several:
-        parser.add_argument("--text", type=Path, required=True, nargs="+", metavar="FILE", help="UTF-8 text files")
-    else:
-        parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
-    parser.add_argument("--max-windows", type=int, default=None, help="windows of a text, at most")
+    number = {"nargs": "+"} if several else {}
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file", **number)  # type: ignore[arg-type]
+    parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def default_device() -> str:
-    """Return the GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_text_arguments(arguments: argparse.Namespace) -> None:
@@ -45,4 +38,9 @@ def check_text_arguments(arguments: argparse.Namespace) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConversionError(f"--device {name}: torch sees no such CUDA device; use --device cpu")
     if windows is not None and windows < 1:
-        raise ConversionError(f"--max-windows {windows}: must be at least 1")
+        raise ConversionError("--max-windows must be at least 1")
+
+
+def default_device() -> str:
+    """Return the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,112 +1,87 @@
-"""``milo eval``: prints what texts say of a model or MiLo checkpoint: its perplexity, or how far it is from another."""
+"""``milo eval``: how good a model or a checkpoint is on texts, by itself or beside the model that it was made of."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConversionError
-from ..evaluation import comparison
-from ..evaluation.divergence import compare
+from ..evaluation.divergence import divergences, open_streamed, refuse_strangers, text_windows
 from ..evaluation.model import load_model
 from ..evaluation.perplexity import STRIDE, WINDOW, perplexity
 from ..source.tokens import read_tokens
 from .arguments import add_text_arguments, check_text_arguments
 
-REFERENCE_HELP = """folder of the unquantized model that MODEL was made from: print the KL divergence from it, and how
-often both find the same token the likeliest. Both go through disjoint windows a layer at a time, so neither must fit
-into memory as a whole."""
-WINDOW_HELP = f"tokens of a window, at most (default: {WINDOW}; with --reference {comparison.WINDOW})"
+REFERENCE_WINDOW = 512
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
-    parser = commands.add_parser("eval", help="print the perplexity of a model, or how far it is from its reference")
+    parser = commands.add_parser("eval", help="measure a model or MiLo checkpoint on texts")
     add_text_arguments(parser, several=True)
-    parser.add_argument("--reference", type=Path, metavar="MODEL", help=REFERENCE_HELP)
-    parser.add_argument("--window", type=int, help=WINDOW_HELP)
-    parser.add_argument("--stride", type=int, help=f"tokens between windows (default: {STRIDE}); not with --reference")
+    reference = "the model it was made of: KL divergence and top-1 agreement, both a layer in memory at a time"
+    parser.add_argument("--reference", type=Path, help=reference)
+    window = f"tokens of a window (default: {WINDOW}; with --reference {REFERENCE_WINDOW})"
+    parser.add_argument("--window", type=int, default=None, help=window)
+    parser.add_argument("--stride", type=int, default=STRIDE, help="tokens between windows (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     check_text_arguments(arguments)
+    if arguments.window is not None and arguments.window < 2:
+        raise ConversionError(
+            f"--window {arguments.window}: must be at least 2, since the first token is not predicted"
+        )
     if arguments.reference is None:
-        _print_perplexity(arguments)
+        _print_perplexities(arguments)
     else:
-        _print_divergence(arguments)
+        _print_divergences(arguments)
 
 
-def _print_perplexity(arguments: argparse.Namespace) -> None:
-    texts = [(text, read_tokens(arguments.model, text)) for text in arguments.text]
+def _print_perplexities(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, getattr(torch, arguments.dtype), arguments.device)
-    found = [
-        perplexity(
+    for text in arguments.text:
+        result = perplexity(
             model,
-            tokens,
+            read_tokens(arguments.model, text),
             arguments.max_windows,
-            window=WINDOW if arguments.window is None else arguments.window,
-            stride=STRIDE if arguments.stride is None else arguments.stride,
+            window=arguments.window or WINDOW,
+            stride=arguments.stride,
             progress=not arguments.quiet,
         )
-        for _, tokens in texts
-    ]
-    if arguments.json:
-        rows = [{"text": str(text), **of._asdict()} for text, of in zip(arguments.text, found, strict=True)]
-        print(json.dumps({"model": str(arguments.model), "texts": rows}))
-        return
-    cells = [
-        [str(text), f"{of.perplexity:.4f}", str(of.windows), str(of.tokens)]
-        for text, of in zip(arguments.text, found, strict=True)
-    ]
-    _print_table(["text", "perplexity", "windows", "tokens"], cells)
-    print(f"protocol: {found[0].protocol}; {arguments.dtype}")
+        if arguments.json:
+            print(json.dumps({"model": str(arguments.model), "text": str(text), **result._asdict()}))
+        else:
+            print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} windows")
+            print(f"protocol: {result.protocol}; {arguments.dtype}; text {text}")
 
 
-def _print_divergence(arguments: argparse.Namespace) -> None:
-    if arguments.stride is not None:
-        raise ConversionError("--stride: windows are disjoint with --reference; drop one of the two")
-    options = comparison.Options(
-        window=comparison.WINDOW if arguments.window is None else arguments.window,
-        max_windows=arguments.max_windows,
-        device=arguments.device,
-        dtype=getattr(torch, arguments.dtype),
-        progress=not arguments.quiet,
-    )
-    found = compare(arguments.model, arguments.reference, arguments.text, options)
-    mean = sum(of.kl for of in found) / len(found)
+def _print_divergences(arguments: argparse.Namespace) -> None:
+    folders = (arguments.model, arguments.reference)
+    refuse_strangers(*folders)
+    length, most = arguments.window or REFERENCE_WINDOW, arguments.max_windows
+    windows = {text: text_windows(*folders, text, length, most) for text in arguments.text}
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    model, reference = (open_streamed(folder, device, dtype) for folder in folders)
+    found = divergences(model, reference, list(windows.values()), not arguments.quiet)
+    rows = dict(zip(windows, found, strict=True))
+    mean = sum(row.kl for row in rows.values()) / len(rows)
     if arguments.json:
+        texts = [{"text": str(text), **row._asdict()} for text, row in rows.items()]
         names = {"model": str(arguments.model), "reference": str(arguments.reference)}
-        print(json.dumps({**names, "texts": [of._asdict() for of in found], "mean_kl": mean}))
+        print(json.dumps({**names, "texts": texts, "mean_kl": mean}))
         return
-    cells = [
-        [
-            of.text,
-            f"{of.kl:.4f}",
-            f"{of.top1:.4f}",
-            f"{of.perplexity:.4f}",
-            f"{of.reference_perplexity:.4f}",
-            str(of.windows),
-            str(of.tokens),
-        ]
-        for of in found
-    ]
-    if len(found) > 1:
-        cells.append(["mean", f"{mean:.4f}", "", "", "", "", ""])
-    _print_table(["text", "KL", "top-1", "perplexity", "reference's", "windows", "tokens"], cells)
-    length = found[0].tokens // found[0].windows + 1
-    print(f"KL in nats a token from {arguments.reference}; disjoint windows of {length} tokens; {arguments.dtype}")
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a head: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells).rstrip())
+    print(f"{'KL':>8} {'top-1':>7} {'perplexity':>11} {'reference':>10} {'windows':>8}  text")
+    for text, row in rows.items():
+        numbers = (
+            f"{row.kl:8.4f} {row.top1:7.4f} {row.perplexity:11.4f} {row.reference_perplexity:10.4f} {row.windows:8d}"
+        )
+        print(f"{numbers}  {text}")
+    length = found[0].tokens // found[0].windows
+    print(f"{mean:8.4f} nats a token on average; windows of {length} tokens; {arguments.dtype}")

@@ -1,8 +1,8 @@
-"""How far a model has moved from its reference on a text: KL divergence, agreement and both perplexities.
+"""How far a model's predictions are from those of the model that it was made of: KL divergence and top-1 agreement.
 
-The two models go side by side through the windows of all texts, one decoder layer in memory at a time, first the
-reference's and then the candidate's; what stays is the hidden states of both. Logits are made of a few positions at a
-time, and are gone once they are scored.
+Both models go through the texts side by side, one decoder layer in memory at a time, so that neither ever has to fit as
+a whole. What is held are the hidden states of all windows, on the host where they would fill the device. Logits are
+made of a few positions at a time.
 """
 
 from __future__ import annotations
@@ -14,17 +14,26 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_milo.shards import read_json
+from vllm_milo.validation import validate_checkpoint
+
+from ..checkpoint.dequantize import DequantizedTensors
+from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..progress import progress_bar
-from ..source.streamed_model import StreamedModel
-from .comparison import Options, Pair, check_options, open_pair, read_windows
+from ..source.families import find_family
+from ..source.reader import ModelReader
+from ..source.streamed_model import StreamedModel, reader_tensors
+from ..source.tokens import load_tokenizer, read_text
 
 BATCH = 8
 """Windows that go through a layer at once."""
 LOGITS = 2**25
-"""Numbers in the logits that are scored at once, at most; about six float32 copies of them are held."""
+"""Numbers in one model's logits that are scored at once, at most; about six float32 copies of them are held."""
 STATES_SHARE = 0.25
-"""Of a GPU's free memory that hidden states may take; more of them are kept on the host."""
+"""Of a GPU's free memory that the hidden states of both models may take; more of them are kept on the host."""
+_ADVICE = "only models that transformers runs can be compared"
+_ALIKE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -32,19 +41,17 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Divergence(NamedTuple):
-    """What a text says of a candidate and its reference.
+    """What a model makes of a text beside its reference.
 
     Attributes:
-        text: the file.
-        kl: KL divergence of the candidate from the reference, mean over tokens, nats a token.
-        top1: share of tokens where both find the same token the likeliest.
-        perplexity: of the candidate.
+        kl: mean KL divergence of the model's predictions from the reference's, nats a token.
+        top1: share of the tokens at which both find the same next token the likeliest.
+        perplexity: of the model, over all tokens of a window but the first.
         reference_perplexity: of the reference.
         windows: number of windows.
-        tokens: number of tokens scored: all but the first of each window.
+        tokens: of all windows.
     """
 
-    text: str
     kl: float
     top1: float
     perplexity: float
@@ -53,59 +60,114 @@ class Divergence(NamedTuple):
     tokens: int
 
 
-class Scores(NamedTuple):
-    """Means over the scored tokens of each window, float64 [W] on the CPU.
-
-    Attributes:
-        kl: KL divergence of the candidate from the reference, nats a token.
-        top1: share of tokens where both find the same token the likeliest.
-        loss: of the candidate, nats a token.
-        reference_loss: of the reference, nats a token.
-    """
-
-    kl: torch.Tensor
-    top1: torch.Tensor
-    loss: torch.Tensor
-    reference_loss: torch.Tensor
-
-
-def compare(candidate: Path, reference: Path, texts: Sequence[Path], options: Options) -> list[Divergence]:
-    """Return what each text says of a candidate and its reference, in the order of the texts.
-
-    Args:
-        candidate: folder of a MiLo checkpoint or of an unquantized model.
-        reference: folder of the unquantized model that it was made from.
-        texts: UTF-8 files.
-        options: window, number of windows, device, dtype.
+def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype) -> StreamedModel:
+    """Return a source model or a MiLo checkpoint that runs a layer at a time.
 
     Raises:
-        ConversionError: the models, or the texts, cannot be compared, or logits hold NaN or Inf.
-        CheckpointError, ShardError: the files of a model are broken.
+        ConversionError, CheckpointError, ShardError: the folder holds no model, or a broken one.
     """
-    check_options(options, texts)
-    pair = open_pair(candidate, reference, torch.device(options.device), options.dtype)
-    length = min(options.window, pair.max_length)
-    windows = read_windows(candidate, reference, texts, length, options.max_windows)
-    scores = window_scores(pair, torch.cat(windows), progress=options.progress)
-    parts = zip(*(values.split([len(part) for part in windows]) for values in scores), strict=True)
-    return [_summary(text, Scores(*part), length) for text, part in zip(texts, parts, strict=True)]
+    if is_milo_checkpoint(folder):
+        tensors = DequantizedTensors(folder, validate_checkpoint(folder), dtype)
+        family = find_family(read_json(folder / "config.json"))
+        return StreamedModel(folder, family, tensors.load, device, dtype, _ADVICE)
+    reader = ModelReader(folder)
+    return StreamedModel(folder, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype, _ADVICE)
+
+
+def refuse_strangers(model: Path, reference: Path) -> None:
+    """Refuse a reference that the model was not made of.
+
+    Raises:
+        ConversionError: no such folder, the reference is quantized, or its sizes differ; names the key of config.json.
+    """
+    for folder in (model, reference):
+        if not folder.is_dir():
+            raise ConversionError(f"{folder}: no such folder; download or convert the model first")
+    if is_milo_checkpoint(reference):
+        raise ConversionError(f"--reference {reference}: is a MiLo checkpoint; give the model that it was made of")
+    mine, theirs = (read_json(folder / "config.json") for folder in (model, reference))
+    for key in _ALIKE:
+        if mine.get(key) != theirs.get(key):
+            raise ConversionError(
+                f"--reference {reference}: {key} is {theirs.get(key)!r} there and {mine.get(key)!r} in {model}; "
+                f"give the model that it was made of"
+            )
+
+
+def text_windows(model: Path, reference: Path, text: Path, length: int, most: int | None) -> torch.Tensor:
+    """Return disjoint windows of a text by the reference's tokenizer, int64 [W, T]; what fills none is dropped.
+
+    Args:
+        model: whose tokenizer must read the text as the same tokens.
+        reference: whose tokenizer is used.
+        text: a UTF-8 file.
+        length: tokens of a window, capped at the maximum that config.json states for either model.
+        most: windows, at most.
+
+    Raises:
+        ConversionError: the text cannot be read or does not fill a window, a window scores nothing, there is no
+            tokenizer, or the model's own tokenizer reads the text otherwise.
+    """
+    if length < 2:
+        raise ConversionError(f"--window {length}: must be at least 2, since the first token is not predicted")
+    for folder in (model, reference):
+        length = min(length, int(read_json(folder / "config.json").get("max_position_embeddings") or length))
+    content = read_text(text)
+    ids, own = (
+        load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"]
+        for folder in (reference, model)
+    )
+    if ids != own:
+        raise ConversionError(
+            f"{text}: the tokenizers of {model} and {reference} read it as different tokens; give the model that it "
+            f"was made of, or copy the tokenizer's files again"
+        )
+    if len(ids) < length:
+        raise ConversionError(
+            f"{text}: has {len(ids)} tokens, and a window takes {length}; give a longer text or a smaller --window"
+        )
+    number = min(len(ids) // length, most or len(ids))
+    return torch.tensor(ids[: number * length]).view(number, length)
+
+
+def divergence(
+    model: StreamedModel, reference: StreamedModel, windows: torch.Tensor, progress: bool = False
+) -> Divergence:
+    """Return how far a model is from its reference on one text; see :func:`divergences`."""
+    return divergences(model, reference, [windows], progress)[0]
 
 
 @torch.no_grad()
-def window_scores(pair: Pair, windows: torch.Tensor, batch: int = BATCH, progress: bool = False) -> Scores:
-    """Return the scores of windows of token ids int64 [W, T], ``batch`` windows at a time.
+def divergences(
+    model: StreamedModel, reference: StreamedModel, texts: Sequence[torch.Tensor], progress: bool = False
+) -> list[Divergence]:
+    """Return how far a model is from its reference on each text, in one pass through the layers.
+
+    Args:
+        model: what is measured.
+        reference: what it was made of, on the same device and in the same dtype.
+        texts: windows of token ids, int64 [W, T] of each text, T the same for all.
+        progress: show a progress bar.
 
     Raises:
-        ConversionError: a token id lies outside an embedding, a layer's tensors are not what transformers needs, or
-            logits hold NaN or Inf.
+        ConversionError: a token id lies outside the embedding, a layer's tensors are not what transformers needs, or
+            the predictions are not finite.
     """
-    models = pair.reference, pair.candidate
-    home = states_home(pair.reference, windows)
-    states = [model.begin(windows, home) for model in models]
-    for index in progress_bar(range(len(pair.reference)), "compare", progress):
-        for model, held in zip(models, states, strict=True):
-            advance_in_place(model, index, held, batch)
-    return _score(pair, states[0], states[1], windows)
+    windows = torch.cat(list(texts))
+    home = states_home(model, windows)
+    pair = [(one, one.begin(windows, home)) for one in (model, reference)]
+    for index in progress_bar(range(len(model)), "evaluate", progress):
+        for one, states in pair:
+            _advance_in_place(one, index, states)
+    heads, step = (model.head(), reference.head()), max(1, LOGITS // model.vocabulary)
+    held = zip(windows.to(model.device), *(states for _, states in pair), strict=True)
+    scores = torch.stack([_scores(heads, states, ids, step) for ids, *states in held]).cpu()
+    if not torch.isfinite(scores).all():
+        raise ConversionError(
+            f"the predictions of {model.folder} beside {reference.folder} are not finite in {model.dtype}; is one of "
+            f"them broken, or --dtype too narrow?"
+        )
+    return [_summary(part, text.shape[1]) for part, text in zip(scores.split([*map(len, texts)]), texts, strict=True)]
 
 
 def states_home(model: StreamedModel, windows: torch.Tensor) -> torch.device:
@@ -122,68 +184,36 @@ def states_home(model: StreamedModel, windows: torch.Tensor) -> torch.device:
     return model.device if need <= STATES_SHARE * free else torch.device("cpu")
 
 
-def advance_in_place(model: StreamedModel, index: int, states: torch.Tensor, batch: int) -> None:
+def _advance_in_place(model: StreamedModel, index: int, states: torch.Tensor) -> None:
     """Load a layer, put what it makes of the hidden states [W, T, H] in their place, and free it."""
     module = model.layer(index)
-    for part in states.split(batch):
+    for part in states.split(BATCH):
         part.copy_(model.run(index, module, part.to(model.device)))
     model.drop(module)
 
 
-def _score(pair: Pair, reference: torch.Tensor, candidate: torch.Tensor, windows: torch.Tensor) -> Scores:
-    """Return the scores of windows int64 [W, T] from both models' hidden states [W, T, H] after the last layer."""
-    heads = pair.reference.head(), pair.candidate.head()
-    windows = windows.to(pair.reference.device)
-    step = max(1, LOGITS // pair.reference.vocabulary)
-    rows = [_score_window(heads, states, ids, step) for *states, ids in zip(reference, candidate, windows, strict=True)]
-    scores = Scores(*torch.stack(rows, dim=1).cpu())
-    _check_finite(pair, scores)
-    return scores
-
-
-def _score_window(heads: Sequence[Head], states: Sequence[torch.Tensor], ids: torch.Tensor, step: int) -> torch.Tensor:
-    """Return the four scores of a window, float64 [4], a few positions at a time.
+def _scores(heads: Sequence[Head], states: Sequence[torch.Tensor], ids: torch.Tensor, step: int) -> torch.Tensor:
+    """Return a window's KL divergence, agreement, loss and the reference's loss, means over tokens, float64 [4].
 
     Args:
-        heads: the reference's and the candidate's.
-        states: the reference's and the candidate's after the last layer, [T, H] each.
-        ids: of the window's tokens, int64 [T], where the heads are.
+        heads: the model's and the reference's.
+        states: the model's and the reference's after the last layer, [T, H] each.
+        ids: the window's tokens, int64 [T], where the heads are.
         step: positions at a time.
     """
-    scored = len(ids) - 1
-    total = torch.zeros(len(Scores._fields), dtype=torch.float64, device=ids.device)
-    for start in range(0, scored, step):
-        stop = min(start + step, scored)
-        parts = (held[start:stop].to(ids.device) for held in states)
-        before, after = (head(part).log_softmax(-1) for head, part in zip(heads, parts, strict=True))
-        total += _score_tokens(before, after, ids[start + 1 : stop + 1]).double().sum(1)
-    return total / scored
+    total = torch.zeros(4, dtype=torch.float64, device=ids.device)
+    for start in range(0, len(ids), step):
+        parts = (held[start : start + step].to(ids.device) for held in states)
+        found, wanted = (head(part).log_softmax(-1) for head, part in zip(heads, parts, strict=True))
+        following = ids[start + 1 : start + step + 1]  # of the last position none is known
+        rows = [(wanted.exp() * (wanted - found)).sum(-1), (found.argmax(-1) == wanted.argmax(-1)).float()]
+        rows += [-table[: len(following)].gather(1, following[:, None])[:, 0] for table in (found, wanted)]
+        total += torch.stack([row.double().sum() for row in rows])
+    return total / torch.tensor([len(ids)] * 2 + [len(ids) - 1] * 2, device=ids.device)
 
 
-def _score_tokens(reference: torch.Tensor, candidate: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor:
-    """Return KL divergence, agreement and both losses of each token, float32 [4, n].
-
-    Args:
-        reference: log-probabilities, float32 [n, V].
-        candidate: the same of the candidate.
-        next_ids: the tokens that follow, int64 [n].
-    """
-    kl = (reference.exp() * (reference - candidate)).sum(-1)
-    same = (reference.argmax(-1) == candidate.argmax(-1)).float()
-    losses = [-table.gather(1, next_ids[:, None])[:, 0] for table in (candidate, reference)]
-    return torch.stack([kl, same, *losses])
-
-
-def _check_finite(pair: Pair, scores: Scores) -> None:
-    for model, losses in ((pair.reference, scores.reference_loss), (pair.candidate, scores.loss + scores.kl)):
-        if not torch.isfinite(losses).all():
-            raise ConversionError(
-                f"{model.folder}: logits hold NaN or Inf in {model.dtype}; use another --dtype, or copy the model again"
-            )
-
-
-def _summary(text: Path, scores: Scores, length: int) -> Divergence:
-    """Return the means over windows, which are all of ``length`` tokens."""
-    kl, top1, loss, reference_loss = (float(values.mean()) for values in scores)
-    number = len(scores.kl)
-    return Divergence(str(text), kl, top1, math.exp(loss), math.exp(reference_loss), number, number * (length - 1))
+def _summary(scores: torch.Tensor, length: int) -> Divergence:
+    """Return the means over windows of ``length`` tokens, of their scores float64 [W, 4]."""
+    kl, top1, loss, reference_loss = scores.mean(0).tolist()
+    number = len(scores)
+    return Divergence(kl, top1, math.exp(loss), math.exp(reference_loss), number, number * length)

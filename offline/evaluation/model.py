@@ -9,7 +9,7 @@ import torch
 
 from vllm_milo.validation import validate_checkpoint
 
-from ..checkpoint.dequantize import dequantized_tensors
+from ..checkpoint.dequantize import DequantizedTensors
 from ..errors import ConversionError
 from ..source.whole_model import load_source_model, model_class
 
@@ -31,5 +31,5 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     found = model_class(config, folder)
     fmt = validate_checkpoint(folder)
     del config.quantization_config
-    state = dict(dequantized_tensors(folder, fmt, dtype))
+    state = dict(DequantizedTensors(folder, fmt, dtype).load())
     return found.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()

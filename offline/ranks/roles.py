@@ -16,8 +16,11 @@ from .budget import base_bits, rank_bits, stored_bits
 
 ROUTED_SHARE = 1 / 14
 """Rank of a routed expert as a share of that of a matrix which every token passes."""
-LARGEST_SHARE = 0.5
-"""No rank above this share of the smaller side: there the factors cost more than the weights."""
+ROUTED_LIMIT = 0.5
+"""No rank of a routed expert above this share of its smaller side: there the factors cost more than the weights."""
+DENSE_LIMIT, LEAST_LIMIT = 1 / 8, 32
+"""No other rank above this share of the larger side, or above 32 in small matrices: every token pays for it in serving.
+Keys and values, whose smaller side is small, may so get nearly full rank, which they deserve most."""
 _STEPS = 30
 
 
@@ -37,7 +40,7 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
     def ranks_at(dense: float) -> dict[str, int]:
         return {matrix.name: _rank(matrix, dense) for matrix in matrices}
 
-    low, high = 0.0, float(max(min(matrix.n, matrix.k) for matrix in matrices)) / ROUTED_SHARE
+    low, high = 0.0, float(max(max(matrix.n, matrix.k) for matrix in matrices)) / ROUTED_SHARE
     for _ in range(_STEPS):
         middle = (low + high) / 2
         fits = stored_bits(matrices, ranks_at(middle), recipe.group_size, recipe.factor_bits) <= budget + 1e-9
@@ -54,19 +57,40 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
 
 
 def _spend_rest(matrices: Sequence[Matrix], ranks: dict[str, int], budget: float, recipe: Recipe) -> None:
-    """Give what is left one step more where every token passes, the cheapest matrices first."""
+    """Give what is left in steps where every token passes, the cheapest matrices first, until no step fits.
+
+    A step of all routed experts may cost more than all ranks of what every token passes.
+    """
     weights = sum(matrix.n * matrix.k for matrix in matrices)
     left = (budget - stored_bits(matrices, ranks, recipe.group_size, recipe.factor_bits)) * weights
-    for matrix in sorted(matrices, key=lambda matrix: matrix.n + matrix.k):
-        price = rank_bits(matrix, recipe.factor_bits) * RANK_MULTIPLE
-        within = ranks[matrix.name] + RANK_MULTIPLE <= int(min(matrix.n, matrix.k) * LARGEST_SHARE)
-        if matrix.kind in DENSE_KINDS and price <= left and within:
-            ranks[matrix.name] += RANK_MULTIPLE
-            left -= price
+    growing = sorted((m for m in matrices if m.kind in DENSE_KINDS), key=lambda matrix: matrix.n + matrix.k)
+    while growing:
+        grown = []
+        for matrix in growing:
+            price = rank_bits(matrix, recipe.factor_bits) * RANK_MULTIPLE
+            if price <= left and ranks[matrix.name] < largest_rank(matrix):
+                ranks[matrix.name] += RANK_MULTIPLE
+                left -= price
+                grown.append(matrix)
+        growing = grown
+
+
+def largest_rank(matrix: Matrix) -> int:
+    """Return the largest rank that a matrix may get, a multiple of 8."""
+    if matrix.kind is Kind.ROUTED_EXPERT:
+        most = int(min(matrix.n, matrix.k) * ROUTED_LIMIT)
+    else:
+        most = min(matrix.max_rank, max(LEAST_LIMIT, int(max(matrix.n, matrix.k) * DENSE_LIMIT)))
+    return most // RANK_MULTIPLE * RANK_MULTIPLE
 
 
 def _rank(matrix: Matrix, dense: float) -> int:
-    """Return the rank of a matrix, in steps of 8, where those that every token passes get ``dense``."""
-    wanted = dense * (ROUTED_SHARE if matrix.kind is Kind.ROUTED_EXPERT else 1)
-    most = int(min(matrix.n, matrix.k) * LARGEST_SHARE)
-    return int(min(wanted, most) // RANK_MULTIPLE) * RANK_MULTIPLE
+    """Return the rank of a matrix, in steps of 8, where those that every token passes get ``dense``.
+
+    That of a routed expert is rounded to the nearest step: a whole step more or less is much for the few that it gets.
+    """
+    if matrix.kind is Kind.ROUTED_EXPERT:
+        wanted = int(dense * ROUTED_SHARE / RANK_MULTIPLE + 0.5) * RANK_MULTIPLE
+    else:
+        wanted = int(dense // RANK_MULTIPLE) * RANK_MULTIPLE
+    return min(wanted, largest_rank(matrix))

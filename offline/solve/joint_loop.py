@@ -31,9 +31,9 @@ WARM_FITS = 2
 PROBE_ROUNDS = 2
 """Rounds after which the better of two beginnings is chosen; what each is worth shows after a plain step more."""
 LOW_RANK_WINS, PLAIN_WINS = 0.925, 0.978
-"""Relative errors of the beginning with W's leading part, as shares of the plain one's, below and above which only the
-one or the other goes on: the plain one gains more from more rounds. Between them, a third of the matrices of small
-trained MoEs, both do; at these bounds 10 rounds never turned the order by more than 0.2 %."""
+"""Bounds on the error of the low-rank beginning divided by that of the plain one. Below the first only the low-rank
+beginning goes on, from the second on only the plain one, which gains more from more rounds. Between them, a third of
+the matrices of small trained MoEs, both do. At these bounds 10 rounds never turned the order by more than 0.2 %."""
 RELAXATION = 1.5
 """The compensator is fitted to C + 1.5·(E - C), C the last one and E the base's error: a step past the paper's, which
 gets further in the same rounds; the first and the last round take the plain step."""
@@ -46,7 +46,7 @@ def quantize_jointly(
 
     Args:
         weights: float32 [B, N, K].
-        ranks: of each matrix's compensator, best in order; all 0 for none.
+        ranks: of each matrix's compensator, preferably sorted; all 0 for none.
         moments: what errors cost; see :mod:`.metric`.
         recipe: group size, factor bits, rounds, seed.
         dtype: the model's dtype, in which 16-bit factors are stored.
@@ -124,7 +124,7 @@ class _Base:
     def begin(self, weights: torch.Tensor, feedback: bool) -> GroupQuantized:
         """Quantize weights [B, N, K] from scratch."""
         if self._robust:
-            return quantize_hqq(weights, self._group_size)
+            return quantize_hqq(weights, self._group_size, strict=False)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, None, COLD_FITS)
         return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS, strict=False)
@@ -142,7 +142,7 @@ class _Base:
         The first compensator may take so much off a group that its old grid is no use, so there ranges count too.
         """
         if self._robust:
-            return quantize_hqq(weights, self._group_size)
+            return quantize_hqq(weights, self._group_size, strict=False)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, old, WARM_FITS)
         if first:

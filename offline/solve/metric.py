@@ -46,7 +46,7 @@ class Metric:
         return torch.linalg.cholesky(torch.cholesky_inverse(self.right), upper=True).contiguous()
 
     def whiten(self, error: torch.Tensor) -> torch.Tensor:
-        """Return leftᵀ·E·right, whose Frobenius norm is the cost of E [B, N, K]."""
+        """Return leftᵀ·E·right, whose squared Frobenius norm is the cost of E [B, N, K]."""
         with fast_products(error.device):
             if self.right is not None:
                 error = error * self.right.unsqueeze(-2) if self.right.dim() == 2 else error @ self.right
@@ -55,7 +55,7 @@ class Metric:
         return error
 
     def cost(self, error: torch.Tensor) -> torch.Tensor:
-        """Return the squared cost of each E of a batch [B, N, K]."""
+        """Return tr(G·E·R·Eᵀ) of each E of a batch [B, N, K], a squared error."""
         return torch.linalg.vector_norm(self.whiten(error), dim=(-2, -1)).square()
 
     def color_rows(self, rows: torch.Tensor, of_inputs: bool) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The table of model families that MiLo converts. To add a family, add an entry to :data:`FAMILIES`."""
+"""The table of model families that MiLo converts. To add a family, add an entry to :data:`FAMILIES`.
+
+Names of projections that no family had before go to :mod:`vllm_milo.names` too, which says what role they have.
+"""
 
 from __future__ import annotations
 

@@ -24,10 +24,9 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: {error}") from error
-    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # what transformers makes of no files
-        raise ConversionError(
-            f"{folder}: holds no tokenizer; copy tokenizer.json and the like from where it comes from"
-        )
+    # without any files, transformers 5 makes up one by the model's type that knows no word
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: it knows no tokens")
     return tokenizer
 
 
@@ -35,7 +34,7 @@ def read_text(path: Path) -> str:
     """Return the content of a text file.
 
     Raises:
-        ConversionError: the file cannot be read, is not UTF-8, or holds zero bytes, as binary files do.
+        ConversionError: the file cannot be read, is not UTF-8, or holds zero bytes.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -53,10 +52,4 @@ def read_tokens(folder: Path, text: Path) -> torch.Tensor:
         ConversionError: the file cannot be read, or the folder holds no tokenizer.
     """
     content = read_text(text)
-    return tokenize(load_tokenizer(folder), content)
-
-
-def tokenize(tokenizer: Any, content: str) -> torch.Tensor:
-    """Return the token ids of a text, int64 [tokens], without special tokens."""
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"])

@@ -29,8 +29,7 @@ from benchmarks.accuracy.scores import (
     perplexities,
     spread,
 )
-from vllm_milo.offline.calibration import choose
-from vllm_milo.offline.calibration.text_moments import Calibration
+from vllm_milo.offline.calibration.choose import TextOptions
 from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.cli import quantize
 from vllm_milo.offline.conversion import Conversion
@@ -135,7 +134,8 @@ def test_paper_share_is_the_best_policy_between_its_ranks():
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_swapped_weights_give_the_logits_of_the_loaded_checkpoint(tmp_path: Path, family: str):
     source, out = make_model(family, tmp_path / "source"), tmp_path / "out"
-    assert milo(["quantize", str(source), "-o", str(out), "--quiet", "--ranks", "uniform=8", "--max-rounds", "1"]) == 0
+    options = ["--ranks", "uniform=8", "--max-rounds", "1", "--calibration", "none"]
+    assert milo(["quantize", str(source), "-o", str(out), "--quiet", *options]) == 0
     model = QuantizedModel(source, "cpu")
     ids = torch.randint(0, 256, (2, 24))
     with torch.inference_mode():
@@ -231,8 +231,14 @@ def test_contenders_are_calls_that_the_command_line_takes(
     counts.write_text(json.dumps({"expert_counts": {"model.layers.0.mlp.experts": [1] * 12}}), encoding="utf-8")
     seen: list[Conversion] = []
     monkeypatch.setattr(quantize, "convert", lambda source, out, conversion, progress: seen.append(conversion))
-    monkeypatch.setattr(choose, "calibrate", lambda *arguments, **options: Calibration())
-    monkeypatch.setattr(choose, "write_windows", lambda *arguments: None)
+    windows = torch.zeros(3, 16, dtype=torch.int64)
+    asked: list[tuple[str, int]] = []
+
+    def choose(folder: Path, how: str, options: TextOptions) -> torch.Tensor:
+        asked.append((how, options.windows))
+        return windows
+
+    monkeypatch.setattr(quantize, "calibration_windows", choose)
     monkeypatch.setattr(quantize, "_print_summary", lambda summary: None)
     values = {COUNTS: str(counts), CALIBRATION: str(TEXT), WINDOWS: "3"}
     for contender in SECTIONS[section](Shape(1024, ModelReader(bundled_model).matrices), 20):
@@ -240,9 +246,11 @@ def test_contenders_are_calls_that_the_command_line_takes(
         assert milo(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *arguments]) == 0, contender
         made = seen.pop()
         said = contender.name.partition(", ")[2]
-        default = "weights" if made.recipe.method == "milo" else None
-        expected = {"calibrated": "text", "own text": "self", "plain squares": None}.get(said, default)
-        assert made.calibration.describe().get("calibration") == expected
+        calibrated = contender.name.split()[0] in ("balanced", "best", "small") and said != "no text"
+        text = {"": "text", "same text": str(TEXT), "own text": "self"}.get(said)
+        assert asked == ([(text, 3)] if calibrated else [])
+        assert (made.text is not None) == calibrated
+        asked.clear()
         if contender.group.startswith("paper"):
             assert made.recipe.method == "paper"
             assert made.policies
@@ -277,7 +285,7 @@ def test_pool_drops_results_that_are_ready_but_late(tmp_path: Path, bundled_mode
 
 
 def test_pool_ends_workers_that_are_busy_at_the_deadline(tmp_path: Path, bundled_model: Path):
-    slow = Contender("slow", "added", ("--ranks", "uniform=64", "--max-rounds", "20"))
+    slow = Contender("slow", "added", ("--ranks", "uniform=64", "--max-rounds", "20", "--calibration", "none"))
     jobs = [(slow, Job(bundled_model, tmp_path / str(number), slow.arguments)) for number in range(10)]
     with QuantizePool(jobs, 1, math.inf) as pool:
         while not any(".partial" in path.name for path in tmp_path.iterdir()):

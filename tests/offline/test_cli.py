@@ -26,8 +26,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> 
 def eval_json(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict:
     capsys.readouterr()
     assert main(["eval", str(folder), "--text", str(TEXT), "--json", "--quiet", *options]) == 0
-    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["texts"]
-    return row
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_methods_are_ordered(quantized: dict[str, Path], bundled_model: Path, capsys: pytest.CaptureFixture[str]):
@@ -53,8 +52,10 @@ def test_eval_states_its_protocol(bundled_model: Path, capsys: pytest.CaptureFix
         (["--ranks", "dense=8", "--method", "hqq"], "--ranks needs compensators, which --method hqq has not"),
         (["--ranks", "nonsense=8"], "unknown policy 'nonsense'"),
         (["--max-rounds", "0"], "--max-rounds must be at least 1"),
+        (["--calibration-windows", "0"], "--calibration-windows must be at least 1"),
+        (["--calibration", "/nowhere.txt"], "/nowhere.txt: cannot be read as UTF-8 text"),
         (["--device", "cuda:7"], "torch sees no CUDA device" if not torch.cuda.is_available() else "cuda"),
-        (["--ranks", "frequency=8"], "needs --expert-counts"),
+        (["--ranks", "frequency=8", "--calibration", "none"], "needs --expert-counts"),
         (["--expert-counts", "/nowhere.json"], "/nowhere.json: no such file"),
     ],
 )
@@ -73,9 +74,28 @@ def test_text_that_cannot_be_read(bundled_model: Path, tmp_path: Path, capsys: p
     assert "none.txt: cannot be read as UTF-8 text" in capsys.readouterr().err
 
 
+def test_a_calibration_file(bundled_model: Path, tmp_path: Path):
+    """Plain text and .jsonl of documents and chats; what is used of it is in the checkpoint's recipe."""
+    lines = [{"text": TEXT.read_text(encoding="utf-8")[:6000]}, {"messages": [{"role": "user", "content": "Hello."}]}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    for text in (TEXT, chats):
+        out = tmp_path / text.stem
+        options = ["--calibration", str(text), "--calibration-windows", "2", "--learn-steps", "1", "--max-rounds", "1"]
+        assert main(["quantize", str(bundled_model), "-o", str(out), "--ranks", "dense=8", "--quiet", *options]) == 0
+        recipe = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]["recipe"]
+        assert recipe["calibration"] == str(text)
+        assert 0 < recipe["calibration_tokens"] <= 1024
+        assert recipe["learn_steps"] == 1
+        report = json.loads((out / "milo_report.json").read_text(encoding="utf-8"))
+        assert len(report["layers"]) == 4
+        assert len(report["matrices"]) == 172
+
+
 def test_summary(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
-    assert main(["quantize", str(bundled_model), "-o", str(out), "--ranks", "dense=1000", "--max-rounds", "1"]) == 0
+    options = ["--ranks", "dense=1000", "--max-rounds", "1", "--calibration", "none"]
+    assert main(["quantize", str(bundled_model), "-o", str(out), *options]) == 0
     captured = capsys.readouterr()
     for part in ("172 matrices in", "MiB", "bits a weight", "peak", "GiB of host memory"):
         assert part in captured.out

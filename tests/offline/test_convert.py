@@ -1,4 +1,4 @@
-"""The converter end to end on tiny models."""
+"""The converter end to end on tiny models, and what a calibration text does for the bundled one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 from refusals import FAST, WEIGHTS
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
-from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.conversion import Conversion, Text
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
 from vllm_milo.offline.source.reader import ModelReader
@@ -110,3 +112,92 @@ def test_ignored_layers_stay(sources: dict[str, Path], tmp_path: Path):
     modules = quantized_modules(read_tensors(out))
     assert "model.layers.0.self_attn.q_proj" not in modules
     assert "model.layers.1.self_attn.q_proj" in modules
+
+
+def random_text(steps: int = 2) -> Text:
+    windows = torch.randint(0, VOCABULARY, (4, 48), generator=torch.Generator().manual_seed(0))
+    return Text("random", windows, LearnOptions(steps=steps, batch=2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_along_a_text(family: str, sources: dict[str, Path], tmp_path: Path):
+    """With ranks that differ from expert to expert; everything else as without a text."""
+    folders = [
+        convert(
+            sources[family],
+            tmp_path / name,
+            Conversion(Recipe(max_rounds=1, feedback_rounds=1), parse_policies("dense=16,kurtosis=8"), text=text),
+            progress=False,
+        ).out
+        for name, text in (("plain", None), ("text", random_text()))
+    ]
+    assert validate_checkpoint(folders[0]).ranks == validate_checkpoint(folders[1]).ranks
+    plain, along = (load_file(folder / "model-00001-of-00001.safetensors") for folder in folders)
+    assert {n: (t.dtype, t.shape) for n, t in plain.items()} == {n: (t.dtype, t.shape) for n, t in along.items()}
+    modules = quantized_modules(plain)
+    for name, tensor in plain.items():
+        if name.rpartition(".")[0] not in modules:
+            assert torch.equal(tensor, along[name]), name
+    report = json.loads((folders[1] / "milo_report.json").read_text())
+    assert set(report["layers"]) == {"model.layers.0", "model.layers.1"}
+    assert set(report["matrices"]) == set(modules)
+
+
+def test_no_steps_leave_the_solvers_result_to_full_moments(sources: dict[str, Path], tmp_path: Path):
+    conversion = Conversion(FAST, parse_policies("uniform=8"), text=random_text(steps=0))
+    out = convert(sources["mixtral"], tmp_path / "out", conversion, progress=False).out
+    assert "layers" not in json.loads((out / "milo_report.json").read_text())
+    assert validate_checkpoint(out).recipe["learn_steps"] == 0
+
+
+def test_ignored_layers_stay_along_a_text(sources: dict[str, Path], tmp_path: Path):
+    ignore = ["re:.*layers\\.0\\..*", "re:.*layers\\.1\\.self_attn.*"]  # layer 0 has no experts
+    conversion = Conversion(FAST, parse_policies("dense=8"), ignore=ignore, text=random_text())
+    out = convert(sources["qwen2_moe"], tmp_path / "out", conversion, progress=False).out
+    modules = quantized_modules(read_tensors(out))
+    assert modules
+    assert all("layers.1.mlp" in name for name in modules)
+    report = json.loads((out / "milo_report.json").read_text())
+    assert list(report["layers"]) == ["model.layers.1"]
+
+
+def test_the_same_seed_gives_the_same_bytes_along_a_text(sources: dict[str, Path], tmp_path: Path):
+    contents = []
+    for number, seed in enumerate((0, 0, 1)):
+        text = random_text(steps=4)
+        text = Text(text.name, text.windows, LearnOptions(steps=4, batch=2, seed=seed))
+        conversion = Conversion(FAST, budget_bits=3.75, text=text)
+        torch.manual_seed(number)  # the state of torch's own generator does not count
+        out = convert(sources["qwen2_moe"], tmp_path / str(number), conversion, progress=False).out
+        contents.append((out / "model-00001-of-00001.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+
+
+@torch.inference_mode()
+def divergence(out: Path, original: torch.nn.Module, windows: torch.Tensor) -> float:
+    """The KL divergence of a checkpoint's predictions from the original's, nats a token."""
+    wanted, found = (model(windows).logits.double().log_softmax(-1) for model in (original, load_model(out)))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def test_a_text_brings_it_nearer_to_the_original_at_equal_bits(
+    bundled_model: Path, tmp_path: Path, trained_model, trained_tokens
+):
+    """At 3.5 bits, what HQQ's groups of 64 take, on windows of the text that it was not calibrated on."""
+    half = len(trained_tokens) // 2
+    windows, others = (part[: 32 * 256].view(32, 256) for part in (trained_tokens[half:], trained_tokens[:half]))
+    joint = Recipe(group_size=128, max_rounds=2, feedback_rounds=1)
+    text = Text("valid", windows, LearnOptions(steps=12, batch=8))
+    conversions = {
+        "hqq": Conversion(Recipe("hqq")),
+        "none": Conversion(Recipe(group_size=128, max_rounds=2, base="hqq"), budget_bits=3.5),
+        "text": Conversion(joint, budget_bits=3.5, text=text),
+    }
+    found = {}
+    for name, conversion in conversions.items():
+        out = convert(bundled_model, tmp_path / name, conversion, progress=False).out
+        assert 3.45 < inspect_checkpoint(out)["bits_per_weight"] <= 3.5
+        found[name] = divergence(out, trained_model, others[:8])
+    assert found["text"] < 0.8 * found["hqq"], found
+    assert found["text"] < 0.9 * found["none"], found

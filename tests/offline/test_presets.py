@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from tiny_models import TEXT
+from tiny_models import FAMILIES, TEXT, make_model
 
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
+from vllm_milo.offline.cli.quantize import Effort
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.presets import PRESETS
+from vllm_milo.offline.nouns import Kind, Matrix
+from vllm_milo.offline.presets import PRESETS, largest_group_size
 from vllm_milo.offline.ranks.policies import Policy, parse_policies
 
-FEW = ("--max-rounds", "2", "--quiet")
+FEW = ("--max-rounds", "1", "--quiet")
+LITTLE = ("--calibration-windows", "2", "--learn-steps", "2")
+NONE = ("--calibration", "none")
 
 
 def quantize(model: Path, out: Path, *options: str) -> dict:
@@ -30,21 +35,122 @@ def test_paper_presets_are_fractions_of_the_hidden_size():
 
 
 def test_without_options_it_is_balanced(bundled_model: Path, tmp_path: Path):
-    report = quantize(bundled_model, tmp_path / "out")
-    assert report["recipe"]["method"] == "milo"
+    report = quantize(bundled_model, tmp_path / "out", *LITTLE)
+    recipe = report["recipe"]
+    assert (recipe["method"], recipe["base"], recipe["budget_bits"]) == ("milo", "least squares", 3.6)
+    assert (recipe["calibration"], recipe["calibration_tokens"], recipe["learn_steps"]) == ("text", 2 * 512, 2)
     assert report["group_size"] == 128
-    assert 3.5 < report["bits_per_weight"] <= 3.6
+    assert 3.59 < report["bits_per_weight"] <= 3.6
     # matrices that every token passes get more than routed experts
     assert report["ranks"]["attention"]["mean"] > 4 * report["ranks"]["routed_expert"]["mean"]
+
+
+def test_best_trains_the_whole_model(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.CPU_EFFORT", Effort(windows=1, steps=3, batch=1))
+    report = quantize(bundled_model, tmp_path / "out", "--preset", "best")
+    assert report["recipe"]["calibration_tokens"] == 2 * 512
+    assert (report["recipe"]["learn_steps"], report["recipe"]["tune_steps"]) == (3, 3)
+    tuning = json.loads((tmp_path / "out" / "milo_report.json").read_text(encoding="utf-8"))["tuning"]
+    assert 0 < tuning["last_kl"] < 2 * tuning["first_kl"]
+
+
+def test_best_uses_more_of_the_text(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.convert", lambda source, out, how, progress: seen.append(how))
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize._print_summary", lambda summary: None)
+    for name in ("balanced", "best", "small", "fast"):
+        assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--preset", name]) == 0
+    balanced, best, small, fast = (conversion.text for conversion in seen)
+    assert fast is None
+    assert [len(text.windows) for text in (balanced, small)] == [32, 32]
+    assert len(best.windows) == 64
+    assert [text.tune is None for text in (balanced, best, small)] == [True, False, True]
+
+
+def test_best_without_memory_for_the_whole_model_says_so(
+    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("vllm_milo.offline.calibration.memory.tuning_need", lambda reader: 2**60)
+    report = quantize(bundled_model, tmp_path / "out", "--preset", "best", *LITTLE)
+    assert "tune_steps" not in report["recipe"]
+    assert "its layers are trained one by one only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--preset", "fast"], ["--preset", "balanced", *NONE]])
+def test_without_a_calibration_the_base_is_hqq(bundled_model: Path, tmp_path: Path, options: list[str]):
+    report = quantize(bundled_model, tmp_path / "out", *options)
+    recipe = report["recipe"]
+    assert (recipe["method"], recipe["base"], recipe["calibration"]) == ("milo", "hqq", "none")
+    assert "calibration_tokens" not in recipe
+    assert 3.59 < report["bits_per_weight"] <= 3.6
+
+
+def test_a_model_that_cannot_be_calibrated_gets_a_warning(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The tiny models have no tokenizer that could read it: no reason to fail, unless a text was asked for."""
+    report = quantize(sources["qwen3_moe"], tmp_path / "out", "--preset", "small", "--budget-bits", "3.4")
+    assert (report["recipe"]["base"], report["recipe"]["calibration"]) == ("hqq", "none")
+    assert "warning: no calibration: " in (said := capsys.readouterr().err)
+    assert "Quantizing without one (--calibration none), which" in said
+    asked = ["quantize", str(sources["qwen3_moe"]), "-o", str(tmp_path / "asked"), *FEW, "--calibration", "text"]
+    assert main(asked) == 1
+    assert capsys.readouterr().err.startswith("milo quantize: error: ")
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.fixture(scope="module")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of hidden size 192, which groups of 64 divide and groups of 128 do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES["qwen2_moe"], "hidden_size", 192)
+        return make_model("qwen2_moe", tmp_path_factory.mktemp("odd") / "model")
+
+
+def test_groups_that_do_not_divide_a_size_become_smaller(
+    odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    report = quantize(odd_model, tmp_path / "out", "--preset", "fast")
+    assert report["group_size"] == 64
+    assert 3.58 < report["bits_per_weight"] <= 3.6
+    said = capsys.readouterr().err
+    assert "note: groups of 64 weights instead of 128, which do not divide all of this model's sizes" in said
+
+
+def test_a_group_size_that_is_asked_for_stays(odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["quantize", str(odd_model), "-o", str(tmp_path / "out"), *FEW, "--preset", "fast", "--group-size"]
+    assert main([*options, "128"]) == 1
+    said = capsys.readouterr().err
+    assert "note:" not in said
+    assert "192" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted", "found"),
+    [
+        ((4096, 14336), 128, 128),
+        ((4096, 14336), 64, 64),
+        ((192, 1024), 128, 64),
+        ((160, 96), 128, 32),
+        ((160, 96), 64, 32),
+        ((4096, 200), 128, 128),  # nothing divides 200: the format's check names the matrix
+    ],
+)
+def test_largest_group_size(sizes: tuple[int, ...], wanted: int, found: int):
+    matrices = [Matrix(f"m{size}", Kind.ATTENTION, 64, size) for size in sizes]
+    assert largest_group_size(matrices, wanted) == found
 
 
 @pytest.mark.parametrize(
     ("options", "bits", "method"),
     [
-        (["--preset", "small"], 3.4, "milo"),
+        (["--preset", "small", *NONE], 3.3, "milo"),
+        (["--preset", "fast", "--budget-bits", "3.4"], 3.4, "milo"),
         (["--preset", "paper-s1", "--budget-bits", "3.7"], 3.7, "paper"),
-        (["--preset", "balanced", "--budget-bits", "3.5", "--group-size", "64"], 3.5, "milo"),
-        (["--ranks", "dense=8,sparse=4", "--budget-bits", "3.9"], 3.9, "milo"),
+        (["--preset", "balanced", "--budget-bits", "3.5", "--group-size", "64", *NONE], 3.5, "milo"),
+        (["--method", "milo", "--budget-bits", "3.8", *NONE], 3.8, "milo"),
+        (["--ranks", "dense=8,sparse=4", "--budget-bits", "3.9", *NONE], 3.9, "milo"),
     ],
 )
 def test_budgets_are_kept(
@@ -69,7 +175,9 @@ def test_budgets_are_kept(
         (["--preset", "small", "--method", "paper"], "--preset small and --method exclude each other"),
         (["--method", "hqq", "--budget-bits", "3.6"], "--budget-bits needs compensators"),
         (["--method", "paper", "--calibration", str(TEXT)], "--method paper cannot use --calibration"),
-        (["--budget-bits", "3.1"], "group size 128 take 3.25 bits a weight already"),
+        (["--preset", "paper-s1", "--calibration", "text"], "--method paper cannot use --calibration"),
+        (["--learn-steps", "-1"], "--learn-steps must be at least 0"),
+        (["--budget-bits", "3.1", *NONE], "group size 128 take 3.25 bits a weight already"),
         (["--method", "paper", "--budget-bits", "3.51"], "these policies store 3.575 bits a weight at their least"),
         (["--preset", "best", "--calibration", "/nowhere.txt"], "/nowhere.txt: cannot be read as UTF-8 text"),
         (["--preset", "best", "--calibration", str(TEXT), "--calibration-windows", "0"], "must be at least 1"),

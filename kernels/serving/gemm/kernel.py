@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..blocks import block_expert, last_pair, load_pairs
+from ..blocks import block_expert, load_pairs, past_last_pair
 from .arguments import Counts
 from .tile import compute_gated_tile, compute_tile
 
@@ -48,7 +48,7 @@ def gemm_kernel(
     pairs = load_pairs(blocks, block, num_pairs, max_blocks, block_m, kind)
     is_tail = False
     if tail_m > 0:
-        is_tail = last_pair(blocks, block * block_m + tail_m, num_pairs, max_blocks * block_m, kind)
+        is_tail = past_last_pair(blocks, block * block_m + tail_m, num_pairs, max_blocks * block_m, kind)
         share: tl.constexpr = block_m // tail_m
         few = load_pairs(blocks, block * share, num_pairs, max_blocks * share, tail_m, kind)
     if expert < 0:

@@ -1,4 +1,4 @@
-"""The compensators' down-projection V·x, before the GEMM that adds Uᵀ to it in its epilogue.
+"""The compensators' down-projection V·x, before the GEMM, which multiplies it by Uᵀ and adds that in its epilogue.
 
 Every tile of the GEMM needs all of V·x, so it cannot be computed inside; but only its epilogue does, so the GEMM's
 loop over K runs at the same time where launches start early.

@@ -18,7 +18,7 @@ _Step = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 """From zero points [..., N, G] and β to the sums of absolute errors and the next zero points, both like them."""
 
 
-def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
+def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) -> GroupQuantized:
     """HQQ: the scale of round-to-nearest, and the zero point that the half-quadratic solver finds.
 
     Minimizes the l_p norm, p = 0.7, of the error over z alone (the paper's eq. 4-9, HQQ's constants):
@@ -28,12 +28,13 @@ def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
     Args:
         weights: float32 [..., N, K]; on GPUs [B, N, K].
         group_size: consecutive weights of a row that share one scale and zero point; divides K.
+        strict: refuse matrices so small that fp16 scales lose them; off for what a compensator leaves.
 
     Raises:
         ScaleError: a group's range does not fit fp16.
     """
     groups = weights.unflatten(-1, (-1, group_size))
-    scale, zero = min_max(groups)
+    scale, zero = min_max(groups, strict)
     constant = groups.amax(-1) == groups.amin(-1)
     step = _step_on_gpu(weights, scale) if weights.is_cuda else _step(groups, scale)
     current, best_zero = zero.float(), zero.float()
@@ -71,7 +72,7 @@ def _step(groups: torch.Tensor, scale: torch.Tensor) -> _Step:
         torch.sub(scaled, codes, out=residual).add_(zero.unsqueeze(-1)).mul_(width)
         sizes = torch.abs(residual, out=size).sum(-1)
         shrunk = _shrink(residual, size, beta)
-        # the mean of q - (w - m)/s over a group, m the shrunk error: the zero point that is optimal for it
+        # eq. 8 and 9: the zero point that is optimal for the shrunk error m, the mean of q - (w - m)/s over a group
         return sizes, codes.mean(-1) - scaled_mean + shrunk.div_(width).mean(-1)
 
     return step

@@ -45,7 +45,7 @@ class StoredFactor(NamedTuple):
 def truncated_svd(
     residual: torch.Tensor, rank: int, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best rank-``rank`` factors of a batch of residuals, √S split evenly (paper eq. 11-12).
+    """Return the best rank-``rank`` factors of a batch of residuals, √S split evenly (paper eq. 10 to 12).
 
     Exact, by the eigenvectors of the smaller Gram matrix, where the smaller side is at most :data:`EXACT_SIZE`;
     else randomized subspace iteration with oversampling, seeded by ``generator``. A residual is nearly noise, with a

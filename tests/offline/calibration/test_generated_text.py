@@ -7,22 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_milo.offline.calibration import choose, memory
-from vllm_milo.offline.calibration.generated_text import BATCH, write_windows
-from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.calibration import generated_text, memory
+from vllm_milo.offline.calibration.generated_text import chat_start, write_windows
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.evaluation.perplexity import perplexity
+from vllm_milo.offline.source.tokens import load_tokenizer
 
 
-def test_windows_are_whole_texts_of_the_model(trained_model):
-    windows = write_windows(trained_model, BATCH + 2, 96)
-    assert windows.shape == (BATCH + 2, 96)
+def test_windows_are_whole_texts_of_the_model(trained_model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generated_text, "BATCH", 4)
+    windows = write_windows(trained_model, 6, 96)
+    assert windows.shape == (6, 96)
     assert windows.dtype == torch.int64
     assert (windows[:, 0] == trained_model.config.bos_token_id).all()
     assert not (windows[:, 1:] == trained_model.config.eos_token_id).any()
-    assert len(windows.unique(dim=0)) == BATCH + 2
+    assert len(windows.unique(dim=0)) == 6
     # the model finds its own text likely, and a text of random tokens not
     own = perplexity(trained_model, windows.flatten(), window=96, stride=96).perplexity
     noise = torch.randint(3, trained_model.config.vocab_size, (96 * 4,))
@@ -57,15 +58,31 @@ def test_a_model_of_nan_is_named(bundled_model: Path):
         write_windows(broken, 0, 8)
 
 
-@pytest.mark.parametrize("moments", ["full", "inputs"])
-def test_best_needs_no_text(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str):
-    monkeypatch.setattr(choose, "WINDOW", 64)
-    out = tmp_path / "out"
-    options = ["--preset", "best", "--calibration-windows", "3", "--calibration-moments", moments, "--max-rounds", "1"]
-    assert main(["quantize", str(bundled_model), "-o", str(out), "--quiet", *options]) == 0
-    recipe = inspect_checkpoint(out)["recipe"]
-    assert (recipe["calibration"], recipe["calibration_tokens"]) == ("self", 3 * 64)
-    assert recipe["calibration_moments"] == moments
+@pytest.mark.parametrize("number", [1, 4, 7])
+def test_half_of_the_windows_begin_a_chat(trained_model, monkeypatch: pytest.MonkeyPatch, number: int):
+    monkeypatch.setattr(generated_text, "BATCH", 2)
+    chat = [7, 8, 9]
+    windows = write_windows(trained_model, number, 12, chat=chat)
+    assert windows.shape == (number, 12)
+    begun = (windows[:, :3] == torch.tensor(chat)).all(1)
+    assert int(begun.sum()) == number // 2
+    assert (windows[~begun][:, 0] == trained_model.config.bos_token_id).all()
+    assert len(windows.unique(dim=0)) == number
+
+
+def test_a_start_longer_than_a_window_is_left_out(trained_model):
+    windows = write_windows(trained_model, 2, 4, chat=[7, 8, 9, 10])
+    assert (windows[:, 0] == trained_model.config.bos_token_id).all()
+
+
+def test_the_start_of_a_chat_is_what_stands_before_a_users_words(bundled_model: Path):
+    tokenizer = load_tokenizer(bundled_model)
+    tokenizer.chat_template = None
+    assert chat_start(tokenizer) == []
+    tokenizer.chat_template = "{% for m in messages %}the {{ m.role }} says {{ m.content }} and ends{% endfor %}"
+    assert chat_start(tokenizer) == tokenizer("the user says ", add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template = "nothing of it"
+    assert chat_start(tokenizer) == []
 
 
 def test_a_model_that_does_not_fit_cannot_write(
@@ -76,5 +93,5 @@ def test_a_model_that_does_not_fit_cannot_write(
     assert main(["quantize", str(bundled_model), "-o", str(out), "--calibration", "self", "--quiet"]) == 1
     error = capsys.readouterr().err
     assert "--calibration self: the model writes its text as a whole, which takes 0.01 GiB on" in error
-    assert "pass a text" in error
+    assert "use the text that comes with the package" in error
     assert not out.exists()

@@ -176,7 +176,9 @@ def test_what_was_there_comes_back_if_the_rename_fails(
 
 
 def test_the_output_is_looked_at_before_a_calibration(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vllm_milo.offline.cli.quantize.moment_source", lambda *_: pytest.fail("calibrated first"))
+    monkeypatch.setattr(
+        "vllm_milo.offline.cli.quantize.calibration_windows", lambda *_: pytest.fail("calibrated first")
+    )
     assert milo(["quantize", str(source), "-o", str(source), "--overwrite", "--quiet"]) == 1
 
 

@@ -47,7 +47,8 @@ def test_feedback_in_the_last_rounds_only(monkeypatch: pytest.MonkeyPatch):
     assert count(8, 6, 0) == 0
     assert count(8, 2, 2) == 2 * 3  # two paths, each with a beginning
     assert count(8, 6, None) == 2 * 4 + 4  # beginnings, two rounds and trials of both paths, then four of one
-    assert count(0, 6, 0) == 1  # the only base there is
+    assert count(0, 6, None) == 1  # the only base there is
+    assert count(0, 6, 0) == 0
 
 
 def test_feedback_at_the_end_gains_most_of_what_it_gains_in_all_rounds():

@@ -1,0 +1,169 @@
+"""Documents of calibration texts: what ships with the package, files of the user's, chats, and windows of them."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from jinja2 import TemplateError
+
+from vllm_milo.offline import calibration
+from vllm_milo.offline.calibration.documents import (
+    KINDS,
+    cut_windows,
+    packaged_documents,
+    parse_lines,
+    read_documents,
+    render,
+)
+from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.source.tokens import load_tokenizer
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+
+
+class Words:
+    """A tokenizer that gives each new word the next number, from 1; 0 ends a text."""
+
+    eos_token_id: int | None = 0
+
+    def __init__(self) -> None:
+        self.words: dict[str, int] = {}
+
+    def __call__(self, text: str, **_) -> dict[str, list[int]]:
+        return {"input_ids": [self.words.setdefault(word, len(self.words) + 1) for word in text.split()]}
+
+
+def numbered(documents: int, words: int = 10) -> list[str]:
+    return [" ".join(f"{document}-{word}" for word in range(words)) for document in range(documents)]
+
+
+def test_packaged_documents_are_of_all_kinds_and_fill_the_default(bundled_model: Path):
+    documents = packaged_documents()
+    folder = files(calibration.__name__) / "texts"
+    by_kind = {kind: parse_lines((folder / f"{kind}.jsonl").read_text(encoding="utf-8"), kind) for kind in KINDS}
+    assert all(len(of_kind) >= 10 for of_kind in by_kind.values())
+    assert [document for kind in KINDS for document in by_kind[kind]] == documents
+    assert all(isinstance(document, str) for kind in KINDS[:4] for document in by_kind[kind])
+    for messages in by_kind["chat"]:
+        assert isinstance(messages, list)
+        assert {"user", "assistant"} <= {message["role"] for message in messages}
+        assert all(message["content"].strip() for message in messages)
+    # of a vocabulary of 150000, a token is about four characters of such a text
+    assert sum(len(render(document, None)) for document in documents) > 250 * 512 * 4
+    windows = cut_windows(documents, load_tokenizer(bundled_model), 256, 512)
+    assert windows.shape == (256, 512)
+
+
+def test_sources_and_licences_come_along():
+    folder = files(calibration.__name__) / "texts"
+    sources = (folder / "SOURCES.md").read_text(encoding="utf-8")
+    assert all(kind in sources for kind in KINDS)
+    assert "icense" in (folder / "LICENSES.txt").read_text(encoding="utf-8")
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
+    packed = project["tool"]["setuptools"]["package-data"][calibration.__name__]
+    root = Path(str(folder)).parent
+    assert {path for pattern in packed for path in root.glob(pattern)} >= set(Path(str(folder)).iterdir())
+
+
+def test_files_of_text_and_of_lines(tmp_path: Path):
+    plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_text("One text.\nOf two lines.\n", encoding="utf-8")
+    assert read_documents(plain) == ["One text.\nOf two lines.\n"]
+    # JSON may hold U+2028 as it is: only a newline ends a line
+    entries = [{"text": "Grüße\u2028aus\x85hier"}, {"messages": CHAT}, {"text": "end", "id": 3}]
+    written = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    lines.write_text(written, encoding="utf-8")
+    assert read_documents(lines) == [entries[0]["text"], CHAT, "end"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 3: not JSON"),
+        ('"a string"', 'line 3: needs "text", or "messages" of a chat'),
+        ('{"content": "a"}', 'line 3: needs "text", or "messages" of a chat'),
+        ('{"text": ""}', 'line 3: needs "text"'),
+        ('{"text": 5}', 'line 3: needs "text"'),
+        ('{"messages": []}', 'line 3: needs "text"'),
+        ('{"messages": ["Why?"]}', 'line 3: needs "text"'),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, message: str):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{line}\n', encoding="utf-8")
+    with pytest.raises(ConversionError, match=message) as caught:
+        read_documents(path)
+    assert str(path) in str(caught.value)
+
+
+def test_empty_binary_and_missing_files_are_refused(tmp_path: Path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+        with pytest.raises(ConversionError, match=r"the calibration text has [01] tokens; it needs at least 8"):
+            cut_windows(read_documents(tmp_path / name), Words(), 2, 8)
+        (tmp_path / name).write_bytes(b"\x80\xff\x00\x01")
+        with pytest.raises(ConversionError, match=rf"{name}: cannot be read as UTF-8 text"):
+            read_documents(tmp_path / name)
+        (tmp_path / name).unlink()
+        with pytest.raises(ConversionError, match=rf"{name}: cannot be read as UTF-8 text"):
+            read_documents(tmp_path / name)
+
+
+def test_chats_go_by_the_template_where_there_is_one():
+    plain = "system: Be brief.\n\nuser: Why?"
+    assert render("As it is.", None) == "As it is."
+    assert render(CHAT, SimpleNamespace(chat_template=None)) == plain
+
+    def apply(messages, tokenize):
+        assert messages == CHAT
+        assert not tokenize
+        return "<s>Why?</s>"
+
+    def refuse(messages, tokenize):
+        raise TemplateError("System role not supported")
+
+    assert render(CHAT, SimpleNamespace(chat_template="x", apply_chat_template=apply)) == "<s>Why?</s>"
+    assert render(CHAT, SimpleNamespace(chat_template="x", apply_chat_template=refuse)) == plain
+
+
+def test_a_template_of_transformers(bundled_model: Path):
+    tokenizer = load_tokenizer(bundled_model)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert render(CHAT, tokenizer) == "<system>Be brief.<user>Why?"
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    assert render(CHAT, tokenizer) == "system: Be brief.\n\nuser: Why?"
+
+
+def test_windows_go_through_all_documents_once():
+    tokenizer = Words()
+    windows = cut_windows(numbered(20), tokenizer, 100, 11)
+    assert windows.dtype == torch.int64
+    assert windows.shape == (20, 11)  # ten words and the end each
+    assert (windows[:, -1] == 0).all()
+    assert sorted(windows[:, :-1].flatten().tolist()) == list(range(1, 201))
+    tokenizer.eos_token_id = None
+    assert cut_windows(numbered(20), tokenizer, 100, 10).shape == (20, 10)
+
+
+def test_the_seed_decides_the_order():
+    tokenizer = Words()
+    tokenizer(" ".join(numbered(20)))  # so that numbers do not tell the order
+    first, again, other = (cut_windows(numbered(20), tokenizer, 3, 20, seed) for seed in (1, 1, 2))
+    assert first.shape == (3, 20)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    documents = numbered(20)
+    cut_windows(documents, tokenizer, 3, 20)
+    assert documents == numbered(20)  # the list that is given stays
+
+
+def test_too_short_a_text_is_refused():
+    with pytest.raises(ConversionError, match="the calibration text has 33 tokens; it needs at least 34"):
+        cut_windows(numbered(3), Words(), 1, 34)
+    assert cut_windows(numbered(3), Words(), 9, 33).shape == (1, 33)

@@ -1,0 +1,143 @@
+"""Ranks within a byte budget, by what a matrix is part of."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.nouns import DENSE_KINDS, Kind, Matrix, Recipe
+from vllm_milo.offline.ranks.budget import rank_bits, stored_bits
+from vllm_milo.offline.ranks.roles import largest_rank, share_budget
+
+RECIPE = Recipe(group_size=128)
+
+
+def model(
+    hidden: int = 1024, inner: int = 512, shared: int = 1024, ffn: int = 2048, experts: int = 8, values: int = 256
+) -> list[Matrix]:
+    """Two layers: attention in both, a dense FFN in the first (0 for none), experts in the second."""
+    matrices = []
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        for leaf, rows in (("q_proj", hidden), ("k_proj", values), ("v_proj", values), ("o_proj", hidden)):
+            matrices.append(Matrix(f"{prefix}.self_attn.{leaf}", Kind.ATTENTION, rows, hidden))
+
+    def add(name: str, kind: Kind, size: int, experts: str | None = None, expert: int | None = None) -> None:
+        for leaf, n, k in (("gate_proj", size, hidden), ("up_proj", size, hidden), ("down_proj", hidden, size)):
+            matrices.append(Matrix(f"{name}.{leaf}", kind, n, k, experts, expert))
+
+    if ffn:
+        add("model.layers.0.mlp", Kind.DENSE_FFN, ffn)
+    if shared:
+        add("model.layers.1.mlp.shared_expert", Kind.SHARED_EXPERT, shared)
+    for expert in range(experts):
+        name = "model.layers.1.mlp.experts"
+        add(f"{name}.{expert}", Kind.ROUTED_EXPERT, inner, name, expert)
+    return matrices
+
+
+MODELS = {
+    "all kinds": model(),
+    "no dense FFN": model(ffn=0),
+    "no shared expert": model(ffn=0, shared=0),
+    "many experts": model(experts=64, inner=256),
+    "ragged": model(hidden=896, inner=384, shared=4864, ffn=0, values=128, experts=12),
+    "dense only": model(experts=0),
+    "tiny": model(hidden=128, inner=128, shared=128, ffn=128, experts=4, values=64),
+    "routed only": [matrix for matrix in model() if matrix.kind is Kind.ROUTED_EXPERT],
+}
+
+
+def bits(matrices: list[Matrix], ranks: dict[str, int], recipe: Recipe = RECIPE) -> float:
+    return stored_bits(matrices, ranks, recipe.group_size, recipe.factor_bits)
+
+
+def may_grow(matrices: list[Matrix], ranks: dict[str, int]) -> list[Matrix]:
+    """Matrices that every token passes with room for one step more."""
+    return [matrix for matrix in matrices if matrix.kind in DENSE_KINDS and ranks[matrix.name] < largest_rank(matrix)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("factor_bits", [3, 8, 16])
+@pytest.mark.parametrize("budget", [3.26, 3.3, 3.6, 4.1])
+def test_budget_is_kept_and_no_step_more_would_fit(name: str, budget: float, factor_bits: int):
+    matrices, recipe = MODELS[name], Recipe(group_size=128, factor_bits=factor_bits)
+    ranks, _ = share_budget(matrices, budget, recipe)
+    assert ranks.keys() == {matrix.name for matrix in matrices}
+    stored = bits(matrices, ranks, recipe)
+    assert stored <= budget + 1e-9
+    weights = sum(matrix.n * matrix.k for matrix in matrices)
+    for matrix in may_grow(matrices, ranks):
+        assert stored + 8 * rank_bits(matrix, factor_bits) / weights > budget - 1e-9, matrix.name
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("budget", [3.25, 3.3, 3.6, 4.5, 9.0])
+def test_ranks_are_steps_of_8_within_their_limits(name: str, budget: float):
+    matrices = MODELS[name]
+    ranks, _ = share_budget(matrices, budget, RECIPE)
+    for matrix in matrices:
+        assert ranks[matrix.name] % 8 == 0
+        assert 0 <= ranks[matrix.name] <= largest_rank(matrix) <= min(matrix.n, matrix.k)
+    if budget == 9:  # more than all of them take
+        assert all(ranks[m.name] == largest_rank(m) for m in matrices)
+
+
+@pytest.mark.parametrize("name", ["all kinds", "no dense FFN", "no shared expert", "many experts", "ragged"])
+def test_what_every_token_passes_gets_most(name: str):
+    matrices = MODELS[name]
+    ranks, warnings = share_budget(matrices, 3.6, RECIPE)
+    assert warnings == []
+    routed = [ranks[matrix.name] for matrix in matrices if matrix.kind is Kind.ROUTED_EXPERT]
+    dense = [m for m in matrices if m.kind in DENSE_KINDS]
+    assert len(set(routed)) == 1  # of one shape
+    for matrix in dense:
+        assert ranks[matrix.name] > 4 * routed[0] or matrix not in may_grow(dense, ranks)
+
+
+def test_limits_are_what_serving_bears():
+    """Of Mixtral's sizes: attention an eighth of its larger side, a routed expert half of its smaller one."""
+    for leaf, n, limit in (("q_proj", 4096, 512), ("k_proj", 1024, 512), ("w1", 14336, 2048)):
+        kind = Kind.ROUTED_EXPERT if leaf == "w1" else Kind.ATTENTION
+        assert largest_rank(Matrix(leaf, kind, n, 4096)) == limit
+    assert largest_rank(Matrix("k_proj", Kind.ATTENTION, 128, 896)) == 112
+    assert largest_rank(Matrix("q_proj", Kind.ATTENTION, 128, 128)) == 32
+
+
+def test_more_budget_never_takes_from_routed_experts():
+    matrices, before = MODELS["all kinds"], 0
+    name = "model.layers.1.mlp.experts.0.up_proj"
+    for budget in (3.3, 3.5, 3.7, 3.9, 4.2, 5.0):
+        after = share_budget(matrices, budget, RECIPE)[0][name]
+        assert after >= before
+        before = after
+    assert before > 0
+
+
+def test_only_routed_experts_share_what_there_is():
+    ranks, _ = share_budget(MODELS["routed only"], 3.6, RECIPE)
+    assert len(set(ranks.values())) == 1
+    assert min(ranks.values()) > 0
+
+
+@pytest.mark.parametrize(("group", "least"), [(32, "4"), (64, "3.5"), (128, "3.25")])
+def test_a_budget_below_the_base_is_refused(group: int, least: str):
+    budget = float(least) - 0.05
+    said = rf"--budget-bits {budget:g}: .* group size {group} take {least} bits a weight already; raise the budget"
+    with pytest.raises(ConversionError, match=said):
+        share_budget(MODELS["all kinds"], budget, Recipe(group_size=group))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_that_only_pays_for_the_base_warns(name: str):
+    ranks, warnings = share_budget(MODELS[name], 3.25, RECIPE)
+    assert set(ranks.values()) == {0}
+    (warning,) = warnings
+    assert warning.startswith("--budget-bits 3.25 leaves nothing for compensators: codes, scales and zero points")
+
+
+def test_sizes_too_small_for_any_rank_warn():
+    matrices = [Matrix("q_proj", Kind.ATTENTION, 4, 128), Matrix("o_proj", Kind.ATTENTION, 128, 4)]
+    ranks, warnings = share_budget(matrices, 9.0, RECIPE)
+    assert set(ranks.values()) == {0}
+    assert len(warnings) == 1
