@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import ConversionError
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
 
@@ -20,6 +22,23 @@ def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def check_text_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse a device that torch does not have, and windows that leave nothing to score, before a model is loaded.
+
+    Raises:
+        ConversionError: names the option.
+    """
+    name, windows = arguments.device, arguments.max_windows
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConversionError(f"--device {name}: torch knows no such device; use cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConversionError(f"--device {name}: torch sees no such CUDA device; use --device cpu")
+    if windows is not None and windows < 1:
+        raise ConversionError("--max-windows must be at least 1")
 
 
 def default_device() -> str:

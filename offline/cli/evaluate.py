@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..errors import ConversionError
-from ..evaluation.divergence import divergence, open_streamed, refuse_strangers, text_windows
+from ..evaluation.divergence import divergences, open_streamed, refuse_strangers, text_windows
 from ..evaluation.model import load_model
 from ..evaluation.perplexity import STRIDE, WINDOW, perplexity
 from ..source.tokens import read_tokens
-from .arguments import add_text_arguments
+from .arguments import add_text_arguments, check_text_arguments
 
 REFERENCE_WINDOW = 512
 
@@ -33,9 +33,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    for name in ("max_windows", "window"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ConversionError(f"--{name.replace('_', '-')} must be at least 1")
+    check_text_arguments(arguments)
+    if arguments.window is not None and arguments.window < 2:
+        raise ConversionError(
+            f"--window {arguments.window}: must be at least 2, since the first token is not predicted"
+        )
     if arguments.reference is None:
         _print_perplexities(arguments)
     else:
@@ -67,7 +69,8 @@ def _print_divergences(arguments: argparse.Namespace) -> None:
     windows = {text: text_windows(*folders, text, length, most) for text in arguments.text}
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     model, reference = (open_streamed(folder, device, dtype) for folder in folders)
-    rows = {text: divergence(model, reference, held, not arguments.quiet) for text, held in windows.items()}
+    found = divergences(model, reference, list(windows.values()), not arguments.quiet)
+    rows = dict(zip(windows, found, strict=True))
     mean = sum(row.kl for row in rows.values()) / len(rows)
     if arguments.json:
         texts = [{"text": str(text), **row._asdict()} for text, row in rows.items()]
@@ -80,4 +83,5 @@ def _print_divergences(arguments: argparse.Namespace) -> None:
             f"{row.kl:8.4f} {row.top1:7.4f} {row.perplexity:11.4f} {row.reference_perplexity:10.4f} {row.windows:8d}"
         )
         print(f"{numbers}  {text}")
+    length = found[0].tokens // found[0].windows
     print(f"{mean:8.4f} nats a token on average; windows of {length} tokens; {arguments.dtype}")

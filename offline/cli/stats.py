@@ -13,7 +13,7 @@ from ..errors import ConversionError
 from ..evaluation.expert_use import count_experts_used
 from ..evaluation.model import load_model
 from ..source.tokens import read_tokens
-from .arguments import add_text_arguments
+from .arguments import add_text_arguments, check_text_arguments
 
 
 def add_parser(commands: Any) -> None:
@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    check_text_arguments(arguments)
     model = load_model(arguments.model, getattr(torch, arguments.dtype), arguments.device)
     tokens = read_tokens(arguments.model, arguments.text)
     counts = count_experts_used(model, tokens, arguments.max_windows)

@@ -1,17 +1,18 @@
 """How far a model's predictions are from those of the model that it was made of: KL divergence and top-1 agreement.
 
-Both models go through the text side by side, one decoder layer of each in memory at a time, so that neither ever has to
-fit as a whole. What is held are the hidden states of all windows.
+Both models go through the texts side by side, one decoder layer in memory at a time, so that neither ever has to fit as
+a whole. What is held are the hidden states of all windows, on the host where they would fill the device. Logits are
+made of a few positions at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from vllm_milo.shards import read_json
 from vllm_milo.validation import validate_checkpoint
@@ -27,7 +28,16 @@ from ..source.tokens import load_tokenizer, read_text
 
 BATCH = 8
 """Windows that go through a layer at once."""
+LOGITS = 2**25
+"""Numbers in one model's logits that are scored at once, at most; about six float32 copies of them are held."""
+STATES_SHARE = 0.25
+"""Of a GPU's free memory that the hidden states of both models may take; more of them are kept on the host."""
+_ADVICE = "only models that transformers runs can be compared"
 _ALIKE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Makes logits, float32 [n, V], of hidden states [n, H]."""
 
 
 class Divergence(NamedTuple):
@@ -58,17 +68,21 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype) -> Str
     """
     if is_milo_checkpoint(folder):
         tensors = DequantizedTensors(folder, validate_checkpoint(folder), dtype)
-        return StreamedModel(folder, find_family(read_json(folder / "config.json")), tensors.load, device, dtype)
+        family = find_family(read_json(folder / "config.json"))
+        return StreamedModel(folder, family, tensors.load, device, dtype, _ADVICE)
     reader = ModelReader(folder)
-    return StreamedModel(folder, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype)
+    return StreamedModel(folder, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype, _ADVICE)
 
 
 def refuse_strangers(model: Path, reference: Path) -> None:
     """Refuse a reference that the model was not made of.
 
     Raises:
-        ConversionError: the reference is quantized, or its sizes differ; names the key of config.json.
+        ConversionError: no such folder, the reference is quantized, or its sizes differ; names the key of config.json.
     """
+    for folder in (model, reference):
+        if not folder.is_dir():
+            raise ConversionError(f"{folder}: no such folder; download or convert the model first")
     if is_milo_checkpoint(reference):
         raise ConversionError(f"--reference {reference}: is a MiLo checkpoint; give the model that it was made of")
     mine, theirs = (read_json(folder / "config.json") for folder in (model, reference))
@@ -81,60 +95,125 @@ def refuse_strangers(model: Path, reference: Path) -> None:
 
 
 def text_windows(model: Path, reference: Path, text: Path, length: int, most: int | None) -> torch.Tensor:
-    """Return disjoint windows of a text by the reference's tokenizer, int64 [W, T].
+    """Return disjoint windows of a text by the reference's tokenizer, int64 [W, T]; what fills none is dropped.
+
+    Args:
+        model: whose tokenizer must read the text as the same tokens.
+        reference: whose tokenizer is used.
+        text: a UTF-8 file.
+        length: tokens of a window, capped at the maximum that config.json states for either model.
+        most: windows, at most.
 
     Raises:
-        ConversionError: the text cannot be read or has less than two tokens, there is no tokenizer, or the model's own
-            tokenizer reads the text otherwise.
+        ConversionError: the text cannot be read or does not fill a window, a window scores nothing, there is no
+            tokenizer, or the model's own tokenizer reads the text otherwise.
     """
+    if length < 2:
+        raise ConversionError(f"--window {length}: must be at least 2, since the first token is not predicted")
+    for folder in (model, reference):
+        length = min(length, int(read_json(folder / "config.json").get("max_position_embeddings") or length))
     content = read_text(text)
     ids, own = (
         load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"]
         for folder in (reference, model)
     )
     if ids != own:
-        raise ConversionError(f"{text}: the tokenizers of {model} and {reference} read it as different tokens")
-    if len(ids) < 2:
-        raise ConversionError(f"{text}: has {len(ids)} tokens; nothing to score")
-    length = min(length, len(ids))
+        raise ConversionError(
+            f"{text}: the tokenizers of {model} and {reference} read it as different tokens; give the model that it "
+            f"was made of, or copy the tokenizer's files again"
+        )
+    if len(ids) < length:
+        raise ConversionError(
+            f"{text}: has {len(ids)} tokens, and a window takes {length}; give a longer text or a smaller --window"
+        )
     number = min(len(ids) // length, most or len(ids))
     return torch.tensor(ids[: number * length]).view(number, length)
 
 
-@torch.no_grad()
 def divergence(
     model: StreamedModel, reference: StreamedModel, windows: torch.Tensor, progress: bool = False
 ) -> Divergence:
-    """Return how far a model is from its reference on windows of token ids, int64 [W, T].
+    """Return how far a model is from its reference on one text; see :func:`divergences`."""
+    return divergences(model, reference, [windows], progress)[0]
+
+
+@torch.no_grad()
+def divergences(
+    model: StreamedModel, reference: StreamedModel, texts: Sequence[torch.Tensor], progress: bool = False
+) -> list[Divergence]:
+    """Return how far a model is from its reference on each text, in one pass through the layers.
+
+    Args:
+        model: what is measured.
+        reference: what it was made of, on the same device and in the same dtype.
+        texts: windows of token ids, int64 [W, T] of each text, T the same for all.
+        progress: show a progress bar.
 
     Raises:
-        ConversionError: a token id lies outside the embedding, or the hidden states are not finite.
+        ConversionError: a token id lies outside the embedding, a layer's tensors are not what transformers needs, or
+            the predictions are not finite.
     """
-    mine, theirs = model.begin(windows), reference.begin(windows)
+    windows = torch.cat(list(texts))
+    home = states_home(model, windows)
+    pair = [(one, one.begin(windows, home)) for one in (model, reference)]
     for index in progress_bar(range(len(model)), "evaluate", progress):
-        mine, theirs = (_through(one, index, states) for one, states in ((model, mine), (reference, theirs)))
-    head, other = model.head(), reference.head()
-    sums = torch.zeros(4, dtype=torch.float64)
-    for window, left, right in zip(windows, mine, theirs, strict=True):
-        sums += _scores(head(left), other(right), window.to(model.device)).double().cpu()
-    number, tokens = len(windows), windows.numel()
-    if not torch.isfinite(sums).all():
-        raise ConversionError("the predictions are not finite; is one of the models broken, or --dtype too narrow?")
-    kl, top1, loss, reference_loss = (sums / number).tolist()
-    return Divergence(kl, top1, math.exp(loss), math.exp(reference_loss), number, tokens)
+        for one, states in pair:
+            _advance_in_place(one, index, states)
+    heads, step = (model.head(), reference.head()), max(1, LOGITS // model.vocabulary)
+    held = zip(windows.to(model.device), *(states for _, states in pair), strict=True)
+    scores = torch.stack([_scores(heads, states, ids, step) for ids, *states in held]).cpu()
+    if not torch.isfinite(scores).all():
+        raise ConversionError(
+            f"the predictions of {model.folder} beside {reference.folder} are not finite in {model.dtype}; is one of "
+            f"them broken, or --dtype too narrow?"
+        )
+    return [_summary(part, text.shape[1]) for part, text in zip(scores.split([*map(len, texts)]), texts, strict=True)]
 
 
-def _through(model: StreamedModel, index: int, states: torch.Tensor) -> torch.Tensor:
+def states_home(model: StreamedModel, windows: torch.Tensor) -> torch.device:
+    """Return where the hidden states of two models are kept: on their GPU where these take little of it, else the host.
+
+    Args:
+        model: one of the two.
+        windows: int64 [W, T].
+    """
+    if model.device.type != "cuda":
+        return torch.device("cpu")
+    need = 2 * windows.numel() * model.hidden_size * model.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return model.device if need <= STATES_SHARE * free else torch.device("cpu")
+
+
+def _advance_in_place(model: StreamedModel, index: int, states: torch.Tensor) -> None:
+    """Load a layer, put what it makes of the hidden states [W, T, H] in their place, and free it."""
     module = model.layer(index)
-    states = model.advance(index, module, states, BATCH)
+    for part in states.split(BATCH):
+        part.copy_(model.run(index, module, part.to(model.device)))
     model.drop(module)
-    return states
 
 
-def _scores(logits: torch.Tensor, wanted: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the means over one window's tokens of KL divergence, agreement, loss and the reference's loss, [4]."""
-    found, target = logits.log_softmax(-1), wanted.log_softmax(-1)
-    kl = (target.exp() * (target - found)).sum(-1).mean()
-    top1 = (found.argmax(-1) == target.argmax(-1)).float().mean()
-    losses = [cross_entropy(values[:-1], ids[1:]) for values in (logits, wanted)]
-    return torch.stack([kl, top1, *losses])
+def _scores(heads: Sequence[Head], states: Sequence[torch.Tensor], ids: torch.Tensor, step: int) -> torch.Tensor:
+    """Return a window's KL divergence, agreement, loss and the reference's loss, means over tokens, float64 [4].
+
+    Args:
+        heads: the model's and the reference's.
+        states: the model's and the reference's after the last layer, [T, H] each.
+        ids: the window's tokens, int64 [T], where the heads are.
+        step: positions at a time.
+    """
+    total = torch.zeros(4, dtype=torch.float64, device=ids.device)
+    for start in range(0, len(ids), step):
+        parts = (held[start : start + step].to(ids.device) for held in states)
+        found, wanted = (head(part).log_softmax(-1) for head, part in zip(heads, parts, strict=True))
+        following = ids[start + 1 : start + step + 1]  # of the last position none is known
+        rows = [(wanted.exp() * (wanted - found)).sum(-1), (found.argmax(-1) == wanted.argmax(-1)).float()]
+        rows += [-table[: len(following)].gather(1, following[:, None])[:, 0] for table in (found, wanted)]
+        total += torch.stack([row.double().sum() for row in rows])
+    return total / torch.tensor([len(ids)] * 2 + [len(ids) - 1] * 2, device=ids.device)
+
+
+def _summary(scores: torch.Tensor, length: int) -> Divergence:
+    """Return the means over windows of ``length`` tokens, of their scores float64 [W, 4]."""
+    kl, top1, loss, reference_loss = scores.mean(0).tolist()
+    number = len(scores)
+    return Divergence(kl, top1, math.exp(loss), math.exp(reference_loss), number, number * length)

@@ -10,6 +10,7 @@ import torch
 from vllm_milo.validation import validate_checkpoint
 
 from ..checkpoint.dequantize import DequantizedTensors
+from ..errors import ConversionError
 from ..source.whole_model import load_source_model, model_class
 
 
@@ -17,11 +18,13 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     """Return the Hugging Face model of a folder; MiLo checkpoints get the weights s·(q - z) + UᵀV.
 
     Raises:
-        ConversionError: transformers has no class for the architecture.
+        ConversionError: no such folder, or transformers has no class for the architecture.
         CheckpointError, ShardError: the MiLo checkpoint is broken.
     """
     import transformers
 
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"{folder}: no folder with a config.json; download or convert the model first")
     config = transformers.AutoConfig.from_pretrained(folder)
     if not getattr(config, "quantization_config", None):
         return load_source_model(folder, dtype, device)

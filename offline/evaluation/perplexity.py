@@ -46,8 +46,10 @@ def perplexity(
         progress: show a progress bar.
 
     Raises:
-        ConversionError: fewer than two tokens, or a window or stride that scores nothing.
+        ConversionError: fewer than two tokens, or a number of windows, a window or a stride that scores nothing.
     """
+    if max_windows is not None and max_windows < 1:
+        raise ConversionError(f"--max-windows {max_windows}: must be at least 1")
     window = min(window, int(model.config.max_position_embeddings))
     if tokens.numel() < 2:
         raise ConversionError("the text has fewer than two tokens; nothing to score")

@@ -29,13 +29,22 @@ class StreamedModel:
         load: the model's tensors by prefix of their names.
         device: where layers run.
         dtype: of weights and hidden states.
+        advice: what errors tell the user to do where transformers cannot run the tensors of a layer.
 
     Raises:
         ConversionError: transformers cannot run this architecture.
     """
 
-    def __init__(self, folder: Path, family: Family, load: Load, device: torch.device, dtype: torch.dtype) -> None:
-        self._family, self._load = family, load
+    def __init__(
+        self,
+        folder: Path,
+        family: Family,
+        load: Load,
+        device: torch.device,
+        dtype: torch.dtype,
+        advice: str = "use --calibration none",
+    ) -> None:
+        self.folder, self._family, self._load, self._advice = folder, family, load, advice
         self.device, self.dtype = device, dtype
         self._model = _empty_model(folder, dtype)
         self._arguments: list[dict[str, Any]] = []
@@ -43,8 +52,22 @@ class StreamedModel:
     def __len__(self) -> int:
         return len(self._model.model.layers)
 
-    def begin(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states [W, T, H] before the first layer, of windows of token ids int64 [W, T].
+    @property
+    def hidden_size(self) -> int:
+        """Return the numbers in the hidden state of a token."""
+        return int(self._model.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of logits of a token."""
+        return int(self._model.config.vocab_size)
+
+    def begin(self, windows: torch.Tensor, home: torch.device | None = None) -> torch.Tensor:
+        """Return the hidden states [W, T, H] before the first layer.
+
+        Args:
+            windows: of token ids, int64 [W, T].
+            home: where the hidden states are kept; by default on the model's device.
 
         Raises:
             ConversionError: a token id lies outside the embedding.
@@ -53,40 +76,47 @@ class StreamedModel:
         embedding = self._one("model.embed_tokens.weight")
         if windows.max() >= len(embedding):
             raise ConversionError(
-                f"the tokenizer gives token id {int(windows.max())}, but model.embed_tokens.weight has "
+                f"{self.folder}: the tokenizer gives token id {int(windows.max())}, but model.embed_tokens.weight has "
                 f"{len(embedding)} rows; do tokenizer and model belong together?"
             )
         states = torch.nn.functional.embedding(windows.to(embedding.device), embedding)
-        return states.to(self.device, self.dtype)
+        return states.to(home or self.device, self.dtype)
 
     def layer(self, index: int) -> torch.nn.Module:
         """Return a decoder layer with its weights; :meth:`drop` it after use.
 
         Raises:
-            ConversionError: the files lack a parameter that transformers needs, hold one that it does not know, or one
-                with NaN or Inf.
+            ConversionError: the files lack a parameter or an expert that transformers needs, or hold one that it does
+                not know, that has another shape, or with NaN or Inf.
         """
         module = self._model.model.layers[index]
         module.to_empty(device=self.device)
         name = f"model.layers.{index}."
         parameters = {self._family.checkpoint_name(name + n): p.data for n, p in module.named_parameters()}
-        missing = set(parameters) | {name + buffer for buffer, _ in module.named_buffers()}
+        needed = {p: values.numel() for p, values in parameters.items()}
+        needed |= {name + buffer: values.numel() for buffer, values in module.named_buffers()}
         finite = {}
         for tensor, values in self._load(name):
             target, place = self.place(tensor, parameters)
             if target not in parameters:
-                raise ConversionError(f"{tensor}: transformers has no such parameter; use --calibration none")
+                raise ConversionError(f"{self.folder}: {tensor}: transformers has no such parameter; {self._advice}")
+            if place.shape != values.shape:
+                raise ConversionError(
+                    f"{self.folder}: tensor {tensor} has shape {list(values.shape)}, but by config.json it must have "
+                    f"{list(place.shape)}; do they belong together?"
+                )
             place.copy_(values)
             finite[tensor] = torch.isfinite(place).all()  # there, and looked at once: a GPU does not wait for each
-            missing.discard(target)
+            needed[target] -= values.numel()  # an expert's matrix is a part of one
+        missing = sorted(parameter for parameter, numbers in needed.items() if numbers)
         if missing:
             raise ConversionError(
-                f"model.layers.{index}: transformers needs {sorted(missing)}, which the model's files lack; "
-                f"use --calibration none"
+                f"{self.folder}: model.layers.{index}: transformers needs {missing}, which the model's files lack as a "
+                f"whole or in part; {self._advice}"
             )
         if finite and not torch.stack(list(finite.values())).all():
             bad = next(tensor for tensor, good in finite.items() if not good)
-            raise ConversionError(f"tensor {bad} holds NaN or Inf; {BROKEN}")
+            raise ConversionError(f"{self.folder}: tensor {bad} holds NaN or Inf; {BROKEN}")
         return module
 
     def parameters(self, index: int, module: torch.nn.Module) -> dict[str, str]:
@@ -109,11 +139,21 @@ class StreamedModel:
         return torch.cat([self.run(index, module, part) for part in states.split(batch)])
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what makes logits, float32 [.., V], of hidden states [.., H] after the last layer."""
+        """Return what makes logits, float32 [.., V], of hidden states [.., H] after the last layer.
+
+        Raises:
+            ConversionError: the files lack the output head, or it has another shape than config.json says.
+        """
         norm = self._model.model.norm.to_empty(device=self.device)
         norm.weight.data.copy_(self._one("model.norm.weight"))
         tied = self._model.config.tie_word_embeddings
-        weight = self._one("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device, self.dtype)
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        weight = self._one(name).to(self.device, self.dtype)
+        if weight.shape != (self.vocabulary, self.hidden_size):
+            raise ConversionError(
+                f"{self.folder}: tensor {name} has shape {list(weight.shape)}, but by config.json it must have "
+                f"{[self.vocabulary, self.hidden_size]}; do they belong together?"
+            )
         return lambda states: torch.nn.functional.linear(norm(states), weight).float()
 
     def place(self, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
@@ -123,7 +163,7 @@ class StreamedModel:
     def _one(self, name: str) -> torch.Tensor:
         found = dict(self._load(name))
         if name not in found:
-            raise ConversionError(f"{name}: missing; are the model's files complete?")
+            raise ConversionError(f"{self.folder}: {name}: missing; are the model's files complete?")
         return found[name]
 
     @torch.no_grad()
@@ -134,7 +174,7 @@ class StreamedModel:
         body.rotary_emb = type(body.rotary_emb)(config=self._model.config).to(self.device)
         body.layers = torch.nn.ModuleList(_Recorder(layer) for layer in layers)
         body.norm = torch.nn.Identity()
-        states = torch.zeros(1, length, self._model.config.hidden_size, device=self.device, dtype=self.dtype)
+        states = torch.zeros(1, length, self.hidden_size, device=self.device, dtype=self.dtype)
         body(inputs_embeds=states, use_cache=False)
         calls = [recorder.arguments for recorder in body.layers]
         body.layers, body.norm = layers, norm

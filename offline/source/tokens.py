@@ -14,10 +14,12 @@ def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a model folder.
 
     Raises:
-        ConversionError: the folder holds none that transformers can read.
+        ConversionError: there is no such folder, or it holds none that transformers can read.
     """
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: no such folder; download or convert the model first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -32,12 +34,15 @@ def read_text(path: Path) -> str:
     """Return the content of a text file.
 
     Raises:
-        ConversionError: the file cannot be read, or is not UTF-8.
+        ConversionError: the file cannot be read, is not UTF-8, or holds zero bytes.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    if "\0" in content:
+        raise ConversionError(f"{path}: holds zero bytes, as binary files do; give a UTF-8 text")
+    return content
 
 
 def read_tokens(folder: Path, text: Path) -> torch.Tensor:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from folder_edits import edit_config
-from tiny_models import make_model
+from tiny_models import VOCABULARY, make_model
 
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.evaluation import divergence as module
-from vllm_milo.offline.evaluation.divergence import divergence, open_streamed
+from vllm_milo.offline.evaluation.divergence import divergence, divergences, open_streamed, states_home
 from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.source.streamed_model import StreamedModel
 
 CPU = torch.device("cpu")
 
@@ -45,13 +46,60 @@ def test_streamed_scores_are_those_of_whole_models(family: str, tmp_path: Path, 
             losses = -table[:, :-1].gather(-1, windows[:, 1:, None])
             assert perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-4)
         assert (scores.windows, scores.tokens) == (5, 120)
+    whole = divergence(model, reference, windows)
+    monkeypatch.setattr(module, "LOGITS", 7 * VOCABULARY)  # a window in parts of 7 positions
+    assert divergence(model, reference, windows) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.fixture
+def pair(sources: dict[str, Path], checkpoint: Path) -> list[StreamedModel]:
+    """A checkpoint and its source."""
+    return [open_streamed(folder, CPU, torch.float32) for folder in (checkpoint, sources["qwen2_moe"])]
+
+
+def test_texts_in_one_pass_score_as_each_alone(pair: list[StreamedModel]):
+    texts = torch.randint(0, VOCABULARY, (5, 24)).split([2, 3])
+    found = divergences(*pair, texts)
+    assert [of.windows for of in found] == [2, 3]
+    assert found[0].kl != found[1].kl
+    for of, text in zip(found, texts, strict=True):
+        assert divergence(*pair, text) == pytest.approx(of, rel=1e-5)
+
+
+def test_one_layer_is_in_memory(pair: list[StreamedModel], monkeypatch: pytest.MonkeyPatch):
+    def held() -> int:
+        layers = (layer for model in pair for layer in model._model.model.layers)
+        return sum(any(p.device.type != "meta" for p in layer.parameters()) for layer in layers)
+
+    seen = []
+    for model in pair:
+        run = model.run
+        monkeypatch.setattr(model, "run", lambda *arguments, run=run: (seen.append(held()), run(*arguments))[1])
+    divergence(*pair, torch.randint(0, VOCABULARY, (2, 24)))
+    assert seen == [1] * (2 * 2)  # layers, models
+    assert held() == 0
+
+
+@pytest.mark.gpu
+def test_hidden_states_on_the_host_or_the_gpu(
+    sources: dict[str, Path], checkpoint: Path, pair: list[StreamedModel], monkeypatch: pytest.MonkeyPatch
+):
+    windows = torch.randint(0, VOCABULARY, (5, 24))
+    expected = divergence(*pair, windows)
+    on_gpu = [
+        open_streamed(folder, torch.device("cuda"), torch.float32) for folder in (checkpoint, sources["qwen2_moe"])
+    ]
+    for share, home in ((0.0, "cpu"), (1.0, "cuda")):
+        monkeypatch.setattr(module, "STATES_SHARE", share)
+        assert states_home(on_gpu[0], windows).type == home
+        assert divergence(*on_gpu, windows) == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_model_does_not_differ_from_itself(bundled_model: Path):
     windows = torch.randint(3, 4000, (2, 32))
     model, reference = (open_streamed(bundled_model, CPU, torch.float32) for _ in "ab")
     scores = divergence(model, reference, windows)
-    assert scores.kl == pytest.approx(0, abs=1e-6)
+    assert scores.kl == 0
     assert scores.top1 == 1
 
 
@@ -91,7 +139,12 @@ def test_bad_references_and_texts_are_refused(
     reference = ("--reference", str(bundled_model))
     refused("is a MiLo checkpoint", "--reference", str(bundled_checkpoint), "--text", text)
     refused("vocab_size is 17 there", "--reference", str(other), "--text", text)
-    refused("has 0 tokens; nothing to score", *reference, "--text", str(empty))
+    refused(
+        "has 0 tokens, and a window takes 512; give a longer text or a smaller --window",
+        *reference,
+        "--text",
+        str(empty),
+    )
     refused("cannot be read as UTF-8 text", *reference, "--text", str(binary))
     refused("cannot be read as UTF-8 text", *reference, "--text", str(tmp_path / "absent.txt"))
     refused("--max-windows must be at least 1", *reference, "--text", text, "--max-windows", "0")
