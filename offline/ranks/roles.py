@@ -18,8 +18,8 @@ ROUTED_SHARE = 1 / 14
 """Rank of a routed expert as a share of that of a matrix which every token passes."""
 ROUTED_LIMIT = 0.5
 """No rank of a routed expert above this share of its smaller side: there the factors cost more than the weights."""
-DENSE_LIMIT, LEAST_LIMIT = 1 / 8, 32
-"""No other rank above this share of the larger side, or above 32 in small matrices: every token pays for it in serving.
+DENSE_LIMIT, LEAST_LIMIT = 1 / 8, 64
+"""No other rank above this share of the larger side, or above 64 in small matrices: every token pays for it in serving.
 Keys and values, whose smaller side is small, may so get nearly full rank, which they deserve most."""
 _STEPS = 30
 

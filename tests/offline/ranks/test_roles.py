@@ -101,7 +101,7 @@ def test_limits_are_what_serving_bears():
         kind = Kind.ROUTED_EXPERT if leaf == "w1" else Kind.ATTENTION
         assert largest_rank(Matrix(leaf, kind, n, 4096)) == limit
     assert largest_rank(Matrix("k_proj", Kind.ATTENTION, 128, 896)) == 112
-    assert largest_rank(Matrix("q_proj", Kind.ATTENTION, 128, 128)) == 32
+    assert largest_rank(Matrix("q_proj", Kind.ATTENTION, 128, 128)) == 64
 
 
 def test_more_budget_never_takes_from_routed_experts():
