@@ -15,6 +15,7 @@ from ..nouns import Recipe
 from .base.group import GroupQuantized
 from .base.hqq import quantize_hqq
 from .compensator.factors import truncated_svd
+from .states import choose_base
 
 WINDOW = 3
 """Rounds whose mean error is compared with the mean of those before."""
@@ -62,7 +63,7 @@ def alternate(
     for _ in range(recipe.max_rounds):
         active = progress.active
         fresh = quantize_hqq(weights - u.mT @ v, recipe.group_size)
-        base = fresh if base is None else _merge(base, fresh, active)
+        base = fresh if base is None else choose_base(base, fresh, active)
         residual = weights - base.dequantize()
         new_u, new_v = truncated_svd(residual, rank, generator)
         keep = active[:, None, None]
@@ -73,8 +74,3 @@ def alternate(
             break
     assert base is not None
     return base, u, v, rounds
-
-
-def _merge(old: GroupQuantized, new: GroupQuantized, active: torch.Tensor) -> GroupQuantized:
-    keep = active[:, None, None]
-    return GroupQuantized(*(torch.where(keep, b, a) for a, b in zip(old, new, strict=True)))

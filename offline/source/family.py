@@ -47,7 +47,6 @@ class Family:
         num_experts_keys: config.json keys that may hold the number of experts.
         normalizes_router: whether the weights of a token's experts add up to 1, where config.json
             (``norm_topk_prob``) does not say.
-        norms: names of the norms in a layer, before attention and before the experts.
     """
 
     model_type: str
@@ -56,7 +55,6 @@ class Family:
     shared: str | None = None
     num_experts_keys: tuple[str, ...] = ("num_experts",)
     normalizes_router: bool = False
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
 
     def kind(self, module: str) -> Kind | None:
         """Return what the matrix ``module`` is part of; None for what is never quantized."""
@@ -79,12 +77,6 @@ class Family:
         if leaf not in EXPERT_PROJECTIONS:
             raise ValueError(f"{leaf} is no projection of an FFN of {self.model_type}")
         return EXPERT_PROJECTIONS[leaf]
-
-    def siblings(self, module: str, *roles: str) -> list[str]:
-        """Return the names of other projections of the FFN that the matrix ``module`` belongs to."""
-        parent, _, leaf = module.rpartition(".")
-        projections = self.projections if leaf in self.projections else LLAMA_PROJECTIONS
-        return [f"{parent}.{getattr(projections, role)}" for role in roles]
 
     def fused(self, tensor: str) -> FusedExperts | None:
         """Return which experts' matrices a fused 3-D tensor holds, by its name."""
