@@ -21,6 +21,8 @@ NONE = "none"
 """No calibration."""
 WINDOW = 512
 """Most tokens of a window."""
+OPENINGS = 256
+"""Windows of the packaged text that the model's own text takes its openings from."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.T
         memory.refuse_to_write_what_does_not_fit(reader, options.device)
         dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
         model = load_source_model(folder, dtype, options.device)
-        return write_windows(model, options.windows, length, options.seed, options.progress, chat_start(tokenizer))
+        openings = cut_windows(packaged_documents(), tokenizer, OPENINGS, length, options.seed)
+        chat = chat_start(tokenizer)
+        return write_windows(model, options.windows, length, options.seed, options.progress, chat, openings)
     documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
     return cut_windows(documents, tokenizer, options.windows, length, options.seed)
 

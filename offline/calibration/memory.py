@@ -19,6 +19,8 @@ LATENT_BYTES = 22
 moments and the float32 copy that it begins from."""
 STREAMS = 3
 """Hidden states that are held of every token: before a layer in both streams, and after it in the original one."""
+DEFAULT_STATES = 6 * 2**30
+"""Bytes of hidden states that a calibration takes where nobody says how many windows it may have."""
 _MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -39,6 +41,12 @@ def streamed_need(reader: ModelReader, tokens: int, device: str) -> int:
     largest = max(_weights(reader, layer) for layer in reader.layers if layer.matrices)
     states = STREAMS * tokens * int(reader.config["hidden_size"]) * size
     return int(SLACK * (largest * LATENT_BYTES + states))
+
+
+def windows_within(size: int, reader: ModelReader, length: int, device: str) -> int:
+    """Return how many windows of ``length`` tokens have hidden states of together ``size`` bytes, at least one."""
+    width = 2 if torch.device(device).type == "cuda" else 4
+    return max(1, size // (STREAMS * length * int(reader.config["hidden_size"]) * width))
 
 
 def whole_model_need(reader: ModelReader) -> int:

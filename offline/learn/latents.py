@@ -37,13 +37,15 @@ class Rates:
         codes: of latents, in codes.
         scale: of scales, relative to where they begin.
         zero: of zero points, in codes.
-        factors: of factors and their scales, relative to their root mean square.
+        factors: of factors and their scales, relative to their root mean square. They are the solver's best already:
+            at 4e-3 they learn the text by heart (first six layers of a real model of 0.5 B parameters: KL 0.0191, at
+            1e-3 0.0183, untrained 0.0185; 2026-11-27).
     """
 
     codes: float = 0.01
     scale: float = 1e-3
     zero: float = 5e-3
-    factors: float = 4e-3
+    factors: float = 1e-3
 
 
 class Adam:

@@ -70,6 +70,24 @@ def test_half_of_the_windows_begin_a_chat(trained_model, monkeypatch: pytest.Mon
     assert len(windows.unique(dim=0)) == number
 
 
+def test_the_others_go_on_from_words_of_a_text(trained_model):
+    text = torch.arange(10, 10 + 3 * 200).view(3, 200)
+    windows = write_windows(trained_model, 11, 200, chat=[7, 8, 9], openings=text)
+    others = [window for window in windows if window[0] != 7]
+    assert len(others) == 6
+    lengths = []
+    for window in others:
+        differs = window != window[0] + torch.arange(200)
+        lengths.append(int(differs.nonzero()[0]))
+        row, column = divmod(int(window[0]) - 10, 200)
+        assert row < 3
+        assert column + lengths[-1] <= 200
+    for least, found in zip((8, 8, 32, 32, 96, 96), sorted(lengths), strict=True):
+        assert least <= found <= least + 4  # the model may guess a next word rightly
+    again = write_windows(trained_model, 11, 200, chat=[7, 8, 9], openings=text)
+    assert torch.equal(windows, again)
+
+
 def test_a_start_longer_than_a_window_is_left_out(trained_model):
     windows = write_windows(trained_model, 2, 4, chat=[7, 8, 9, 10])
     assert (windows[:, 0] == trained_model.config.bos_token_id).all()

@@ -96,12 +96,22 @@ def test_what_every_token_passes_gets_most(name: str):
 
 
 def test_limits_are_what_serving_bears():
-    """Of Mixtral's sizes: attention an eighth of its larger side, a routed expert half of its smaller one."""
-    for leaf, n, limit in (("q_proj", 4096, 512), ("k_proj", 1024, 512), ("w1", 14336, 2048)):
+    """Of Mixtral's sizes: attention an eighth of its larger side, keys all, a routed expert half of its smaller one."""
+    for leaf, n, limit in (("q_proj", 4096, 512), ("k_proj", 1024, 1024), ("w1", 14336, 2048)):
         kind = Kind.ROUTED_EXPERT if leaf == "w1" else Kind.ATTENTION
         assert largest_rank(Matrix(leaf, kind, n, 4096)) == limit
-    assert largest_rank(Matrix("k_proj", Kind.ATTENTION, 128, 896)) == 112
+    assert largest_rank(Matrix("k_proj", Kind.ATTENTION, 128, 896)) == 128
     assert largest_rank(Matrix("q_proj", Kind.ATTENTION, 128, 128)) == 64
+
+
+def test_keys_and_values_of_many_heads_get_twice_the_rank():
+    ranks, _ = share_budget(MODELS["all kinds"], 3.4, RECIPE)
+    by_leaf = {leaf: ranks[f"model.layers.1.self_attn.{leaf}"] for leaf in ("q_proj", "k_proj", "v_proj")}
+    assert by_leaf["k_proj"] == by_leaf["v_proj"]
+    assert 2 * by_leaf["q_proj"] - 8 <= by_leaf["k_proj"] <= 2 * by_leaf["q_proj"] + 8
+    assert by_leaf["k_proj"] < 256  # so the limit did not decide
+    ranks, _ = share_budget(MODELS["tiny"], 9.0, RECIPE)
+    assert ranks["model.layers.0.self_attn.k_proj"] == 64  # full
 
 
 def test_more_budget_never_takes_from_routed_experts():
