@@ -39,8 +39,8 @@ class Effort(NamedTuple):
 
 
 GPU_EFFORT = Effort(1024, 200, 8)
-"""With more steps on as little as 256 windows the codes learn the text by heart: on real weights of 0.5 B parameters 100,
-200 and 400 steps left a KL divergence of 0.082, 0.078 and 0.087 (2026-11-27). Models so wide that the hidden states of
+"""With more steps on as little as 256 windows the codes learn the text by heart: on real weights of 0.5 B parameters
+100, 200 and 400 steps left a KL divergence of 0.082, 0.078 and 0.087 (2026-11-27). Models so wide that the states of
 all windows would take more than some GiB get fewer."""
 CPU_EFFORT = Effort(32, 16, 4)
 CALIBRATED_ROUNDS, PLAIN_ROUNDS = 2, 10
