@@ -148,12 +148,12 @@ def _quantized(
     """Yield the layers of a model, quantized: each by itself, or along a calibration text."""
     recipe, text = conversion.recipe, conversion.text
     if text is None:
-        for layer in progress_bar(plan, "quantize", progress):
+        for layer in progress_bar(plan, "quantize", progress, sizes=_sizes(plan)):
             loaded = load_batches(reader, layer, NoMoments(), ranks, device, recipe.method == "milo")
             yield layer, _solve(loaded, ranks, recipe, reader.dtype, report)
         return
     layers = _learned(reader, plan, ranks, recipe, text, device, report, progress)
-    yield from layers if text.tune is None else _tuned(reader, list(layers), recipe, text, device, report)
+    yield from layers if text.tune is None else _tuned(reader, list(layers), recipe, text, device, report, progress)
 
 
 def _learned(
@@ -173,7 +173,7 @@ def _learned(
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
-    for layer in progress_bar(plan, "quantize", progress):
+    for layer in progress_bar(plan, "quantize", progress, sizes=_sizes(plan)):
         index = layer_index(layer.name)
         if index is None:
             yield layer, ()
@@ -199,6 +199,7 @@ def _tuned(
     text: Text,
     device: torch.device,
     report: Report,
+    progress: bool,
 ) -> Layers:
     """Train all layers together on the original's predictions."""
     assert text.tune is not None
@@ -207,10 +208,16 @@ def _tuned(
         use_grouped_experts(one)
     place = partial(place_tensor, reader.family)
     solved = {matrix: one for _, held in layers for matrix, one in held}
-    trained, said = tune(model, original, place, reader.family, solved, text.windows, recipe.factor_bits, text.tune)
+    what = (model, original, place, reader.family, solved, text.windows)
+    trained, said = tune(*what, recipe.factor_bits, text.tune, progress)
     report.tuning = {"first_kl": said.first, "last_kl": said.last}
     for layer, held in layers:
         yield layer, [(matrix, trained[matrix]) for matrix, _ in held]
+
+
+def _sizes(plan: Sequence[Layer]) -> list[int]:
+    """Return the weights to quantize of each layer."""
+    return [sum(source.matrix.n * source.matrix.k for source in layer.matrices) for layer in plan]
 
 
 def _solve(

@@ -75,7 +75,7 @@ FLOORS = {
     "source": {"errors", "nouns"},
     "calibration": {"errors", "nouns", "progress", "source"},
     "batches": {"nouns", "source", "calibration"},
-    "learn": {"nouns", "solve", "source"},
+    "learn": {"nouns", "progress", "solve", "source"},
     "ranks": {"errors", "nouns", "progress", "source"},
     "presets": {"errors", "nouns", "ranks"},
     "checkpoint": {"errors", "nouns", "solve", "source"},
