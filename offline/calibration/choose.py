@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..errors import ConversionError
 from ..source.reader import ModelReader
 from ..source.streamed_model import StreamedModel, reader_tensors
 from ..source.tokens import load_tokenizer
@@ -55,12 +57,25 @@ def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.T
     tokenizer = load_tokenizer(folder)
     length = min(WINDOW, int(reader.config.get("max_position_embeddings") or WINDOW))
     if how == OWN_TEXT:
-        memory.refuse_to_write_what_does_not_fit(reader, options.device)
-        dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
-        model = load_source_model(folder, dtype, options.device)
-        return write_windows(model, options.windows, length, options.seed, options.progress, chat_start(tokenizer))
+        return _own_text(reader, tokenizer, length, options)
     documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
     return cut_windows(documents, tokenizer, options.windows, length, options.seed)
+
+
+def _own_text(reader: ModelReader, tokenizer: Any, length: int, options: TextOptions) -> torch.Tensor:
+    """Let the model write windows of so many tokens."""
+    memory.refuse_to_write_what_does_not_fit(reader, options.device)
+    dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
+    try:
+        model = load_source_model(reader.folder, dtype, options.device)
+        return write_windows(model, options.windows, length, options.seed, options.progress, chat_start(tokenizer))
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise ConversionError(
+            f"--calibration {OWN_TEXT}: {options.device} ran out of memory while the model wrote; use the text that "
+            f"comes with the package, which goes through a layer at a time"
+        ) from error
 
 
 def check_runs(folder: Path) -> None:

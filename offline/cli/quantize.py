@@ -18,7 +18,7 @@ from ..calibration.generated_text import OWN_TEXT
 from ..checkpoint.inspect import inspect_checkpoint
 from ..checkpoint.output import refuse_unsafe_output
 from ..conversion import Conversion, Text
-from ..convert import Summary, convert
+from ..convert import Summary, convert, find_device, predict_memory
 from ..errors import ConversionError
 from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
@@ -103,6 +103,7 @@ def _folder(text: str) -> Path:
 
 def _run(arguments: argparse.Namespace) -> None:
     refuse_unsafe_output(arguments.output, arguments.model, arguments.overwrite)  # before a calibration that takes long
+    find_device(arguments.device)
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
     budget = arguments.budget_bits
@@ -123,6 +124,8 @@ def _run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         overwrite=arguments.overwrite,
     )
+    if not arguments.quiet:
+        print(predict_memory(arguments.model, conversion).line(arguments.device), file=sys.stderr)
     _print_summary(convert(arguments.model, arguments.output, conversion, progress=not arguments.quiet))
 
 
@@ -180,12 +183,7 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
         )
         return None
     if not arguments.quiet:
-        need = memory.streamed_need(ModelReader(arguments.model), windows.numel(), arguments.device)
-        print(
-            f"calibration: {len(windows)} windows of {windows.shape[1]} tokens; up to {memory.gib(need)} on "
-            f"{arguments.device}, a layer at a time",
-            file=sys.stderr,
-        )
+        print(f"calibration: {len(windows)} windows of {windows.shape[1]} tokens", file=sys.stderr)
     steps = effort.steps if arguments.learn_steps is None else arguments.learn_steps
     learn = LearnOptions(steps=steps, batch=min(effort.batch, len(windows)), seed=arguments.seed)
     return Text(wanted, windows, learn, _tune(arguments, effort) if thorough and steps else None)
@@ -193,7 +191,7 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
 
 def _tune(arguments: argparse.Namespace, effort: Effort) -> TuneOptions | None:
     """Return how the whole model is trained, where it fits into memory twice."""
-    need, have = memory.tuning_need(ModelReader(arguments.model)), memory.available(arguments.device)
+    need, have = memory.tuning_need(ModelReader(arguments.model), arguments.device), memory.available(arguments.device)
     if need > have:
         print(
             f"warning: training the whole model takes {memory.gib(need)} on {arguments.device}, and "
