@@ -13,7 +13,7 @@ from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES
 from vllm_milo.shards import read_json
 
 from ..calibration import memory
-from ..calibration.choose import NONE, PACKAGED, TextOptions, calibration_windows, check_runs
+from ..calibration.choose import NONE, PACKAGED, TextOptions, calibration_windows, check_runs, remarks
 from ..calibration.generated_text import OWN_TEXT
 from ..checkpoint.inspect import inspect_checkpoint
 from ..checkpoint.output import refuse_unsafe_output
@@ -58,7 +58,8 @@ Without --ranks, method milo gives most ranks to what every token passes; with -
 are scaled to fit."""
 CALIBRATION_HELP = f"""what goes through the model while it is converted (method milo). {PACKAGED} (default, but of
 preset fast): the text that comes with the package, a layer of the model in memory at a time; a file: a UTF-8 text, or
-.jsonl with "text" or chat "messages" in each line; {OWN_TEXT}: what the model writes by itself, which takes it in
+.jsonl with "text" or chat "messages" in each line; org/name, org/name:config or org/name:config:split: a dataset of the
+Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which takes it in
 memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
 
@@ -182,6 +183,8 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
             f"warning: no calibration: {error}. Quantizing without one (--calibration {NONE}), {COST}", file=sys.stderr
         )
         return None
+    for remark in remarks(arguments.model, wanted, windows, number):
+        print(remark, file=sys.stderr)
     if not arguments.quiet:
         print(f"calibration: {len(windows)} windows of {windows.shape[1]} tokens", file=sys.stderr)
     steps = effort.steps if arguments.learn_steps is None else arguments.learn_steps
