@@ -21,6 +21,7 @@ from .batches import Batch, batch_elements, batches, load_batches
 from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
+from .calibration.weights import refuse_broken_weights
 from .checkpoint.matrices import add_matrix, rank_table
 from .checkpoint.output import refuse_unsafe_output
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
@@ -189,6 +190,7 @@ def _learned(
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
+    refuse_broken_weights(reader, progress)
     for layer in progress_bar(plan, "quantize", progress, sizes=_sizes(plan)):
         index = layer_index(layer.name)
         if index is None:
@@ -197,6 +199,7 @@ def _learned(
         visit = stream.visit(index)
         loaded = batches(visit.loaded([source.matrix for source in layer.matrices]), visit.moments, ranks)
         solved = dict(_solve(loaded, ranks, recipe, reader.dtype, report))
+        report.note_tokens(solved, visit.moments.tokens)
         if solved and text.learn.steps:
             states = (stream.quantized, visit.target)
             tokens = visit.moments.tokens

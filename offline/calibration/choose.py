@@ -18,6 +18,7 @@ from .documents import cut_windows, fill_windows, packaged_documents, read_docum
 from .generated_text import OWN_TEXT, chat_start, write_windows
 from .hub import hub_documents, hub_name
 from .suitability import doubts
+from .weights import refuse_broken_weights
 
 PACKAGED = "text"
 """The text that ships with the package."""
@@ -81,6 +82,7 @@ def remarks(folder: Path, how: str, windows: torch.Tensor, wanted: int) -> list[
 def _own_text(reader: ModelReader, tokenizer: Any, length: int, options: TextOptions) -> torch.Tensor:
     """Let the model write windows of so many tokens."""
     memory.refuse_to_write_what_does_not_fit(reader, options.device)
+    refuse_broken_weights(reader, options.progress)
     dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
     try:
         model = load_source_model(reader.folder, dtype, options.device)

@@ -59,8 +59,8 @@ are scaled to fit."""
 CALIBRATION_HELP = f"""what goes through the model while it is converted (method milo). {PACKAGED} (default, but of
 preset fast): the text that comes with the package, a layer of the model in memory at a time; a file: a UTF-8 text, or
 .jsonl with "text" or chat "messages" in each line; org/name, org/name:config or org/name:config:split: a dataset of the
-Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which takes it in
-memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
+Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
+takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
 
 def add_parser(commands: Any) -> None:
