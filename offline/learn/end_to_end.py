@@ -20,6 +20,7 @@ from ..source.family import Family
 from .groups import Place, make_groups, step_groups
 from .latents import Pace, Rates
 from .repeat import Repeat
+from .repeatable import repeatable
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def tune(
     value, pace = torch.zeros((), device=device), Pace(device)
 
     def body() -> None:
-        value.copy_(step_groups(groups, lambda: _divergence(model, original, ids), options.rates, pace))
+        with repeatable(device):
+            value.copy_(step_groups(groups, lambda: _divergence(model, original, ids), options.rates, pace))
 
     step = Repeat(body, device)
     losses: list[torch.Tensor] = []
