@@ -22,8 +22,11 @@ STREAMS = 3
 """Hidden states that are held of every token: before a layer in both streams, and after it in the original one."""
 STEP_TOKENS = 8 * 512
 """Of a training step."""
-STEP_STATES = 30
-"""Tensors of the size of the hidden states that a layer's backward pass reads of a step."""
+STEP_STATES = 60
+"""Tensors of the size of the hidden states that a layer's backward pass reads of a step; experts that are routed to
+count as often as a token has them."""
+LOGITS = 8 * 4 * 4 * 512
+"""Bytes of each word of the vocabulary in a step that trains the whole model: eight float32 tensors of four windows."""
 SCORES = 3 * 4
 """Bytes of each score of attention in a step: float32, the scores, their softmax and its gradient. CUDA alone, see
 :mod:`..learn.repeatable`."""
@@ -70,7 +73,8 @@ def whole_model_need(reader: ModelReader) -> int:
 
 def tuning_need(reader: ModelReader, device: str) -> int:
     """Return the bytes that training a whole model against the original takes."""
-    return int(SLACK * ((2 + LATENT_BYTES) * _all(reader) + len(reader.layers) * _step_need(reader, device)))
+    step = len(reader.layers) * _step_need(reader, device) + LOGITS * int(reader.config["vocab_size"])
+    return int(SLACK * ((2 + LATENT_BYTES) * _all(reader) + step))
 
 
 class Need(NamedTuple):
