@@ -18,6 +18,11 @@ BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
 needs about ten float32 copies of them."""
 
 
+def batch_elements(device: torch.device) -> int:
+    """Return the most weights that the solver takes at once on a device."""
+    return BATCH_ELEMENTS.get(device.type, 2**26)
+
+
 class Batch(NamedTuple):
     """Matrices of one shape, their weights [B, N, K] and what errors in them cost."""
 
@@ -45,7 +50,7 @@ def batches(
         members.sort(key=lambda member: ranks.get(member[0].name, 0))
         first, device = members[0][0], members[0][1].device
         footprint = first.n * first.k + moments.numbers(first)
-        size = max(1, BATCH_ELEMENTS.get(device.type, 2**26) // footprint)
+        size = max(1, batch_elements(device) // footprint)
         for start in range(0, len(members), size):
             chunk = members[start : start + size]
             matrices = [matrix for matrix, _ in chunk]

@@ -17,10 +17,11 @@ from vllm_milo import __version__
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.validation import validate_checkpoint
 
-from .batches import Batch, batches, load_batches
+from .batches import Batch, batch_elements, batches, load_batches
 from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
+from .calibration.weights import refuse_broken_weights
 from .checkpoint.matrices import add_matrix, rank_table
 from .checkpoint.output import refuse_unsafe_output
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
@@ -66,18 +67,34 @@ def convert(source: Path, out: Path, conversion: Conversion, progress: bool = Tr
     Raises:
         ConversionError, CheckpointError, ShardError: bad input, too little memory, or the output cannot be written.
     """
-    device = _device(conversion.device)
+    device = find_device(conversion.device)
     on_device = (
         torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     )  # for Triton's launches
     try:
         with on_device:
             return _convert(source, out, conversion, device, progress)
-    except torch.OutOfMemoryError as error:
-        raise ConversionError(
-            f"{conversion.device}: out of memory; use fewer --calibration-windows, --learn-steps 0, or "
-            f"--calibration none"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        text = conversion.text
+        todo = memory.advice(ModelReader(source), text.windows, conversion.device) if text else "use another --device"
+        raise ConversionError(f"{conversion.device}: out of memory; {todo}") from error
+
+
+def predict_memory(source: Path, conversion: Conversion) -> memory.Need:
+    """Return about how much memory a conversion takes.
+
+    Raises:
+        ConversionError, ShardError: there is no model that could be converted.
+    """
+    reader, text, device = ModelReader(source), conversion.text, conversion.device
+    if text is None:
+        working = memory.plain_need(reader, batch_elements(find_device(device)))
+    else:
+        working = memory.streamed_need(reader, text.windows.numel(), device)
+        working = max(working, memory.tuning_need(reader, device)) if text.tune else working
+    return memory.whole_need(reader, working, device, conversion.shard_bytes)
 
 
 def _convert(source: Path, out: Path, conversion: Conversion, device: torch.device, progress: bool) -> Summary:
@@ -148,12 +165,12 @@ def _quantized(
     """Yield the layers of a model, quantized: each by itself, or along a calibration text."""
     recipe, text = conversion.recipe, conversion.text
     if text is None:
-        for layer in progress_bar(plan, "quantize", progress):
+        for layer in progress_bar(plan, "quantize", progress, sizes=_sizes(plan)):
             loaded = load_batches(reader, layer, NoMoments(), ranks, device, recipe.method == "milo")
             yield layer, _solve(loaded, ranks, recipe, reader.dtype, report)
         return
     layers = _learned(reader, plan, ranks, recipe, text, device, report, progress)
-    yield from layers if text.tune is None else _tuned(reader, list(layers), recipe, text, device, report)
+    yield from layers if text.tune is None else _tuned(reader, list(layers), recipe, text, device, report, progress)
 
 
 def _learned(
@@ -167,13 +184,14 @@ def _learned(
     progress: bool,
 ) -> Layers:
     """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each."""
-    memory.refuse_what_does_not_fit(reader, text.windows.numel(), str(device))
+    memory.refuse_what_does_not_fit(reader, text.windows, str(device))
     dtype = reader.dtype if device.type == "cuda" else torch.float32
     tensors = reader_tensors(reader.load, reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
-    for layer in progress_bar(plan, "quantize", progress):
+    refuse_broken_weights(reader, progress)
+    for layer in progress_bar(plan, "quantize", progress, sizes=_sizes(plan)):
         index = layer_index(layer.name)
         if index is None:
             yield layer, ()
@@ -181,6 +199,7 @@ def _learned(
         visit = stream.visit(index)
         loaded = batches(visit.loaded([source.matrix for source in layer.matrices]), visit.moments, ranks)
         solved = dict(_solve(loaded, ranks, recipe, reader.dtype, report))
+        report.note_tokens(solved, visit.moments.tokens)
         if solved and text.learn.steps:
             states = (stream.quantized, visit.target)
             tokens = visit.moments.tokens
@@ -199,6 +218,7 @@ def _tuned(
     text: Text,
     device: torch.device,
     report: Report,
+    progress: bool,
 ) -> Layers:
     """Train all layers together on the original's predictions."""
     assert text.tune is not None
@@ -207,10 +227,16 @@ def _tuned(
         use_grouped_experts(one)
     place = partial(place_tensor, reader.family)
     solved = {matrix: one for _, held in layers for matrix, one in held}
-    trained, said = tune(model, original, place, reader.family, solved, text.windows, recipe.factor_bits, text.tune)
+    what = (model, original, place, reader.family, solved, text.windows)
+    trained, said = tune(*what, recipe.factor_bits, text.tune, progress)
     report.tuning = {"first_kl": said.first, "last_kl": said.last}
     for layer, held in layers:
         yield layer, [(matrix, trained[matrix]) for matrix, _ in held]
+
+
+def _sizes(plan: Sequence[Layer]) -> list[int]:
+    """Return the weights to quantize of each layer."""
+    return [sum(source.matrix.n * source.matrix.k for source in layer.matrices) for layer in plan]
 
 
 def _solve(
@@ -253,8 +279,21 @@ def _recipe_record(conversion: Conversion) -> dict[str, Any]:
     return record | {"tune_steps": text.tune.steps} if text.tune else record
 
 
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConversionError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+def find_device(name: str) -> torch.device:
+    """Return a device by its name.
+
+    Raises:
+        ConversionError: there is none of this name.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConversionError(f"--device {name}: torch knows no such device; use cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConversionError(f"--device {name}: torch sees {_number_seen()}; use --device cpu")
     return device
+
+
+def _number_seen() -> str:
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"{number} CUDA devices" if number else "no CUDA device"

@@ -75,7 +75,7 @@ FLOORS = {
     "source": {"errors", "nouns"},
     "calibration": {"errors", "nouns", "progress", "source"},
     "batches": {"nouns", "source", "calibration"},
-    "learn": {"nouns", "solve", "source"},
+    "learn": {"nouns", "progress", "solve", "source"},
     "ranks": {"errors", "nouns", "progress", "source"},
     "presets": {"errors", "nouns", "ranks"},
     "checkpoint": {"errors", "nouns", "solve", "source"},
@@ -176,6 +176,7 @@ def imports(path: Path, known: Collection[str] = ()) -> set[str]:
             {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
             | {"vllm_milo", *(f"vllm_milo.{name}" for name in PURE)}
             | {"jinja2"}  # of chat templates; torch and transformers bring it
+            | {"datasets"}  # of the Hub; only where a dataset is asked for
             | {f"vllm_milo.kernels.convert{name}" for name in ("", ".feedback", ".learn")},  # the converter's kernels
         ),
     ],

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..errors import ConversionError
 from ..source.reader import ModelReader
 from ..source.streamed_model import StreamedModel, reader_tensors
 from ..source.tokens import load_tokenizer
 from ..source.whole_model import load_source_model
 from . import memory
-from .documents import cut_windows, packaged_documents, read_documents
+from .documents import cut_windows, fill_windows, packaged_documents, read_documents
 from .generated_text import OWN_TEXT, chat_start, write_windows
+from .hub import hub_documents, hub_name
+from .suitability import doubts
+from .weights import refuse_broken_weights
 
 PACKAGED = "text"
 """The text that ships with the package."""
@@ -47,7 +52,7 @@ def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.T
 
     Args:
         folder: the source model.
-        how: ``text``, ``self``, or the name of a file.
+        how: ``text``, ``self``, or the name of a file or of a dataset of the Hugging Face Hub.
         options: how much of it.
 
     Raises:
@@ -57,14 +62,42 @@ def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.T
     tokenizer = load_tokenizer(folder)
     length = min(WINDOW, int(reader.config.get("max_position_embeddings") or WINDOW))
     if how == OWN_TEXT:
-        memory.refuse_to_write_what_does_not_fit(reader, options.device)
-        dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
-        model = load_source_model(folder, dtype, options.device)
-        openings = cut_windows(packaged_documents(), tokenizer, OPENINGS, length, options.seed)
-        chat = chat_start(tokenizer)
-        return write_windows(model, options.windows, length, options.seed, options.progress, chat, openings)
+        return _own_text(reader, tokenizer, length, options)
+    named = None if how == PACKAGED else hub_name(how)
+    if named is not None:
+        return fill_windows(hub_documents(named, options.seed), tokenizer, options.windows, length)
     documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
     return cut_windows(documents, tokenizer, options.windows, length, options.seed)
+
+
+def remarks(folder: Path, how: str, windows: torch.Tensor, wanted: int) -> list[str]:
+    """Return what a user should know of the windows [W, T] of a calibration text, before hours are spent on it."""
+    found = []
+    if len(windows) < wanted:
+        found.append(f"note: the calibration text fills {len(windows)} windows of the {wanted} that were wanted")
+    doubt = None if how in (PACKAGED, OWN_TEXT) else doubts(windows, load_tokenizer(folder))
+    if doubt is not None:
+        found.append(f"warning: {how}: {doubt}")
+    return found
+
+
+def _own_text(reader: ModelReader, tokenizer: Any, length: int, options: TextOptions) -> torch.Tensor:
+    """Let the model write windows of so many tokens."""
+    memory.refuse_to_write_what_does_not_fit(reader, options.device)
+    refuse_broken_weights(reader, options.progress)
+    dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
+    openings = cut_windows(packaged_documents(), tokenizer, OPENINGS, length, options.seed)
+    chat = chat_start(tokenizer)
+    try:
+        model = load_source_model(reader.folder, dtype, options.device)
+        return write_windows(model, options.windows, length, options.seed, options.progress, chat, openings)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise ConversionError(
+            f"--calibration {OWN_TEXT}: {options.device} ran out of memory while the model wrote; use the text that "
+            f"comes with the package, which goes through a layer at a time"
+        ) from error
 
 
 def check_runs(folder: Path) -> None:

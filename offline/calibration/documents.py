@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from ..source.tokens import read_text
 
 KINDS = ("english", "code", "math", "multilingual", "chat")
 """Files of the text that ships with the package, in ``texts/``; ``texts/SOURCES.md`` says where they come from."""
+
+COLUMNS = ("text", "messages", "conversations")
+"""Where an entry of a file or dataset may hold its text or its chat."""
+MIN_WINDOWS = 8
+"""A text that fills fewer is refused, unless no more are asked for."""
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 Document = str | list[dict[str, str]]
 """A text, or the messages of a chat."""
@@ -35,10 +41,10 @@ def packaged_documents() -> list[Document]:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """Return the documents of a UTF-8 file: JSON lines with ``text`` or ``messages``, or else one text.
+    """Return the documents of a UTF-8 file: JSON lines with one of :data:`COLUMNS`, or else one text.
 
     Raises:
-        ConversionError: the file cannot be read, is not UTF-8, or a line of it has neither key.
+        ConversionError: the file cannot be read, is not UTF-8, or a line of it has none of them.
     """
     content = read_text(path)
     return parse_lines(content, str(path)) if path.suffix == ".jsonl" else [content]
@@ -58,12 +64,29 @@ def parse_lines(content: str, name: str) -> list[Document]:
             entry = json.loads(line)
         except ValueError as error:
             raise ConversionError(f"{name}, line {number}: not JSON: {error}") from None
-        found = entry.get("text", entry.get("messages")) if isinstance(entry, dict) else None
-        chat = isinstance(found, list) and all(isinstance(message, dict) for message in found)
-        if not found or not (chat or isinstance(found, str)):
+        document = document_of(entry) if isinstance(entry, dict) else None
+        if document is None:
             raise ConversionError(f'{name}, line {number}: needs "text", or "messages" of a chat')
-        documents.append(found)
+        documents.append(document)
     return documents
+
+
+def document_of(entry: Mapping[str, Any]) -> Document | None:
+    """Return the text or chat of an entry in the first of :data:`COLUMNS` that it has; None if that holds none."""
+    found = next((entry[column] for column in COLUMNS if column in entry), None)
+    if not found or not isinstance(found, str | list):
+        return None
+    if isinstance(found, str):
+        return found
+    return [_message(turn) for turn in found] if all(isinstance(turn, dict) for turn in found) else None
+
+
+def _message(turn: Mapping[str, Any]) -> dict[str, str]:
+    """Return a turn as chat templates take it; conversations are also written as ``from`` and ``value``."""
+    if "value" not in turn or "content" in turn:
+        return dict(turn)
+    speaker = str(turn.get("from", "user"))
+    return {"role": _ROLES.get(speaker, speaker), "content": turn["value"]}
 
 
 def render(document: Document, tokenizer: Any) -> str:
@@ -84,13 +107,22 @@ def cut_windows(documents: Iterable[Document], tokenizer: Any, number: int, leng
     """Return up to ``number`` windows of token ids, int64 [number, length], of documents in a shuffled order.
 
     Raises:
-        ConversionError: the documents do not fill one window.
+        ConversionError: the documents fill too few windows.
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
+    return fill_windows(order, tokenizer, number, length)
+
+
+def fill_windows(documents: Iterable[Document], tokenizer: Any, number: int, length: int) -> torch.Tensor:
+    """Return up to ``number`` windows of token ids, int64 [number, length], of as many documents as it takes.
+
+    Raises:
+        ConversionError: the documents fill too few windows.
+    """
     ids: list[int] = []
     end = tokenizer.eos_token_id
-    for document in order:
+    for document in documents:
         ids += tokenizer(render(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
         ids += [] if end is None else [end]
         if len(ids) >= number * length:
@@ -99,7 +131,11 @@ def cut_windows(documents: Iterable[Document], tokenizer: Any, number: int, leng
 
 
 def _windows(ids: Sequence[int], number: int, length: int) -> torch.Tensor:
-    whole = min(number, len(ids) // length)
-    if whole == 0:
-        raise ConversionError(f"the calibration text has {len(ids)} tokens; it needs at least {length}")
+    whole, least = min(number, len(ids) // length), min(number, MIN_WINDOWS)
+    if whole < least:
+        small = f"; --calibration-windows {whole} takes what there is" if whole else ""
+        raise ConversionError(
+            f"the calibration text has {len(ids)} tokens; it needs at least {least * length}, {least} windows of "
+            f"{length}{small}"
+        )
     return torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)

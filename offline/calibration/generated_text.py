@@ -61,7 +61,7 @@ def write_windows(
         starts = [torch.tensor(chat, device=model.device).expand(turns, -1)] if turns else []
         starts += _cut_openings(model, number - turns, length, openings)
         parts = [part for start in starts for part in start.split(BATCH)]
-        bar = progress_bar(parts, "write", progress, unit="batch")
+        bar = progress_bar(parts, "write", progress, unit="part")
         return torch.cat([_continue(model, part, length) for part in bar]).cpu()
 
 

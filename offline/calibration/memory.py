@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,20 @@ STREAMS = 3
 """Hidden states that are held of every token: before a layer in both streams, and after it in the original one."""
 DEFAULT_STATES = 6 * 2**30
 """Bytes of hidden states that a calibration takes where nobody says how many windows it may have."""
+STEP_TOKENS = 8 * 512
+"""Of a training step."""
+STEP_STATES = 60
+"""Tensors of the size of the hidden states that a layer's backward pass reads of a step; experts that are routed to
+count as often as a token has them."""
+LOGITS = 8 * 4 * 4 * 512
+"""Bytes of each word of the vocabulary in a step that trains the whole model: eight float32 tensors of four windows."""
+SCORES = 3 * 4
+"""Bytes of each score of attention in a step: float32, the scores, their softmax and its gradient. CUDA alone, see
+:mod:`..learn.repeatable`."""
+PLAIN_BYTES = 10 * 4
+"""Of each weight of a batch in the solver: ten float32 copies."""
+HOST_BASE = {"cpu": 2**30 * 3 // 8, "cuda": 3 * 2**30}
+"""Host memory of Python and its libraries; with CUDA's it is much more."""
 _MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -37,10 +52,20 @@ def available(device: str) -> int:
 
 def streamed_need(reader: ModelReader, tokens: int, device: str) -> int:
     """Return the bytes that converting with a calibration text of so many tokens takes on a device."""
-    size = 2 if torch.device(device).type == "cuda" else 4
-    largest = max(_weights(reader, layer) for layer in reader.layers if layer.matrices)
-    states = STREAMS * tokens * int(reader.config["hidden_size"]) * size
-    return int(SLACK * (largest * LATENT_BYTES + states))
+    fixed = _largest(reader) * LATENT_BYTES + _step_need(reader, device)
+    return int(SLACK * (fixed + tokens * _token_need(reader, device)))
+
+
+def windows_that_fit(reader: ModelReader, length: int, have: int, device: str) -> int:
+    """Return how many calibration windows of so many tokens fit into ``have`` bytes of a device; 0 for none."""
+    left = have - streamed_need(reader, 0, device)
+    return max(0, int(left / (SLACK * length * _token_need(reader, device))))
+
+
+def plain_need(reader: ModelReader, batch: int) -> int:
+    """Return the bytes that converting without a text takes, where the solver gets ``batch`` weights at once."""
+    largest = _largest(reader)
+    return int(SLACK * (4 * largest + PLAIN_BYTES * min(batch, largest)))
 
 
 def windows_within(size: int, reader: ModelReader, length: int, device: str) -> int:
@@ -51,26 +76,77 @@ def windows_within(size: int, reader: ModelReader, length: int, device: str) -> 
 
 def whole_model_need(reader: ModelReader) -> int:
     """Return the bytes that a model takes in 16 bits."""
-    return int(SLACK * 2 * sum(_weights(reader, layer) for layer in reader.layers))
+    return int(SLACK * 2 * _all(reader))
 
 
-def tuning_need(reader: ModelReader) -> int:
+def tuning_need(reader: ModelReader, device: str) -> int:
     """Return the bytes that training a whole model against the original takes."""
-    return int(SLACK * (2 + LATENT_BYTES) * sum(_weights(reader, layer) for layer in reader.layers))
+    step = len(reader.layers) * _step_need(reader, device) + LOGITS * int(reader.config["vocab_size"])
+    return int(SLACK * ((2 + LATENT_BYTES) * _all(reader) + step))
 
 
-def refuse_what_does_not_fit(reader: ModelReader, tokens: int, device: str) -> None:
-    """Raise where a calibrated conversion does not fit.
+class Need(NamedTuple):
+    """The most bytes that a conversion takes; on the device none where that is the CPU, whose memory is the host's."""
+
+    device: int
+    host: int
+
+    def line(self, device: str) -> str:
+        """Return this beside what is free, as text."""
+        host = f"{gib(self.host)} of host memory ({gib(available('cpu'))} free)"
+        if not self.device:
+            return f"memory: up to about {host}"
+        return f"memory: up to about {gib(self.device)} on {device} ({gib(available(device))} free) and {host}"
+
+
+def whole_need(reader: ModelReader, working: int, device: str, shard_bytes: int) -> Need:
+    """Return what a conversion takes in all.
+
+    Args:
+        reader: the source model.
+        working: bytes that its arithmetic takes on the device.
+        device: where that is.
+        shard_bytes: most bytes of a shard of the output, which is held until it is full.
+    """
+    kind = torch.device(device).type
+    read = 2 * _largest(reader)  # pages of the source's files
+    host = HOST_BASE.get(kind, HOST_BASE["cpu"]) + read + min(shard_bytes, 2 * _all(reader))
+    return Need(working, host) if kind == "cuda" else Need(0, host + working)
+
+
+def refuse_what_does_not_fit(reader: ModelReader, windows: torch.Tensor, device: str) -> None:
+    """Raise where converting with these windows [W, T] does not fit.
 
     Raises:
-        ConversionError: with the need, what there is, and what to do.
+        ConversionError: with the need, what there is, and what would fit.
     """
-    need, have = streamed_need(reader, tokens, device), available(device)
+    need, have = streamed_need(reader, windows.numel(), device), available(device)
     if need > have:
         raise ConversionError(
             f"converting with a calibration text takes {gib(need)} on {device}, and {gib(have)} are free; free some, "
-            f"use fewer --calibration-windows, or --calibration none, which needs least and is less accurate"
+            f"or {_what_fits(windows_that_fit(reader, windows.shape[1], have, device))}"
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the host has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def advice(reader: ModelReader, windows: torch.Tensor, device: str) -> str:
+    """Return what to do after memory ran out with these windows [W, T], which the estimate let pass."""
+    have = available(device)
+    if torch.device(device).type == "cuda":
+        have += torch.cuda.memory_reserved(torch.device(device))  # what this process holds
+    fit = windows_that_fit(reader, windows.shape[1], have, device)
+    return _what_fits(min(fit, len(windows) // 2))
+
+
+def _what_fits(windows: int) -> str:
+    none = "--calibration none needs least and is less accurate"
+    if windows:
+        return f"use --calibration-windows {windows}, which should fit; {none}"
+    return f"use a device with more memory: not one window fits beside the largest layer; {none}"
 
 
 def refuse_to_write_what_does_not_fit(reader: ModelReader, device: str) -> None:
@@ -90,6 +166,31 @@ def refuse_to_write_what_does_not_fit(reader: ModelReader, device: str) -> None:
 def gib(size: int) -> str:
     """Return a size as text."""
     return f"{size / 2**30:.2f} GiB"
+
+
+def _token_need(reader: ModelReader, device: str) -> int:
+    """Return the bytes of each token's hidden states."""
+    return STREAMS * int(reader.config["hidden_size"]) * _size(device)
+
+
+def _step_need(reader: ModelReader, device: str) -> int:
+    """Return the bytes that a training step of one layer takes beside its weights."""
+    states = STEP_STATES * STEP_TOKENS * int(reader.config["hidden_size"]) * _size(device)
+    if torch.device(device).type != "cuda":
+        return states
+    return states + SCORES * STEP_TOKENS * 512 * int(reader.config["num_attention_heads"])
+
+
+def _size(device: str) -> int:
+    return 2 if torch.device(device).type == "cuda" else 4
+
+
+def _largest(reader: ModelReader) -> int:
+    return max(_weights(reader, layer) for layer in reader.layers if layer.matrices)
+
+
+def _all(reader: ModelReader) -> int:
+    return sum(_weights(reader, layer) for layer in reader.layers)
 
 
 def _weights(reader: ModelReader, layer: Layer) -> int:

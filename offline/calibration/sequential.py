@@ -14,6 +14,7 @@ import torch
 from ..nouns import LoadedMatrix, Matrix
 from ..source.family import Family
 from ..source.streamed_model import StreamedModel
+from .activations import refuse_broken
 from .input_moments import InputMoments
 
 
@@ -37,9 +38,14 @@ class SequentialPass:
 
     @torch.no_grad()
     def visit(self, index: int) -> Visit:
-        """Load a layer, run it on the original stream, and gather moments on the quantized one."""
+        """Load a layer, run it on the original stream, and gather moments on the quantized one.
+
+        Raises:
+            ConversionError: the layer is not what transformers needs, or puts out NaN or Inf.
+        """
         module = self.model.layer(index)
         target = self.model.advance(index, module, self.original, self._batch)
+        refuse_broken(self.model, self._family, index, module, self.original, target, quantized=False)
         moments = InputMoments(module, f"model.layers.{index}.", self._family, self._full)
         for part in self.quantized.split(self._batch):
             self.model.run(index, module, part)
@@ -77,11 +83,18 @@ class Visit:
 
     @torch.no_grad()
     def leave(self, weights: Mapping[Matrix, torch.Tensor]) -> None:
-        """Run the layer with its quantized weights, float32 [N, K] each, on the quantized stream, and free it."""
+        """Run the layer with its quantized weights, float32 [N, K] each, on the quantized stream, and free it.
+
+        Raises:
+            ConversionError: it puts out NaN or Inf.
+        """
         model = self._pass.model
         held = self._held()
         for matrix, values in weights.items():
             model.place(f"{matrix.name}.weight", held)[1].copy_(values)
-        self._pass.quantized = model.advance(self.index, self.module, self._pass.quantized, self._pass._batch)
+        before = self._pass.quantized
+        after = model.advance(self.index, self.module, before, self._pass._batch)
+        refuse_broken(model, self._pass._family, self.index, self.module, before, after, quantized=True)
+        self._pass.quantized = after
         self._pass.original = self.target
         model.drop(self.module)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..nouns import Matrix
+
 REPORT_NAME = "milo_report.json"
+_MORE = "a longer text or one like what will be served reaches more of them"
 
 
 class MatrixReport(NamedTuple):
@@ -24,22 +28,36 @@ class Report:
         matrices: by name, before codes are learned.
         layers: by name, what learning their codes did, as JSON.
         tuning: what training the whole model did, as JSON; empty without.
+        unseen: routed experts that not one token of the calibration text reached.
     """
 
     matrices: dict[str, MatrixReport] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: dict[str, float] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+
+    def note_tokens(self, matrices: Iterable[Matrix], tokens: Mapping[str, int]) -> None:
+        """Note which experts of a layer no token reached, by the tokens that each of their matrices saw."""
+        names = [matrix.name for matrix in matrices if tokens.get(matrix.name) == 0]
+        self.unseen += dict.fromkeys(name.rpartition(".")[0] for name in names)
 
     @property
     def warnings(self) -> list[str]:
         """What a user should know of the learning."""
-        experts = {name.rpartition(".")[0] for layer in self.layers.values() for name in layer["untrained_experts"]}
-        if not experts:
-            return []
-        return [
-            f"{len(experts)} routed experts saw too little of the calibration text and keep the solver's codes, "
-            f"e.g. {min(experts)}; a longer text or one like what will be served reaches more of them"
-        ]
+        few = {name.rpartition(".")[0] for layer in self.layers.values() for name in layer["untrained_experts"]}
+        few -= set(self.unseen)
+        found = []
+        if self.unseen:
+            found.append(
+                f"{len(self.unseen)} routed experts saw not one token of the calibration text and are quantized as "
+                f"without one, e.g. {self.unseen[0]}; {_MORE}"
+            )
+        if few:
+            found.append(
+                f"{len(few)} routed experts saw too little of the calibration text and keep the solver's codes, "
+                f"e.g. {min(few)}; {_MORE}"
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the report file holds."""
@@ -53,6 +71,8 @@ class Report:
                 "trained on, before and after; experts that saw too few tokens to be trained"
             )
             content["layers"] = self.layers
+        if self.unseen:
+            content["experts_without_tokens"] = self.unseen
         if self.tuning:
             content["tuning"] = self.tuning
         return content

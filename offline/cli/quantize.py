@@ -13,12 +13,12 @@ from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES
 from vllm_milo.shards import read_json
 
 from ..calibration import memory
-from ..calibration.choose import NONE, PACKAGED, WINDOW, TextOptions, calibration_windows, check_runs
+from ..calibration.choose import NONE, PACKAGED, WINDOW, TextOptions, calibration_windows, check_runs, remarks
 from ..calibration.generated_text import OWN_TEXT
 from ..checkpoint.inspect import inspect_checkpoint
 from ..checkpoint.output import refuse_unsafe_output
 from ..conversion import Conversion, Text
-from ..convert import Summary, convert
+from ..convert import Summary, convert, find_device, predict_memory
 from ..errors import ConversionError
 from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
@@ -59,8 +59,9 @@ Without --ranks, method milo gives most ranks to what every token passes; with -
 are scaled to fit."""
 CALIBRATION_HELP = f"""what goes through the model while it is converted (method milo). {PACKAGED} (default, but of
 preset fast): the text that comes with the package, a layer of the model in memory at a time; a file: a UTF-8 text, or
-.jsonl with "text" or chat "messages" in each line; {OWN_TEXT}: what the model writes by itself, which takes it in
-memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
+.jsonl with "text" or chat "messages" in each line; org/name, org/name:config or org/name:config:split: a dataset of the
+Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
+takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
 
 def add_parser(commands: Any) -> None:
@@ -104,6 +105,7 @@ def _folder(text: str) -> Path:
 
 def _run(arguments: argparse.Namespace) -> None:
     refuse_unsafe_output(arguments.output, arguments.model, arguments.overwrite)  # before a calibration that takes long
+    find_device(arguments.device)
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
     budget = arguments.budget_bits
@@ -124,6 +126,8 @@ def _run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         overwrite=arguments.overwrite,
     )
+    if not arguments.quiet:
+        print(predict_memory(arguments.model, conversion).line(arguments.device), file=sys.stderr)
     _print_summary(convert(arguments.model, arguments.output, conversion, progress=not arguments.quiet))
 
 
@@ -180,13 +184,10 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
             f"warning: no calibration: {error}. Quantizing without one (--calibration {NONE}), {COST}", file=sys.stderr
         )
         return None
+    for remark in remarks(arguments.model, wanted, windows, number):
+        print(remark, file=sys.stderr)
     if not arguments.quiet:
-        need = memory.streamed_need(ModelReader(arguments.model), windows.numel(), arguments.device)
-        print(
-            f"calibration: {len(windows)} windows of {windows.shape[1]} tokens; up to {memory.gib(need)} on "
-            f"{arguments.device}, a layer at a time",
-            file=sys.stderr,
-        )
+        print(f"calibration: {len(windows)} windows of {windows.shape[1]} tokens", file=sys.stderr)
     steps = effort.steps if arguments.learn_steps is None else arguments.learn_steps
     learn = LearnOptions(steps=steps, batch=min(effort.batch, len(windows)), seed=arguments.seed)
     return Text(wanted, windows, learn, _tune(arguments, effort) if thorough and steps else None)
@@ -200,7 +201,7 @@ def _windows(arguments: argparse.Namespace, effort: Effort, thorough: bool) -> i
 
 def _tune(arguments: argparse.Namespace, effort: Effort) -> TuneOptions | None:
     """Return how the whole model is trained, where it fits into memory twice."""
-    need, have = memory.tuning_need(ModelReader(arguments.model)), memory.available(arguments.device)
+    need, have = memory.tuning_need(ModelReader(arguments.model), arguments.device), memory.available(arguments.device)
     if need > have:
         print(
             f"warning: training the whole model takes {memory.gib(need)} on {arguments.device}, and "

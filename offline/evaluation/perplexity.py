@@ -6,9 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ..errors import ConversionError
+from ..progress import progress_bar
 
 WINDOW = 2048
 STRIDE = 512
@@ -58,7 +58,7 @@ def perplexity(
     starts = list(range(0, max(1, tokens.numel() - 1), stride))
     losses: list[float] = []
     scored_to = 0
-    for start in tqdm(starts[:max_windows], desc="perplexity", unit="window", disable=not progress):
+    for start in progress_bar(starts[:max_windows], "perplexity", progress, unit="window"):
         end = min(start + window, tokens.numel())
         new = end - max(scored_to, start + 1)
         if new <= 0:

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..nouns import Matrix
+from ..progress import progress_bar
 from ..solve.methods import Solved
 from ..source.family import Family
 from .groups import Place, make_groups, step_groups
 from .latents import Pace, Rates
 from .repeat import Repeat
+from .repeatable import repeatable
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def tune(
     windows: torch.Tensor,
     bits: int,
     options: TuneOptions,
+    progress: bool = False,
 ) -> tuple[dict[Matrix, Solved], TuneReport]:
     """Train all matrices of a model together.
 
@@ -66,6 +69,7 @@ def tune(
         windows: token ids, int64 [W, T].
         bits: of the factors.
         options: steps, windows, rates.
+        progress: show how far it is.
     """
     parameters = {family.checkpoint_name(name): parameter for name, parameter in model.named_parameters()}
     groups = make_groups(place, parameters, solved, {}, bits)
@@ -77,12 +81,13 @@ def tune(
     value, pace = torch.zeros((), device=device), Pace(device)
 
     def body() -> None:
-        value.copy_(step_groups(groups, lambda: _divergence(model, original, ids), options.rates, pace))
+        with repeatable(device):
+            value.copy_(step_groups(groups, lambda: _divergence(model, original, ids), options.rates, pace))
 
     step = Repeat(body, device)
     losses: list[torch.Tensor] = []
     order = torch.randperm(len(windows), generator=generator)
-    for number in range(options.steps):
+    for number in progress_bar(range(options.steps), "tune", progress, unit="step"):
         if len(order) < options.batch:
             order = torch.randperm(len(windows), generator=generator)
         ids.copy_(windows[order[: options.batch]])

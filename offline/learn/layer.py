@@ -19,6 +19,7 @@ from ..source.streamed_model import StreamedModel
 from .groups import make_groups, step_groups
 from .latents import Pace, Rates
 from .repeat import Repeat
+from .repeatable import repeatable
 
 CHECK_SHARE = 16
 """One window of so many is kept apart, to tell whether training helped."""
@@ -92,7 +93,8 @@ def learn_layer(
     batch = loss.batch(min(options.batch, len(train)))
 
     def body() -> None:
-        step_groups(groups, batch.loss, options.rates, pace)
+        with repeatable(states.device):
+            step_groups(groups, batch.loss, options.rates, pace)
 
     step = Repeat(body, states.device)
     for number in range(options.steps):

@@ -18,6 +18,7 @@ from ..nouns import Matrix
 from .completeness import check_complete, check_experts, check_shapes
 from .families import find_family
 from .family import Family
+from .finite import is_finite
 from .layers import BROKEN, Layer, Source, plan_layers
 
 
@@ -70,13 +71,13 @@ class ModelReader:
             raise ConversionError(f"{entry.file}: cannot read tensor {tensor}: {error}") from error
 
     def load_finite(self, tensor: str) -> torch.Tensor:
-        """Return a tensor that is copied unquantized.
+        """Return a tensor as it is stored, on the CPU.
 
         Raises:
             ConversionError: it holds NaN or Inf.
         """
         values = self.load(tensor)
-        if values.is_floating_point() and not torch.isfinite(values).all():
+        if not is_finite(values):
             raise ConversionError(f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf; {BROKEN}")
         return values
 

@@ -37,9 +37,14 @@ def read_text(path: Path) -> str:
         ConversionError: the file cannot be read, is not UTF-8, or holds zero bytes.
     """
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_text(encoding="utf-8-sig")  # editors may put a mark of the encoding first
+    except OSError as error:
         raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(
+            f"{path}: cannot be read as UTF-8 text: {error}; if it is text in another encoding, convert it, as by "
+            f"iconv -f latin1 -t utf-8"
+        ) from error
     if "\0" in content:
         raise ConversionError(f"{path}: holds zero bytes, as binary files do; give a UTF-8 text")
     return content

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,5 +36,20 @@ def load_source_model(folder: Path, dtype: torch.dtype = torch.float32, device: 
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    model = model_class(config, folder).from_pretrained(folder, dtype=dtype)
+    with _without_bars():
+        model = model_class(config, folder).from_pretrained(folder, dtype=dtype)
     return model.to(device).eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let transformers load a model without a progress bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

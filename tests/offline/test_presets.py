@@ -70,7 +70,7 @@ def test_best_uses_more_of_the_text(bundled_model: Path, tmp_path: Path, monkeyp
 def test_best_without_memory_for_the_whole_model_says_so(
     bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("vllm_milo.offline.calibration.memory.tuning_need", lambda reader: 2**60)
+    monkeypatch.setattr("vllm_milo.offline.calibration.memory.tuning_need", lambda *_: 2**60)
     report = quantize(bundled_model, tmp_path / "out", "--preset", "best", *LITTLE)
     assert "tune_steps" not in report["recipe"]
     assert "its layers are trained one by one only" in capsys.readouterr().err

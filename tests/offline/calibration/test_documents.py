@@ -16,6 +16,7 @@ from vllm_milo.offline import calibration
 from vllm_milo.offline.calibration.documents import (
     KINDS,
     cut_windows,
+    fill_windows,
     packaged_documents,
     parse_lines,
     read_documents,
@@ -105,7 +106,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str):
 def test_empty_binary_and_missing_files_are_refused(tmp_path: Path):
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_text("", encoding="utf-8")
-        with pytest.raises(ConversionError, match=r"the calibration text has [01] tokens; it needs at least 8"):
+        with pytest.raises(ConversionError, match=r"the calibration text has [01] tokens; it needs at least 16, 2 win"):
             cut_windows(read_documents(tmp_path / name), Words(), 2, 8)
         (tmp_path / name).write_bytes(b"\x80\xff\x00\x01")
         with pytest.raises(ConversionError, match=rf"{name}: cannot be read as UTF-8 text"):
@@ -166,4 +167,46 @@ def test_the_seed_decides_the_order():
 def test_too_short_a_text_is_refused():
     with pytest.raises(ConversionError, match="the calibration text has 33 tokens; it needs at least 34"):
         cut_windows(numbered(3), Words(), 1, 34)
-    assert cut_windows(numbered(3), Words(), 9, 33).shape == (1, 33)
+    assert cut_windows(numbered(3), Words(), 1, 33).shape == (1, 33)
+
+
+def test_a_text_of_few_windows_is_refused_unless_few_are_asked_for():
+    for wanted in (8, 9, 256):
+        with pytest.raises(
+            ConversionError, match=r"has 77 tokens; it needs at least 88, 8 windows of 11; --calib.* 7 "
+        ):
+            cut_windows(numbered(7), Words(), wanted, 11)
+        assert cut_windows(numbered(8), Words(), wanted, 11).shape == (8, 11)
+    assert cut_windows(numbered(7), Words(), 7, 11).shape == (7, 11)
+
+
+def test_no_more_documents_are_read_than_it_takes():
+    read = []
+    windows = fill_windows((read.append(text) or text for text in numbered(20)), Words(), 3, 20)
+    assert windows[0, :10].tolist() == list(range(1, 11))  # in their own order
+    assert windows.shape == (3, 20)
+    assert read == numbered(20)[:6]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings_are_refused(tmp_path: Path, encoding: str):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes('{"text": "Grüße aus Köln"}'.encode(encoding))
+        with pytest.raises(ConversionError, match=rf"{name}: (cannot be read as UTF-8 text.*iconv|holds zero bytes)"):
+            read_documents(tmp_path / name)
+
+
+def test_a_mark_of_the_encoding_is_no_text(tmp_path: Path):
+    for name, content in (("a.txt", "Grüße"), ("a.jsonl", '{"text": "Grüße"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_documents(tmp_path / name) == ["Grüße"]
+
+
+def test_conversations_of_other_tools_become_chats():
+    said = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Why?"},
+        {"from": "gpt", "value": "So."},
+    ]
+    line = json.dumps({"conversations": said})
+    assert parse_lines(line, "a") == [[*CHAT, {"role": "assistant", "content": "So."}]]

@@ -1,0 +1,109 @@
+"""How far a stage is: on a terminal, elsewhere, and where nothing may be said."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_milo.offline import progress
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.cli.quantize import Effort
+from vllm_milo.offline.progress import Stage, progress_bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_elsewhere_a_line_every_so_often_while_an_item_takes_long(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    seen = []
+    for item in progress_bar("ab", "quantize", True):
+        seen.append(item)
+        time.sleep(0.3)
+    assert seen == ["a", "b"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 4
+    assert lines[0].startswith("quantize: 0 of 2 layers, 0:00 elapsed")
+    assert any(line.startswith("quantize: 1 of 2 layers, ") and line.endswith(" left") for line in lines)
+    assert lines[-1].startswith("quantize: 2 of 2 layers, ")
+    assert lines[-1].endswith(" elapsed")
+    time.sleep(0.2)
+    assert not capsys.readouterr().err  # nothing after the end
+
+
+def test_a_short_stage_has_one_line(capsys):
+    assert list(progress_bar([1, 2, 3], "tune", True, unit="step")) == [1, 2, 3]
+    assert capsys.readouterr().err == "tune: 3 of 3 steps, 0:00 elapsed\n"
+
+
+def test_a_stage_that_fails_falls_silent(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    before = threading.active_count()
+
+    def fail() -> None:
+        for _ in progress_bar([1, 2], "quantize", True):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        fail()
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() == before
+    assert "2 of 2" not in capsys.readouterr().err
+
+
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert list(progress_bar([1, 2], "quantize", True)) == [1, 2]
+    assert "quantize: 100%" in terminal.getvalue()
+    assert "2/2 [00:00<00:00" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]):
+    said = stream()
+    monkeypatch.setattr(sys, "stderr", said)
+    assert list(progress_bar([1, 2], "quantize", False)) == [1, 2]
+    assert not said.getvalue()
+
+
+def test_the_time_left_goes_by_the_size_of_what_is_done():
+    stage = Stage("quantize", "layer", [0, 1, 3, 2], now=100.0)
+    assert stage.remaining(130.0) is None
+    assert stage.line(130.0) == "quantize: 0 of 4 layers, 0:30 elapsed"
+    stage.advance(110.0)
+    assert stage.remaining(115.0) is None  # what is done was no work to speak of
+    stage.advance(120.0)
+    assert stage.remaining(120.0) == 20.0 * 5
+    assert stage.remaining(150.0) == 20.0 * 5 - 30  # the layer that is worked on has taken half a minute
+    assert stage.line(150.0) == "quantize: 2 of 4 layers, 0:50 elapsed, about 1:10 left"
+    assert stage.remaining(9000.0) == 0.0
+    stage.advance(3720.0)
+    assert stage.line(3720.0) == "quantize: 3 of 4 layers, 1:00:20 elapsed, about 30:10 left"
+    stage.advance(7300.0)
+    assert stage.line(7300.0) == "quantize: 4 of 4 layers, 2:00:00 elapsed"
+
+
+def test_every_stage_of_a_conversion_says_how_far_it_is(bundled_model: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr("vllm_milo.offline.calibration.choose.WINDOW", 32)
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.CPU_EFFORT", Effort(2, 2, 2))
+    options = ["--preset", "best", "--max-rounds", "1", "--calibration", "self", "--device", "cpu"]
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().err
+    for line in ("write: 1 of 1 parts", "quantize: 5 of 5 layers", "tune: 2 of 2 steps"):
+        assert line in said
+    assert "Loading weights" not in said  # a bar of transformers
+    options += ["--quiet", "--overwrite"]
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().err
+    assert all(line.startswith("warning: ") for line in said.splitlines())
