@@ -116,7 +116,6 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             _Gemm("w2", hidden_size, self.intermediate, self._local_ranks(layer, ("w2",))),
         ]
         self.spec = MoESpec(
-            self.format.group_size,
             self.format.compensator.bits,
             activation,
             bool(layer.apply_router_weight_on_input),
