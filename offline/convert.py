@@ -97,7 +97,7 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
         recipe=_recipe_record(conversion),
     )
     for matrix in matrices:
-        base_format.check_matrix(matrix.name, matrix.n, matrix.k)
+        base_format.check_matrix(matrix.name, matrix.n, matrix.k, base_format.module_group_size(matrix.name))
     if conversion.text is not None and conversion.recipe.method != "milo":
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)

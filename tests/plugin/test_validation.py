@@ -71,7 +71,7 @@ def test_missing_expert_of_a_checkpoint(broken: Path):
 def test_wrong_shape_of_a_checkpoint(broken: Path):
     name = "model.layers.1.self_attn.o_proj.weight_scale"
     edit_tensors(broken, SHARD, lambda tensors: tensors.update({name: tensors[name][:, :1].clone()}))
-    assert_invalid(broken, r"o_proj\.weight_scale: expected F16 \[128, 2\] \(rank 16\), found F16 \[128, 1\]")
+    assert_invalid(broken, r"o_proj\.weight_scale: expected F16 \[128, 2\] \(group size 64\), found F16 \[128, 1\]")
 
 
 def test_wrong_dtype_of_a_checkpoint(broken: Path):
