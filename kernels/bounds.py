@@ -12,14 +12,13 @@ ROWS = 2048
 """Rows that are dequantized at a time."""
 
 
-def largest_row_norms(weights: ExpertWeights, group_size: int, factor_bits: int) -> torch.Tensor:
+def largest_row_norms(weights: ExpertWeights, factor_bits: int) -> torch.Tensor:
     """Return the largest Euclidean norm of a row of W + Uᵀ·V, fp32 [E·P], for each part of each expert.
 
     By Cauchy and Schwarz, no output of the part is larger than this times the norm of the input.
 
     Args:
         weights: one grouped GEMM, in the checkpoint layout.
-        group_size: 32, 64 or 128.
         factor_bits: 3, 8 or 16.
     """
     experts, n = weights.packed.shape[:2]
@@ -33,7 +32,7 @@ def largest_row_norms(weights: ExpertWeights, group_size: int, factor_bits: int)
                 stop = min(start + ROWS, width)
                 rows = slice(part * width + start, part * width + stop)
                 packed, scale, zero = (tensor[expert, rows] for tensor in (weights.packed, weights.scale, weights.zero))
-                matrix = dequantize(packed, scale, zero, group_size)
+                matrix = dequantize(packed, scale, zero, weights.group_size)
                 if factors:
                     u, v = factors[part]
                     matrix += u[:, start:stop].T @ v

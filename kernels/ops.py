@@ -29,8 +29,7 @@ _library.define(
 )
 _library.define(
     "fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] w13, Tensor[] w2, "
-    "int group_size, int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, "
-    "str backend) -> Tensor",
+    "int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, str backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -67,7 +66,7 @@ def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list
     if backend == "triton":
         from .serving.layout import prepare_experts
 
-        return list(prepare_experts(weights, spec.group_size, spec.factor_bits))
+        return list(prepare_experts(weights, spec.factor_bits))
     return list(weights)
 
 
@@ -102,7 +101,7 @@ def fused_moe(
         expert_map: global expert -> local expert or -1; None if all experts are local.
         w13: gate and up projections as :func:`prepare_experts` returned them for ``backend``.
         w2: down projections, likewise.
-        spec: group size, factor bits, activation, where the router weight applies.
+        spec: factor bits, activation, where the router weight applies, largest ranks.
         backend: ``torch`` or ``triton``.
     """
     return torch.ops.milo.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, *spec, backend)
@@ -136,14 +135,13 @@ def _fused_moe(
     expert_map: torch.Tensor | None,
     w13: list[torch.Tensor],
     w2: list[torch.Tensor],
-    group_size: int,
     factor_bits: int,
     activation: str,
     router_weight_on_input: bool,
     max_ranks: list[int],
     backend: str,
 ) -> torch.Tensor:
-    spec = MoESpec(group_size, factor_bits, activation, router_weight_on_input, max_ranks)
+    spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks)
     if backend == "triton":
         from .serving import fused_moe as triton_moe
 

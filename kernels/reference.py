@@ -67,7 +67,7 @@ def fused_moe(
         expert_map: int [global experts] -> local expert or -1; None if all experts are local.
         w13: gate and up projections, [E, 2I, ·].
         w2: down projections, [E, H, ·].
-        spec: group size, factor bits, activation, where the router weight applies.
+        spec: factor bits, activation, where the router weight applies.
 
     Returns:
         [T, H] in the dtype of x.
@@ -93,7 +93,8 @@ def fused_moe(
 
 def expert_gemm(rows: torch.Tensor, weights: ExpertWeights, expert: int, spec: MoESpec) -> torch.Tensor:
     """Return rows·Wᵀ + (rows·Vᵀ)·U for one expert: [M, K] -> [M, N] in the dtype of ``rows``."""
-    base = dequantize(weights.packed[expert], weights.scale[expert], weights.zero[expert], spec.group_size, rows.dtype)
+    packed, scale, zero = (tensor[expert] for tensor in (weights.packed, weights.scale, weights.zero))
+    base = dequantize(packed, scale, zero, weights.group_size, rows.dtype)
     out = rows @ base.T
     factors = expert_factors(weights, expert, spec.factor_bits, rows.dtype)
     if not factors:

@@ -118,7 +118,7 @@ def moe_key(
     """Return what determines the kernels of routed experts; arguments as of :func:`warm_up_moe`."""
     rank13, rank2 = spec.max_ranks
     ranks = rank_kind(rank13, 2), rank_kind(rank2, 1)
-    own = spec.group_size, spec.factor_bits, spec.activation, spec.router_weight_on_input
+    own = spec.factor_bits, spec.activation, spec.router_weight_on_input
     return "moe", _tensor_kinds(w13), _tensor_kinds(w2), ranks, own, expert_map is None, top_k, dtype
 
 

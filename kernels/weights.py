@@ -49,10 +49,9 @@ class MoESpec(NamedTuple):
     """What the shapes of :class:`ExpertWeights` do not say, for both GEMMs of a layer.
 
     ``max_ranks`` are what :func:`largest_rank` says of w13 and w2: buffers and grids are sized by them, since
-    reading the ranks would wait for the device.
+    reading the ranks would wait for the device. The group sizes of the two GEMMs may differ; the shapes say them.
     """
 
-    group_size: int
     factor_bits: int
     activation: str
     router_weight_on_input: bool
@@ -76,6 +75,11 @@ class ExpertWeights(NamedTuple):
     v: torch.Tensor
     v_scale: torch.Tensor
     rank_offsets: torch.Tensor
+
+    @property
+    def group_size(self) -> int:
+        """Codes along K that share a scale and a zero point."""
+        return self.packed.shape[-1] * 32 // WORDS_PER_UNIT // self.scale.shape[-1]
 
 
 RANK_BLOCK = 16

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
-from .checkpoint.matrices import add_matrix, rank_table
+from .checkpoint.matrices import add_matrix, group_table, rank_table
 from .checkpoint.output import refuse_unsafe_output
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
 from .checkpoint.writer import CheckpointWriter
@@ -107,21 +107,21 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
     matrices = [source_.matrix for layer in plan for source_ in layer.matrices]
     if not matrices:
         raise ConversionError("--ignore leaves no matrix to quantize")
+    group_size, exceptions = group_table(matrices, conversion.recipe)
     base_format = MiLoFormat(
-        group_size=conversion.recipe.group_size,
+        group_size=group_size,
+        groups=exceptions,
         compensator=CompensatorFormat(conversion.recipe.factor_bits),
         ignore=ignore,
         recipe=_recipe_record(conversion),
     )
     for matrix in matrices:
-        base_format.check_matrix(matrix.name, matrix.n, matrix.k)
+        base_format.check_matrix(matrix.name, matrix.n, matrix.k, base_format.module_group_size(matrix.name))
     if conversion.text is not None and conversion.recipe.method != "milo":
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     ranks, warnings = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
-    fmt = MiLoFormat(
-        base_format.group_size, base_format.compensator, rank_table(matrices, ranks), ignore, base_format.recipe
-    )
+    fmt = replace(base_format, ranks=rank_table(matrices, ranks))
     report = Report()
     with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
         for layer, solved in _quantized(reader, plan, ranks, conversion, device, report, progress):

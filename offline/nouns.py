@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from vllm_milo.checkpoint import GROUP_SIZES
 
 
 class Kind(StrEnum):
@@ -84,7 +87,7 @@ class Recipe:
     Attributes:
         method: ``milo`` is this project's joint loop, ``paper`` MiLo as published; ``rtn``, ``hqq`` and ``mse``
             quantize without compensators.
-        group_size: weights along K that share a scale and a zero point.
+        group_size: weights along K that share a scale and a zero point, where it divides K (:meth:`group_size_for`).
         factor_bits: storage of the factors: 3, 8 or 16.
         max_rounds: alternating rounds; ``paper`` may stop earlier.
         seed: of the random sketches.
@@ -101,3 +104,15 @@ class Recipe:
     seed: int = 0
     feedback_rounds: int | None = None
     base: str = "least squares"
+
+    def group_size_for(self, k: int) -> int:
+        """Return the group size of matrices with ``k`` inputs: the wanted one, or the largest smaller one that fits.
+
+        Where none fits it is the wanted one: the format's own check refuses the matrix and names it.
+        """
+        return _largest_group_size(k, self.group_size)
+
+
+@cache
+def _largest_group_size(k: int, wanted: int) -> int:
+    return max((size for size in GROUP_SIZES if size <= wanted and k % size == 0), default=wanted)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConversionError
-from .nouns import Matrix
 from .ranks.policies import Policy
 
 
@@ -22,7 +21,7 @@ class Preset:
 
     Attributes:
         method: of the recipe.
-        group_size: weights that share a scale and a zero point.
+        group_size: weights that share a scale and a zero point, in matrices whose inputs it divides.
         budget_bits: average stored bits of a weight, or None where the policies decide.
         fractions: rank of each policy as a fraction of the hidden size.
         calibrated: whether a text goes through the model, where none is asked for.
@@ -59,14 +58,3 @@ PRESETS = {
     "paper-s2": Preset("paper", 64, fractions=(("dense", 1 / 4), ("kurtosis", 1 / 128))),
 }
 DEFAULT_PRESET = "balanced"
-
-
-def largest_group_size(matrices: list[Matrix], wanted: int) -> int:
-    """Return ``wanted``, or the largest smaller power of two that divides the input sizes of all matrices.
-
-    A size that no group fits is left to the format's own check, which names the matrix.
-    """
-    size = wanted
-    while size > 32 and any(matrix.k % size for matrix in matrices):
-        size //= 2
-    return size if not any(matrix.k % size for matrix in matrices) else wanted

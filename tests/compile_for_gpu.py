@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -61,8 +62,10 @@ def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
         return
     for group, bits, intermediate in ((32, 8, 320), (128, 3, 384), (64, 16, 320)):
         for tokens in (1, 1000):
-            yield partial(run_experts, tokens, 8, 2, 512, intermediate, group=group, bits=bits)
+            yield partial(run_experts, tokens, 8, 2, 512, intermediate, groups=(group, group), bits=bits)
             yield partial(run_dense, tokens, [320], intermediate, 64, group=group, bits=bits)
+    for tokens, groups in product((1, 1000), ((64, 128), (128, 64))):
+        yield partial(run_experts, tokens, 8, 2, 512, 384, groups=groups)
     yield partial(mixtral, 1000, ranks=[0, 0])
     yield partial(mixtral, 1000, ranks=[1024, 512])
     yield partial(mixtral, 300, dtype=torch.float16)

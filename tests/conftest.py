@@ -22,7 +22,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tiny_models import FAMILIES, TEXT, expert_counts, make_model
+from tiny_models import FAMILIES, ODD, TEXT, expert_counts, make_model
 from transformers import AutoConfig
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -96,6 +96,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_model(family, root / family) for family in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-MoE whose hidden size groups of 128 do not divide; not to be changed."""
+    return make_model("qwen2_moe", tmp_path_factory.mktemp("odd") / "model", **ODD)
+
+
 @pytest.fixture
 def source(sources: dict[str, Path], tmp_path: Path) -> Path:
     """A Mixtral of its own, to be broken."""
@@ -115,19 +121,21 @@ CHECKPOINT_FORMATS = {
     "qwen2_moe": (32, 8),
     "qwen3_moe": (128, 3),
     "olmoe": (64, 16),
+    "odd": (128, 3),  # a mixture of groups of 64 and 128
     "bundled": (64, 3),
 }
 
 
 @pytest.fixture(scope="session")
 def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, bundled_model: Path, sources: dict[str, Path]
+    tmp_path_factory: pytest.TempPathFactory, bundled_model: Path, odd_model: Path, sources: dict[str, Path]
 ) -> dict[str, Path]:
-    """A MiLo checkpoint of every family, with ragged expert ranks, and of the bundled model."""
+    """A MiLo checkpoint of every family, with ragged expert ranks, of the odd and of the bundled model."""
     root = tmp_path_factory.mktemp("checkpoints")
+    models = {**sources, "odd": odd_model, "bundled": bundled_model}
     folders = {}
     for name, (group_size, bits) in CHECKPOINT_FORMATS.items():
-        source = bundled_model if name == "bundled" else sources[name]
+        source = models[name]
         counts = expert_counts(AutoConfig.from_pretrained(source))
         conversion = Conversion(
             recipe=Recipe(group_size=group_size, factor_bits=bits, max_rounds=2),

@@ -31,12 +31,17 @@ def meta_layer(parts: int, experts: int, n: int, k: int, group: int, bits: int) 
 
 
 def make_experts(
-    experts: int, hidden: int, intermediate: int, ranks: Sequence[int] = (32, 16), group: int = 64, bits: int = 3
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    ranks: Sequence[int] = (32, 16),
+    groups: tuple[int, int] = (64, 64),
+    bits: int = 3,
 ) -> tuple[MoESpec, list[torch.Tensor], list[torch.Tensor]]:
-    """Return a MoE layer; ``ranks`` are the largest of an expert in both GEMMs."""
-    spec = MoESpec(group, bits, "silu", False, list(ranks))
-    w13 = meta_layer(2, experts, 2 * intermediate, hidden, group, bits)
-    return spec, w13, meta_layer(1, experts, hidden, intermediate, group, bits)
+    """Return a MoE layer; ``ranks`` are the largest of an expert in both GEMMs, ``groups`` the group sizes of both."""
+    spec = MoESpec(bits, "silu", False, list(ranks))
+    w13 = meta_layer(2, experts, 2 * intermediate, hidden, groups[0], bits)
+    return spec, w13, meta_layer(1, experts, hidden, intermediate, groups[1], bits)
 
 
 def run_experts(
@@ -46,13 +51,13 @@ def run_experts(
     hidden: int,
     intermediate: int,
     ranks: Sequence[int] = (32, 16),
-    group: int = 64,
+    groups: tuple[int, int] = (64, 64),
     bits: int = 3,
     dtype: torch.dtype = torch.bfloat16,
     tile: GemmConfig | None = None,
 ) -> None:
-    """Launch a MoE layer; ``ranks`` are the largest of an expert in both GEMMs, ``tile`` forces that of both."""
-    spec, w13, w2 = make_experts(experts, hidden, intermediate, ranks, group, bits)
+    """Launch a layer as :func:`make_experts` makes it; ``tile`` forces that of both GEMMs."""
+    spec, w13, w2 = make_experts(experts, hidden, intermediate, ranks, groups, bits)
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     router = torch.empty(tokens, top_k, device="meta")
     fused_moe.fused_moe(x, router, router.int(), None, w13, w2, spec, None if tile is None else (tile, tile))

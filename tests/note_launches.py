@@ -34,6 +34,7 @@ LAYERS: dict[str, Callable[[int], None]] = {
     "Mixtral": partial(run_experts, experts=8, top_k=2, hidden=4096, intermediate=14336),
     "DeepSeek": partial(run_experts, experts=64, top_k=6, hidden=2048, intermediate=1408),
     "small experts": partial(run_experts, experts=6, top_k=2, hidden=256, intermediate=128),
+    "two group sizes": partial(run_experts, experts=8, top_k=2, hidden=576, intermediate=1536, groups=(64, 128)),
     "qkv": partial(run_dense, widths=[4096, 1024, 1024], k=4096, rank=512),
     "o": partial(run_dense, widths=[4096], k=4096, rank=512),
     "small dense": partial(run_dense, widths=[192], k=192, rank=0),

@@ -67,13 +67,12 @@ def random_linear(
 def moe_spec(
     w13_ranks: Sequence[Sequence[int]],
     w2_ranks: Sequence[Sequence[int]],
-    group: int,
     bits: int,
     activation: str = "silu",
     on_input: bool = False,
 ) -> MoESpec:
     """The spec of a layer with these ranks."""
-    return MoESpec(group, bits, activation, on_input, [largest_rank(ranks) for ranks in (w13_ranks, w2_ranks)])
+    return MoESpec(bits, activation, on_input, [largest_rank(ranks) for ranks in (w13_ranks, w2_ranks)])
 
 
 def exact_moe(

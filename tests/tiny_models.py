@@ -63,9 +63,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Save a random model with weights, biases and norms large enough that every part of it matters."""
-    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+ODD = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 6}
+"""Changes a model so that groups of 64 divide its hidden size and groups of 128 do not; they divide its other sizes."""
+
+
+def make_model(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """Save a random model with weights, biases and norms large enough that every part of it matters.
+
+    ``changes`` are of its configuration.
+    """
+    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

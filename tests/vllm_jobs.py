@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, compare, make_prompts
 
 from vllm_milo.offline.evaluation.model import load_model
 
-MODELS = [*FAMILIES, "bundled"]
+MODELS = [*FAMILIES, "odd", "bundled"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"  # float32, so that little rounding hides errors
 EAGER = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}

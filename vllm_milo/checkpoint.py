@@ -7,7 +7,7 @@ Pure Python (no torch, no vLLM): the converter writes by it, the plugin loads by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -67,6 +67,11 @@ def find_key(table: Iterable[str], name: str) -> str | None:
     return patterns[-1] if patterns else None
 
 
+def _require_projection(where: str, projection: str) -> None:
+    if projection not in EXPERT_PROJECTIONS:
+        raise CheckpointError(f"quantization_config.{where}: unknown projection; known are {list(EXPERT_PROJECTIONS)}")
+
+
 def _require_rank(where: str, rank: object) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
         raise CheckpointError(f"quantization_config.{where} must be a rank >= 0, found {rank!r}")
@@ -121,10 +126,7 @@ class RankTable:
         for name, projections in self.experts.items():
             for projection, ranks in projections.items():
                 where = f"ranks.experts[{name!r}][{projection!r}]"
-                if projection not in EXPERT_PROJECTIONS:
-                    raise CheckpointError(
-                        f"quantization_config.{where}: unknown projection; known are {list(EXPERT_PROJECTIONS)}"
-                    )
+                _require_projection(where, projection)
                 for rank in ranks if isinstance(ranks, list) else [ranks]:
                     _require_rank(where, rank)
 
@@ -152,6 +154,52 @@ class RankTable:
 
 
 @dataclass(frozen=True)
+class GroupTable:
+    """The matrices whose group size is not that of the checkpoint.
+
+    ``modules`` maps linear layers (exact names or ``re:`` patterns) to group sizes; ``experts`` maps the name of a
+    layer's experts to group sizes by projection, which all of its experts share.
+    """
+
+    modules: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, size in self.modules.items():
+            _require_group_size(f"group_sizes.modules[{name!r}]", size)
+        for name, sizes in self.experts.items():
+            where = f"group_sizes.experts[{name!r}]"
+            if not isinstance(sizes, Mapping):
+                raise CheckpointError(f"quantization_config.{where} must be an object by projection, found {sizes!r}")
+            for projection, size in sizes.items():
+                _require_projection(f"{where}[{projection!r}]", projection)
+                _require_group_size(f"{where}[{projection!r}]", size)
+            if len({EXPERT_PROJECTIONS[projection] for projection in sizes}) < len(sizes):
+                raise CheckpointError(f"quantization_config.{where} names a projection twice: {sorted(sizes)}")
+
+    def __bool__(self) -> bool:
+        """Whether there is any such matrix."""
+        return bool(self.modules or self.experts)
+
+    def of_module(self, name: str, default: int) -> int:
+        """Return the group size of the linear layer ``name``; ``default`` where the table does not name it."""
+        key = find_key(self.modules, name)
+        return default if key is None else self.modules[key]
+
+    def of_experts(self, name: str, projection: str, default: int) -> int:
+        """Return the group size of one projection of all experts of the layer ``name``; w1 and gate_proj are one."""
+        key = find_key(self.experts, name)
+        sizes = {} if key is None else self.experts[key]
+        role = EXPERT_PROJECTIONS.get(projection)
+        return next((size for own, size in sizes.items() if EXPERT_PROJECTIONS[own] == role), default)
+
+
+def _require_group_size(where: str, size: object) -> None:
+    if not isinstance(size, int) or size not in GROUP_SIZES:
+        raise CheckpointError(f"quantization_config.{where} is {size!r}; supported are {GROUP_SIZES}")
+
+
+@dataclass(frozen=True)
 class MiLoFormat:
     """The ``quantization_config`` of a MiLo checkpoint, checked; see :meth:`from_dict`."""
 
@@ -160,10 +208,17 @@ class MiLoFormat:
     ranks: RankTable = RankTable()
     ignore: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    groups: GroupTable = GroupTable()
 
     def __post_init__(self) -> None:
-        if self.group_size not in GROUP_SIZES:
-            raise CheckpointError(f"quantization_config.group_size is {self.group_size!r}; supported are {GROUP_SIZES}")
+        _require_group_size("group_size", self.group_size)
+        for name in self.groups.experts:
+            gate, up = (self.groups.of_experts(name, projection, self.group_size) for projection in ("w1", "w3"))
+            if gate != up:
+                raise CheckpointError(
+                    f"quantization_config.group_sizes.experts[{name!r}] gives the gate projection groups of {gate} and "
+                    f"the up projection groups of {up}; one GEMM computes both, in one group size"
+                )
         for key in self.ignore:
             if key.startswith("re:"):
                 _compile(key[3:])
@@ -180,6 +235,8 @@ class MiLoFormat:
         ranks = _mapping(config, "ranks")
         _reject_unknown(compensator, {"bits", "group_size"}, "compensator.")
         _reject_unknown(ranks, {"default", "modules", "experts"}, "ranks.")
+        groups = _mapping(config, "group_sizes")
+        _reject_unknown(groups, {"modules", "experts"}, "group_sizes.")
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
             raise CheckpointError(f"quantization_config.ignore must be a list of names, found {ignore!r}")
@@ -191,15 +248,21 @@ class MiLoFormat:
             ranks=RankTable(ranks.get("default", 0), _mapping(ranks, "modules"), _mapping(ranks, "experts")),
             ignore=tuple(ignore),
             recipe=_mapping(config, "recipe"),
+            groups=GroupTable(_mapping(groups, "modules"), _mapping(groups, "experts")),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object that :meth:`from_dict` reads."""
+        """Return the JSON object that :meth:`from_dict` reads; without exceptions it has no ``group_sizes``."""
+        exceptions = {
+            "modules": dict(self.groups.modules),
+            "experts": {name: dict(sizes) for name, sizes in self.groups.experts.items()},
+        }
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "bits": BITS,
             "group_size": self.group_size,
+            **({"group_sizes": exceptions} if self.groups else {}),
             "zero_point": "real",
             "compensator": {"bits": self.compensator.bits, "group_size": self.compensator.group_size},
             "ranks": {
@@ -215,12 +278,32 @@ class MiLoFormat:
         """Return whether the linear layer ``name`` is stored unquantized."""
         return find_key(self.ignore, name) is not None
 
-    def base_tensors(self, n: int, k: int) -> dict[str, TensorSpec]:
-        """Return dtype and shape of the codes, scales and zero points of an [n, k] matrix."""
+    def module_group_size(self, name: str) -> int:
+        """Return the group size of a quantized matrix, a linear layer or an expert's, by its name in checkpoints."""
+        expert = split_expert_name(name)
+        if expert is None:
+            return self.groups.of_module(name, self.group_size)
+        layer, _, projection = expert
+        return self.groups.of_experts(layer, projection, self.group_size)
+
+    def fused_group_size(self, parts: Sequence[str]) -> int:
+        """Return the group size of linear layers that vLLM fuses into one.
+
+        Raises:
+            CheckpointError: they differ; the message names them.
+        """
+        sizes = {part: self.module_group_size(part) for part in parts}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{part} has {size}" for part, size in sizes.items())
+            raise CheckpointError(f"group_sizes: vLLM fuses these layers, which need one group size: {listed}")
+        return sizes[parts[0]]
+
+    def base_tensors(self, n: int, k: int, group_size: int) -> dict[str, TensorSpec]:
+        """Return dtype and shape of the codes, scales and zero points of an [n, k] matrix in groups of a size."""
         return {
             PACKED: ("I32", (n, packed_words(k))),
-            SCALE: ("F16", (n, k // self.group_size)),
-            ZERO: ("F16", (n, k // self.group_size)),
+            SCALE: ("F16", (n, k // group_size)),
+            ZERO: ("F16", (n, k // group_size)),
         }
 
     def factor_tensors(self, n: int, k: int, rank: int, model_dtype: str) -> dict[str, TensorSpec]:
@@ -235,8 +318,8 @@ class MiLoFormat:
                 specs[scale] = ("F16", (rank, columns // self.compensator.group_size))
         return specs
 
-    def check_matrix(self, name: str, n: int, k: int) -> None:
-        """Refuse a matrix that the format cannot hold.
+    def check_matrix(self, name: str, n: int, k: int, group_size: int) -> None:
+        """Refuse an [n, k] matrix that the format cannot hold in groups of ``group_size``.
 
         Raises:
             CheckpointError: n or k is not a multiple of 64, or k not of the group size.
@@ -246,10 +329,9 @@ class MiLoFormat:
                 f"{name}: shape [{n}, {k}] is not a multiple of {SIZE_MULTIPLE} in both dimensions; "
                 f"keep this layer unquantized (--ignore)"
             )
-        if k % self.group_size:
+        if k % group_size:
             raise CheckpointError(
-                f"{name}: input size {k} is not a multiple of group size {self.group_size}; "
-                f"use a smaller --group-size or keep this layer unquantized (--ignore)"
+                f"{name}: input size {k} is not a multiple of group size {group_size}; convert the model again"
             )
 
 
@@ -281,7 +363,7 @@ def _check_header(config: Mapping[str, Any]) -> None:
     _reject_unknown(
         config,
         {"quant_method", "format_version", "bits", "group_size", "zero_point", "compensator", "ranks"}
-        | {"ignore", "recipe"},
+        | {"group_sizes", "ignore", "recipe"},
     )
     for key, only in (("quant_method", QUANT_METHOD), ("bits", BITS), ("zero_point", "real")):
         if config.get(key, only) != only:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, MiLoFormat, RankTable
+from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, GroupTable, MiLoFormat, RankTable
 from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
 from vllm_milo.validation import validate_checkpoint
 
@@ -29,7 +30,8 @@ class MiLoConfig(QuantizationConfig):
 
     def __repr__(self) -> str:
         fmt = self.format
-        return f"MiLoConfig(bits=3, group_size={fmt.group_size}, compensator_bits={fmt.compensator.bits})"
+        mixed = ", group_sizes=…" if fmt.groups else ""
+        return f"MiLoConfig(bits=3, group_size={fmt.group_size}{mixed}, compensator_bits={fmt.compensator.bits})"
 
     def get_name(self) -> Any:
         """Return the method's name."""
@@ -76,16 +78,18 @@ class MiLoConfig(QuantizationConfig):
             renamed = [] if name.startswith("re:") else apply([name])
             return renamed[0] if renamed else name
 
-        self.format = MiLoFormat(
-            fmt.group_size,
-            fmt.compensator,
-            RankTable(
+        self.format = replace(
+            fmt,
+            ranks=RankTable(
                 fmt.ranks.default,
                 {rename(name): rank for name, rank in fmt.ranks.modules.items()},
                 {rename(name): table for name, table in fmt.ranks.experts.items()},
             ),
-            tuple(rename(name) for name in fmt.ignore),
-            fmt.recipe,
+            groups=GroupTable(
+                {rename(name): size for name, size in fmt.groups.modules.items()},
+                {rename(name): sizes for name, sizes in fmt.groups.experts.items()},
+            ),
+            ignore=tuple(rename(name) for name in fmt.ignore),
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

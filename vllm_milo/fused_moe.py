@@ -50,6 +50,7 @@ class _Gemm:
     name: str
     n: int
     k: int
+    group_size: int
     ranks: list[list[int]]
 
     @property
@@ -112,11 +113,10 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         self.tp_rank, self.tp_size = layer.moe_config.tp_rank, layer.moe_config.tp_size
         self.local = _LocalExperts(layer)
         self.gemms = [
-            _Gemm("w13", 2 * self.intermediate, hidden_size, self._local_ranks(layer, ("w1", "w3"))),
-            _Gemm("w2", hidden_size, self.intermediate, self._local_ranks(layer, ("w2",))),
+            self._gemm(layer, "w13", 2 * self.intermediate, hidden_size, ("w1", "w3")),
+            self._gemm(layer, "w2", hidden_size, self.intermediate, ("w2",)),
         ]
         self.spec = MoESpec(
-            self.format.group_size,
             self.format.compensator.bits,
             activation,
             bool(layer.apply_router_weight_on_input),
@@ -189,6 +189,11 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         topk_weights, topk_ids = compat.select_experts(layer, x, router_logits)
         return self.apply(layer, x, topk_weights, topk_ids)
 
+    def _gemm(self, layer: Any, name: str, n: int, k: int, shards: tuple[str, ...]) -> _Gemm:
+        """Return one of the layer's GEMMs, of the shards that it computes together."""
+        group_size = self.format.groups.of_experts(self.prefix, shards[0], self.format.group_size)
+        return _Gemm(name, n, k, group_size, self._local_ranks(layer, shards))
+
     def _local_ranks(self, layer: Any, shards: tuple[str, ...]) -> list[list[int]]:
         """Return the ranks of this process's experts, by local expert and part."""
         table = self.format.ranks
@@ -210,12 +215,12 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         for gemm in self.gemms:
             full_n = gemm.n * (self.tp_size if gemm.name == "w13" else 1) // gemm.parts
             full_k = gemm.k * (self.tp_size if gemm.name == "w2" else 1)
-            self.format.check_matrix(f"{self.prefix} {gemm.name}", full_n, full_k)
+            self.format.check_matrix(f"{self.prefix} {gemm.name}", full_n, full_k, gemm.group_size)
             require_split(
                 f"{self.prefix} {gemm.name}",
                 gemm.n // gemm.parts,
                 gemm.k,
-                self.format.group_size,
+                gemm.group_size,
                 self.format.compensator,
                 any(map(any, gemm.ranks)),
                 self.tp_size,
@@ -227,7 +232,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         for shard, (n, k) in shapes.items():
             gemm, part = self._place(shard)
             for local, expert in enumerate(self.local.global_ids):
-                specs = self.format.base_tensors(n, k)
+                specs = self.format.base_tensors(n, k, gemm.group_size)
                 specs |= self.format.factor_tensors(n, k, gemm.ranks[local][part], ANY_FLOAT)
                 for tensor, spec in specs.items():
                     yield self._piece(expert, shard, tensor), spec
@@ -245,7 +250,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         compensator = self.format.compensator
         columns = gemm.n // gemm.parts
         total = gemm.rank_offsets[-1]
-        groups = (experts, gemm.n, gemm.k // self.format.group_size)
+        groups = (experts, gemm.n, gemm.k // gemm.group_size)
         shapes: dict[str, tuple[int, ...]] = {
             PACKED: (experts, gemm.n, packed_words(gemm.k)),
             SCALE: groups,

@@ -45,6 +45,9 @@ class MiLoLinearMethod(LinearMethodBase):
         fmt: the checkpoint contract.
         prefix: vLLM's name of the layer.
         parts: checkpoint names of the matrices it holds, in order.
+
+    Raises:
+        CheckpointError: the matrices differ in group size.
     """
 
     def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str]) -> None:
@@ -52,6 +55,7 @@ class MiLoLinearMethod(LinearMethodBase):
         self.prefix = prefix
         self.parts = parts
         self.ranks = [fmt.ranks.of_module(part) for part in parts]
+        self.group_size = fmt.fused_group_size(parts)
 
     def create_weights(
         self,
@@ -71,7 +75,7 @@ class MiLoLinearMethod(LinearMethodBase):
         widths = output_partition_sizes
         if len(widths) != len(self.parts):
             raise CheckpointError(f"{self.prefix}: vLLM fuses {len(widths)} matrices here, MiLo knows {self.parts}")
-        self.spec = LinearSpec(widths, self.ranks, self.format.group_size, self.format.compensator.bits)
+        self.spec = LinearSpec(widths, self.ranks, self.group_size, self.format.compensator.bits)
         self.split = _Split(layer, input_size_per_partition, widths, input_size, output_size)
         self._check_sizes(input_size, input_size_per_partition)
         self.dummy = compat.loads_dummy_weights()
@@ -79,7 +83,7 @@ class MiLoLinearMethod(LinearMethodBase):
         self.guard = FillGuard(self.prefix)
         for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
             n = self.split.full_width(part)
-            specs = self.format.base_tensors(n, input_size)
+            specs = self.format.base_tensors(n, input_size, self.group_size)
             specs |= self.format.factor_tensors(n, input_size, rank, ANY_FLOAT)
             self.guard.expect((f"{name}.{tensor}", spec) for tensor, spec in specs.items())
         loader = extra_weight_attrs["weight_loader"]
@@ -113,12 +117,12 @@ class MiLoLinearMethod(LinearMethodBase):
 
     def _check_sizes(self, input_size: int, k: int) -> None:
         for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
-            self.format.check_matrix(name, self.split.full_width(part), input_size)
+            self.format.check_matrix(name, self.split.full_width(part), input_size, self.group_size)
             require_split(
                 name,
                 self.spec.widths[part],
                 k,
-                self.format.group_size,
+                self.group_size,
                 self.format.compensator,
                 rank > 0,
                 max(self.split.column_tp, self.split.row_tp),
@@ -135,7 +139,7 @@ class MiLoLinearMethod(LinearMethodBase):
         )
         layer.register_parameter(PACKED, packed)
         for name in (SCALE, ZERO):
-            groups = torch.empty(n, k // self.format.group_size, dtype=torch.float16)
+            groups = torch.empty(n, k // self.group_size, dtype=torch.float16)
             parameter = GroupQuantScaleParameter(data=groups, weight_loader=self._loader(name, loader), **dims)
             layer.register_parameter(name, parameter)
 

@@ -21,7 +21,7 @@ from .checkpoint import (
     split_expert_name,
 )
 from .dtypes import safetensors_name
-from .names import EXPERT_PROJECTIONS
+from .names import EXPERT_PROJECTIONS, FUSED_LAYERS, leaf_of
 from .shards import TensorEntry, read_json, read_tensors
 
 _SHOWN_PROBLEMS = 5
@@ -76,6 +76,7 @@ def validate_checkpoint(folder: Path) -> MiLoFormat:
         *_expert_problems(modules, experts),
         *(p for name, found in modules.items() for p in _matrix_problems(name, found, fmt, experts, dtype)),
         *_unquantized_problems(tensors, modules, fmt),
+        *_fused_problems(modules, fmt),
         *_table_problems(modules, experts, fmt),
     ]
     if problems:
@@ -121,18 +122,19 @@ def _matrix_problems(
         yield f"{name}.{missing[0]}: missing"
         return
     n, k = matrix_shape(found)
+    group_size = fmt.module_group_size(name)
     try:
-        fmt.check_matrix(name, n, k)
+        fmt.check_matrix(name, n, k, group_size)
         rank = module_rank(name, fmt, experts)
     except CheckpointError as error:
         yield str(error)
         return
-    expected = fmt.base_tensors(n, k) | fmt.factor_tensors(n, k, rank, model_dtype)
-    yield from _tensor_problems(name, rank, expected, found)
+    expected = fmt.base_tensors(n, k, group_size) | fmt.factor_tensors(n, k, rank, model_dtype)
+    yield from _tensor_problems(name, rank, group_size, expected, found)
 
 
 def _tensor_problems(
-    name: str, rank: int, expected: Mapping[str, TensorSpec], found: Mapping[str, TensorEntry]
+    name: str, rank: int, group_size: int, expected: Mapping[str, TensorSpec], found: Mapping[str, TensorEntry]
 ) -> Iterator[str]:
     for tensor in sorted(expected.keys() | found.keys()):
         if tensor not in found:
@@ -141,8 +143,9 @@ def _tensor_problems(
             yield f"{name}.{tensor}: extra, the rank table gives this matrix rank {rank}"
         elif (found[tensor].dtype, found[tensor].shape) != expected[tensor]:
             dtype, shape = expected[tensor]
+            by = f"group size {group_size}" if tensor in BASE_TENSORS else f"rank {rank}"
             yield (
-                f"{name}.{tensor}: expected {dtype} {list(shape)} (rank {rank}), "
+                f"{name}.{tensor}: expected {dtype} {list(shape)} ({by}), "
                 f"found {found[tensor].dtype} {list(found[tensor].shape)}"
             )
 
@@ -178,9 +181,21 @@ def _unquantized_problems(
             yield f"{full_name}: stored unquantized, but ignore does not name it"
 
 
+def _fused_problems(modules: Mapping[str, Any], fmt: MiLoFormat) -> Iterator[str]:
+    """Matrices that vLLM fuses into one layer must have one group size."""
+    for leaves in FUSED_LAYERS.values():
+        for parent in sorted({name.rpartition(".")[0] for name in modules if leaf_of(name) == leaves[0]}):
+            try:
+                fmt.fused_group_size([part for leaf in leaves if (part := f"{parent}.{leaf}") in modules])
+            except CheckpointError as error:
+                yield str(error)
+
+
 def _table_problems(modules: Mapping[str, Any], experts: Mapping[str, int], fmt: MiLoFormat) -> Iterator[str]:
-    """Exact names in the rank table must exist: a misspelt one would silently give rank 0."""
-    for table, known in ((fmt.ranks.modules, modules.keys()), (fmt.ranks.experts, experts.keys())):
-        for name in table:
-            if not name.startswith("re:") and name not in known:
-                yield f"ranks: {name} is in the table, but the files hold no such quantized matrix"
+    """Exact names in the tables must exist: a misspelt one would silently give rank 0, or the default's groups."""
+    linear = {name for name in modules if split_expert_name(name) is None}
+    for key, table in (("ranks", fmt.ranks), ("group_sizes", fmt.groups)):
+        for names, known in ((table.modules, linear), (table.experts, experts.keys())):
+            for name in names:
+                if not name.startswith("re:") and name not in known:
+                    yield f"{key}: {name} is in the table, but the files hold no such quantized matrix"

@@ -53,7 +53,7 @@ def random_experts(experts: int, parts: int, rank: int, n: int, k: int, device: 
 
 def moe_spec(rank: int) -> MoESpec:
     """Return the spec of a layer whose gate, up and down projections all have ``rank``."""
-    return MoESpec(GROUP, FACTOR_BITS, "silu", False, [largest_rank([[rank, rank]]), largest_rank([[rank]])])
+    return MoESpec(FACTOR_BITS, "silu", False, [largest_rank([[rank, rank]]), largest_rank([[rank]])])
 
 
 def random_linear(widths: list[int], rank: int, k: int, device: torch.device) -> tuple[LinearWeights, LinearSpec]:

@@ -71,7 +71,7 @@ class Result(NamedTuple):
 
 def heuristic(tokens: int, shape: MoEShape, device: torch.device) -> Configs:
     """Return the tiles that are used without a file."""
-    local = LocalShape(shape.experts, shape.hidden, shape.intermediate, GROUP_SIZE)
+    local = LocalShape(shape.experts, shape.hidden, shape.intermediate, GROUP_SIZE, GROUP_SIZE)
     return heuristic_configs(tokens * shape.top_k, local, device)
 
 

@@ -22,12 +22,13 @@ TUNED_KEYS = ("gate_up", "down")
 
 
 class MoEShape(NamedTuple):
-    """The sizes of a layer on this process: local experts, hidden and intermediate size, group size."""
+    """The sizes of a layer on this process: local experts, hidden and intermediate size, group sizes of both GEMMs."""
 
     experts: int
     hidden: int
     intermediate: int
-    group_size: int
+    first_group: int
+    second_group: int
 
 
 def moe_configs(tokens: int, top_k: int, shape: MoEShape, device: torch.device) -> tuple[GemmConfig, GemmConfig]:
@@ -50,17 +51,18 @@ def moe_configs(tokens: int, top_k: int, shape: MoEShape, device: torch.device) 
 def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> tuple[GemmConfig, GemmConfig]:
     """Return tiles for a mean load of the experts. The two GEMMs of a layer agree in block_m."""
     mean = num_pairs / shape.experts
-    block_m = _block_m(mean, shape.group_size, device)
+    block_m = _block_m(mean, min(shape.first_group, shape.second_group), device)
     tail_m = _tail(block_m, mean)
     # blocks that have pairs, on average, were the routes uniform
     active = shape.experts * (1 - (1 - 1 / shape.experts) ** num_pairs)
     blocks = max(active, num_pairs / block_m)
-    common = (blocks, shape.group_size, tail_m, device)
-    first = _config(block_m, shape.intermediate, 2, triton.cdiv(shape.hidden, UNIT), *common)
+    common = (blocks, tail_m, device)
+    first = _config(block_m, shape.intermediate, 2, triton.cdiv(shape.hidden, UNIT), shape.first_group, *common)
+    second = _config(block_m, shape.hidden, 1, triton.cdiv(shape.intermediate, UNIT), shape.second_group, *common)
     if first.scaled:  # what makes the second GEMM's input in fp16 reads whole sums
         three_fit = block_m == 64 and 3 * _pipeline_bytes(64, first.num_stages) <= shared_memory(device)
         first = first._replace(split_k=1, max_registers=THREE_TILES if three_fit else None)
-    return first, _config(block_m, shape.hidden, 1, triton.cdiv(shape.intermediate, UNIT), *common)
+    return first, second
 
 
 def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:
@@ -126,8 +128,8 @@ def _config(
     width: int,
     parts: int,
     units: int,
-    blocks: float,
     group_size: int,
+    blocks: float,
     tail_m: int,
     device: torch.device,
 ) -> GemmConfig:

@@ -60,35 +60,37 @@ def fused_moe(
         x = (x.unsqueeze(1) * topk_weights.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
         pairs_per_row = 1
     num_experts = gate_up.packed.shape[0]
-    shape = MoEShape(num_experts, down.columns, gate_up.columns // 2, spec.group_size)
+    shape = MoEShape(num_experts, down.columns, gate_up.columns // 2, gate_up.group_size, down.group_size)
     first, second = configs or moe_configs(tokens, top_k, shape, x.device)
     mode = launch_mode(x.device, few_tokens=routes.num_pairs <= FEW_PAIRS)
     rank13, rank2 = spec.max_ranks
     downs = [DownShape(rank13, gate_up.units, first.split_k), DownShape(rank2, down.units, second.split_k)]
-    format_ = (spec.group_size, spec.factor_bits)
-    fast = _is_fast(x, down, first, second, spec)
+    formats = [(weights.group_size, spec.factor_bits) for weights in (gate_up, down)]
+    fast = _is_fast(x, gate_up, down, first, second)
     dtype = x.dtype
-    needs_sums = first.needs_sums(spec.group_size)
+    needs_sums = first.needs_sums(gate_up.group_size)
     source, blocks, (planned13, planned2) = prepare(
-        x, routes, num_experts, first.block_m, spec.group_size, fast, needs_sums, downs, mode
+        x, routes, num_experts, first.block_m, gate_up.group_size, fast, needs_sums, downs, mode
     )
     down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
     source = source._replace(down=down13)
     if fast:
-        hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *format_, first, mode, spec.activation)
+        hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode, spec.activation)
         source = Projected(hidden.x, source.sums, None, hidden.row_scale)
     else:
         half = [gate_up.columns // 2] * 2
-        y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *format_, first, mode, dtype)
-        source = Projected(*activate(y, spec.activation, spec.group_size, dtype, mode), None)
+        y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
+        source = Projected(*activate(y, spec.activation, down.group_size, dtype, mode), None)
     down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
-    y = gemm(source, down, [down.columns], blocks, routes, 1, *format_, second, mode, dtype)
+    y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)
     return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
 
 
-def _is_fast(x: torch.Tensor, down: KernelWeights, first: GemmConfig, second: GemmConfig, spec: MoESpec) -> bool:
+def _is_fast(
+    x: torch.Tensor, gate_up: KernelWeights, down: KernelWeights, first: GemmConfig, second: GemmConfig
+) -> bool:
     """Whether both GEMMs scale weights in fp16: many tokens of a bf16 model."""
     whole = first.split_k == 1 and max(x.shape[1], down.units * 128) <= MAX_ROW
-    scaled = first.scales_weights(spec.group_size) and second.scales_weights(spec.group_size)
+    scaled = first.scales_weights(gate_up.group_size) and second.scales_weights(down.group_size)
     return x.dtype == torch.bfloat16 and scaled and whole

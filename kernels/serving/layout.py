@@ -103,6 +103,11 @@ class KernelWeights(NamedTuple):
         """Units of 128 codes a row."""
         return self.scale_zero.shape[1]
 
+    @property
+    def group_size(self) -> int:
+        """Codes along K that share a scale and a zero point."""
+        return UNIT // self.scale_zero.shape[3]
+
 
 def to_units(codes: torch.Tensor, rows: int) -> torch.Tensor:
     """Pack codes [.., N, K], K a multiple of 128 and N of ``rows``, into int32 [.., N/rows, K/128, 3, rows, 4]."""
@@ -145,7 +150,7 @@ def join_scale_zero(scale: torch.Tensor, zero: torch.Tensor, group_size: int) ->
     return pad(words, (0, -words.shape[-1] % groups)).unflatten(-1, (-1, groups)).movedim(-2, -3).contiguous()
 
 
-def prepare_experts(weights: ExpertWeights, group_size: int, factor_bits: int) -> KernelWeights:
+def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
     """Bring one expert GEMM's tensors from the checkpoint layout to the kernel layout."""
     experts, n = weights.packed.shape[:2]
     bounds = weights.rank_offsets.tolist()
@@ -154,11 +159,11 @@ def prepare_experts(weights: ExpertWeights, group_size: int, factor_bits: int) -
     scale = factor_bits != 16
     return KernelWeights(
         _repack_experts(weights.packed),
-        join_scale_zero(weights.scale, weights.zero, group_size),
+        join_scale_zero(weights.scale, weights.zero, weights.group_size),
         *_up_factors([(weights.u[r], weights.u_scale[r] if scale else None, n // parts) for r in rows], factor_bits),
         *_down_factors(weights.v, weights.v_scale, rows, factor_bits),
         *_tables([r.stop - r.start for r in rows], [n // parts] * len(rows), weights.packed.device),
-        largest_row_norms(weights, group_size, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
+        largest_row_norms(weights, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
     )
 
 

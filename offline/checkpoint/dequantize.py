@@ -49,7 +49,7 @@ class DequantizedTensors:
     def _dequantize(self, module: str, names: list[str]) -> torch.Tensor:
         tensors = {name: self._read(f"{module}.{name}") for name in names}
         packed, scale, zero = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
-        weight = dequantize(packed, scale, zero, self._format.group_size)
+        weight = dequantize(packed, scale, zero, self._format.module_group_size(module))
         if U not in tensors:
             return weight
         bits = self._format.compensator.bits

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS
+from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS, MiLoFormat
 from vllm_milo.dtypes import DTYPES
 from vllm_milo.shards import TensorEntry, read_json, read_tensors
 from vllm_milo.validation import (
@@ -27,8 +27,9 @@ from .report import REPORT_NAME
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Return what ``milo inspect --json`` prints, after validating the checkpoint.
 
-    ``bits_per_weight`` counts codes, scales, zero points and factors over the quantized matrices; ``bytes``
-    is all tensors of the checkpoint, ``quantized_bytes`` those of quantized matrices.
+    ``group_sizes`` is the number of matrices by their group size, the most frequent first. ``bits_per_weight`` counts
+    codes, scales, zero points and factors over the quantized matrices; ``bytes`` is all tensors of the checkpoint,
+    ``quantized_bytes`` those of quantized matrices.
 
     Raises:
         CheckpointError, ShardError: the folder is no valid MiLo checkpoint.
@@ -44,6 +45,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "format_version": fmt.to_dict()["format_version"],
         "group_size": fmt.group_size,
+        "group_sizes": _group_sizes(modules, fmt),
         "compensator_bits": fmt.compensator.bits,
         "recipe": dict(fmt.recipe),
         "quantized_weights": weights,
@@ -60,7 +62,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     """Return the text that ``milo inspect`` prints."""
     gib = 2**30
     lines = [
-        f"3-bit, group size {report['group_size']}, compensators in {report['compensator_bits']} bits",
+        f"3-bit, {name_group_sizes(report)}, compensators in {report['compensator_bits']} bits",
         f"recipe           {report['recipe']}",
         f"all tensors      {report['bytes'] / gib:.3f} GiB",
         f"quantized        {report['quantized_bytes'] / gib:.3f} GiB for {report['quantized_weights']:,} weights",
@@ -74,6 +76,17 @@ def format_report(report: Mapping[str, Any]) -> str:
                 f"  ({row['matrices']} matrices)"
             )
     return "\n".join(lines)
+
+
+def name_group_sizes(report: Mapping[str, Any]) -> str:
+    """Return the group sizes of a report: ``group size 128``, or each with its number of matrices."""
+    counts = [f"{size} ({count} matrices)" for size, count in report["group_sizes"].items()]
+    return f"group size {report['group_size']}" if len(counts) == 1 else f"group sizes {' and '.join(counts)}"
+
+
+def _group_sizes(modules: Iterable[str], fmt: MiLoFormat) -> dict[str, int]:
+    counts = Counter(fmt.module_group_size(name) for name in modules)
+    return {str(size): count for size, count in counts.most_common()}
 
 
 def _ranks(modules: Mapping[str, Mapping[str, TensorEntry]], fmt: Any) -> dict[str, int]:

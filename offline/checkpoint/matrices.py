@@ -1,18 +1,22 @@
-"""Which tensors and which entry of the rank table a quantized matrix becomes."""
+"""Which tensors and which entries of the tables of ranks and group sizes a quantized matrix becomes."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
-from vllm_milo.checkpoint import PACKED, SCALE, U_SCALE, V_SCALE, ZERO, RankTable, U, V
+from vllm_milo.checkpoint import PACKED, SCALE, U_SCALE, V_SCALE, ZERO, GroupTable, RankTable, U, V
 from vllm_milo.kernels.packing import pack_codes
 
-from ..nouns import Matrix
+from ..nouns import Matrix, Recipe
 from ..solve.methods import Solved
 from .writer import CheckpointWriter
+
+Value = TypeVar("Value")
 
 
 def rank_table(matrices: Sequence[Matrix], ranks: Mapping[str, int]) -> RankTable:
@@ -32,6 +36,38 @@ def rank_table(matrices: Sequence[Matrix], ranks: Mapping[str, int]) -> RankTabl
         if any(table.values()):
             experts[name] = table
     return RankTable(0, modules, experts)
+
+
+def group_table(matrices: Sequence[Matrix], recipe: Recipe) -> tuple[int, GroupTable]:
+    """Return the checkpoint's group size, and the matrices that have another one.
+
+    The first is the recipe's, unless it divides the inputs of no matrix.
+    """
+    sizes = {matrix.name: recipe.group_size_for(matrix.k) for matrix in matrices}
+    default = recipe.group_size if recipe.group_size in sizes.values() else max(sizes.values())
+    modules = {matrix.name: sizes[matrix.name] for matrix in matrices if matrix.experts is None}
+    experts: dict[str, dict[str, int]] = defaultdict(dict)
+    for matrix in matrices:
+        if matrix.experts is not None:
+            own = experts[matrix.experts]
+            if sizes[matrix.name] != default:
+                own[matrix.name.rpartition(".")[2]] = sizes[matrix.name]
+    return default, GroupTable(_without(modules, default), _without(experts, {}))
+
+
+def _without(values: Mapping[str, Value], usual: Value) -> dict[str, Value]:
+    """Return what is not ``usual``, under one pattern where it is the same in all decoder layers that have it."""
+    alike: dict[str, dict[str, Value]] = defaultdict(dict)
+    for name, value in values.items():
+        inside = re.fullmatch(r".*\.layers\.\d+\.(.+)", name)
+        alike[rf"re:.*\.layers\.\d+\.{re.escape(inside[1])}" if inside else name][name] = value
+    table: dict[str, Value] = {}
+    for pattern, same in alike.items():
+        unusual = {name: value for name, value in same.items() if value != usual}
+        first = next(iter(same.values()))
+        as_one = len(unusual) > 1 and all(value == first for value in same.values())
+        table |= {pattern: first} if as_one else unusual
+    return table
 
 
 def add_matrix(writer: CheckpointWriter, name: str, solved: Solved) -> None:

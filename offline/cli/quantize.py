@@ -15,7 +15,7 @@ from vllm_milo.shards import read_json
 from ..calibration import memory
 from ..calibration.choose import NONE, PACKAGED, WINDOW, TextOptions, calibration_windows, check_runs, remarks
 from ..calibration.generated_text import OWN_TEXT
-from ..checkpoint.inspect import inspect_checkpoint
+from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
 from ..checkpoint.output import refuse_unsafe_output
 from ..conversion import Conversion, Text
 from ..convert import Summary, convert, find_device, predict_memory
@@ -24,8 +24,9 @@ from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
 from ..learn.layer import LearnOptions
 from ..nouns import METHODS, PLAIN_METHODS, RANK_MULTIPLE, Recipe
-from ..presets import DEFAULT_PRESET, PRESETS, Preset, largest_group_size
+from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..ranks.policies import POLICIES, Policy, parse_policies
+from ..source.ignore import without_ignored
 from ..source.reader import ModelReader
 from .arguments import default_device
 
@@ -83,7 +84,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--method", choices=METHODS, default=None, help="default: milo")
     parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for milo and paper.")
     parser.add_argument(
-        "--group-size", type=int, choices=GROUP_SIZES, default=None, help="default: the preset's, or 64"
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=None,
+        help="default: the preset's, or 64; a matrix whose input size it does not divide gets smaller groups",
     )
     parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
     rounds = f"of the solver; default: {CALIBRATED_ROUNDS}, with --calibration {NONE} {PLAIN_ROUNDS}, else 20"
@@ -116,8 +121,10 @@ def _run(arguments: argparse.Namespace) -> None:
         policies = _policies(arguments, method)
     _check_numbers(arguments)
     text = _text(arguments, preset, method)
+    recipe = _recipe(arguments, preset, method, text)
+    _note_groups(arguments, recipe)
     conversion = Conversion(
-        recipe=_recipe(arguments, preset, method, text),
+        recipe=recipe,
         policies=policies,
         budget_bits=budget,
         text=text,
@@ -139,25 +146,33 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace, preset: Preset | None, method: str, text: Text | None) -> Recipe:
-    group_size = arguments.group_size
-    if group_size is None and preset is not None:
-        group_size = largest_group_size(ModelReader(arguments.model).matrices, preset.group_size)
-        if group_size != preset.group_size:
-            print(
-                f"note: groups of {group_size} weights instead of {preset.group_size}, which do not divide all of this "
-                f"model's sizes",
-                file=sys.stderr,
-            )
+    group_size = preset.group_size if preset is not None else Recipe.group_size
     rounds = Recipe.max_rounds if method != "milo" else PLAIN_ROUNDS if text is None else CALIBRATED_ROUNDS
     return Recipe(
         method=method,
-        group_size=group_size or Recipe.group_size,
+        group_size=arguments.group_size or group_size,
         factor_bits=_FACTOR_BITS[arguments.factors],
         max_rounds=arguments.max_rounds or rounds,
         seed=arguments.seed,
         feedback_rounds=1 if text is not None else Recipe.feedback_rounds,
         base="hqq" if method == "milo" and text is None else Recipe.base,
     )
+
+
+def _note_groups(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Say which matrices get smaller groups than the recipe's, because these do not divide their inputs."""
+    reader = ModelReader(arguments.model)
+    ignore = (*reader.family.ignore, *arguments.ignore)
+    matrices = [source.matrix for layer in reader.layers for source in without_ignored(layer, ignore).matrices]
+    odd = [matrix for matrix in matrices if recipe.group_size_for(matrix.k) != recipe.group_size]
+    for size in sorted({recipe.group_size_for(matrix.k) for matrix in odd}, reverse=True):
+        theirs = [matrix.k for matrix in odd if recipe.group_size_for(matrix.k) == size]
+        inputs = ", ".join(map(str, sorted(set(theirs))))
+        print(
+            f"note: {len(theirs)} of {len(matrices)} matrices get groups of {size} weights: {recipe.group_size} does "
+            f"not divide their input size ({inputs})",
+            file=sys.stderr,
+        )
 
 
 def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> Text | None:
@@ -240,8 +255,9 @@ def _print_summary(summary: Summary) -> None:
     if summary.peak_device_bytes:
         peak += f", {summary.peak_device_bytes / 2**30:.2f} GiB of device memory"
     report = inspect_checkpoint(summary.out)
+    groups = f" in {name_group_sizes(report)}" if len(report["group_sizes"]) > 1 else ""
     print(
         f"{summary.out}: {summary.matrices} matrices in {summary.seconds:.1f} s, "
-        f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight, "
+        f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight{groups}, "
         f"mean relative error {summary.mean_error:.4f}; peak {peak}"
     )

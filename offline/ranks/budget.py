@@ -28,11 +28,23 @@ _SEARCH_STEPS = 24
 _LARGEST_FACTOR = 64.0
 
 
-def stored_bits(matrices: Sequence[Matrix], ranks: Mapping[str, int], group_size: int, factor_bits: int) -> float:
+def least_bits(matrices: Sequence[Matrix], recipe: Recipe) -> float:
+    """Return the average stored bits of a weight without compensators, each matrix in the groups that it gets."""
+    weights = sum(matrix.n * matrix.k for matrix in matrices)
+    return sum(matrix.n * matrix.k * base_bits(recipe.group_size_for(matrix.k)) for matrix in matrices) / weights
+
+
+def name_groups(matrices: Sequence[Matrix], recipe: Recipe) -> str:
+    """Return ``group size 128``, or ``group sizes 128 and 64`` where matrices differ, for messages."""
+    sizes = sorted({recipe.group_size_for(matrix.k) for matrix in matrices}, reverse=True)
+    return f"group size{'s' if len(sizes) > 1 else ''} {' and '.join(map(str, sizes))}"
+
+
+def stored_bits(matrices: Sequence[Matrix], ranks: Mapping[str, int], recipe: Recipe) -> float:
     """Return the average stored bits of a weight: codes, scales, zero points and factors."""
     weights = sum(matrix.n * matrix.k for matrix in matrices)
-    factors = sum(ranks[matrix.name] * rank_bits(matrix, factor_bits) for matrix in matrices)
-    return base_bits(group_size) + factors / weights
+    factors = sum(ranks[matrix.name] * rank_bits(matrix, recipe.factor_bits) for matrix in matrices)
+    return least_bits(matrices, recipe) + factors / weights
 
 
 def scale_policies(
@@ -49,11 +61,11 @@ def scale_policies(
         return assign_ranks(scaled, matrices, statistics)
 
     def fits(factor: float) -> bool:
-        return stored_bits(matrices, ranks_at(factor)[0], recipe.group_size, recipe.factor_bits) <= budget
+        return stored_bits(matrices, ranks_at(factor)[0], recipe) <= budget
 
     low, high = 0.0, _LARGEST_FACTOR
     if not fits(low):
-        least = stored_bits(matrices, ranks_at(low)[0], recipe.group_size, recipe.factor_bits)
+        least = stored_bits(matrices, ranks_at(low)[0], recipe)
         raise ConversionError(
             f"--budget-bits {budget:g}: these policies store {least:.3f} bits a weight at their least ranks; "
             f"raise the budget or drop a policy"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ..errors import ConversionError
 from ..nouns import DENSE_KINDS, RANK_MULTIPLE, Kind, Matrix, Recipe
-from .budget import base_bits, rank_bits, stored_bits
+from .budget import least_bits, name_groups, rank_bits, stored_bits
 
 ROUTED_SHARE = 1 / 14
 """Rank of a routed expert as a share of that of a matrix which every token passes."""
@@ -34,11 +34,11 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
     Raises:
         ConversionError: the budget does not even pay for the codes, scales and zero points.
     """
-    least = base_bits(recipe.group_size)
+    least, groups = least_bits(matrices, recipe), name_groups(matrices, recipe)
     if budget < least:
         raise ConversionError(
-            f"--budget-bits {budget:g}: codes, scales and zero points of group size {recipe.group_size} take {least:g} "
-            f"bits a weight already; raise the budget or --group-size"
+            f"--budget-bits {budget:g}: codes, scales and zero points of {groups} take {least:g} bits "
+            f"a weight already; raise the budget or --group-size"
         )
 
     def ranks_at(dense: float) -> dict[str, int]:
@@ -47,15 +47,15 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
     low, high = 0.0, float(max(max(matrix.n, matrix.k) for matrix in matrices)) / ROUTED_SHARE
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        fits = stored_bits(matrices, ranks_at(middle), recipe.group_size, recipe.factor_bits) <= budget + 1e-9
+        fits = stored_bits(matrices, ranks_at(middle), recipe) <= budget + 1e-9
         low, high = (middle, high) if fits else (low, middle)
     ranks = ranks_at(low)
     _spend_rest(matrices, ranks, budget, recipe)
     warnings = []
     if not any(ranks.values()):
         warnings.append(
-            f"--budget-bits {budget:g} leaves nothing for compensators: codes, scales and zero points of group size "
-            f"{recipe.group_size} take {least:g} bits a weight; a little more gains much accuracy"
+            f"--budget-bits {budget:g} leaves nothing for compensators: codes, scales and zero points of {groups} "
+            f"take {least:g} bits a weight; a little more gains much accuracy"
         )
     return ranks, warnings
 
@@ -66,7 +66,7 @@ def _spend_rest(matrices: Sequence[Matrix], ranks: dict[str, int], budget: float
     A step of all routed experts may cost more than all ranks of what every token passes.
     """
     weights = sum(matrix.n * matrix.k for matrix in matrices)
-    left = (budget - stored_bits(matrices, ranks, recipe.group_size, recipe.factor_bits)) * weights
+    left = (budget - stored_bits(matrices, ranks, recipe)) * weights
     growing = sorted((m for m in matrices if m.kind in DENSE_KINDS), key=lambda matrix: matrix.n + matrix.k)
     while growing:
         grown = []

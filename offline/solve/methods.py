@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,7 @@ def quantize_matrices(
         ScaleError: a group's scale does not fit fp16.
         ValueError: ranks that this method cannot take together.
     """
+    recipe = replace(recipe, group_size=recipe.group_size_for(weights.shape[-1]))
     if recipe.method == "milo":
         ranks = [rank] * len(weights) if isinstance(rank, int) else rank
         state = quantize_jointly(weights, ranks, moments or Moments(), recipe, model_dtype)

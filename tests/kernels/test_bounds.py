@@ -17,8 +17,8 @@ RANKS = [[16, 8], [0, 24], [0, 0]]
 def test_norms_are_those_of_weights_and_compensators(bits: int, rows: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bounds, "ROWS", rows)
     weights = random_experts(RANKS, 2 * 192, 128, 64, bits)
-    spec = moe_spec(RANKS, [[0]] * 3, 64, bits)
-    found = largest_row_norms(weights, 64, bits)
+    spec = moe_spec(RANKS, [[0]] * 3, bits)
+    found = largest_row_norms(weights, bits)
     assert found.shape == (6,)
     for expert in range(3):
         matrix = reference.expert_gemm(torch.eye(128, dtype=torch.float64), weights, expert, spec).T  # [N, K]
@@ -28,8 +28,8 @@ def test_norms_are_those_of_weights_and_compensators(bits: int, rows: int, monke
 
 def test_outputs_stay_below_the_bound():
     weights = random_experts(RANKS, 2 * 64, 128, 64, 3)
-    spec = moe_spec(RANKS, [[0]] * 3, 64, 3)
-    found = largest_row_norms(weights, 64, 3)
+    spec = moe_spec(RANKS, [[0]] * 3, 3)
+    found = largest_row_norms(weights, 3)
     x = torch.randn(20, 128, dtype=torch.float64)
     for expert in range(3):
         gate, up = reference.expert_gemm(x, weights, expert, spec).chunk(2, dim=1)

@@ -60,18 +60,18 @@ def test_linear(bits, ranks, group):
         assert relative_error(found, x.to(dtype).double() @ dense_matrix(weights, spec).T) < limit
 
 
-def make_moe(bits=3, activation="silu", on_input=False):
-    spec = moe_spec(R13, R2, 64, bits, activation, on_input)
-    return random_experts(R13, 128, 128, 64, bits), random_experts(R2, 128, 64, 64, bits), spec
+def make_moe(bits=3, activation="silu", on_input=False, groups=(64, 64)):
+    spec = moe_spec(R13, R2, bits, activation, on_input)
+    return random_experts(R13, 128, 128, groups[0], bits), random_experts(R2, 128, 64, groups[1], bits), spec
 
 
-@pytest.mark.parametrize("bits", [3, 8, 16])
-def test_expert_gemm_is_the_dense_matrix(bits):
-    w13, _, spec = make_moe(bits)
+@pytest.mark.parametrize(("bits", "group"), [(3, 64), (8, 64), (16, 64), (3, 32), (3, 128)])
+def test_expert_gemm_is_the_dense_matrix(bits, group):
+    w13, _, spec = make_moe(bits, groups=(group, 32))
     eye = torch.eye(128, dtype=torch.float64)
     for expert in range(3):
         found = expert_gemm(eye, w13, expert, spec).T
-        base = dequantize(w13.packed[expert], w13.scale[expert], w13.zero[expert], 64, torch.float64)
+        base = dequantize(w13.packed[expert], w13.scale[expert], w13.zero[expert], group, torch.float64)
         bounds = w13.rank_offsets.tolist()[2 * expert : 2 * expert + 3]
         for part, (begin, end) in enumerate(itertools.pairwise(bounds)):
             scales = (None, None) if bits == 16 else (w13.u_scale[begin:end], w13.v_scale[begin:end])
@@ -83,8 +83,9 @@ def test_expert_gemm_is_the_dense_matrix(bits):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("on_input", [False, True])
-def test_fused_moe(activation, on_input):
-    w13, w2, spec = make_moe(activation=activation, on_input=on_input)
+@pytest.mark.parametrize("groups", [(64, 64), (128, 32)])
+def test_fused_moe(activation, on_input, groups):
+    w13, w2, spec = make_moe(activation=activation, on_input=on_input, groups=groups)
     x = torch.randn(9, 128)
     weights, ids = random_routing(9, 2, 3)
     ids[4] = -1

@@ -20,10 +20,11 @@ from vllm_milo.offline.convert import convert
 from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.budget import stored_bits
 from vllm_milo.offline.ranks.policies import parse_policies
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.shards import read_tensors
-from vllm_milo.validation import quantized_modules, validate_checkpoint
+from vllm_milo.validation import matrix_shape, module_rank, quantized_modules, validate_checkpoint
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,6 +93,39 @@ def test_streaming_loads_one_layer_at_a_time(sources: dict[str, Path], monkeypat
     layers = [name.split(".")[2] for name in order if name.startswith("model.layers.")]
     assert layers == sorted(layers)
     assert len(order) == len(set(order))
+
+
+ODD_GROUPS = {
+    "modules": {
+        **{rf"re:.*\.layers\.\d+\.self_attn\.{leaf}_proj": 64 for leaf in "kovq"},
+        **{f"model.layers.0.mlp.{leaf}_proj": 64 for leaf in ("gate", "up")},
+        **{f"model.layers.1.mlp.shared_expert.{leaf}_proj": 64 for leaf in ("gate", "up")},
+    },
+    "experts": {"model.layers.1.mlp.experts": {"gate_proj": 64, "up_proj": 64}},
+}
+"""Of the odd model in groups of 128: one pattern for what is in both layers, names for what is in one of them."""
+
+
+@pytest.mark.parametrize("along", [False, True], ids=["plain", "text"])
+def test_odd_sizes_have_smaller_groups(along: bool, odd_model: Path, tmp_path: Path):
+    recipe = Recipe(group_size=128, max_rounds=1)
+    conversion = Conversion(recipe, budget_bits=3.8, text=random_text() if along else None)
+    out = convert(odd_model, tmp_path / "out", conversion, progress=False).out
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["group_size"] == 128
+    assert config["group_sizes"] == ODD_GROUPS
+    fmt, tensors = validate_checkpoint(out), read_tensors(out)
+    for name, found in quantized_modules(tensors).items():
+        k = matrix_shape(found)[1]
+        assert fmt.module_group_size(name) == (64 if k == 192 else 128)
+        assert found["weight_scale"].shape[1] == k // fmt.module_group_size(name)
+    matrices = ModelReader(odd_model).matrices
+    ranks = {matrix.name: module_rank(matrix.name, fmt, {"model.layers.1.mlp.experts": 6}) for matrix in matrices}
+    assert inspect_checkpoint(out)["bits_per_weight"] == pytest.approx(stored_bits(matrices, ranks, recipe))
+    assert 3.7 < stored_bits(matrices, ranks, recipe) <= 3.8
+    quantized, original = load_model(out), load_model(odd_model)
+    for (name, one), other in zip(quantized.state_dict().items(), original.state_dict().values(), strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.25, name
 
 
 def test_tokenizer_and_other_files_come_along(bundled_model: Path, tmp_path: Path):

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import FAMILIES, TEXT, make_model
+from tiny_models import TEXT
 
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.cli.quantize import Effort
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.nouns import Kind, Matrix
-from vllm_milo.offline.presets import PRESETS, largest_group_size
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.presets import PRESETS
 from vllm_milo.offline.ranks.policies import Policy, parse_policies
 
 FEW = ("--max-rounds", "1", "--quiet")
@@ -99,47 +99,37 @@ def test_a_model_that_cannot_be_calibrated_gets_a_warning(
     assert not (tmp_path / "asked").exists()
 
 
-@pytest.fixture(scope="module")
-def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of hidden size 192, which groups of 64 divide and groups of 128 do not."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES["qwen2_moe"], "hidden_size", 192)
-        return make_model("qwen2_moe", tmp_path_factory.mktemp("odd") / "model")
+@pytest.mark.parametrize("options", [["--preset", "fast"], ["--method", "rtn", "--group-size", "128"]])
+def test_matrices_that_a_group_size_does_not_divide_get_smaller_groups(
+    odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+):
+    """Whether it is the preset's or asked for."""
+    report = quantize(odd_model, tmp_path / "out", *options)
+    assert report["group_size"] == 128
+    assert report["group_sizes"] == {"64": 24, "128": 8}
+    assert report["bits_per_weight"] <= 3.6
+    said = capsys.readouterr()
+    assert "note: 24 of 32 matrices get groups of 64 weights: 128 does not divide their input size (192)" in said.err
+    assert "bits a weight in group sizes 64 (24 matrices) and 128 (8 matrices)," in said.out
 
 
-def test_groups_that_do_not_divide_a_size_become_smaller(
+def test_a_group_size_that_divides_everything_needs_no_note(
     odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    report = quantize(odd_model, tmp_path / "out", "--preset", "fast")
-    assert report["group_size"] == 64
-    assert 3.58 < report["bits_per_weight"] <= 3.6
-    said = capsys.readouterr().err
-    assert "note: groups of 64 weights instead of 128, which do not divide all of this model's sizes" in said
-
-
-def test_a_group_size_that_is_asked_for_stays(odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["quantize", str(odd_model), "-o", str(tmp_path / "out"), *FEW, "--preset", "fast", "--group-size"]
-    assert main([*options, "128"]) == 1
-    said = capsys.readouterr().err
-    assert "note:" not in said
-    assert "192" in said
-    assert not (tmp_path / "out").exists()
+    report = quantize(odd_model, tmp_path / "out", "--method", "rtn", "--group-size", "64")
+    assert report["group_sizes"] == {"64": 32}
+    said = capsys.readouterr()
+    assert "note:" not in said.err
+    assert "group size" not in said.out
 
 
 @pytest.mark.parametrize(
-    ("sizes", "wanted", "found"),
-    [
-        ((4096, 14336), 128, 128),
-        ((4096, 14336), 64, 64),
-        ((192, 1024), 128, 64),
-        ((160, 96), 128, 32),
-        ((160, 96), 64, 32),
-        ((4096, 200), 128, 128),  # nothing divides 200: the format's check names the matrix
-    ],
+    ("k", "wanted", "found"),
+    [(4096, 128, 128), (4096, 64, 64), (192, 128, 64), (160, 128, 32), (96, 64, 32), (4096, 32, 32), (200, 128, 128)],
 )
-def test_largest_group_size(sizes: tuple[int, ...], wanted: int, found: int):
-    matrices = [Matrix(f"m{size}", Kind.ATTENTION, 64, size) for size in sizes]
-    assert largest_group_size(matrices, wanted) == found
+def test_group_size_of_a_matrix(k: int, wanted: int, found: int):
+    """Nothing divides 200: the format's check names the matrix."""
+    assert Recipe(group_size=wanted).group_size_for(k) == found
 
 
 @pytest.mark.parametrize(

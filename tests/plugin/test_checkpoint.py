@@ -1,6 +1,6 @@
 import pytest
 
-from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable, find_key, split_expert_name
+from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable, find_key, split_expert_name
 
 CONFIG = {
     "quant_method": "milo",
@@ -84,7 +84,7 @@ def test_expert_names():
 )
 def test_tensors(rank, expected):
     fmt = MiLoFormat.from_dict(CONFIG)
-    assert fmt.base_tensors(128, 256) == {
+    assert fmt.base_tensors(128, 256, 64) == {
         "weight_packed": ("I32", (128, 24)),
         "weight_scale": ("F16", (128, 4)),
         "weight_zero": ("F16", (128, 4)),
@@ -98,6 +98,47 @@ def test_factors_of_8_and_16_bits():
     assert eight["weight_v_scale"] == ("F16", (8, 4))
     sixteen = MiLoFormat.from_dict(changed(compensator={"bits": 16})).factor_tensors(128, 256, 8, "BF16")
     assert sixteen == {"weight_u": ("BF16", (8, 128)), "weight_v": ("BF16", (8, 256))}
+
+
+GROUPS = {
+    "modules": {"re:.*layers\\.\\d+\\.self_attn\\..*": 64, "model.layers.1.self_attn.o_proj": 32},
+    "experts": {"re:.*\\.mlp\\.experts": {"gate_proj": 64, "up_proj": 64}, "model.layers.3.mlp.experts": {"w2": 32}},
+}
+MIXED = changed(group_size=128, group_sizes=GROUPS)
+
+
+def test_group_sizes_round_trip():
+    fmt = MiLoFormat.from_dict(MIXED)
+    assert fmt.to_dict() == MIXED
+    assert list(fmt.to_dict())[3:5] == ["group_size", "group_sizes"]
+    assert MiLoFormat.from_dict(fmt.to_dict()) == fmt
+
+
+@pytest.mark.parametrize("empty", [{}, {"modules": {}}, {"modules": {}, "experts": {}}])
+def test_without_exceptions_there_are_no_group_sizes(empty: dict):
+    fmt = MiLoFormat.from_dict(changed(group_sizes=empty))
+    assert fmt == MiLoFormat.from_dict(CONFIG)
+    assert fmt.to_dict() == CONFIG
+    assert fmt.module_group_size("model.layers.0.self_attn.q_proj") == 64
+
+
+def test_group_sizes_of_matrices():
+    fmt = MiLoFormat.from_dict(MIXED)
+    assert fmt.module_group_size("model.layers.0.self_attn.o_proj") == 64
+    assert fmt.module_group_size("model.layers.1.self_attn.o_proj") == 32  # an exact name beats patterns
+    assert fmt.module_group_size("model.layers.0.mlp.down_proj") == 128
+    for name, size in (("0.mlp.experts.5.gate_proj", 64), ("0.mlp.experts.0.w3", 64), ("0.mlp.experts.0.w2", 128)):
+        assert fmt.module_group_size(f"model.layers.{name}") == size
+    assert fmt.module_group_size("model.layers.3.mlp.experts.1.down_proj") == 32
+    assert fmt.module_group_size("model.layers.3.mlp.experts.1.up_proj") == 128
+    assert fmt.base_tensors(128, 192, 64)["weight_scale"] == ("F16", (128, 3))
+
+
+def test_fused_layers_need_one_group_size():
+    fmt = MiLoFormat(128, groups=GroupTable({"a.q_proj": 64, "a.k_proj": 64}))
+    assert fmt.fused_group_size(["a.q_proj", "a.k_proj"]) == 64
+    with pytest.raises(CheckpointError, match=r"one group size: a\.q_proj has 64, a\.k_proj has 64, a\.v_proj has 128"):
+        fmt.fused_group_size(["a.q_proj", "a.k_proj", "a.v_proj"])
 
 
 @pytest.mark.parametrize(
@@ -116,6 +157,18 @@ def test_factors_of_8_and_16_bits():
         (changed(ranks={"modules": {"a": "8"}}), r"ranks\.modules\['a'\]"),
         (changed(ranks={"experts": {"a": {"gate": 8}}}), r"\['gate'\]: unknown projection"),
         (changed(ranks={"experts": {"a": {"w1": [8, 2.5]}}}), r"found 2\.5"),
+        (changed(group_sizes={"modules": {"a": 48}}), r"group_sizes\.modules\['a'\] is 48; supported are \(32,"),
+        (changed(group_sizes={"modules": {"a": "64"}}), r"group_sizes\.modules\['a'\] is '64'"),
+        (changed(group_sizes={"experts": {"a": {"gate": 32}}}), r"group_sizes.*\['gate'\]: unknown projection"),
+        (changed(group_sizes={"experts": {"a": {"w2": [32, 64]}}}), r"\['w2'\] is \[32, 64\]; supported"),
+        (changed(group_sizes={"experts": {"a": 32}}), r"group_sizes\.experts\['a'\] must be an object by projection"),
+        (changed(group_sizes={"experts": {"a": {"w2": 32, "down_proj": 32}}}), r"\['a'\] names a projection twice"),
+        (
+            changed(group_sizes={"experts": {"a": {"w1": 32}}}),
+            r"experts\['a'\] gives the gate projection groups of 32 and the up projection groups of 64",
+        ),
+        (changed(group_sizes={"default": 64}), r"unknown key group_sizes\.default"),
+        (changed(group_sizes=64), r"group_sizes must be an object"),
         (changed(ignore="lm_head"), r"ignore must be a list"),
         (changed(ignore=["re:("]), r"'re:\(' is not a regular expression"),
     ],
@@ -131,7 +184,7 @@ def test_bad_configs(config, message):
 )
 def test_matrices_that_do_not_fit(n, k, message):
     with pytest.raises(CheckpointError, match=message):
-        MiLoFormat(group_size=128).check_matrix("layer", n, k)
+        MiLoFormat().check_matrix("layer", n, k, 128)
 
 
 def test_default_table_is_empty():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from plugin_layers import PREFIX
 
-from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
+from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
@@ -52,7 +52,10 @@ def test_names_follow_vllms_mapper():
     from vllm_milo.config import MiLoConfig
 
     fmt = MiLoFormat(
-        ranks=RankTable(0, {"model.a": 8, "re:.*b": 16}, {"model.mlp.experts": {"w1": 8}}), ignore=("model.c",)
+        128,
+        ranks=RankTable(0, {"model.a": 8, "re:.*b": 16}, {"model.mlp.experts": {"w1": 8}}),
+        ignore=("model.c",),
+        groups=GroupTable({"model.a": 64, "re:.*b": 32}, {"model.mlp.experts": {"w2": 64}}),
     )
     config = MiLoConfig(fmt)
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
@@ -60,6 +63,10 @@ def test_names_follow_vllms_mapper():
     assert config.format.ranks.of_module("language_model.model.b") == 16
     assert config.format.ranks.of_experts("language_model.model.mlp.experts", "w1", 2) == [8, 8]
     assert config.format.ignores("language_model.model.c")
+    assert config.format.module_group_size("language_model.model.a") == 64
+    assert config.format.module_group_size("language_model.model.b") == 32
+    assert config.format.module_group_size("language_model.model.mlp.experts.1.w2") == 64
+    assert config.format.group_size == 128
 
 
 def test_checkpoint_is_checked_before_anything_is_allocated(tmp_path: Path):

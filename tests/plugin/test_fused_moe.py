@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
+from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
@@ -65,6 +65,31 @@ def test_expert_split_that_cuts_a_group_is_refused():
         create_experts(moe_layer(tp_size=2), intermediate=96)
 
 
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "w13", "w2"),
+    [({}, 128, 128), ({"down_proj": 64}, 128, 64), ({"w1": 64, "w3": 64}, 64, 128), ({"w1": 32, "w3": 32}, 32, 128)],
+)
+def test_gate_up_and_down_may_differ_in_group_size(sizes: dict[str, int], w13: int, w2: int):
+    layer = moe_layer()
+    method = create_experts(layer, MiLoFormat(128, groups=GroupTable({}, {EXPERTS: sizes})), intermediate=256)
+    assert layer.w13_weight_scale.shape == layer.w13_weight_zero.shape == (4, 512, 128 // w13)
+    assert layer.w2_weight_scale.shape == layer.w2_weight_zero.shape == (4, 128, 256 // w2)
+    expected = dict(method._expected_pieces())
+    assert expected[f"{EXPERTS}.3.w3.weight_scale"] == ("F16", (256, 128 // w13))
+    assert expected[f"{EXPERTS}.0.w2.weight_zero"] == ("F16", (128, 256 // w2))
+
+
+def test_expert_splits_are_checked_against_the_gemms_own_groups():
+    """The down projection's 384 inputs on two ranks: three groups of 64 each, but one and a half of 128."""
+    with pytest.raises(CheckpointError, match=r"w2: tensor parallel size 2 leaves input size 192, .* multiple of 128"):
+        create_experts(moe_layer(tp_size=2), MiLoFormat(128), intermediate=192)
+    fmt = MiLoFormat(128, groups=GroupTable({}, {EXPERTS: {"w2": 64}}))
+    create_experts(moe_layer(tp_size=2), fmt, intermediate=192)
+
+
 def test_rank_list_of_another_length_is_refused():
     fmt = MiLoFormat(ranks=RankTable(0, {}, {"model.layers.0.mlp.experts": {"up_proj": [8, 16]}}))
     with pytest.raises(CheckpointError, match=r"lists 2 ranks, but .* has 4 experts"):
@@ -92,6 +117,6 @@ def test_rank_offsets_are_worked_out_once():
     """Every factor tensor of a load asks for them: with 256 experts, 3072 times."""
     from vllm_milo.fused_moe import _Gemm  # which imports vLLM
 
-    gemm = _Gemm("w13", 128, 64, [[8, 16], [0, 24]])
+    gemm = _Gemm("w13", 128, 64, 64, [[8, 16], [0, 24]])
     assert gemm.rank_offsets == [0, 8, 24, 24, 48]
     assert gemm.rank_offsets is gemm.rank_offsets

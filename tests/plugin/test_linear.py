@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from plugin_layers import PREFIX, K, as_rank, checkpoint_tensors, load, make_format, make_layer
 from random_layers import random_linear
 
-from vllm_milo.checkpoint import CheckpointError, MiLoFormat, RankTable
+from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
 from vllm_milo.kernels import reference
 from vllm_milo.kernels.weights import offsets
 
@@ -52,6 +54,41 @@ def test_ranks_together_give_the_whole_layer(name: str, bits: int, tp: int, monk
         torch.testing.assert_close(torch.cat(pieces, 1), expected[:, columns[part] : columns[part + 1]])
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["qkv", "merged", "row"])
+def test_layers_have_their_own_group_size(name: str, tp: int, monkeypatch: pytest.MonkeyPatch):
+    """Groups of 64 in a checkpoint of groups of 128; a rank's share of a row's inputs is 3 groups of them."""
+    widths, ranks, prefix, leaves, heads = LAYERS[name]
+    parent, k = prefix.rpartition(".")[0], 384
+    parts = [f"{parent}.{leaf}" for leaf in leaves]
+    fmt = make_format(dict(zip(parts, ranks, strict=True)), group_size=128, groups=GroupTable(dict.fromkeys(parts, 64)))
+    weights, spec = random_linear(widths, ranks, k, 64, 3)
+    x = torch.randn(5, k)
+    expected = reference.linear(x, weights, spec)
+    found: list[torch.Tensor] = []
+    for rank in range(tp):
+        as_rank(monkeypatch, rank, tp)
+        layer = make_layer(name, fmt, widths, prefix, heads, k)
+        load(layer, name, checkpoint_tensors(weights, spec))
+        layer.quant_method.process_weights_after_loading(layer)
+        own = x.chunk(tp, dim=-1)[rank].contiguous() if name == "row" else x
+        found.append(layer.quant_method.apply(layer, own))
+    if name == "row":
+        torch.testing.assert_close(sum(found), expected)
+    elif tp == 1:
+        torch.testing.assert_close(found[0], expected)
+    else:
+        torch.testing.assert_close(found[0][:, : widths[0] // 2], expected[:, : widths[0] // 2])
+
+
+def test_parts_of_different_group_sizes_are_refused():
+    fmt = make_format(group_size=128, groups=GroupTable({f"{PREFIX}.q_proj": 64, f"{PREFIX}.k_proj": 64}))
+    with pytest.raises(
+        CheckpointError, match=r"need one group size: .*q_proj has 64, .*k_proj has 64, .*v_proj has 128"
+    ):
+        make_layer("qkv", fmt, [256, 64, 64], f"{PREFIX}.qkv_proj", heads=2)
+
+
 def test_bias_is_added():
     weights, spec = random_linear([128], [8], K, 64, 3)
     layer = make_layer("column", make_format({f"{PREFIX}.o_proj": 8}), [128], f"{PREFIX}.o_proj")
@@ -60,6 +97,16 @@ def test_bias_is_added():
     x, bias = torch.randn(3, K), torch.randn(128)
     found = layer.quant_method.apply(layer, x, bias)
     torch.testing.assert_close(found, reference.linear(x, weights, spec) + bias)
+
+
+@pytest.mark.parametrize(("sizes", "refused"), [({}, True), ({f"{PREFIX}.o_proj": 64}, False)])
+def test_splits_are_checked_against_the_matrixs_own_groups(sizes, refused, monkeypatch: pytest.MonkeyPatch):
+    """Two ranks of 192 inputs each: three groups of 64, but one and a half of 128."""
+    as_rank(monkeypatch, 0, 2)
+    fmt = make_format(group_size=128, groups=GroupTable(sizes))
+    message = r"o_proj: tensor parallel size 2 leaves input size 192, which is not a multiple of 128"
+    with pytest.raises(CheckpointError, match=message) if refused else contextlib.nullcontext():
+        make_layer("row", fmt, [128], f"{PREFIX}.o_proj", k=384)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_missing_expert_of_a_checkpoint(broken: Path):
 def test_wrong_shape_of_a_checkpoint(broken: Path):
     name = "model.layers.1.self_attn.o_proj.weight_scale"
     edit_tensors(broken, SHARD, lambda tensors: tensors.update({name: tensors[name][:, :1].clone()}))
-    assert_invalid(broken, r"o_proj\.weight_scale: expected F16 \[128, 2\] \(rank 16\), found F16 \[128, 1\]")
+    assert_invalid(broken, r"o_proj\.weight_scale: expected F16 \[128, 2\] \(group size 64\), found F16 \[128, 1\]")
 
 
 def test_wrong_dtype_of_a_checkpoint(broken: Path):
@@ -119,6 +119,71 @@ def test_rank_table_with_an_unknown_name(broken: Path):
     fmt["ranks"]["modules"]["model.layers.0.self_attn.qproj"] = 8
     edit_format(broken, ranks=fmt["ranks"])
     assert_invalid(broken, r"ranks: model\.layers\.0\.self_attn\.qproj is in the table, but the files hold no such")
+
+
+class TestGroupSizes:
+    """A checkpoint of groups of 64 and 128."""
+
+    name = "model.layers.1.mlp.experts"
+
+    @pytest.fixture(scope="class")
+    def whole(self, odd_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        conversion = Conversion(Recipe("rtn", group_size=128))
+        return convert(odd_model, tmp_path_factory.mktemp("mixed") / "milo", conversion, progress=False).out
+
+    @pytest.fixture
+    def mixed(self, whole: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / "mixed"))
+
+    def change(self, folder: Path, table: str, entries: dict) -> None:
+        sizes = json.loads((folder / "config.json").read_text())["quantization_config"]["group_sizes"]
+        sizes[table] |= entries
+        edit_format(folder, group_sizes=sizes)
+
+    def test_valid(self, mixed: Path):
+        fmt = validate_checkpoint(mixed)
+        assert fmt.group_size == 128
+        assert fmt.module_group_size("model.layers.0.self_attn.q_proj") == 64
+
+    def test_size_that_does_not_divide(self, mixed: Path):
+        self.change(mixed, "modules", {"model.layers.0.self_attn.o_proj": 128})
+        assert_invalid(mixed, r"layers\.0\.self_attn\.o_proj: input size 192 is not a multiple of group size 128")
+
+    def test_table_without_a_size(self, mixed: Path):
+        edit_format(mixed, group_sizes={})
+        assert_invalid(mixed, r"input size 192 is not a multiple of group size 128")
+
+    def test_table_that_disagrees_with_the_scales(self, mixed: Path):
+        self.change(mixed, "modules", {"model.layers.0.mlp.down_proj": 64})
+        assert_invalid(
+            mixed, r"down_proj\.weight_scale: expected F16 \[192, 4\] \(group size 64\), found F16 \[192, 2\]"
+        )
+
+    def test_expert_that_disagrees_with_the_others(self, mixed: Path):
+        name = f"{self.name}.2.down_proj.weight_zero"
+        edit_tensors(mixed, SHARD, lambda tensors: tensors.update({name: tensors[name].repeat(1, 2)}))
+        assert_invalid(mixed, r"experts\.2\.down_proj\.weight_zero: expected F16 \[192, 1\] \(group size 128\), found")
+
+    def test_gate_that_disagrees_with_up(self, mixed: Path):
+        self.change(mixed, "experts", {self.name: {"gate_proj": 32, "up_proj": 64}})
+        assert_invalid(mixed, r"experts\['model\.layers\.1\.mlp\.experts'\] gives the gate projection groups of 32")
+
+    @pytest.mark.parametrize("leaf", ["q_proj", "v_proj"])
+    def test_fused_layers_that_disagree(self, mixed: Path, leaf: str):
+        self.change(mixed, "modules", {f"model.layers.1.self_attn.{leaf}": 32})
+        assert_invalid(mixed, rf"vLLM fuses these layers, which need one group size: .*{leaf} has 32")
+
+    @pytest.mark.parametrize(
+        ("table", "name", "size"),
+        [
+            ("modules", "model.layers.0.self_attn.qproj", 64),
+            ("modules", "model.layers.1.mlp.experts.0.down_proj", 64),  # experts have a table of their own
+            ("experts", "model.layers.0.mlp.experts", {"down_proj": 64}),  # layer 0 is dense
+        ],
+    )
+    def test_unknown_name(self, mixed: Path, table: str, name: str, size):
+        self.change(mixed, table, {name: size})
+        assert_invalid(mixed, rf"group_sizes: {name} is in the table, but the files hold no such quantized matrix")
 
 
 def test_not_a_milo_checkpoint(tmp_path: Path):

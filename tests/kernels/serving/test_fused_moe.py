@@ -23,7 +23,7 @@ class Case:
     experts: int = 4
     hidden: int = 128
     intermediate: int = 64
-    group: int = 64
+    groups: tuple[int, int] = (64, 64)
     bits: int = 3
     ranks: str = "ragged"
     activation: str = "silu"
@@ -41,8 +41,12 @@ CASES = [
     Case(tokens=1),
     Case(tokens=33, top_k=1),
     Case(tokens=40, hidden=192, intermediate=192),
-    Case(group=32),
-    Case(group=128, intermediate=128),
+    Case(groups=(32, 32)),
+    Case(groups=(128, 128), intermediate=128),
+    Case(groups=(64, 128), hidden=192, intermediate=128),
+    Case(groups=(128, 64), intermediate=192),
+    Case(groups=(32, 128), intermediate=128),
+    Case(groups=(128, 32)),
     Case(bits=8),
     Case(bits=16),
     Case(ranks="none"),
@@ -84,9 +88,9 @@ class Layer:
     def __init__(self, case: Case, device: str):
         r13, r2 = make_ranks(case, 2), make_ranks(case, 1)
         self.case, self.device = case, device
-        self.w13 = random_experts(r13, 2 * case.intermediate, case.hidden, case.group, case.bits)
-        self.w2 = random_experts(r2, case.hidden, case.intermediate, case.group, case.bits)
-        self.spec = moe_spec(r13, r2, case.group, case.bits, case.activation, case.on_input)
+        self.w13 = random_experts(r13, 2 * case.intermediate, case.hidden, case.groups[0], case.bits)
+        self.w2 = random_experts(r2, case.hidden, case.intermediate, case.groups[1], case.bits)
+        self.spec = moe_spec(r13, r2, case.bits, case.activation, case.on_input)
         held = case.local if case.local else list(range(case.experts))
         self.local = {expert: index for index, expert in enumerate(held)}
         self.expert_map = None
@@ -144,16 +148,19 @@ TILES = [
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("tile", "group"),
-    [(tile, 64) for tile in TILES] + [(TILES[1], 128), (TILES[3], 128), (TILES[7], 128)],
-    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else f"group{value}",
+    ("tile", "groups"),
+    [(tile, (64, 64)) for tile in TILES]
+    + [(TILES[1], (128, 128)), (TILES[3], (128, 128)), (TILES[7], (128, 128))]
+    + [(TILES[1], (64, 128)), (TILES[3], (64, 128)), (TILES[3], (128, 64)), (TILES[3], (64, 32))],
+    ids=lambda value: "-".join(map(str, value)),
 )
-def test_every_tile(tile: GemmConfig, dtype: torch.dtype, group: int, kernel_device: str):
+def test_every_tile(tile: GemmConfig, dtype: torch.dtype, groups: tuple[int, int], kernel_device: str):
     """bf16 with scaled weights computes in fp16, so it runs interpreted too."""
-    if kernel_device == "cpu" and dtype == torch.bfloat16 and not tile.scaled:
+    if kernel_device == "cpu" and dtype == torch.bfloat16 and not all(map(tile.scales_weights, groups)):
         pytest.skip("bf16 dots are wrong in the interpreter")
     tokens = tile.block_m + tile.block_m // 4 + 3
-    case = Case(tokens=tokens, top_k=2, experts=3, hidden=256, intermediate=128 if group == 128 else 192, group=group)
+    intermediate = 128 if groups[1] == 128 else 192
+    case = Case(tokens=tokens, top_k=2, experts=3, hidden=256, intermediate=intermediate, groups=groups)
     layer = Layer(case, kernel_device)
     reach = 9 if dtype == torch.bfloat16 else 1  # binary orders of magnitude of the rows
     x = (torch.randn(tokens, case.hidden) * torch.exp2(torch.randint(-reach, reach, (tokens, 1)).float())).to(dtype)

@@ -64,7 +64,7 @@ class Projection:
         self.case, self.device = case, device
         self.weights = random_experts(case.ranks, 64 * len(case.ranks[0]), case.k, 64, case.bits)
         moved = type(self.weights)(*(t.to(device) for t in self.weights))
-        self.prepared: KernelWeights = prepare_experts(moved, 64, case.bits)
+        self.prepared: KernelWeights = prepare_experts(moved, case.bits)
         self.x = torch.randn(case.tokens, case.k).to(dtype)
         self.ids, self.map = None, None
         if case.top_k:
@@ -214,9 +214,9 @@ def test_layers_give_the_same_bits_whoever_adds(
     weights, spec = random_linear([192, 64], [72, 24], 384, 64, 3)
     dense = ops.prepare_linear(LinearWeights(*(t.to(kernel_device) for t in weights)), spec, "triton")
     ranks13, ranks2 = [[16, 8], [0, 0], [24, 16]], [[8], [16], [0]]
-    experts_spec = moe_spec(ranks13, ranks2, 64, 3)
+    experts_spec = moe_spec(ranks13, ranks2, 3)
     w13, w2 = (
-        prepare_experts(type(w)(*(t.to(kernel_device) for t in w)), 64, 3)
+        prepare_experts(type(w)(*(t.to(kernel_device) for t in w)), 3)
         for w in (random_experts(ranks13, 384, 384, 64, 3), random_experts(ranks2, 384, 192, 64, 3))
     )
     x = torch.randn(tokens, 384).half().to(kernel_device)

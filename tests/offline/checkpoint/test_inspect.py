@@ -31,9 +31,24 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert report["bits_per_weight"] == pytest.approx(8 * quantized / report["quantized_weights"])
     assert report["ranks"]["attention"] == {"matrices": 8, "mean": 16, "min": 16, "max": 16}
     assert report["ranks"]["routed_expert"]["mean"] == 8
+    assert (report["group_size"], report["group_sizes"]) == (64, {"64": 32})
     assert 0 < report["relative_error"]["dense_ffn"]["mean"] < 0.3
     assert main(["inspect", str(checkpoint)]) == 0
-    assert "bits a weight" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("3-bit, group size 64, compensators in 3 bits\n")
+    assert "bits a weight" in said
+
+
+def test_matrices_of_each_group_size_are_counted(odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    conversion = Conversion(Recipe("rtn", group_size=128))
+    out = convert(odd_model, tmp_path / "out", conversion, progress=False).out
+    report = inspect_checkpoint(out)
+    # what writes into the hidden size reads the inner sizes of the dense FFN, the shared expert and 6 experts
+    assert report["group_sizes"] == {"64": 32 - 8, "128": 8}
+    wide = 192 * (256 + 256 + 6 * 128) / report["quantized_weights"]
+    assert report["bits_per_weight"] == pytest.approx(3.5 - 0.25 * wide)
+    assert main(["inspect", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("3-bit, group sizes 64 (24 matrices) and 128 (8 matrices), compensators")
 
 
 def test_plain_3_bit_is_3_5_bits_a_weight(sources: dict[str, Path], tmp_path: Path):

@@ -49,7 +49,7 @@ MODELS = {
 
 
 def bits(matrices: list[Matrix], ranks: dict[str, int], recipe: Recipe = RECIPE) -> float:
-    return stored_bits(matrices, ranks, recipe.group_size, recipe.factor_bits)
+    return stored_bits(matrices, ranks, recipe)
 
 
 def may_grow(matrices: list[Matrix], ranks: dict[str, int]) -> list[Matrix]:
@@ -136,6 +136,17 @@ def test_a_budget_below_the_base_is_refused(group: int, least: str):
     said = rf"--budget-bits {budget:g}: .* group size {group} take {least} bits a weight already; raise the budget"
     with pytest.raises(ConversionError, match=said):
         share_budget(MODELS["all kinds"], budget, Recipe(group_size=group))
+
+
+def test_sizes_that_128_does_not_divide_cost_only_their_own_matrices():
+    """A dense FFN in groups of 64 leaves more to ranks than a whole model would."""
+    odd = model(ffn=1984)
+    ranks, _ = share_budget(odd, 3.6, RECIPE)
+    assert bits(odd, ranks) <= 3.6
+    coarse, _ = share_budget(odd, 3.6, Recipe(group_size=64))
+    assert sum(ranks.values()) > 1.5 * sum(coarse.values())
+    with pytest.raises(ConversionError, match=r"of group sizes 128 and 64 take 3\.2\d+ bits a weight already"):
+        share_budget(odd, 3.25, RECIPE)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -146,16 +146,16 @@ def test_quantized_source(checkpoint: Path, tmp_path: Path):
     refused(checkpoint, tmp_path / "out", r"the model is quantized already \(milo\); convert the original")
 
 
-def test_group_size_that_does_not_divide(tmp_path: Path):
+def test_input_size_that_no_group_divides(tmp_path: Path):
     source = make_model("qwen2_moe", tmp_path / "source")
 
     def edit(tensors):
         for name in tensors:
             if ".experts." in name and "down_proj" in name:
-                tensors[name] = tensors[name][..., :64].contiguous()
+                tensors[name] = tensors[name][..., :80].contiguous()
 
     edit_tensors(source, WEIGHTS, edit)
-    message = r"experts\.0\.down_proj: input size 64 is not a multiple of group size 128; use a smaller --group-size"
+    message = r"experts\.0\.down_proj: shape \[128, 80\] is not a multiple of 64 in both dimensions; keep this layer"
     refused(source, tmp_path / "out", message, Conversion(Recipe(group_size=128)), CheckpointError)
 
 
