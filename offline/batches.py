@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,13 +60,33 @@ def batches(
 
 def load_batches(
     reader: ModelReader,
-    layer: Layer,
+    layers: Sequence[Layer],
     moments: LayerMoments,
     ranks: Mapping[str, int],
     device: torch.device,
     mixed: bool = True,
 ) -> Iterator[Batch]:
-    """Load a layer and yield the :func:`batches` of its matrices; its weights are gone after the last."""
-    loaded = list(reader.load_layer(layer, device))
+    """Load layers and yield the :func:`batches` of their matrices; their weights are gone after the last."""
+    loaded = [member for layer in layers for member in reader.load_layer(layer, device)]
     if loaded:
         yield from batches(loaded, moments, ranks, mixed)
+
+
+def gather_layers(layers: Iterable[Layer], device: torch.device) -> Iterator[list[Layer]]:
+    """Put layers together that follow each other, so that the solver's batches are full where layers are small.
+
+    A GPU works as long on a few small matrices as on many. A CPU gets one layer at a time.
+    """
+    most = batch_elements(device) if device.type == "cuda" else 0
+    together: list[Layer] = []
+    for layer in layers:
+        if together and _weights(together) + _weights([layer]) > most:
+            yield together
+            together = []
+        together.append(layer)
+    if together:
+        yield together
+
+
+def _weights(layers: Iterable[Layer]) -> int:
+    return sum(source.matrix.n * source.matrix.k for layer in layers for source in layer.matrices)

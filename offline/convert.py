@@ -17,7 +17,7 @@ from vllm_milo import __version__
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.validation import validate_checkpoint
 
-from .batches import Batch, batch_elements, batches, load_batches
+from .batches import Batch, batch_elements, batches, gather_layers, load_batches
 from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
@@ -165,12 +165,22 @@ def _quantized(
     """Yield the layers of a model, quantized: each by itself, or along a calibration text."""
     recipe, text = conversion.recipe, conversion.text
     if text is None:
-        for layer in progress_bar(plan, "quantize", progress, sizes=_sizes(plan)):
-            loaded = load_batches(reader, layer, NoMoments(), ranks, device, recipe.method == "milo")
-            yield layer, _solve(loaded, ranks, recipe, reader.dtype, report)
+        for layers in gather_layers(progress_bar(plan, "quantize", progress, sizes=_sizes(plan)), device):
+            loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
+            yield from _by_layer(layers, _solve(loaded, ranks, recipe, reader.dtype, report))
         return
-    layers = _learned(reader, plan, ranks, recipe, text, device, report, progress)
-    yield from layers if text.tune is None else _tuned(reader, list(layers), recipe, text, device, report, progress)
+    trained = _learned(reader, plan, ranks, recipe, text, device, report, progress)
+    yield from trained if text.tune is None else _tuned(reader, list(trained), recipe, text, device, report, progress)
+
+
+def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Solved]]) -> Layers:
+    """Yield layers that were solved together with the matrices of each."""
+    if len(layers) == 1:
+        yield layers[0], solved
+        return
+    found = dict(solved)
+    for layer in layers:
+        yield layer, [(source.matrix, found.pop(source.matrix)) for source in layer.matrices]
 
 
 def _learned(

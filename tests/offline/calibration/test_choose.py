@@ -90,7 +90,7 @@ def test_none_takes_the_robust_base(bundled_model: Path, tmp_path: Path, asked: 
         assert quantize(bundled_model, tmp_path / "out", *options) == 1
         conversion = asked.pop()
         assert conversion.text is None
-        assert (conversion.recipe.base, conversion.recipe.max_rounds) == ("hqq", 6)
+        assert (conversion.recipe.base, conversion.recipe.max_rounds) == ("hqq", 10)
     assert quantize(bundled_model, tmp_path / "out", "--preset", "fast", "--calibration", "text") == 1
     assert asked.pop().text is not None
 
