@@ -1,0 +1,155 @@
+"""Wall clock and memory of ``milo quantize`` on layers of real size.
+
+    python -m benchmarks.offline.real_size mixtral qwen3 --tokenizer FOLDER --folder SCRATCH -o OUT.json [--layers 2]
+
+Writes a model of a few layers with random weights in the shapes of Mixtral-8x7B or Qwen3-30B-A3B, in shards of a layer
+as the originals have them, and converts it by the command with the presets ``balanced`` and ``fast``. What a layer takes
+is the difference between conversions of ``--layers`` and of one layer less, so that imports, the embedding and the head
+do not count as layers; the whole model is extrapolated from it. FOLDER holds any model's tokenizer: only its ids are
+used. Random weights route evenly, which is the most work for experts; they say nothing about accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.records import environment, markdown_table, write_json
+from benchmarks.serving.models import BASE, MODELS
+
+LAYERS = {"mixtral": 32, "qwen3": 48}
+PRESETS = ("balanced", "fast")
+SOURCE_STD = 0.02
+
+
+def main() -> None:
+    """Write and convert the models, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=list(LAYERS))
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a trial")
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.models:
+        for preset in arguments.presets:
+            rows.append(measure(name, preset, arguments))
+            write_json(arguments.output, {"environment": environment(torch.device(arguments.device)), "rows": rows})
+            print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+
+
+def measure(name: str, preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds and memory of a preset on a model, by layer and extrapolated."""
+    runs = [convert(name, layers, preset, arguments) for layers in (arguments.layers - 1, arguments.layers)]
+    layer = runs[1]["seconds"] - runs[0]["seconds"]
+    whole = runs[1]["seconds"] + layer * (LAYERS[name] - arguments.layers)
+    return {"model": name, "preset": preset, "runs": runs, "layer_seconds": layer, "whole_seconds": whole}
+
+
+def convert(name: str, layers: int, preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write a model of so many layers where it is not there yet, convert it, and return what that took."""
+    source, out = arguments.folder / f"{name}-{layers}", arguments.folder / f"{name}-{layers}-{preset}"
+    if not (source / "config.json").exists():
+        write_model(source, name, layers, arguments.tokenizer, arguments.device, arguments.scale)
+    start = time.monotonic()
+    command = [sys.executable, "-m", "vllm_milo.offline.cli", "quantize", str(source), "-o", str(out), "--overwrite"]
+    command += ["--preset", preset, "--device", arguments.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}, {preset}: {done.stderr[-2000:]}")
+    seconds = time.monotonic() - start
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    shutil.rmtree(out)
+    return {"layers": layers, "seconds": seconds, "source_bytes": size, "said": done.stdout.strip().splitlines()[-1]}
+
+
+def write_model(folder: Path, name: str, layers: int, tokenizer: Path, device: str, scale: int = 1) -> None:
+    """Write a model with random weights; config.json last, so that it is there only when the rest is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in tokenizer.glob("*token*"):
+        shutil.copy(file, folder / file.name)
+    words = len(json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]) + 1024
+    config = BASE | MODELS[name].config | {"num_hidden_layers": layers, "vocab_size": words}
+    for key in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
+        if key in config:
+            config[key] //= scale
+    generator = torch.Generator(device).manual_seed(0)
+    weights: dict[str, str] = {}
+    for shard, shapes in enumerate([list(edges(config)), *(list(layer(config, name, i)) for i in range(layers))]):
+        held = {}
+        for tensor, shape in shapes:
+            values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            norm = len(shape) == 1
+            held[tensor] = (values.fill_(1) if norm else values.normal_(std=SOURCE_STD, generator=generator)).cpu()
+            weights[tensor] = f"model-{shard:02d}.safetensors"
+        save_file(held, folder / f"model-{shard:02d}.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def edges(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of what lies outside the layers."""
+    hidden, words = config["hidden_size"], config["vocab_size"]
+    yield "model.embed_tokens.weight", (words, hidden)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (words, hidden)
+
+
+def layer(config: dict[str, Any], name: str, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of a decoder layer."""
+    hidden, prefix = config["hidden_size"], f"model.layers.{index}"
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, values = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    for leaf, shape in (("q", (queries, hidden)), ("k", (values, hidden)), ("v", (values, hidden))):
+        yield f"{prefix}.self_attn.{leaf}_proj.weight", shape
+    yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if name == "qwen3":
+        yield f"{prefix}.self_attn.q_norm.weight", (head,)
+        yield f"{prefix}.self_attn.k_norm.weight", (head,)
+    for norm in norms:
+        yield f"{prefix}.{norm}.weight", (hidden,)
+    block = f"{prefix}.{'block_sparse_moe' if name == 'mixtral' else 'mlp'}"
+    experts = config.get("num_local_experts") or config["num_experts"]
+    inner = config.get("moe_intermediate_size") or config["intermediate_size"]
+    yield f"{block}.gate.weight", (experts, hidden)
+    gate, up, down = MODELS[name].projections
+    for expert in range(experts):
+        for leaf, shape in ((gate, (inner, hidden)), (up, (inner, hidden)), (down, (hidden, inner))):
+            yield f"{block}.experts.{expert}.{leaf}.weight", shape
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    header = ["model", "preset", "layers measured", "seconds", "seconds a layer", "whole model, extrapolated, minutes"]
+    body = [
+        [
+            row["model"],
+            row["preset"],
+            str(row["runs"][1]["layers"]),
+            f"{row['runs'][1]['seconds']:.0f}",
+            f"{row['layer_seconds']:.1f}",
+            f"{row['whole_seconds'] / 60:.1f}",
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, body)
+
+
+if __name__ == "__main__":
+    main()
