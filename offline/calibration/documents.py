@@ -7,6 +7,7 @@ all documents in a shuffled order, one after another with the tokenizer's end to
 from __future__ import annotations
 
 import json
+import lzma
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -19,7 +20,7 @@ from ..errors import ConversionError
 from ..source.tokens import read_text
 
 KINDS = ("english", "code", "math", "multilingual", "chat")
-"""Files of the text that ships with the package, in ``texts/``; ``texts/SOURCES.md`` says where they come from."""
+"""Files of the package's own text, ``texts/*.jsonl.xz``; ``texts/SOURCES.md`` says where they come from."""
 
 COLUMNS = ("text", "messages", "conversations")
 """Where an entry of a file or dataset may hold its text or its chat."""
@@ -36,7 +37,8 @@ def packaged_documents() -> list[Document]:
     folder = files(__package__) / "texts"
     documents: list[Document] = []
     for kind in KINDS:
-        documents += parse_lines((folder / f"{kind}.jsonl").read_text(encoding="utf-8"), f"{kind}.jsonl")
+        content = lzma.decompress((folder / f"{kind}.jsonl.xz").read_bytes()).decode("utf-8")
+        documents += parse_lines(content, f"{kind}.jsonl.xz")
     return documents
 
 

