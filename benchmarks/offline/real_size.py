@@ -3,9 +3,9 @@
     python -m benchmarks.offline.real_size mixtral qwen3 --tokenizer FOLDER --folder SCRATCH -o OUT.json [--layers 2]
 
 Writes a model of a few layers with random weights in the shapes of Mixtral-8x7B or Qwen3-30B-A3B, in shards of a layer
-as the originals have them, and converts it by the command with the presets ``balanced`` and ``fast``. What a layer takes
-is the difference between conversions of ``--layers`` and of one layer less, so that imports, the embedding and the head
-do not count as layers; the whole model is extrapolated from it. FOLDER holds any model's tokenizer: only its ids are
+as the originals have them, and converts it by the command with the presets ``balanced`` and ``fast``. What a layer
+takes is the difference between conversions of ``--layers`` and of one layer less, so that imports, the embedding and
+the head do not count as layers; the whole model is extrapolated from it. FOLDER holds a tokenizer: only its ids are
 used. Random weights route evenly, which is the most work for experts; they say nothing about accuracy.
 """
 

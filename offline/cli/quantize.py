@@ -39,11 +39,15 @@ class Effort(NamedTuple):
     batch: int
 
 
-GPU_EFFORT = Effort(1024, 200, 8)
+GPU_EFFORT = Effort(1000, 200, 8)
 """With more steps on as little as 256 windows the codes learn the text by heart: on real weights of 0.5 B parameters
 100, 200 and 400 steps left a KL divergence of 0.082, 0.078 and 0.087 (2026-11-27). Models so wide that the states of
 all windows would take more than some GiB get fewer."""
 CPU_EFFORT = Effort(32, 16, 4)
+OWN_WINDOWS = 512
+"""Most windows that a model writes by itself where none are asked for: writing takes longer than learning."""
+TUNE_STEPS = 2
+"""Steps that train the whole model, for each step of a layer."""
 CALIBRATED_ROUNDS, PLAIN_ROUNDS = 2, 10
 COST = "which on a real model left twice the KL divergence from the original"
 DEFAULT_RANKS = "dense=64"
@@ -187,7 +191,7 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
         return None
     thorough = preset is not None and preset.thorough
     effort = GPU_EFFORT if torch.device(arguments.device).type == "cuda" else CPU_EFFORT
-    number = arguments.calibration_windows or _windows(arguments, effort, thorough)
+    number = arguments.calibration_windows or _windows(arguments, wanted, effort, thorough)
     options = TextOptions(number, arguments.device, arguments.seed, not arguments.quiet)
     try:
         windows = calibration_windows(arguments.model, wanted, options)
@@ -208,10 +212,11 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
     return Text(wanted, windows, learn, _tune(arguments, effort) if thorough and steps else None)
 
 
-def _windows(arguments: argparse.Namespace, effort: Effort, thorough: bool) -> int:
+def _windows(arguments: argparse.Namespace, how: str, effort: Effort, thorough: bool) -> int:
     """Return how many windows a calibration has where none are asked for."""
+    most = OWN_WINDOWS if how == OWN_TEXT else GPU_EFFORT.windows
     small = memory.windows_within(memory.DEFAULT_STATES, ModelReader(arguments.model), WINDOW, arguments.device)
-    return min(effort.windows, small) * (2 if thorough else 1)
+    return min(effort.windows * (2 if thorough else 1), small, most)
 
 
 def _tune(arguments: argparse.Namespace, effort: Effort) -> TuneOptions | None:
@@ -224,7 +229,7 @@ def _tune(arguments: argparse.Namespace, effort: Effort) -> TuneOptions | None:
             file=sys.stderr,
         )
         return None
-    return TuneOptions(steps=effort.steps, batch=effort.batch, seed=arguments.seed)
+    return TuneOptions(steps=TUNE_STEPS * effort.steps, batch=effort.batch, seed=arguments.seed)
 
 
 def _preset(arguments: argparse.Namespace) -> Preset | None:

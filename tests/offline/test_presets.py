@@ -49,7 +49,7 @@ def test_best_trains_the_whole_model(bundled_model: Path, tmp_path: Path, monkey
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.CPU_EFFORT", Effort(windows=1, steps=3, batch=1))
     report = quantize(bundled_model, tmp_path / "out", "--preset", "best")
     assert report["recipe"]["calibration_tokens"] == 2 * 512
-    assert (report["recipe"]["learn_steps"], report["recipe"]["tune_steps"]) == (3, 3)
+    assert (report["recipe"]["learn_steps"], report["recipe"]["tune_steps"]) == (3, 6)
     tuning = json.loads((tmp_path / "out" / "milo_report.json").read_text(encoding="utf-8"))["tuning"]
     assert 0 < tuning["last_kl"] < 2 * tuning["first_kl"]
 
