@@ -4,8 +4,9 @@
 
 Quantizes MODEL by ``milo quantize`` with each contender's options and measures it as ``milo eval --reference`` does: KL
 divergence, top-1 agreement and perplexity of each text, stored bits, and the share of HQQ's KL divergence that is
-closed. Takes windows from the start of the texts, which no contender may have been calibrated on. Writes
-OUT/divergence.json and prints a table. A contender that is there already is not made again.
+closed. Contenders by the name of GPTQ are not ``milo quantize``'s: they are calibrated on the same text and written as
+models with dequantized weights. Takes windows from the start of the texts, which no contender may have been calibrated
+on. Writes OUT/divergence.json and prints a table. A contender that is there already is not made again.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy.gptq import Gptq
+from benchmarks.accuracy.streamed_gptq import write_gptq
 from benchmarks.records import environment, markdown_table, write_json
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.evaluation.divergence import Divergence, divergence, open_streamed, text_windows
 
 HQQ = "HQQ g64"
-CONTENDERS = {
+CONTENDERS: dict[str, list[str] | Gptq] = {
     HQQ: ["--method", "hqq"],
     "RTN g64": ["--method", "rtn"],
     "least squares g64": ["--method", "mse"],
@@ -33,6 +36,8 @@ CONTENDERS = {
     "balanced, own text": ["--calibration", "self"],
     "best": ["--preset", "best"],
     "small": ["--preset", "small"],
+    "GPTQ g64": Gptq(64, act_order=True),
+    "GPTQ g32": Gptq(32, act_order=True),
 }
 
 
@@ -65,14 +70,23 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the row of one contender."""
     out = arguments.output / name.replace(" ", "-").replace(",", "")
     start = time.monotonic()
-    options = ["--device", arguments.device, "--quiet", *CONTENDERS[name]]
-    if not out.exists() and milo(["quantize", str(arguments.model), "-o", str(out), *options]) != 0:
-        raise SystemExit(f"{name}: milo quantize failed; see above")
+    if not out.exists():
+        quantize(name, arguments.model, out, arguments.device)
     seconds = time.monotonic() - start
     texts = {text.name: measure(out, text, arguments)._asdict() for text in arguments.text}
     mean = sum(scores["kl"] for scores in texts.values()) / len(texts)
-    bits = inspect_checkpoint(out)["bits_per_weight"]
+    how = CONTENDERS[name]
+    bits = how.bits if isinstance(how, Gptq) else inspect_checkpoint(out)["bits_per_weight"]
     return {"name": name, "bits": bits, "seconds": seconds, "mean_kl": mean, "texts": texts}
+
+
+def quantize(name: str, model: Path, out: Path, device: str) -> None:
+    """Make the folder of one contender."""
+    how = CONTENDERS[name]
+    if isinstance(how, Gptq):
+        write_gptq(model, out, how, torch.device(device))
+    elif milo(["quantize", str(model), "-o", str(out), "--device", device, "--quiet", *how]) != 0:
+        raise SystemExit(f"{name}: milo quantize failed; see above")
 
 
 def measure(out: Path, text: Path, arguments: argparse.Namespace) -> Divergence:
