@@ -53,17 +53,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     arguments = parser.parse_args()
     names = [HQQ, *(name for name in arguments.only if name != HQQ)]
-    rows = [run(name, arguments) for name in names]
-    for row in rows:
-        row["share"] = 1 - row["mean_kl"] / rows[0]["mean_kl"]
+    rows: list[dict[str, Any]] = []
     content = {
-        "model": str(arguments.model),
+        "model": arguments.model.name,
         "environment": environment(torch.device(arguments.device)),
         "dtype": arguments.dtype,
         "rows": rows,
     }
-    write_json(arguments.output / "divergence.json", content)
-    print(table(rows, [text.name for text in arguments.text]))
+    for name in names:
+        rows.append(run(name, arguments))
+        rows[-1]["share"] = 1 - rows[-1]["mean_kl"] / rows[0]["mean_kl"]
+        write_json(arguments.output / "divergence.json", content)  # each at once: the next may take an hour
+        print(table(rows, [text.name for text in arguments.text]), flush=True)
 
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
