@@ -98,6 +98,9 @@ class CheckpointWriter:
     def publish(self) -> Path:
         """Make the sealed folder appear as ``out`` in one rename; return where it is.
 
+        With ``overwrite`` there is one rename before it, of what stands there now, to a hidden ``.replaced`` folder,
+        which goes last. A kill between the two leaves that folder, and no ``out``.
+
         What was at ``out`` at the start is looked at once more. If something else stands there now, that is kept and
         the checkpoint appears beside it under another name. If the rename fails, what was there comes back.
 

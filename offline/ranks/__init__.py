@@ -1,1 +1,1 @@
-"""Ranks: how much compensator each matrix gets, by policies, by measured spectra, or within a byte budget."""
+"""Ranks: how much compensator each matrix gets, by policies, or within a byte budget by what a matrix is part of."""
