@@ -8,8 +8,8 @@ import torch
 
 from .documents import cut_windows, packaged_documents
 
-SAMPLE = 32
-"""Windows that are looked at."""
+SAMPLE, USUAL_SAMPLE = 32, 1024
+"""Windows of a text that are looked at, and of the package's, whose documents differ much."""
 MOST_TOKENS = 1.75
 """Times the tokens for each byte of the text that comes with the package. A tokenizer with little but English takes
 1 for each byte of other scripts, twice what it takes for the package's text, a fifth of which is in other languages."""
@@ -25,8 +25,8 @@ def doubts(windows: torch.Tensor, tokenizer: Any) -> str | None:
     unknown = _unknown_share(windows, tokenizer)
     if unknown > MOST_UNKNOWN:
         return f"{unknown:.0%} of its tokens stand for what the tokenizer does not know; {_QUESTION}"
-    usual = cut_windows(packaged_documents(), tokenizer, SAMPLE, windows.shape[1])
-    own, theirs = tokens_per_byte(windows, tokenizer), tokens_per_byte(usual, tokenizer)
+    usual = cut_windows(packaged_documents(), tokenizer, USUAL_SAMPLE, windows.shape[1])
+    own, theirs = tokens_per_byte(windows[:SAMPLE], tokenizer), tokens_per_byte(usual, tokenizer)
     if own > MOST_TOKENS * theirs:
         return (
             f"the tokenizer takes {own:.2f} tokens for each byte of it, and {theirs:.2f} for the text that comes with "
@@ -37,7 +37,6 @@ def doubts(windows: torch.Tensor, tokenizer: Any) -> str | None:
 
 def tokens_per_byte(windows: torch.Tensor, tokenizer: Any) -> float:
     """Return how many token ids stand for a byte of the UTF-8 text of windows [W, T], special tokens left out."""
-    windows = windows[:SAMPLE]
     special = torch.isin(windows, torch.tensor(tokenizer.all_special_ids, dtype=windows.dtype))
     texts = tokenizer.batch_decode(windows.tolist(), skip_special_tokens=True)
     return int((~special).sum()) / max(1, sum(len(text.encode("utf-8", errors="replace")) for text in texts))

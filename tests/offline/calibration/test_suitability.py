@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_other_scripts_are_doubted(tokenizer: Any, part: str):
     said = doubts(windows(foreign(part), tokenizer), tokenizer)
     assert said is not None
     assert said.startswith(("the tokenizer takes 0.9", "the tokenizer takes 1.0"))
-    assert "for each byte of it, and 0.5" in said
+    assert re.search(r"for each byte of it, and 0\.[45]\d for the text", said)
     assert "is it in a language and encoding that the model was trained on?" in said
 
 
