@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.gptq import Gptq
-from benchmarks.accuracy.streamed_gptq import write_gptq
+from benchmarks.streamed_gptq import write_gptq
 from benchmarks.records import environment, markdown_table, write_json
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main as milo
