@@ -3,10 +3,10 @@
     python -m benchmarks.divergence MODEL --text FILE [FILE ...] -o OUT [--device cuda] [--only fast balanced]
 
 Quantizes MODEL by ``milo quantize`` with each contender's options and measures it as ``milo eval --reference`` does: KL
-divergence, top-1 agreement and perplexity of each text, stored bits, and the share of HQQ's KL divergence that is
-closed. Contenders by the name of GPTQ are not ``milo quantize``'s: they are calibrated on the same text and written as
-models with dequantized weights. Takes windows from the start of the texts, which no contender may have been calibrated
-on. Writes OUT/divergence.json and prints a table. A contender that is there already is not made again.
+divergence, top-1 agreement and perplexity of each text, stored bits, router flips, and the share of HQQ's KL divergence
+that is closed. Contenders by the name of GPTQ are not ``milo quantize``'s: they are calibrated on the same text and
+written as models with dequantized weights. Takes windows from the start of the texts, which no contender may have been
+calibrated on. Writes OUT/divergence.json and prints a table. A contender that is there already is not made again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.gptq import Gptq
-from benchmarks.accuracy.streamed_gptq import write_gptq
 from benchmarks.records import environment, markdown_table, write_json
+from benchmarks.streamed_gptq import write_gptq
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.evaluation.divergence import Divergence, divergence, open_streamed, text_windows
@@ -104,14 +104,22 @@ def table(rows: list[dict[str, Any]], texts: list[str]) -> str:
         "bits",
         "seconds",
         *(f"{text}: KL, top-1, perplexity" for text in texts),
+        "router flips",
         "share of HQQ's KL closed",
     ]
     body = []
     for row in rows:
         scores = [row["texts"][text] for text in texts]
         cells = [f"{one['kl']:.4f}, {one['top1']:.3f}, {one['perplexity']:.2f}" for one in scores]
-        body.append([row["name"], f"{row['bits']:.3f}", f"{row['seconds']:.0f}", *cells, f"{row['share']:.3f}"])
+        first = [row["name"], f"{row['bits']:.3f}", f"{row['seconds']:.0f}"]
+        body.append([*first, *cells, _flips(scores), f"{row['share']:.3f}"])
     return markdown_table(header, body)
+
+
+def _flips(scores: list[dict[str, Any]]) -> str:
+    """Return the share of the tokens that went to other experts, the mean over texts."""
+    found = [one["router_flips"] for one in scores if one["router_flips"] is not None]
+    return f"{sum(found) / len(found):.4f}" if found else "-"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("eval", help="measure a model or MiLo checkpoint on texts")
     add_text_arguments(parser, several=True)
-    reference = "the model it was made of: KL divergence and top-1 agreement, both a layer in memory at a time"
+    reference = "the model it was made of: KL divergence, top-1 agreement and router flips, a layer in memory at a time"
     parser.add_argument("--reference", type=Path, help=reference)
     window = f"tokens of a window (default: {WINDOW}; with --reference {REFERENCE_WINDOW})"
     parser.add_argument("--window", type=int, default=None, help=window)
@@ -77,11 +77,12 @@ def _print_divergences(arguments: argparse.Namespace) -> None:
         names = {"model": str(arguments.model), "reference": str(arguments.reference)}
         print(json.dumps({**names, "texts": texts, "mean_kl": mean}))
         return
-    print(f"{'KL':>8} {'top-1':>7} {'perplexity':>11} {'reference':>10} {'windows':>8}  text")
+    print(f"{'KL':>8} {'top-1':>7} {'perplexity':>11} {'reference':>10} {'flips':>7} {'windows':>8}  text")
     for text, row in rows.items():
-        numbers = (
-            f"{row.kl:8.4f} {row.top1:7.4f} {row.perplexity:11.4f} {row.reference_perplexity:10.4f} {row.windows:8d}"
-        )
-        print(f"{numbers}  {text}")
+        flips = "-" if row.router_flips is None else f"{row.router_flips:.4f}"
+        numbers = f"{row.kl:8.4f} {row.top1:7.4f} {row.perplexity:11.4f} {row.reference_perplexity:10.4f} {flips:>7}"
+        print(f"{numbers} {row.windows:8d}  {text}")
     length = found[0].tokens // found[0].windows
     print(f"{mean:8.4f} nats a token on average; windows of {length} tokens; {arguments.dtype}")
+    if any(row.router_flips is not None for row in found):
+        print("flips: share of the tokens that a layer sends to another set of experts, mean over layers")

@@ -25,6 +25,7 @@ from ..source.families import find_family
 from ..source.reader import ModelReader
 from ..source.streamed_model import StreamedModel, reader_tensors
 from ..source.tokens import load_tokenizer, read_text
+from .router_choices import changed_choices, router_choices
 
 BATCH = 8
 """Windows that go through a layer at once."""
@@ -50,6 +51,8 @@ class Divergence(NamedTuple):
         reference_perplexity: of the reference.
         windows: number of windows.
         tokens: of all windows.
+        router_flips: share of the tokens that the two send to different sets of experts, mean over the layers that
+            route; None where none does or it cannot be told.
     """
 
     kl: float
@@ -58,6 +61,7 @@ class Divergence(NamedTuple):
     reference_perplexity: float
     windows: int
     tokens: int
+    router_flips: float | None = None
 
 
 def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype) -> StreamedModel:
@@ -156,9 +160,11 @@ def divergences(
     windows = torch.cat(list(texts))
     home = states_home(model, windows)
     pair = [(one, one.begin(windows, home)) for one in (model, reference)]
+    flips: list[torch.Tensor] = []
     for index in progress_bar(range(len(model)), "evaluate", progress):
-        for one, states in pair:
-            _advance_in_place(one, index, states)
+        mine, theirs = (_advance_in_place(one, index, states) for one, states in pair)
+        changed = changed_choices(mine, theirs, len(windows))
+        flips += [] if changed is None else [changed]
     heads, step = (model.head(), reference.head()), max(1, LOGITS // model.vocabulary)
     held = zip(windows.to(model.device), *(states for _, states in pair), strict=True)
     scores = torch.stack([_scores(heads, states, ids, step) for ids, *states in held]).cpu()
@@ -167,7 +173,12 @@ def divergences(
             f"the predictions of {model.folder} beside {reference.folder} are not finite in {model.dtype}; is one of "
             f"them broken, or --dtype too narrow?"
         )
-    return [_summary(part, text.shape[1]) for part, text in zip(scores.split([*map(len, texts)]), texts, strict=True)]
+    sizes = [len(text) for text in texts]
+    found = [_summary(part, windows.shape[1]) for part in scores.split(sizes)]
+    if not flips:
+        return found
+    of_texts = torch.stack(flips).mean(0).split(sizes)
+    return [one._replace(router_flips=float(part.mean())) for one, part in zip(found, of_texts, strict=True)]
 
 
 def states_home(model: StreamedModel, windows: torch.Tensor) -> torch.device:
@@ -184,12 +195,18 @@ def states_home(model: StreamedModel, windows: torch.Tensor) -> torch.device:
     return model.device if need <= STATES_SHARE * free else torch.device("cpu")
 
 
-def _advance_in_place(model: StreamedModel, index: int, states: torch.Tensor) -> None:
-    """Load a layer, put what it makes of the hidden states [W, T, H] in their place, and free it."""
+def _advance_in_place(model: StreamedModel, index: int, states: torch.Tensor) -> list[torch.Tensor]:
+    """Load a layer, put what it makes of the hidden states [W, T, H] in their place, and free it.
+
+    Returns:
+        Its tokens' experts; see :func:`router_choices`.
+    """
     module = model.layer(index)
-    for part in states.split(BATCH):
-        part.copy_(model.run(index, module, part.to(model.device)))
+    with router_choices(module, states.device) as choices:
+        for part in states.split(BATCH):
+            part.copy_(model.run(index, module, part.to(model.device)))
     model.drop(module)
+    return choices
 
 
 def _scores(heads: Sequence[Head], states: Sequence[torch.Tensor], ids: torch.Tensor, step: int) -> torch.Tensor:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny_models import TEXT, make_model
 
-from benchmarks import divergence
-from benchmarks.accuracy import streamed_gptq
+from benchmarks import divergence, streamed_gptq
 from benchmarks.accuracy.gptq import Gptq
 from vllm_milo.offline.source.reader import ModelReader
 

@@ -15,6 +15,7 @@ from vllm_milo.offline.cli import main
 from vllm_milo.offline.evaluation import divergence as module
 from vllm_milo.offline.evaluation.divergence import divergence, divergences, open_streamed, states_home
 from vllm_milo.offline.evaluation.model import load_model
+from vllm_milo.offline.evaluation.router_choices import changed_choices, router_choices
 from vllm_milo.offline.source.streamed_model import StreamedModel
 
 CPU = torch.device("cpu")
@@ -101,6 +102,42 @@ def test_a_model_does_not_differ_from_itself(bundled_model: Path):
     scores = divergence(model, reference, windows)
     assert scores.kl == 0
     assert scores.top1 == 1
+    assert scores.router_flips == 0
+
+
+def sets_of_experts(folder: Path, windows: torch.Tensor) -> list[list[set[int]]]:
+    """The experts of every token, a list a layer, of a whole model in memory."""
+    model, found = load_model(folder), []
+    for name, part in model.named_modules():
+        if name.endswith(".experts"):
+            part.register_forward_pre_hook(lambda _, args: found.append([set(row.tolist()) for row in args[1]]))
+    with torch.no_grad():
+        model(windows)
+    return found
+
+
+def test_router_flips_are_tokens_with_other_sets_of_experts(pair: list[StreamedModel], monkeypatch: pytest.MonkeyPatch):
+    windows = torch.randint(0, VOCABULARY, (5, 24))
+    monkeypatch.setattr(module, "BATCH", 2)
+    mine, theirs = (sets_of_experts(one.folder, windows) for one in pair)
+    assert len(mine) == 1  # the other layer is dense
+    changed = [a != b for left, right in zip(mine, theirs, strict=True) for a, b in zip(left, right, strict=True)]
+    assert 0 < sum(changed) < len(changed)
+    assert divergence(*pair, windows).router_flips == pytest.approx(sum(changed) / len(changed), abs=0.01)
+    by_text = divergences(*pair, windows.split([2, 3]))
+    assert by_text[0].router_flips == pytest.approx(sum(changed[:48]) / 48, abs=0.02)
+    assert by_text[1].router_flips == pytest.approx(sum(changed[48:]) / 72, abs=0.02)
+
+
+def test_router_flips_are_unknown_without_routers_or_with_other_numbers_of_experts():
+    choices = [torch.tensor([[0, 1], [1, 2]])]
+    assert changed_choices([], [], 1) is None
+    assert changed_choices(choices, [choices[0][:, :1]], 1) is None
+    assert changed_choices(choices, [torch.tensor([[0, 1], [0, 2]])], 1).tolist() == [0.5]
+    assert changed_choices(choices, [torch.tensor([[0, 1], [0, 2]])], 2).tolist() == [0, 1]
+    with router_choices(torch.nn.Sequential(torch.nn.Linear(2, 2)), CPU) as seen:
+        pass
+    assert seen == []
 
 
 def test_the_command_takes_several_texts(
@@ -115,11 +152,14 @@ def test_the_command_takes_several_texts(
     said = json.loads(capsys.readouterr().out)
     assert [row["text"] for row in said["texts"]] == texts
     assert all(row["kl"] > 0.01 and 0 < row["top1"] < 1 and row["windows"] == 2 for row in said["texts"])
+    assert all(0 < row["router_flips"] < 1 for row in said["texts"])
     assert said["mean_kl"] == pytest.approx(sum(row["kl"] for row in said["texts"]) / 2)
     assert main(arguments) == 0
     table = capsys.readouterr().out
     assert "top-1" in table
     assert f"{said['texts'][0]['kl']:.4f}" in table
+    assert f"{said['texts'][0]['router_flips']:.4f}" in table
+    assert "flips: share of the tokens" in table
 
 
 def test_bad_references_and_texts_are_refused(
