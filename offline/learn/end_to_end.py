@@ -31,8 +31,9 @@ class TuneOptions:
         steps: of Adam.
         batch: windows of a step.
         seed: of the choice of windows.
-        rates: learning rates. On real weights of 0.5 B parameters 400 steps at these lower the KL divergence from 0.0676
-            to 0.0625, without codes to 0.0656 (500 thousand tokens of text; with 150 thousand codes gained nothing).
+        rates: learning rates. On real weights of 0.5 B parameters 400 steps at these lower the KL divergence from
+            0.0676 to 0.0625, without codes to 0.0656 (500 thousand tokens; with 150 thousand, codes gained
+            nothing).
     """
 
     steps: int = 200

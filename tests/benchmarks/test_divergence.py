@@ -23,7 +23,7 @@ def test_gptq_beats_rounding_to_nearest_in_the_table(
     monkeypatch.setattr(sys, "argv", ["divergence", *arguments, "--only", "RTN g64", "GPTQ g64", "GPTQ g32"])
     divergence.main()
     rows = {row["name"]: row for row in json.loads((tmp_path / "divergence.json").read_text())["rows"]}
-    assert rows["GPTQ g32"]["mean_kl"] < rows["GPTQ g64"]["mean_kl"] < 0.8 * rows["RTN g64"]["mean_kl"]
+    assert rows["GPTQ g32"]["mean_kl"] < rows["GPTQ g64"]["mean_kl"] < 0.9 * rows["RTN g64"]["mean_kl"]
     assert rows["GPTQ g64"]["bits"] == 3 + 19 / 64
     assert rows["GPTQ g32"]["bits"] == 3 + 19 / 32
     assert "| GPTQ g32 | 3.594 |" in capsys.readouterr().out
