@@ -124,7 +124,7 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
     fmt = replace(base_format, ranks=rank_table(matrices, ranks))
     report = Report()
     with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
-        for layer, solved in _quantized(reader, plan, ranks, conversion, device, report, progress):
+        for layer, solved in quantize_layers(reader, plan, ranks, conversion, device, report, progress):
             for matrix, one in solved:
                 add_matrix(writer, matrix.name, one)
             for tensor in layer.others:
@@ -153,7 +153,7 @@ Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Solved]]]]
 """Layers with their quantized matrices."""
 
 
-def _quantized(
+def quantize_layers(
     reader: ModelReader,
     plan: Sequence[Layer],
     ranks: Mapping[str, int],
@@ -162,7 +162,20 @@ def _quantized(
     report: Report,
     progress: bool,
 ) -> Layers:
-    """Yield the layers of a model, quantized: each by itself, or along a calibration text."""
+    """Yield the layers of a model, quantized: each by itself, or along a calibration text.
+
+    Args:
+        reader: the model.
+        plan: its layers, with the matrices to quantize in each.
+        ranks: of these matrices, by name.
+        conversion: the recipe and the text; neither ranks nor what is ignored is decided here.
+        device: where the arithmetic runs.
+        report: takes what there is to say of each matrix.
+        progress: show a progress bar.
+
+    Raises:
+        ConversionError: a matrix cannot be quantized, or there is too little memory.
+    """
     recipe, text = conversion.recipe, conversion.text
     if text is None:
         for layers in gather_layers(progress_bar(plan, "quantize", progress, sizes=_sizes(plan)), device):

@@ -114,6 +114,18 @@ def _folder(text: str) -> Path:
 
 def _run(arguments: argparse.Namespace) -> None:
     refuse_unsafe_output(arguments.output, arguments.model, arguments.overwrite)  # before a calibration that takes long
+    conversion = decide_conversion(arguments)
+    if not arguments.quiet:
+        print(predict_memory(arguments.model, conversion).line(arguments.device), file=sys.stderr)
+    _print_summary(convert(arguments.model, arguments.output, conversion, progress=not arguments.quiet))
+
+
+def decide_conversion(arguments: argparse.Namespace) -> Conversion:
+    """Return what the options of the subcommand ask for; reads the calibration text and prints what is to be noted.
+
+    Raises:
+        ConversionError: the options contradict each other, or there is no such text, device or model.
+    """
     find_device(arguments.device)
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
@@ -127,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
     text = _text(arguments, preset, method)
     recipe = _recipe(arguments, preset, method, text)
     _note_groups(arguments, recipe)
-    conversion = Conversion(
+    return Conversion(
         recipe=recipe,
         policies=policies,
         budget_bits=budget,
@@ -137,9 +149,6 @@ def _run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         overwrite=arguments.overwrite,
     )
-    if not arguments.quiet:
-        print(predict_memory(arguments.model, conversion).line(arguments.device), file=sys.stderr)
-    _print_summary(convert(arguments.model, arguments.output, conversion, progress=not arguments.quiet))
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
