@@ -84,7 +84,7 @@ def write_model(folder: Path, name: str, layers: int, tokenizer: Path, device: s
     for file in tokenizer.glob("*token*"):
         shutil.copy(file, folder / file.name)
     words = len(json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]) + 1024
-    config = BASE | MODELS[name].config | {"num_hidden_layers": layers, "vocab_size": words}
+    config: dict[str, Any] = BASE | MODELS[name].config | {"num_hidden_layers": layers, "vocab_size": words}
     for key in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
         if key in config:
             config[key] //= scale
