@@ -127,5 +127,5 @@ def test_steps_of_both_trainings_are_repeatable(bundled_model: Path, tmp_path: P
         monkeypatch.setattr(module, "step_groups", lambda *a, real=real: inside.append(Noting.active) or real(*a))
     few = ["--calibration-windows", "4", "--learn-steps", "2", "--max-rounds", "1", "--quiet", "--device", "cpu"]
     assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--preset", "best", *few]) == 0
-    assert len(inside) == 4 * 2 + 16
+    assert len(inside) == 4 * 2 + 2 * 16
     assert all(inside)
