@@ -9,7 +9,7 @@ What happens to a model on its way (:mod:`.convert` is the flow, :mod:`.cli` the
 5. :mod:`.solve` turns a batch into codes, scales, zero points and factors.
 6. :mod:`.learn` trains all of these on the layer's output, where there is a text.
 7. :mod:`.checkpoint` writes them, and publishes the folder whole or not at all.
-8. :mod:`.evaluation` measures what was written.
+8. :mod:`.evaluation` measures and verifies what was written.
 
 :mod:`.nouns` holds what all of these speak of. One resident is to come: the families as a table of data
 (``source/families``).

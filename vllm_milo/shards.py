@@ -62,11 +62,24 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path}: not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    entries, end = _read_entries(path, header)
     if size != 8 + length + end:
         raise ShardError(f"{path}: truncated: {size} bytes, but its header describes {8 + length + end}; copy it again")
-    return {name: TensorEntry(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return entries
+
+
+def _read_entries(path: Path, header: Any) -> tuple[dict[str, TensorEntry], int]:
+    """Return the tensors of a header, and the bytes of all their values."""
+    try:
+        header.pop("__metadata__", None)
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        entries = {
+            name: TensorEntry(path, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            for name, entry in header.items()
+        }
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise ShardError(f"{path}: its header is damaged; copy it again") from None
+    return entries, max(ends, default=0)
 
 
 def read_tensors(folder: Path) -> dict[str, TensorEntry]:

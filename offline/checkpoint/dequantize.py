@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from vllm_milo.checkpoint import TENSOR_NAMES, U_SCALE, V_SCALE, MiLoFormat, U, V
 from vllm_milo.kernels.packing import dequantize, dequantize_factor
-from vllm_milo.shards import read_tensors
+from vllm_milo.shards import ShardError, read_tensors
 from vllm_milo.validation import quantized_modules
 
 
@@ -33,21 +34,42 @@ class DequantizedTensors:
         """Yield the tensors whose names in the source begin with ``prefix``, quantized matrices as ``….weight``."""
         for name in self._entries:
             if name.startswith(prefix) and name.rpartition(".")[2] not in TENSOR_NAMES:
-                yield name, self._read(name)
-        for module, found in self._modules.items():
+                yield name, self.stored(name)
+        for module in self._modules:
             if f"{module}.weight".startswith(prefix):
-                yield f"{module}.weight", self._dequantize(module, list(found)).to(self._dtype)
+                yield f"{module}.weight", self.weight(module).to(self._dtype)
 
-    def _read(self, name: str) -> torch.Tensor:
-        from safetensors import safe_open
+    @property
+    def matrices(self) -> set[str]:
+        """Return the names of the quantized matrices."""
+        return set(self._modules)
 
+    @property
+    def others(self) -> set[str]:
+        """Return the names of the tensors that are stored as they were in the source."""
+        return {name for name in self._entries if name.rpartition(".")[2] not in TENSOR_NAMES}
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a tensor as it is stored.
+
+        Raises:
+            ShardError: it cannot be read.
+        """
         file = self._entries[name].file
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, framework="pt")
-        return self._handles[file].get_tensor(name)
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(file, framework="pt")
+            return self._handles[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ShardError(f"{file}: cannot read tensor {name}: {error}; copy it again") from error
 
-    def _dequantize(self, module: str, names: list[str]) -> torch.Tensor:
-        tensors = {name: self._read(f"{module}.{name}") for name in names}
+    def weight(self, module: str) -> torch.Tensor:
+        """Return the weights, float32 [N, K], that the codes and factors of a quantized matrix stand for.
+
+        Raises:
+            ShardError: they cannot be read.
+        """
+        tensors = {name: self.stored(f"{module}.{name}") for name in self._modules[module]}
         packed, scale, zero = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
         weight = dequantize(packed, scale, zero, self._format.module_group_size(module))
         if U not in tensors:

@@ -1,8 +1,8 @@
 """Writes a checkpoint folder that appears whole or not at all.
 
-Everything goes into a hidden sibling folder first. config.json comes last, all files are flushed to disk, and a rename
-publishes the folder (:meth:`CheckpointWriter.publish`). A failure or Ctrl-C removes it. A killed process leaves a
-hidden ``.partial`` folder; in it is a config.json only if the checkpoint was whole.
+Everything goes into a hidden sibling folder first. config.json and, of all that, the manifest come last, all files are
+flushed to disk, and a rename publishes the folder (:meth:`CheckpointWriter.publish`). A failure or Ctrl-C removes it. A
+killed process leaves a hidden ``.partial`` folder; in it is a config.json only if the checkpoint was whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +23,18 @@ from safetensors.torch import save_file
 from vllm_milo.shards import INDEX_NAME
 
 from ..errors import ConversionError
+from .manifest import MANIFEST_NAME, FileEntry, describe_file, describe_folder
 from .output import refuse_unsafe_output
 
 SHARD_BYTES = 4 * 2**30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class _Shard(NamedTuple):
+    """A shard on the disk: the names of its tensors, and its size and sha256."""
+
+    names: list[str]
+    entry: FileEntry
 
 
 class CheckpointWriter:
@@ -51,7 +59,7 @@ class CheckpointWriter:
         self.partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []
+        self._shards: list[_Shard] = []
 
     def __enter__(self) -> CheckpointWriter:
         refuse_unsafe_output(self.out, self.source, self.overwrite)
@@ -79,18 +87,19 @@ class CheckpointWriter:
         self._pending_bytes += tensor.nbytes
 
     def seal(self, config: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        """Write the index, the source's other files, ``extra`` JSON files and, last, config.json.
+        """Write the index, the source's other files, ``extra`` JSON files, config.json and, last, the manifest.
 
         Raises:
             ConversionError: the disk is full or the folder cannot be written.
         """
         self._write_shard()
         try:
-            self._name_shards()
+            shards = self._name_shards()
             _copy_companions(self.source, self.partial)
             for name, content in extra.items():
                 _write_json(self.partial / name, content)
             _write_json(self.partial / "config.json", config)
+            _write_json(self.partial / MANIFEST_NAME, describe_folder(self.partial, shards))
             _sync(self.partial)
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -139,21 +148,25 @@ class CheckpointWriter:
         path = self.partial / _shard_name(len(self._shards) + 1)
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
+            entry = describe_file(path)  # while the system still has it in memory
         except (OSError, SafetensorError) as error:
             raise self._cannot_write(error) from error
-        self._shards.append(list(self._pending))
+        self._shards.append(_Shard(list(self._pending), entry))
         self.bytes_written += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
-    def _name_shards(self) -> None:
-        """Give the shards their final names, now that their number is known, and index them."""
+    def _name_shards(self) -> dict[str, FileEntry]:
+        """Give the shards their final names, now that their number is known, and index them; return them by name."""
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
+        named: dict[str, FileEntry] = {}
+        for number, shard in enumerate(self._shards, start=1):
             final = _shard_name(number, len(self._shards))
             (self.partial / _shard_name(number)).rename(self.partial / final)
-            weight_map |= dict.fromkeys(names, final)
+            weight_map |= dict.fromkeys(shard.names, final)
+            named[final] = shard.entry
         index = {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self.partial / INDEX_NAME, index)
+        return named
 
     def _cannot_write(self, error: Exception) -> ConversionError:
         text = str(error)

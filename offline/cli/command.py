@@ -12,7 +12,7 @@ from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
 
 from ..errors import ConversionError
-from . import evaluate, inspect, quantize, stats
+from . import evaluate, inspect, quantize, stats, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +39,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="milo", description="3-bit MoE checkpoints with low-rank compensators, for vLLM."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for subcommand in (quantize, inspect, evaluate, stats):
+    for subcommand in (quantize, inspect, verify, evaluate, stats):
         subcommand.add_parser(commands)
     return parser

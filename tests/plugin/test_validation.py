@@ -52,6 +52,14 @@ def test_truncated_checkpoint(broken: Path):
     assert_invalid(broken, "truncated", ShardError)
 
 
+@pytest.mark.parametrize(
+    ("was", "now"), [(b"data_offsets", b"data_offsete"), (b'"dtype"', b'"dtyqe"'), (b'"shape":[', b'"shape":{')]
+)
+def test_damaged_header(broken: Path, was: bytes, now: bytes):
+    (broken / SHARD).write_bytes((broken / SHARD).read_bytes().replace(was, now, 1))
+    assert_invalid(broken, rf"{SHARD}: (its header is damaged|not a safetensors file)", ShardError)
+
+
 @pytest.mark.parametrize("tensor", ["weight_packed", "weight_scale", "weight_zero", "weight_u", "weight_v_scale"])
 def test_missing_tensor_of_a_checkpoint(broken: Path, tensor: str):
     edit_tensors(broken, SHARD, lambda tensors: tensors.pop(f"model.layers.1.self_attn.o_proj.{tensor}"))
