@@ -1,30 +1,31 @@
 """GPTQ of a model that need not fit in memory as a whole: a layer at a time, into a folder of dequantized weights.
 
-Layers see what the quantized layers before them put out, by the converter's own pass over its own calibration text.
+As GPTQ is usually run: layers see what the quantized layers before them put out, and within a layer each stage what the
+quantized stages before it put out. It gets the calibration text that `milo quantize` takes, and as much of it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from benchmarks.accuracy.gptq import Gptq, gptq
-from vllm_milo.offline.calibration.choose import PACKAGED, TextOptions, calibration_windows
+from vllm_milo.names import EXPERT_PROJECTIONS, QKV_PARTS, leaf_of
+from vllm_milo.offline.calibration import memory
+from vllm_milo.offline.calibration.choose import PACKAGED, WINDOW, TextOptions, calibration_windows
 from vllm_milo.offline.calibration.input_moments import InputMoments
-from vllm_milo.offline.calibration.sequential import SequentialPass
 from vllm_milo.offline.checkpoint.writer import CheckpointWriter
+from vllm_milo.offline.cli.quantize import CPU_EFFORT, GPU_EFFORT
 from vllm_milo.offline.nouns import LoadedMatrix, Matrix
-from vllm_milo.offline.source.layers import layer_index
+from vllm_milo.offline.source.layers import Layer, layer_index
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.streamed_model import StreamedModel, reader_tensors
 
-GPU_WINDOWS = 256
-"""Windows of the packaged text that calibrate on a GPU: those that ``milo quantize`` takes."""
-CPU_WINDOWS = 32
-"""Windows that calibrate on a CPU."""
+BATCH = 32
+"""Windows that go through a layer at once."""
 
 
 def write_gptq(source: Path, out: Path, options: Gptq, device: torch.device) -> None:
@@ -40,30 +41,67 @@ def write_gptq(source: Path, out: Path, options: Gptq, device: torch.device) -> 
         ConversionError, ShardError: the source is no model or a broken one, or ``out`` cannot be written.
     """
     reader = ModelReader(source)
-    on_gpu = device.type == "cuda"
-    windows = calibration_windows(source, PACKAGED, TextOptions(GPU_WINDOWS if on_gpu else CPU_WINDOWS))
-    dtype = reader.dtype if on_gpu else torch.float32
+    dtype = reader.dtype if device.type == "cuda" else torch.float32
     model = StreamedModel(source, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype)
-    stream = SequentialPass(model, reader.family, windows)
+    windows = calibration_windows(source, PACKAGED, TextOptions(number_of_windows(reader, device)))
     with CheckpointWriter(out, source) as writer:
-        for layer in reader.layers:
-            index = layer_index(layer.name)
-            if index is not None:
-                visit = stream.visit(index)
-                found = quantize_layer(visit.loaded([of.matrix for of in layer.matrices]), visit.moments, options)
-                visit.leave(found)
-                for matrix, values in found.items():
-                    writer.add(f"{matrix.name}.weight", values.to(reader.dtype))
+        for layer, found in gptq_layers(model, reader, windows, options):
+            for matrix, values in found.items():
+                writer.add(f"{matrix.name}.weight", values.to(reader.dtype))
             for tensor in layer.others:
                 writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
         writer.seal(reader.config, {})
         writer.publish()
 
 
-def quantize_layer(
+def number_of_windows(reader: ModelReader, device: torch.device) -> int:
+    """Return how many windows of text `milo quantize` takes by default for this model on this device."""
+    effort = GPU_EFFORT if device.type == "cuda" else CPU_EFFORT
+    return min(effort.windows, memory.windows_within(memory.DEFAULT_STATES, reader, WINDOW, str(device)))
+
+
+@torch.no_grad()
+def gptq_layers(
+    model: StreamedModel, reader: ModelReader, windows: torch.Tensor, options: Gptq
+) -> Iterator[tuple[Layer, Mapping[Matrix, torch.Tensor]]]:
+    """Yield the layers with GPTQ's values of their matrices, float32 [N, K] each."""
+    states = model.begin(windows)
+    for layer in reader.layers:
+        index = layer_index(layer.name)
+        if index is None:
+            yield layer, {}
+            continue
+        module = model.layer(index)
+        found: dict[Matrix, torch.Tensor] = {}
+        held = {name: module.get_parameter(own).data for name, own in model.parameters(index, module).items()}
+        for stage in stages([source.matrix for source in layer.matrices]):
+            moments = InputMoments(module, f"{layer.name}.", reader.family)
+            model.advance(index, module, states, BATCH)
+            moments.close()
+            places = {matrix: model.place(f"{matrix.name}.weight", held)[1] for matrix in stage}
+            for matrix, values in quantize_stage(places.items(), moments, options).items():
+                places[matrix].copy_(values)
+                found[matrix] = values
+        states = model.advance(index, module, states, BATCH)
+        model.drop(module)
+        yield layer, found
+
+
+def stages(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
+    """Return the matrices of a layer in the order in which a token passes them: q, k, v; o; gate and up; down."""
+    found: dict[int, list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        leaf = leaf_of(matrix.name)
+        role = EXPERT_PROJECTIONS.get(leaf)
+        stage = (3 if role == "down" else 2) if role else (0 if leaf in QKV_PARTS else 1)
+        found[stage].append(matrix)
+    return [found[stage] for stage in sorted(found)]
+
+
+def quantize_stage(
     loaded: Iterable[LoadedMatrix], moments: InputMoments, options: Gptq
 ) -> Mapping[Matrix, torch.Tensor]:
-    """Return GPTQ's values of a layer's matrices, float32 [N, K] each; those of one shape are rounded together."""
+    """Return GPTQ's values of some matrices, float32 [N, K] each; those of one shape are rounded together."""
     groups: dict[tuple[int, int, str], list[LoadedMatrix]] = defaultdict(list)
     for matrix, values in loaded:
         groups[matrix.n, matrix.k, moments.group(matrix)].append((matrix, values))

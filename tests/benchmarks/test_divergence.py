@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ from tiny_models import TEXT, make_model
 
 from benchmarks import divergence, streamed_gptq
 from benchmarks.accuracy.gptq import Gptq
+from vllm_milo.names import leaf_of
+from vllm_milo.offline.calibration import memory
+from vllm_milo.offline.cli.quantize import CPU_EFFORT, GPU_EFFORT
+from vllm_milo.offline.evaluation.divergence import open_streamed
 from vllm_milo.offline.source.reader import ModelReader
 
 
 def test_gptq_beats_rounding_to_nearest_in_the_table(
     bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(streamed_gptq, "CPU_WINDOWS", 16)
     arguments = [str(bundled_model), "--text", str(TEXT), "-o", str(tmp_path), "--max-windows", "4", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["divergence", *arguments, "--only", "RTN g64", "GPTQ g64", "GPTQ g32"])
     divergence.main()
@@ -44,3 +48,31 @@ def test_the_folder_is_a_whole_model_of_few_values(family: str, tmp_path: Path, 
         for matrix, values in mine.load_layer(mine_layer, torch.device("cpu")):
             assert 0.01 < (values - original[matrix]).norm() / original[matrix].norm() < 0.6
             assert all(group.unique().numel() <= 8 for group in values[:4].unflatten(-1, (-1, 64)).flatten(0, 1))
+
+
+def test_each_stage_sees_what_the_one_before_puts_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Attention's values and the ups of experts become 0: nothing then reaches the outputs and the downs."""
+    reader = ModelReader(make_model("mixtral", tmp_path))
+    model = open_streamed(tmp_path, torch.device("cpu"), torch.float32)
+    seen: dict[str, list[float]] = defaultdict(list)
+    real = streamed_gptq.quantize_stage
+
+    def stage(loaded, moments, options):
+        places = dict(loaded)
+        for matrix in places:
+            seen[leaf_of(matrix.name)].append(float(moments.by_name[matrix.name].total.abs().max()))
+        zeros = {m: torch.zeros_like(place) for m, place in places.items() if leaf_of(m.name) in ("v_proj", "w3")}
+        return {**real(places.items(), moments, options), **zeros}
+
+    monkeypatch.setattr(streamed_gptq, "quantize_stage", stage)
+    list(streamed_gptq.gptq_layers(model, reader, torch.randint(0, 256, (4, 32)), Gptq(64)))
+    assert {leaf for leaf, values in seen.items() if max(values) == 0} == {"o_proj", "w2"}
+    assert len(seen) == 7
+
+
+def test_gptq_gets_as_much_text_as_milo_quantize(bundled_model: Path, monkeypatch: pytest.MonkeyPatch):
+    reader = ModelReader(bundled_model)
+    assert streamed_gptq.number_of_windows(reader, torch.device("cpu")) == CPU_EFFORT.windows
+    assert streamed_gptq.number_of_windows(reader, torch.device("cuda")) == GPU_EFFORT.windows
+    monkeypatch.setattr(memory, "DEFAULT_STATES", 2**22)
+    assert 1 <= streamed_gptq.number_of_windows(reader, torch.device("cuda")) < CPU_EFFORT.windows
