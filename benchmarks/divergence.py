@@ -44,27 +44,37 @@ CONTENDERS: dict[str, list[str] | Gptq] = {
 def main() -> None:
     """Run the contenders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--max-windows", type=int, default=60)
+    add_arguments(parser, dtype="bfloat16")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     arguments = parser.parse_args()
     names = [HQQ, *(name for name in arguments.only if name != HQQ)]
     rows: list[dict[str, Any]] = []
-    content = {
-        "model": arguments.model.name,
-        "environment": environment(torch.device(arguments.device)),
-        "dtype": arguments.dtype,
-        "rows": rows,
-    }
+    content = record(arguments, rows)
     for name in names:
         rows.append(run(name, arguments))
         rows[-1]["share"] = 1 - rows[-1]["mean_kl"] / rows[0]["mean_kl"]
         write_json(arguments.output / "divergence.json", content)  # each at once: the next may take an hour
         print(table(rows, [text.name for text in arguments.text]), flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser, dtype: str) -> None:
+    """Add what measuring contenders on texts takes; ``dtype`` is the default of activations."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype)
+    parser.add_argument("--max-windows", type=int, default=60, help="of each text")
+
+
+def record(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a file of results holds; ``rows`` may still grow."""
+    return {
+        "model": arguments.model.name,
+        "environment": environment(torch.device(arguments.device)),
+        "dtype": arguments.dtype,
+        "rows": rows,
+    }
 
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

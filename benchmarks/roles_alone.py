@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.divergence import HQQ
-from benchmarks.records import environment, markdown_table, write_json
+from benchmarks.divergence import HQQ, add_arguments, record
+from benchmarks.records import markdown_table, write_json
 from vllm_milo.names import leaf_of
 from vllm_milo.offline.checkpoint.report import Report
 from vllm_milo.offline.cli import quantize
@@ -96,12 +96,7 @@ class Loss(NamedTuple):
 def main() -> None:
     """Run the contenders on the roles."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--max-windows", type=int, default=60, help="of each text")
+    add_arguments(parser, dtype="float32")
     parser.add_argument("--roles", nargs="+", metavar="ROLE", help="default: all that the model has, as in the table")
     parser.add_argument("--only", nargs="+", choices=list(OPTIONS), default=list(OPTIONS), help="contenders beside HQQ")
     arguments = parser.parse_args()
@@ -125,12 +120,7 @@ def _run(arguments: argparse.Namespace) -> None:
         for text in arguments.text
     }
     rows: list[dict[str, Any]] = []
-    content = {
-        "model": arguments.model.name,
-        "environment": environment(torch.device(arguments.device)),
-        "dtype": arguments.dtype,
-        "rows": rows,
-    }
+    content = record(arguments, rows)
     for role in roles:
         budget = least_bits(found[role], conversions[HQQ].recipe)
         for name in names:

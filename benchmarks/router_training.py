@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vllm_milo.offline.learn.end_to_end import prediction_divergence
+
 Tensors = dict[str, torch.Tensor]
 
 SHARPNESS = 1.0
@@ -208,18 +210,6 @@ def train_routers(
         if step % 50 == 0:
             print(f"step {step:5d}, {time.monotonic() - start:5.0f} s: KL {divergence:.4f}, imbalance {balance:.4f}")
     return trained.close()
-
-
-def prediction_divergence(model: Any, original: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the mean KL divergence of a model's predictions from the original's, nats a token."""
-    with torch.no_grad():
-        wanted = original(ids, use_cache=False).logits
-    found = model(ids, use_cache=False).logits
-    total = torch.zeros((), device=ids.device)
-    for mine, theirs in zip(found, wanted, strict=True):  # float32 of a window at a time
-        target = theirs.float().log_softmax(-1)
-        total = total + (target.exp() * (target - mine.float().log_softmax(-1))).sum(-1).mean()
-    return total / len(ids)
 
 
 def imbalance(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

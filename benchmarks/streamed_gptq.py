@@ -14,11 +14,10 @@ import torch
 
 from benchmarks.accuracy.gptq import Gptq, gptq
 from vllm_milo.names import EXPERT_PROJECTIONS, QKV_PARTS, leaf_of
-from vllm_milo.offline.calibration import memory
-from vllm_milo.offline.calibration.choose import PACKAGED, WINDOW, TextOptions, calibration_windows
+from vllm_milo.offline.calibration.choose import PACKAGED, TextOptions, calibration_windows
 from vllm_milo.offline.calibration.input_moments import InputMoments
 from vllm_milo.offline.checkpoint.writer import CheckpointWriter
-from vllm_milo.offline.cli.quantize import CPU_EFFORT, GPU_EFFORT
+from vllm_milo.offline.cli.quantize import default_windows
 from vllm_milo.offline.nouns import LoadedMatrix, Matrix
 from vllm_milo.offline.source.layers import Layer, layer_index
 from vllm_milo.offline.source.reader import ModelReader
@@ -43,7 +42,7 @@ def write_gptq(source: Path, out: Path, options: Gptq, device: torch.device) -> 
     reader = ModelReader(source)
     dtype = reader.dtype if device.type == "cuda" else torch.float32
     model = StreamedModel(source, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype)
-    windows = calibration_windows(source, PACKAGED, TextOptions(number_of_windows(reader, device)))
+    windows = calibration_windows(source, PACKAGED, TextOptions(default_windows(reader, str(device))))
     with CheckpointWriter(out, source) as writer:
         for layer, found in gptq_layers(model, reader, windows, options):
             for matrix, values in found.items():
@@ -52,12 +51,6 @@ def write_gptq(source: Path, out: Path, options: Gptq, device: torch.device) -> 
                 writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
         writer.seal(reader.config, {})
         writer.publish()
-
-
-def number_of_windows(reader: ModelReader, device: torch.device) -> int:
-    """Return how many windows of text `milo quantize` takes by default for this model on this device."""
-    effort = GPU_EFFORT if device.type == "cuda" else CPU_EFFORT
-    return min(effort.windows, memory.windows_within(memory.DEFAULT_STATES, reader, WINDOW, str(device)))
 
 
 @torch.no_grad()

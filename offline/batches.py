@@ -80,13 +80,9 @@ def gather_layers(layers: Iterable[Layer], device: torch.device) -> Iterator[lis
     most = batch_elements(device) if device.type == "cuda" else 0
     together: list[Layer] = []
     for layer in layers:
-        if together and _weights(together) + _weights([layer]) > most:
+        if together and sum(one.weights for one in [*together, layer]) > most:
             yield together
             together = []
         together.append(layer)
     if together:
         yield together
-
-
-def _weights(layers: Iterable[Layer]) -> int:
-    return sum(source.matrix.n * source.matrix.k for layer in layers for source in layer.matrices)

@@ -178,7 +178,9 @@ def quantize_layers(
     """
     recipe, text = conversion.recipe, conversion.text
     if text is None:
-        for layers in gather_layers(progress_bar(plan, "quantize", progress, sizes=_sizes(plan)), device):
+        for layers in gather_layers(
+            progress_bar(plan, "quantize", progress, sizes=[layer.weights for layer in plan]), device
+        ):
             loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
             yield from _by_layer(layers, _solve(loaded, ranks, recipe, reader.dtype, report))
         return
@@ -214,7 +216,7 @@ def _learned(
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
     refuse_broken_weights(reader, progress)
-    for layer in progress_bar(plan, "quantize", progress, sizes=_sizes(plan)):
+    for layer in progress_bar(plan, "quantize", progress, sizes=[layer.weights for layer in plan]):
         index = layer_index(layer.name)
         if index is None:
             yield layer, ()
@@ -255,11 +257,6 @@ def _tuned(
     report.tuning = {"first_kl": said.first, "last_kl": said.last}
     for layer, held in layers:
         yield layer, [(matrix, trained[matrix]) for matrix, _ in held]
-
-
-def _sizes(plan: Sequence[Layer]) -> list[int]:
-    """Return the weights to quantize of each layer."""
-    return [sum(source.matrix.n * source.matrix.k for source in layer.matrices) for layer in plan]
 
 
 def _solve(

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.offline.solver_speed import SOURCE_STD
 from benchmarks.records import environment, markdown_table, write_json
 from benchmarks.serving.models import BASE, MODELS
 
 LAYERS = {"mixtral": 32, "qwen3": 48}
 PRESETS = ("balanced", "fast")
-SOURCE_STD = 0.02
 
 
 def main() -> None:
@@ -118,11 +118,10 @@ def layer(config: dict[str, Any], name: str, index: int) -> Iterator[tuple[str, 
     for leaf, shape in (("q", (queries, hidden)), ("k", (values, hidden)), ("v", (values, hidden))):
         yield f"{prefix}.self_attn.{leaf}_proj.weight", shape
     yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
-    norms = ["input_layernorm", "post_attention_layernorm"]
     if name == "qwen3":
         yield f"{prefix}.self_attn.q_norm.weight", (head,)
         yield f"{prefix}.self_attn.k_norm.weight", (head,)
-    for norm in norms:
+    for norm in ("input_layernorm", "post_attention_layernorm"):
         yield f"{prefix}.{norm}.weight", (hidden,)
     block = f"{prefix}.{'block_sparse_moe' if name == 'mixtral' else 'mlp'}"
     experts = config.get("num_local_experts") or config["num_experts"]

@@ -70,8 +70,7 @@ def plain_need(reader: ModelReader, batch: int) -> int:
 
 def windows_within(size: int, reader: ModelReader, length: int, device: str) -> int:
     """Return how many windows of ``length`` tokens have hidden states of together ``size`` bytes, at least one."""
-    width = 2 if torch.device(device).type == "cuda" else 4
-    return max(1, size // (STREAMS * length * int(reader.config["hidden_size"]) * width))
+    return max(1, size // (length * _token_need(reader, device)))
 
 
 def whole_model_need(reader: ModelReader) -> int:

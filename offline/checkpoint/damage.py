@@ -24,8 +24,8 @@ def stray_files(folder: Path, manifest: Mapping[str, FileEntry]) -> list[str]:
     ]
 
 
-def damaged_files(folder: Path, names: Iterable[str], manifest: Mapping[str, FileEntry]) -> list[str]:
-    """Read files of a checkpoint; return what is wrong with each that is missing or differs from the manifest.
+def damaged_files(folder: Path, names: Iterable[str], manifest: Mapping[str, FileEntry]) -> dict[str, str]:
+    """Read files of a checkpoint; return by name what is wrong with those that are missing or differ from the manifest.
 
     Args:
         folder: of the checkpoint.
@@ -33,12 +33,8 @@ def damaged_files(folder: Path, names: Iterable[str], manifest: Mapping[str, Fil
         manifest: what the manifest says, by name.
     """
     owners = {entry: name for name, entry in manifest.items()}
-    problems = []
-    for name in names:
-        wrong = _damage(folder / name, manifest[name], owners)
-        if wrong is not None:
-            problems.append(f"{name}: {wrong}")
-    return problems
+    found = {name: _damage(folder / name, manifest[name], owners) for name in names}
+    return {name: wrong for name, wrong in found.items() if wrong is not None}
 
 
 def _damage(path: Path, expected: FileEntry, owners: Mapping[FileEntry, str]) -> str | None:

@@ -22,32 +22,28 @@ class DequantizedTensors:
         folder: the checkpoint.
         fmt: its format.
         dtype: of the weights of quantized matrices; other tensors stay as they are stored.
+
+    Attributes:
+        matrices: names of the quantized matrices.
+        others: names of the tensors that are stored as they were in the source.
     """
 
     def __init__(self, folder: Path, fmt: MiLoFormat, dtype: torch.dtype) -> None:
         self._format, self._dtype = fmt, dtype
         self._entries = read_tensors(folder)
         self._modules = quantized_modules(self._entries)
+        self.matrices = set(self._modules)
+        self.others = {name for name in self._entries if name.rpartition(".")[2] not in TENSOR_NAMES}
         self._handles: dict[Path, Any] = {}
 
     def load(self, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors whose names in the source begin with ``prefix``, quantized matrices as ``….weight``."""
         for name in self._entries:
-            if name.startswith(prefix) and name.rpartition(".")[2] not in TENSOR_NAMES:
+            if name.startswith(prefix) and name in self.others:
                 yield name, self.stored(name)
         for module in self._modules:
             if f"{module}.weight".startswith(prefix):
                 yield f"{module}.weight", self.weight(module).to(self._dtype)
-
-    @property
-    def matrices(self) -> set[str]:
-        """Return the names of the quantized matrices."""
-        return set(self._modules)
-
-    @property
-    def others(self) -> set[str]:
-        """Return the names of the tensors that are stored as they were in the source."""
-        return {name for name in self._entries if name.rpartition(".")[2] not in TENSOR_NAMES}
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a tensor as it is stored.

@@ -199,8 +199,9 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
     if wanted == NONE:
         return None
     thorough = preset is not None and preset.thorough
-    effort = GPU_EFFORT if torch.device(arguments.device).type == "cuda" else CPU_EFFORT
-    number = arguments.calibration_windows or _windows(arguments, wanted, effort, thorough)
+    effort = _effort(arguments.device)
+    number = arguments.calibration_windows
+    number = number or default_windows(ModelReader(arguments.model), arguments.device, wanted, thorough)
     options = TextOptions(number, arguments.device, arguments.seed, not arguments.quiet)
     try:
         windows = calibration_windows(arguments.model, wanted, options)
@@ -221,11 +222,22 @@ def _text(arguments: argparse.Namespace, preset: Preset | None, method: str) -> 
     return Text(wanted, windows, learn, _tune(arguments, effort) if thorough and steps else None)
 
 
-def _windows(arguments: argparse.Namespace, how: str, effort: Effort, thorough: bool) -> int:
-    """Return how many windows a calibration has where none are asked for."""
+def _effort(device: str) -> Effort:
+    return GPU_EFFORT if torch.device(device).type == "cuda" else CPU_EFFORT
+
+
+def default_windows(reader: ModelReader, device: str, how: str = PACKAGED, thorough: bool = False) -> int:
+    """Return how many windows a calibration has where none are asked for.
+
+    Args:
+        reader: the source model.
+        device: where it is converted.
+        how: what ``--calibration`` names.
+        thorough: whether the preset takes more of a text.
+    """
     most = OWN_WINDOWS if how == OWN_TEXT else GPU_EFFORT.windows
-    small = memory.windows_within(memory.DEFAULT_STATES, ModelReader(arguments.model), WINDOW, arguments.device)
-    return min(effort.windows * (2 if thorough else 1), small, most)
+    small = memory.windows_within(memory.DEFAULT_STATES, reader, WINDOW, device)
+    return min(_effort(device).windows * (2 if thorough else 1), small, most)
 
 
 def _tune(arguments: argparse.Namespace, effort: Effort) -> TuneOptions | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_milo.validation import validate_checkpoint
+from vllm_milo.checkpoint import MiLoFormat
 
 from ..checkpoint.dequantize import DequantizedTensors
 from ..progress import progress_bar
@@ -49,19 +49,20 @@ class Likeness:
         return {name: self.errors[name] for name in sorted(self.errors, key=size, reverse=True)[:number]}
 
 
-def compare_with_source(folder: Path, reference: Path, progress: bool = False) -> Likeness:
+def compare_with_source(folder: Path, fmt: MiLoFormat, reference: Path, progress: bool = False) -> Likeness:
     """Compare every tensor of a checkpoint with the model that it was made of.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, which keeps to its format.
+        fmt: its format.
         reference: folder of the source model.
         progress: show how far it is on stderr.
 
     Raises:
         ConversionError: the reference is no such model, or is broken.
-        CheckpointError, ShardError: the checkpoint breaks the format, or files cannot be read.
+        ShardError: files of the checkpoint cannot be read.
     """
-    tensors = DequantizedTensors(folder, validate_checkpoint(folder), torch.float32)
+    tensors = DequantizedTensors(folder, fmt, torch.float32)
     refuse_strangers(folder, reference)
     reader, found = ModelReader(reference), Likeness()
     missing = tensors.matrices | tensors.others

@@ -80,9 +80,9 @@ def verify_checkpoint(folder: Path, reference: Path | None = None, progress: boo
     verdict = Verdict(folder)
     _check_files(verdict, progress)
     try:
-        validate_checkpoint(folder)
+        fmt = validate_checkpoint(folder)
         if reference is not None:
-            verdict.likeness = compare_with_source(folder, reference, progress)
+            verdict.likeness = compare_with_source(folder, fmt, reference, progress)
             verdict.problems += verdict.likeness.problems
     except (CheckpointError, ShardError, ConversionError) as error:
         verdict.problems.append(str(error))
@@ -102,9 +102,9 @@ def _check_files(verdict: Verdict, progress: bool) -> None:
         return
     sizes = [float(entry.size) for entry in manifest.values()]
     damaged = damaged_files(folder, progress_bar(list(manifest), "read", progress, "file", sizes), manifest)
-    for problem in damaged:
-        place = verdict.notes if is_prose(problem.partition(":")[0]) else verdict.problems
-        place.append(problem)
+    for name, wrong in damaged.items():
+        place = verdict.notes if is_prose(name) else verdict.problems
+        place.append(f"{name}: {wrong}")
     verdict.problems += stray_files(folder, manifest)
     verdict.files = len(manifest)
 

@@ -84,7 +84,7 @@ def tune(
 
     def body() -> None:
         with repeatable(device):
-            value.copy_(step_groups(groups, lambda: _divergence(model, original, ids), options.rates, pace))
+            value.copy_(step_groups(groups, lambda: prediction_divergence(model, original, ids), options.rates, pace))
 
     step = Repeat(body, device)
     losses: list[torch.Tensor] = []
@@ -102,8 +102,14 @@ def tune(
     return {matrix: one for group in groups for matrix, one in group.stored().items()}, TuneReport(first, last)
 
 
-def _divergence(model: Any, original: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the mean KL divergence of the model's predictions from the original's, window by window."""
+def prediction_divergence(model: Any, original: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL divergence of a model's predictions from the original's, nats a token.
+
+    Args:
+        model: a causal LM of transformers; the result can be differentiated by its weights.
+        original: what it is compared with.
+        ids: token ids, int64 [W, T]; float32 copies are made of one window's predictions at a time.
+    """
     with torch.no_grad():
         wanted = original(ids, use_cache=False).logits
     logits = model(ids, use_cache=False).logits

@@ -35,6 +35,11 @@ class Layer(NamedTuple):
     matrices: list[Source]
     others: list[str]
 
+    @property
+    def weights(self) -> int:
+        """Return the number of weights of the layer's matrices."""
+        return sum(source.matrix.n * source.matrix.k for source in self.matrices)
+
 
 def layer_index(name: str) -> int | None:
     """Return the number of a decoder layer by its name; None for what belongs to none."""

@@ -72,7 +72,7 @@ def test_each_stage_sees_what_the_one_before_puts_out(tmp_path: Path, monkeypatc
 
 def test_gptq_gets_as_much_text_as_milo_quantize(bundled_model: Path, monkeypatch: pytest.MonkeyPatch):
     reader = ModelReader(bundled_model)
-    assert streamed_gptq.number_of_windows(reader, torch.device("cpu")) == CPU_EFFORT.windows
-    assert streamed_gptq.number_of_windows(reader, torch.device("cuda")) == GPU_EFFORT.windows
+    assert streamed_gptq.default_windows(reader, "cpu") == CPU_EFFORT.windows
+    assert streamed_gptq.default_windows(reader, "cuda") == GPU_EFFORT.windows
     monkeypatch.setattr(memory, "DEFAULT_STATES", 2**22)
-    assert 1 <= streamed_gptq.number_of_windows(reader, torch.device("cuda")) < CPU_EFFORT.windows
+    assert 1 <= streamed_gptq.default_windows(reader, "cuda") < CPU_EFFORT.windows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,6 +25,26 @@ LAYERS = {
 }
 
 
+def outputs_of_ranks(
+    kind: str,
+    tp: int,
+    x: torch.Tensor,
+    tensors: list[dict[str, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], torch.nn.Module],
+) -> list[torch.Tensor]:
+    """Load and run the layer that ``make`` returns as each of ``tp`` ranks in turn."""
+    found: list[torch.Tensor] = []
+    for rank in range(tp):
+        as_rank(monkeypatch, rank, tp)
+        layer = make()
+        load(layer, kind, tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+        own = x.chunk(tp, dim=-1)[rank].contiguous() if kind == "row" else x
+        found.append(layer.quant_method.apply(layer, own))
+    return found
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("bits", [3, 8, 16])
 @pytest.mark.parametrize("name", LAYERS)
@@ -36,14 +57,14 @@ def test_ranks_together_give_the_whole_layer(name: str, bits: int, tp: int, monk
     x = torch.randn(5, K)
     expected = reference.linear(x, weights, spec)
     columns = offsets(widths)
-    found: list[torch.Tensor] = []
-    for rank in range(tp):
-        as_rank(monkeypatch, rank, tp)
-        layer = make_layer(kind, fmt, widths, prefix, heads)
-        load(layer, kind, checkpoint_tensors(weights, spec))
-        layer.quant_method.process_weights_after_loading(layer)
-        own = x.chunk(tp, dim=-1)[rank].contiguous() if kind == "row" else x
-        found.append(layer.quant_method.apply(layer, own))
+    found = outputs_of_ranks(
+        kind,
+        tp,
+        x,
+        checkpoint_tensors(weights, spec),
+        monkeypatch,
+        lambda: make_layer(kind, fmt, widths, prefix, heads),
+    )
     if kind == "row":
         torch.testing.assert_close(sum(found), expected)
         return
@@ -65,14 +86,14 @@ def test_layers_have_their_own_group_size(name: str, tp: int, monkeypatch: pytes
     weights, spec = random_linear(widths, ranks, k, 64, 3)
     x = torch.randn(5, k)
     expected = reference.linear(x, weights, spec)
-    found: list[torch.Tensor] = []
-    for rank in range(tp):
-        as_rank(monkeypatch, rank, tp)
-        layer = make_layer(name, fmt, widths, prefix, heads, k)
-        load(layer, name, checkpoint_tensors(weights, spec))
-        layer.quant_method.process_weights_after_loading(layer)
-        own = x.chunk(tp, dim=-1)[rank].contiguous() if name == "row" else x
-        found.append(layer.quant_method.apply(layer, own))
+    found = outputs_of_ranks(
+        name,
+        tp,
+        x,
+        checkpoint_tensors(weights, spec),
+        monkeypatch,
+        lambda: make_layer(name, fmt, widths, prefix, heads, k),
+    )
     if name == "row":
         torch.testing.assert_close(sum(found), expected)
     elif tp == 1:
