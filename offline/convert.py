@@ -30,6 +30,7 @@ from .conversion import Conversion, Text
 from .errors import ConversionError
 from .learn.end_to_end import tune
 from .learn.layer import learn_layer
+from .need import NeedMeter
 from .nouns import Matrix, Recipe
 from .progress import progress_bar
 from .ranks.plan import Pass, RankChoice, plan_ranks
@@ -121,7 +122,6 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     ranks, warnings = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
-    fmt = replace(base_format, ranks=rank_table(matrices, ranks))
     report = Report()
     with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
         for layer, solved in quantize_layers(reader, plan, ranks, conversion, device, report, progress):
@@ -129,6 +129,8 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
                 add_matrix(writer, matrix.name, one)
             for tensor in layer.others:
                 writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
+        got = {name: entry.rank for name, entry in report.matrices.items()}
+        fmt = replace(base_format, ranks=rank_table(matrices, got))
         config = reader.config | {"quantization_config": fmt.to_dict()}
         writer.seal(config, {REPORT_NAME: report.to_dict()})
         validate_checkpoint(writer.partial)
@@ -167,10 +169,10 @@ def quantize_layers(
     Args:
         reader: the model.
         plan: its layers, with the matrices to quantize in each.
-        ranks: of these matrices, by name.
-        conversion: the recipe and the text; neither ranks nor what is ignored is decided here.
+        ranks: of these matrices, by name; where ranks are measured, a layer's bits alone count.
+        conversion: the recipe and the text, and whether ranks are measured; what is ignored is not decided here.
         device: where the arithmetic runs.
-        report: takes what there is to say of each matrix.
+        report: takes what there is to say of each matrix, with the rank that it got.
         progress: show a progress bar.
 
     Raises:
@@ -184,7 +186,8 @@ def quantize_layers(
             loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
             yield from _by_layer(layers, _solve(loaded, ranks, recipe, reader.dtype, report))
         return
-    trained = _learned(reader, plan, ranks, recipe, text, device, report, progress)
+    meter = NeedMeter(recipe, reader.dtype, text.learn.batch) if conversion.measures_ranks else None
+    trained = _learned(reader, plan, ranks, meter, recipe, text, device, report, progress)
     yield from trained if text.tune is None else _tuned(reader, list(trained), recipe, text, device, report, progress)
 
 
@@ -202,6 +205,7 @@ def _learned(
     reader: ModelReader,
     plan: Sequence[Layer],
     ranks: Mapping[str, int],
+    meter: NeedMeter | None,
     recipe: Recipe,
     text: Text,
     device: torch.device,
@@ -222,8 +226,13 @@ def _learned(
             yield layer, ()
             continue
         visit = stream.visit(index)
-        loaded = batches(visit.loaded([source.matrix for source in layer.matrices]), visit.moments, ranks)
-        solved = dict(_solve(loaded, ranks, recipe, reader.dtype, report))
+        matrices = [source.matrix for source in layer.matrices]
+        own = {matrix.name: ranks[matrix.name] for matrix in matrices}
+        if meter is not None:
+            own, needs = meter.share(stream, visit, matrices, own)
+            report.note_needs(layer.name, needs)
+        loaded = batches(visit.loaded(matrices), visit.moments, own)
+        solved = dict(_solve(loaded, own, recipe, reader.dtype, report))
         report.note_tokens(solved, visit.moments.tokens)
         if solved and text.learn.steps:
             states = (stream.quantized, visit.target)
