@@ -33,6 +33,7 @@ from .learn.layer import learn_layer
 from .need import NeedMeter
 from .nouns import Matrix, Recipe
 from .progress import progress_bar
+from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
 from .solve.methods import Quantized, Solved, quantize_matrices
 from .source.ignore import check_ignore, without_ignored
@@ -169,7 +170,7 @@ def quantize_layers(
     Args:
         reader: the model.
         plan: its layers, with the matrices to quantize in each.
-        ranks: of these matrices, by name; where ranks are measured, a layer's bits alone count.
+        ranks: of these matrices, by name; where ranks are measured, the bits of a layer's count.
         conversion: the recipe and the text, and whether ranks are measured; what is ignored is not decided here.
         device: where the arithmetic runs.
         report: takes what there is to say of each matrix, with the rank that it got.
@@ -186,7 +187,11 @@ def quantize_layers(
             loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
             yield from _by_layer(layers, _solve(loaded, ranks, recipe, reader.dtype, report))
         return
-    meter = NeedMeter(recipe, reader.dtype, text.learn.batch) if conversion.measures_ranks else None
+    meter = None
+    if conversion.measures_ranks and conversion.budget_bits is not None:
+        matrices = [source.matrix for layer in plan for source in layer.matrices]
+        spare = conversion.budget_bits - stored_bits(matrices, ranks, recipe)
+        meter = NeedMeter(recipe, reader.dtype, text.learn.batch, max(0.0, spare))
     trained = _learned(reader, plan, ranks, meter, recipe, text, device, report, progress)
     yield from trained if text.tune is None else _tuned(reader, list(trained), recipe, text, device, report, progress)
 
@@ -301,6 +306,8 @@ def _recipe_record(conversion: Conversion) -> dict[str, Any]:
     record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
+    if conversion.measures_ranks:
+        record["measured_ranks"] = True
     text = conversion.text
     if text is None:
         return record | {"calibration": "none"} if conversion.recipe.method == "milo" else record

@@ -1,9 +1,9 @@
 """Measures what each role of a layer needs, while the layer is in memory, and shares the layer's bits by it.
 
-The layer keeps the bits that the plan by kind gives it, so what a conversion stores is known before it begins. What a
-rank takes from the error is not derived from spectra: those of the base's error and of the weights both miss it, by
-factors from 0.4 to 3, since the base and its compensator are fitted to each other and factors are stored in few bits.
-The solver itself is tried at a few ranks.
+The layer keeps the bits that the plan by kind gives it and gets its part of those that the plan leaves, so the model
+keeps its budget. What a rank takes from the error is not derived from spectra: those of the base's error and of the
+weights both miss it, by factors from 0.4 to 3 (two trained models of 25 M parameters, 2026-11-27), since base and
+compensator are fitted to each other and factors are stored in few bits. The solver itself is tried at a few ranks.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class NeedMeter:
         recipe: of the solver.
         dtype: the model's.
         batch: windows that run at once.
+        spare: stored bits a weight that the plan by kind leaves of the budget. It does so where a step of all routed
+            experts costs more; one of their projections may be worth it.
     """
 
-    def __init__(self, recipe: Recipe, dtype: torch.dtype, batch: int) -> None:
+    def __init__(self, recipe: Recipe, dtype: torch.dtype, batch: int, spare: float = 0.0) -> None:
         # neither column by column nor for long: this compares ranks, and nothing of it is kept
         self._recipe = replace(recipe, feedback_rounds=0, max_rounds=min(2, recipe.max_rounds))
-        self._dtype, self._batch = dtype, batch
+        self._dtype, self._batch, self._spare = dtype, batch, spare
 
     @torch.no_grad()
     def share(
@@ -53,10 +55,11 @@ class NeedMeter:
             stream: of the calibration text.
             visit: the layer that it has come to, which has its original weights, afterwards too.
             matrices: those to quantize.
-            planned: ranks by kind, of which the layer has its bits.
+            planned: ranks by kind; what their factors take, and the layer's part of the spare bits, is what it has.
         """
         roles = group_roles(matrices)
         bits = sum(planned[matrix.name] * rank_bits(matrix, self._recipe.factor_bits) for matrix in matrices)
+        bits += int(self._spare * sum(matrix.n * matrix.k for matrix in matrices))
         if len(roles) < 2 or not bits:
             return {matrix.name: planned[matrix.name] for matrix in matrices}, {}
         states = stream.quantized[:: -(-len(stream.quantized) // WINDOWS)]
