@@ -30,8 +30,10 @@ from .conversion import Conversion, Text
 from .errors import ConversionError
 from .learn.end_to_end import tune
 from .learn.layer import learn_layer
+from .need import NeedMeter
 from .nouns import Matrix, Recipe
 from .progress import progress_bar
+from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
 from .solve.methods import Quantized, Solved, quantize_matrices
 from .source.ignore import check_ignore, without_ignored
@@ -121,7 +123,6 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     ranks, warnings = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
-    fmt = replace(base_format, ranks=rank_table(matrices, ranks))
     report = Report()
     with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
         for layer, solved in quantize_layers(reader, plan, ranks, conversion, device, report, progress):
@@ -129,6 +130,8 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
                 add_matrix(writer, matrix.name, one)
             for tensor in layer.others:
                 writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
+        got = {name: entry.rank for name, entry in report.matrices.items()}
+        fmt = replace(base_format, ranks=rank_table(matrices, got))
         config = reader.config | {"quantization_config": fmt.to_dict()}
         writer.seal(config, {REPORT_NAME: report.to_dict()})
         validate_checkpoint(writer.partial)
@@ -167,10 +170,10 @@ def quantize_layers(
     Args:
         reader: the model.
         plan: its layers, with the matrices to quantize in each.
-        ranks: of these matrices, by name.
-        conversion: the recipe and the text; neither ranks nor what is ignored is decided here.
+        ranks: of these matrices, by name; where ranks are measured, the bits of a layer's count.
+        conversion: the recipe and the text, and whether ranks are measured; what is ignored is not decided here.
         device: where the arithmetic runs.
-        report: takes what there is to say of each matrix.
+        report: takes what there is to say of each matrix, with the rank that it got.
         progress: show a progress bar.
 
     Raises:
@@ -184,7 +187,12 @@ def quantize_layers(
             loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
             yield from _by_layer(layers, _solve(loaded, ranks, recipe, reader.dtype, report))
         return
-    trained = _learned(reader, plan, ranks, recipe, text, device, report, progress)
+    meter = None
+    if conversion.measures_ranks and conversion.budget_bits is not None:
+        matrices = [source.matrix for layer in plan for source in layer.matrices]
+        spare = conversion.budget_bits - stored_bits(matrices, ranks, recipe)
+        meter = NeedMeter(recipe, reader.dtype, text.learn.batch, max(0.0, spare))
+    trained = _learned(reader, plan, ranks, meter, recipe, text, device, report, progress)
     yield from trained if text.tune is None else _tuned(reader, list(trained), recipe, text, device, report, progress)
 
 
@@ -202,6 +210,7 @@ def _learned(
     reader: ModelReader,
     plan: Sequence[Layer],
     ranks: Mapping[str, int],
+    meter: NeedMeter | None,
     recipe: Recipe,
     text: Text,
     device: torch.device,
@@ -222,8 +231,13 @@ def _learned(
             yield layer, ()
             continue
         visit = stream.visit(index)
-        loaded = batches(visit.loaded([source.matrix for source in layer.matrices]), visit.moments, ranks)
-        solved = dict(_solve(loaded, ranks, recipe, reader.dtype, report))
+        matrices = [source.matrix for source in layer.matrices]
+        own = {matrix.name: ranks[matrix.name] for matrix in matrices}
+        if meter is not None:
+            own, needs = meter.share(stream, visit, matrices, own)
+            report.note_needs(layer.name, needs)
+        loaded = batches(visit.loaded(matrices), visit.moments, own)
+        solved = dict(_solve(loaded, own, recipe, reader.dtype, report))
         report.note_tokens(solved, visit.moments.tokens)
         if solved and text.learn.steps:
             states = (stream.quantized, visit.target)
@@ -292,6 +306,8 @@ def _recipe_record(conversion: Conversion) -> dict[str, Any]:
     record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
+    if conversion.measures_ranks:
+        record["measured_ranks"] = True
     text = conversion.text
     if text is None:
         return record | {"calibration": "none"} if conversion.recipe.method == "milo" else record

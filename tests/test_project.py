@@ -81,8 +81,9 @@ FLOORS = {
     "checkpoint": {"errors", "nouns", "solve", "source"},
     "evaluation": {"errors", "progress", "source", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
+    "need": {"nouns", "solve", "calibration", "batches", "learn", "ranks"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion"},
+    | {"checkpoint", "conversion", "need"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
     | {"conversion", "convert"},
 }

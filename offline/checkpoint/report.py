@@ -27,12 +27,14 @@ class Report:
     Attributes:
         matrices: by name, before codes are learned.
         layers: by name, what learning their codes did, as JSON.
+        needs: by layer, what its roles need and the ranks that they got for it, as JSON.
         tuning: what training the whole model did, as JSON; empty without.
         unseen: routed experts that not one token of the calibration text reached.
     """
 
     matrices: dict[str, MatrixReport] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    needs: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: dict[str, float] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
 
@@ -40,6 +42,11 @@ class Report:
         """Note which experts of a layer no token reached, by the tokens that each of their matrices saw."""
         names = [matrix.name for matrix in matrices if tokens.get(matrix.name) == 0]
         self.unseen += dict.fromkeys(name.rpartition(".")[0] for name in names)
+
+    def note_needs(self, layer: str, needs: dict[str, Any]) -> None:
+        """Note what was measured of the roles of a layer, if anything was."""
+        if needs:
+            self.needs[layer] = needs
 
     @property
     def warnings(self) -> list[str]:
@@ -71,6 +78,12 @@ class Report:
                 "trained on, before and after; experts that saw too few tokens to be trained"
             )
             content["layers"] = self.layers
+        if self.needs:
+            content["measured"] = (
+                "squared error of a layer's output, each token's divided by its energy, where one role alone is "
+                "quantized without a compensator; share of the role's error that is left, by rank; rank that it got"
+            )
+            content["needs"] = self.needs
         if self.unseen:
             content["experts_without_tokens"] = self.unseen
         if self.tuning:

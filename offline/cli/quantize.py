@@ -60,8 +60,8 @@ kurtosis: routed experts, mean rank R, doubling with each 1 of excess kurtosis (
 kurtosis-paper: the release's formula for 16 or 32; frequency: routed experts by use, mean rank R in each
 layer (needs --expert-counts). Ranks are rounded to multiples of {RANK_MULTIPLE} and capped at min(N, K)."""
 BUDGET_HELP = """average stored bits of a quantized weight, codes, scales, zero points and compensators counted.
-Without --ranks, method milo gives most ranks to what every token passes; with --ranks or a paper preset the policies
-are scaled to fit."""
+Without --ranks, method milo gives most ranks to what every token passes and, along a calibration text, shares those of
+each layer by what its parts turn out to need; with --ranks or a paper preset the policies are scaled to fit."""
 CALIBRATION_HELP = f"""what goes through the model while it is converted (method milo). {PACKAGED} (default, but of
 preset fast): the text that comes with the package, a layer of the model in memory at a time; a file: a UTF-8 text, or
 .jsonl with "text" or chat "messages" in each line; org/name, org/name:config or org/name:config:split: a dataset of the
