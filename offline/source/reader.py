@@ -94,7 +94,7 @@ class ModelReader:
             values = self.load(tensor)
             for source in parts:
                 part = values if source.expert is None else values[source.expert, source.rows]
-                matrix = part.to(device=device, dtype=torch.float32)
+                matrix = part.to(device).float()  # in this order: the host would take longer to convert than to copy
                 if not torch.isfinite(matrix).all():
                     raise ConversionError(
                         f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf "

@@ -35,6 +35,18 @@ def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) ->
     """
     groups = weights.unflatten(-1, (-1, group_size))
     scale, zero = min_max(groups, strict)
+    return encode(weights, scale, fit_zeros(weights, scale, zero))
+
+
+def fit_zeros(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Return the zero points, fp16 [..., N, G], that the half-quadratic solver finds for given scales.
+
+    Args:
+        weights: as in :func:`quantize_hqq`.
+        scale: fp16 [..., N, G].
+        zero: where it begins, [..., N, G]; groups of equal weights keep it.
+    """
+    groups = weights.unflatten(-1, (scale.shape[-1], -1))
     constant = groups.amax(-1) == groups.amin(-1)
     step = _step_on_gpu(weights, scale) if weights.is_cuda else _step(groups, scale)
     current, best_zero = zero.float(), zero.float()
@@ -50,7 +62,7 @@ def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) ->
         best_zero = torch.where(improved[..., None, None], current, best_zero)
         current = torch.where(improved[..., None, None] & ~constant, update, current)
         beta *= KAPPA
-    return encode(weights, scale, fit_zero(best_zero))
+    return fit_zero(best_zero)
 
 
 def _step_on_gpu(weights: torch.Tensor, scale: torch.Tensor) -> _Step:
