@@ -81,10 +81,11 @@ FLOORS = {
     "checkpoint": {"errors", "nouns", "solve", "source"},
     "evaluation": {"errors", "progress", "source", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
+    "planning": {"errors", "nouns", "source", "calibration", "batches", "ranks", "checkpoint", "conversion"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion"},
+    | {"checkpoint", "conversion", "planning"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
-    | {"conversion", "convert"},
+    | {"conversion", "planning", "convert"},
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 

@@ -47,19 +47,18 @@ class TextOptions:
     progress: bool = False
 
 
-def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.Tensor:
+def calibration_windows(reader: ModelReader, how: str, options: TextOptions) -> torch.Tensor:
     """Return the windows of a calibration text, token ids int64 [W, T].
 
     Args:
-        folder: the source model.
+        reader: the source model.
         how: ``text``, ``self``, or the name of a file or of a dataset of the Hugging Face Hub.
         options: how much of it.
 
     Raises:
         ConversionError, ShardError: the model, its tokenizer or the text cannot be read, or the text is too short.
     """
-    reader = ModelReader(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(reader.folder)
     length = min(WINDOW, int(reader.config.get("max_position_embeddings") or WINDOW))
     if how == OWN_TEXT:
         return _own_text(reader, tokenizer, length, options)
@@ -100,12 +99,11 @@ def _own_text(reader: ModelReader, tokenizer: Any, length: int, options: TextOpt
         ) from error
 
 
-def check_runs(folder: Path) -> None:
+def check_runs(reader: ModelReader) -> None:
     """Refuse a model that transformers cannot run a layer at a time.
 
     Raises:
         ConversionError: transformers has no class for it.
     """
-    reader = ModelReader(folder)
     tensors = reader_tensors(reader.load, reader.tensors)
-    StreamedModel(folder, reader.family, tensors, torch.device("meta"), torch.float32)
+    StreamedModel(reader.folder, reader.family, tensors, torch.device("meta"), torch.float32)
