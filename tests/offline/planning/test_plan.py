@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -62,18 +66,9 @@ def test_what_is_planned_is_written(family: str, bits: int, policies: str, sourc
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            MTP,
-            r"mtp\.layers\.0\.self_attn\.q_proj\.weight: a weight that mixtral does not have.*--ignore 're:mtp\\\.\.\*'",
-        ),
-        (
-            "model.layers.{}.adapter.weight",
-            r"layers\.0\.adapter\.weight \(and 1 more\): .*--ignore 'model\.layers\.0\.ad",
-        ),
-        (
-            "model.layers.{}.block_sparse_moe.router.weight",
-            r"layers\.0\.block_sparse_moe\.router\.weight \(and 1 more\)",
-        ),
+        (MTP, r"q_proj\.weight: a weight that mixtral does not have.*--ignore 're:mtp\\\.\.\*'"),
+        ("model.layers.{}.adapter.weight", r"0\.adapter\.weight \(and 1 more\): .*'model\.layers\.0\.adapter'"),
+        ("model.layers.{}.block_sparse_moe.router.weight", r"layers\.0\.block_sparse_moe\.router\.weight \(and 1"),
     ],
 )
 def test_weights_that_the_family_does_not_have(source: Path, tmp_path: Path, name: str, message: str):
@@ -124,3 +119,45 @@ def test_an_input_size_that_no_group_divides(tmp_path: Path):
 
     edit_tensors(source, WEIGHTS, edit)
     refused_unread(source, tmp_path / "out", r"experts\.0\.down_proj: shape \[128, 80\]")
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_disk_without_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    need = make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST)).disk_bytes
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * need, 0, need))
+    assert make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST)).disk_bytes == need
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * need, 0, 2**17))
+    message = r"out: the checkpoint takes 0\.\d MiB, and 0\.1 MiB are free on its file system; free space or choose"
+    refused_unread(source, tmp_path / "out", message)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))  # as of /proc: not known
+    make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST))
+
+
+@pytest.mark.usefixtures("unread")
+def test_an_output_that_cannot_be_renamed_to(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda place: str(place) == str(tmp_path / "out"))
+        refused_unread(source, tmp_path / "out", r"out: is a mount point .* name a folder in it, such as .*out/model")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda place, mode: place != tmp_path)
+        refused_unread(source, tmp_path / "a" / "out", r"out: cannot be written: .* may not be written to")
+    refused_unread(source, tmp_path / ("x" * 250), "its name is too long; choose a shorter one")
+    refused_unread(source, tmp_path / ("x" * 300), "name")
+
+
+def test_a_folder_mounted_from_the_same_file_system(source: Path, tmp_path: Path):
+    """As a volume of a container is: only the system's list of mounts tells."""
+    (tmp_path / "host").mkdir()
+    out = tmp_path / "with space"
+    out.mkdir()
+    script = 'mount --bind "$1" "$2" || exit 77; shift 2; exec "$@"'
+    milo = [sys.executable, "-m", "vllm_milo.offline.cli", "quantize", str(source), "-o"]
+    options = ["--calibration", "none", "--max-rounds", "1", "--quiet", "--device", "cpu"]
+    for place, status, said in ((out, 1, "with space: is a mount point"), (out / "model", 0, "")):
+        command = ["unshare", "-m", "sh", "-c", script, "-", str(tmp_path / "host"), str(out), *milo, str(place)]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        if done.returncode == 77 or "unshare failed" in done.stderr:
+            pytest.skip("may not mount")
+        assert (done.returncode, said in done.stderr) == (status, True), done.stderr
+    assert validate_checkpoint(tmp_path / "host" / "model")
