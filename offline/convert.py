@@ -242,6 +242,7 @@ def _solve(
     for batch in layer:
         theirs = [ranks[matrix.name] for matrix in batch.matrices]
         result = _quantize_named(batch, theirs, recipe, dtype)
+        report.note_sizes(batch.matrices, batch.weights, result.base.scale)
         for place, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
             entry = MatrixReport(float(result.errors[place]), rank, int(result.rounds[place]))
             report.matrices[matrix.name] = entry

@@ -124,10 +124,10 @@ class _Base:
     def begin(self, weights: torch.Tensor, feedback: bool) -> GroupQuantized:
         """Quantize weights [B, N, K] from scratch."""
         if self._robust:
-            return quantize_hqq(weights, self._group_size, strict=False)
+            return quantize_hqq(weights, self._group_size)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, None, COLD_FITS)
-        return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS, strict=False)
+        return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS)
 
     def go_on(
         self,
@@ -142,11 +142,11 @@ class _Base:
         The first compensator may take so much off a group that its old grid is no use, so there ranges count too.
         """
         if self._robust:
-            return quantize_hqq(weights, self._group_size, strict=False)
+            return quantize_hqq(weights, self._group_size)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, old, WARM_FITS)
         if first:
-            return quantize_mse(weights, self._group_size, self._importance, old, WARM_FITS, strict=False)
+            return quantize_mse(weights, self._group_size, self._importance, old, WARM_FITS)
         return refit(weights, old, self._group_size, self._importance, WARM_FITS, work)
 
 
