@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,16 @@ import torch
 from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES
 
 from ..calibration import memory
-from ..calibration.choose import NONE, PACKAGED, WINDOW, TextOptions, calibration_windows, check_runs, remarks
+from ..calibration.choose import (
+    NONE,
+    PACKAGED,
+    WINDOW,
+    TextOptions,
+    calibration_windows,
+    check_runs,
+    planned_windows,
+    remarks,
+)
 from ..calibration.generated_text import OWN_TEXT
 from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
 from ..checkpoint.output import refuse_unsafe_output
@@ -24,6 +34,7 @@ from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
 from ..learn.layer import LearnOptions
 from ..nouns import METHODS, PLAIN_METHODS, RANK_MULTIPLE, Recipe
+from ..planning.describe import describe, format_description
 from ..planning.devices import find_device
 from ..planning.plan import Plan, make_plan
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
@@ -72,6 +83,11 @@ Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: wh
 takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
 
+DRY_RUN_HELP = """check everything that can be known before the work, print what would be done, and write nothing: size
+on disk, stored bits a weight, memory, tensor parallel sizes. The calibration text is neither cut nor written by the
+model, so windows are the most that there can be."""
+
+
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("quantize", help="convert a model folder to a MiLo checkpoint")
@@ -106,6 +122,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing MiLo checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
+    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, alone on stdout")
     parser.set_defaults(run=_run)
 
 
@@ -116,7 +134,14 @@ def _folder(text: str) -> Path:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.json and not arguments.dry_run:
+        raise ConversionError("--json is for --dry-run alone; `milo inspect --json` describes a finished checkpoint")
     plan = plan_conversion(arguments)
+    if arguments.dry_run:
+        for warning in plan.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(json.dumps(describe(plan), indent=2) if arguments.json else format_description(plan))
+        return
     if not arguments.quiet:
         print(plan.memory.line(arguments.device), file=sys.stderr)
     _print_summary(carry_out(plan, progress=not arguments.quiet))
@@ -226,7 +251,8 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
     number = number or default_windows(reader, arguments.device, wanted, thorough)
     options = TextOptions(number, arguments.device, arguments.seed, not arguments.quiet)
     try:
-        windows = calibration_windows(reader, wanted, options)
+        read = planned_windows if arguments.dry_run else calibration_windows
+        windows = read(reader, wanted, options)
         check_runs(reader)
     except ConversionError as error:
         if asked is not None:
@@ -235,9 +261,9 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
             f"warning: no calibration: {error}. Quantizing without one (--calibration {NONE}), {COST}", file=sys.stderr
         )
         return None
-    for remark in remarks(arguments.model, wanted, windows, number):
+    for remark in [] if arguments.dry_run else remarks(arguments.model, wanted, windows, number):
         print(remark, file=sys.stderr)
-    if not arguments.quiet:
+    if not arguments.quiet and not arguments.dry_run:
         print(f"calibration: {len(windows)} windows of {windows.shape[1]} tokens", file=sys.stderr)
     steps = effort.steps if arguments.learn_steps is None else arguments.learn_steps
     learn = LearnOptions(steps=steps, batch=min(effort.batch, len(windows)), seed=arguments.seed)
