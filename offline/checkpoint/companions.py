@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vllm_milo.shards import read_object
+
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
     *(".tflite", ".ot", ".onnx_data"),
 )
 """Ends of the names of weights, which may hold the model in other formats."""
+
+
+_OBJECTS = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "generation_config.json")
+"""Files that must hold a JSON object where they are there."""
 
 
 class Companions(NamedTuple):
@@ -59,6 +65,17 @@ def find_companions(source: Path) -> Companions:
         elif real.is_file():
             files[name] = real
     return Companions(files, warnings)
+
+
+def check_objects(companions: Companions) -> None:
+    """Refuse a file of settings that holds no JSON object: no server could read the checkpoint.
+
+    Raises:
+        ShardError: names it.
+    """
+    for name in _OBJECTS:
+        if name in companions.files:
+            read_object(companions.files[name])
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -58,8 +58,8 @@ all windows would take more than some GiB get fewer."""
 CPU_EFFORT = Effort(32, 16, 4)
 OWN_WINDOWS = 512
 """Most windows that a model writes by itself where none are asked for: writing takes longer than learning."""
-LARGEST_SEED = 2**63
-"""What torch's generators take, as far as it is not negative."""
+LARGEST_SEED = 2**32
+"""Above what every library takes that draws random numbers here."""
 TUNE_STEPS = 2
 """Steps that train the whole model, for each step of a layer."""
 CALIBRATED_ROUNDS, PLAIN_ROUNDS = 2, 10

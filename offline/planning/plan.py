@@ -17,7 +17,7 @@ from vllm_milo.shards import TensorEntry
 
 from ..batches import batch_elements
 from ..calibration import memory
-from ..checkpoint.companions import Companions, find_companions
+from ..checkpoint.companions import Companions, check_objects, find_companions
 from ..checkpoint.matrices import group_table, rank_table
 from ..checkpoint.output import refuse_unsafe_output, refuse_unwritable_output
 from ..conversion import Conversion
@@ -163,6 +163,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion) -> Plan:
     tensors = planned_tensors(reader, layers, fmt, ranks, str(safetensors_name(str(reader.dtype))))
     refuse_broken_plan(reader.folder, tensors, fmt, config)
     companions = find_companions(reader.folder)
+    check_objects(companions)
     warnings = [*warnings, *companions.warnings]
     plan = Plan(reader, out, conversion, layers, ranks, exact, tensors, companions, warnings)
     disk.refuse_what_does_not_fit(out, plan.disk_bytes)
