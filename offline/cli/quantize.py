@@ -267,7 +267,7 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
         print(f"calibration: {len(windows)} windows of {windows.shape[1]} tokens", file=sys.stderr)
     steps = effort.steps if arguments.learn_steps is None else arguments.learn_steps
     learn = LearnOptions(steps=steps, batch=min(effort.batch, len(windows)), seed=arguments.seed)
-    return Text(wanted, windows, learn, _tune(arguments, reader, effort) if thorough and steps else None)
+    return Text(wanted, windows, learn, _tune(arguments, reader, effort, len(windows)) if thorough and steps else None)
 
 
 def _effort(device: str) -> Effort:
@@ -288,7 +288,7 @@ def default_windows(reader: ModelReader, device: str, how: str = PACKAGED, thoro
     return min(_effort(device).windows * (2 if thorough else 1), small, most)
 
 
-def _tune(arguments: argparse.Namespace, reader: ModelReader, effort: Effort) -> TuneOptions | None:
+def _tune(arguments: argparse.Namespace, reader: ModelReader, effort: Effort, windows: int) -> TuneOptions | None:
     """Return how the whole model is trained, where it fits into memory twice."""
     need, have = memory.tuning_need(reader, arguments.device), memory.available(arguments.device)
     if need > have:
@@ -298,7 +298,7 @@ def _tune(arguments: argparse.Namespace, reader: ModelReader, effort: Effort) ->
             file=sys.stderr,
         )
         return None
-    return TuneOptions(steps=TUNE_STEPS * effort.steps, batch=effort.batch, seed=arguments.seed)
+    return TuneOptions(steps=TUNE_STEPS * effort.steps, batch=min(effort.batch, windows), seed=arguments.seed)
 
 
 def _preset(arguments: argparse.Namespace) -> Preset | None:

@@ -165,6 +165,11 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion) -> Plan:
     companions = find_companions(reader.folder)
     check_objects(companions)
     warnings = [*warnings, *companions.warnings]
+    if unknown:
+        warnings.append(
+            f"{next(iter(unknown))} and the like are copied as they are; vLLM may refuse to load what "
+            f"{reader.family.model_type} does not have"
+        )
     plan = Plan(reader, out, conversion, layers, ranks, exact, tensors, companions, warnings)
     disk.refuse_what_does_not_fit(out, plan.disk_bytes)
     return plan

@@ -52,7 +52,7 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
     ranks = ranks_at(low)
     _spend_rest(matrices, ranks, budget, recipe)
     warnings = []
-    if all(ranks[matrix.name] == largest_rank(matrix) for matrix in matrices):
+    if any(ranks.values()) and all(ranks[matrix.name] == largest_rank(matrix) for matrix in matrices):
         warnings.append(unspent(budget, stored_bits(matrices, ranks, recipe)))
     if not any(ranks.values()):
         warnings.append(
