@@ -6,24 +6,20 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from vllm_milo import __version__
-from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.validation import validate_checkpoint
 
-from .batches import Batch, batch_elements, batches, gather_layers, load_batches
+from .batches import Batch, batches, gather_layers, load_batches
 from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
-from .checkpoint.matrices import add_matrix, group_table, rank_table
-from .checkpoint.output import refuse_unsafe_output
+from .checkpoint.matrices import add_matrix
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
 from .checkpoint.writer import CheckpointWriter
 from .conversion import Conversion, Text
@@ -32,11 +28,11 @@ from .learn.end_to_end import tune
 from .learn.layer import learn_layer
 from .need import NeedMeter
 from .nouns import Matrix, Recipe
+from .planning.plan import Plan, make_plan
 from .progress import progress_bar
 from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
 from .solve.methods import Quantized, Solved, quantize_matrices
-from .source.ignore import check_ignore, without_ignored
 from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
@@ -64,65 +60,46 @@ class Summary(NamedTuple):
 def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
     """Quantize the model folder ``source`` into the MiLo checkpoint ``out``.
 
-    ``out`` appears whole or not at all.
+    ``out`` appears whole or not at all. All that the headers of the source tell is checked first
+    (:func:`.planning.plan.make_plan`).
 
     Raises:
         ConversionError, CheckpointError, ShardError: bad input, too little memory, or the output cannot be written.
     """
-    device = find_device(conversion.device)
+    return carry_out(make_plan(ModelReader(source), out, conversion), progress)
+
+
+def carry_out(plan: Plan, progress: bool = True) -> Summary:
+    """Do what was planned.
+
+    Raises:
+        ConversionError, CheckpointError, ShardError: weights that cannot be quantized, too little memory, or the
+            output cannot be written.
+    """
+    device, conversion = plan.device, plan.conversion
     on_device = (
         torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     )  # for Triton's launches
     try:
         with on_device:
-            return _convert(source, out, conversion, device, progress)
+            return _convert(plan, progress)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         text = conversion.text
-        todo = memory.advice(ModelReader(source), text.windows, conversion.device) if text else "use another --device"
+        todo = memory.advice(plan.reader, text.windows, conversion.device) if text else "use another --device"
         raise ConversionError(f"{conversion.device}: out of memory; {todo}") from error
 
 
-def predict_memory(source: Path, conversion: Conversion) -> memory.Need:
-    """Return about how much memory a conversion takes.
-
-    Raises:
-        ConversionError, ShardError: there is no model that could be converted.
-    """
-    reader, text, device = ModelReader(source), conversion.text, conversion.device
-    if text is None:
-        working = memory.plain_need(reader, batch_elements(find_device(device)))
-    else:
-        working = memory.streamed_need(reader, text.windows.numel(), device)
-        working = max(working, memory.tuning_need(reader, device)) if text.tune else working
-    return memory.whole_need(reader, working, device, conversion.shard_bytes)
-
-
-def _convert(source: Path, out: Path, conversion: Conversion, device: torch.device, progress: bool) -> Summary:
+def _convert(planned: Plan, progress: bool) -> Summary:
     start = time.monotonic()
-    refuse_unsafe_output(out, source, conversion.overwrite)
-    reader = ModelReader(source)
-    ignore = (*reader.family.ignore, *conversion.ignore)
-    check_ignore(conversion.ignore, reader.matrices)
-    plan = [without_ignored(layer, ignore) for layer in reader.layers]
-    matrices = [source_.matrix for layer in plan for source_ in layer.matrices]
-    if not matrices:
-        raise ConversionError("--ignore leaves no matrix to quantize")
-    group_size, exceptions = group_table(matrices, conversion.recipe)
-    base_format = MiLoFormat(
-        group_size=group_size,
-        groups=exceptions,
-        compensator=CompensatorFormat(conversion.recipe.factor_bits),
-        ignore=ignore,
-        recipe=_recipe_record(conversion),
-    )
-    for matrix in matrices:
-        base_format.check_matrix(matrix.name, matrix.n, matrix.k, base_format.module_group_size(matrix.name))
-    if conversion.text is not None and conversion.recipe.method != "milo":
-        raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
-    choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
-    ranks, warnings = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
+    reader, out, conversion, device = planned.reader, planned.out, planned.conversion, planned.device
+    source, plan, matrices = reader.folder, planned.layers, planned.matrices
+    ranks, warnings = planned.ranks, list(planned.warnings)
+    if not planned.exact:
+        choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
+        ranks, remarks = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
+        warnings += remarks
     report = Report()
     with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
         for layer, solved in quantize_layers(reader, plan, ranks, conversion, device, report, progress):
@@ -131,9 +108,7 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
             for tensor in layer.others:
                 writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
         got = {name: entry.rank for name, entry in report.matrices.items()}
-        fmt = replace(base_format, ranks=rank_table(matrices, got))
-        config = reader.config | {"quantization_config": fmt.to_dict()}
-        writer.seal(config, {REPORT_NAME: report.to_dict()})
+        writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
         validate_checkpoint(writer.partial)
         published = writer.publish()
     if published != writer.out:
@@ -280,6 +255,7 @@ def _solve(
     for batch in layer:
         theirs = [ranks[matrix.name] for matrix in batch.matrices]
         result = _quantize_named(batch, theirs, recipe, dtype)
+        report.note_sizes(batch.matrices, batch.weights, result.base.scale)
         for place, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
             entry = MatrixReport(float(result.errors[place]), rank, int(result.rounds[place]))
             report.matrices[matrix.name] = entry
@@ -299,37 +275,3 @@ def _quantize_named(batch: Batch, ranks: Sequence[int], recipe: Recipe, dtype: t
             except ConversionError as single_error:
                 raise type(error)(f"{matrix.name}: {single_error}") from error
         raise
-
-
-def _recipe_record(conversion: Conversion) -> dict[str, Any]:
-    policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
-    record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
-    if conversion.budget_bits is not None:
-        record["budget_bits"] = conversion.budget_bits
-    if conversion.measures_ranks:
-        record["measured_ranks"] = True
-    text = conversion.text
-    if text is None:
-        return record | {"calibration": "none"} if conversion.recipe.method == "milo" else record
-    record |= {"calibration": text.name, "calibration_tokens": text.windows.numel(), "learn_steps": text.learn.steps}
-    return record | {"tune_steps": text.tune.steps} if text.tune else record
-
-
-def find_device(name: str) -> torch.device:
-    """Return a device by its name.
-
-    Raises:
-        ConversionError: there is none of this name.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConversionError(f"--device {name}: torch knows no such device; use cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConversionError(f"--device {name}: torch sees {_number_seen()}; use --device cpu")
-    return device
-
-
-def _number_seen() -> str:
-    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return f"{number} CUDA devices" if number else "no CUDA device"

@@ -82,10 +82,11 @@ FLOORS = {
     "evaluation": {"errors", "progress", "source", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
     "need": {"nouns", "solve", "calibration", "batches", "learn", "ranks"},
+    "planning": {"errors", "nouns", "source", "calibration", "batches", "ranks", "checkpoint", "conversion"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion", "need"},
+    | {"checkpoint", "conversion", "need", "planning"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
-    | {"conversion", "convert"},
+    | {"conversion", "planning", "convert"},
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from ..nouns import Matrix
+from ..solve.base.group import SMALLEST_NORMAL
 
 REPORT_NAME = "milo_report.json"
+_SHOWN = 3
 _MORE = "a longer text or one like what will be served reaches more of them"
 
 
@@ -30,6 +36,8 @@ class Report:
         needs: by layer, what its roles need and the ranks that they got for it, as JSON.
         tuning: what training the whole model did, as JSON; empty without.
         unseen: routed experts that not one token of the calibration text reached.
+        zero: matrices without a weight other than 0.
+        tiny: matrices so small that their scales lie below fp16's normal range.
     """
 
     matrices: dict[str, MatrixReport] = field(default_factory=dict)
@@ -37,6 +45,22 @@ class Report:
     needs: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: dict[str, float] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)
+    tiny: list[str] = field(default_factory=list)
+
+    def note_sizes(self, matrices: Sequence[Matrix], weights: torch.Tensor, scales: torch.Tensor) -> None:
+        """Note which matrices of a batch are zero or tiny.
+
+        Args:
+            matrices: of the batch.
+            weights: theirs, float32 [B, N, K].
+            scales: of their groups as stored, fp16 [B, N, G].
+        """
+        size = torch.linalg.vector_norm(weights.flatten(1), dim=1) / math.sqrt(weights[0].numel())
+        small = (scales < SMALLEST_NORMAL).flatten(1).any(1) & (size < 8 * SMALLEST_NORMAL) & (size > 0)
+        for matrix, is_zero, is_small in zip(matrices, (size == 0).tolist(), small.tolist(), strict=True):
+            if is_zero or is_small:
+                (self.zero if is_zero else self.tiny).append(matrix.name)
 
     def note_tokens(self, matrices: Iterable[Matrix], tokens: Mapping[str, int]) -> None:
         """Note which experts of a layer no token reached, by the tokens that each of their matrices saw."""
@@ -64,6 +88,13 @@ class Report:
                 f"{len(few)} routed experts saw too little of the calibration text and keep the solver's codes, "
                 f"e.g. {min(few)}; {_MORE}"
             )
+        if self.zero:
+            found.append(f"{_some(self.zero)}: all weights are 0, and are stored as that; was the source pruned?")
+        if self.tiny:
+            found.append(
+                f"{_some(self.tiny)}: so small that scales lie below fp16's normal range; stored as exactly as that "
+                f"allows ({REPORT_NAME} has the error of each)"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,3 +120,10 @@ class Report:
         if self.tuning:
             content["tuning"] = self.tuning
         return content
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return matrices as text: the experts that hold them, and other matrices by themselves; at most three."""
+    owners = list(dict.fromkeys(re.sub(r"(\.experts\.\d+)\.[^.]+$", r"\1", name) for name in names))
+    more = f" and {len(owners) - _SHOWN} more" if len(owners) > _SHOWN else ""
+    return ", ".join(owners[:_SHOWN]) + more

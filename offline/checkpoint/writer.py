@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from vllm_milo.shards import INDEX_NAME
 
 from ..errors import ConversionError
+from .companions import find_companions
 from .manifest import MANIFEST_NAME, FileEntry, describe_file, describe_folder
 from .output import refuse_unsafe_output
 
 SHARD_BYTES = 4 * 2**30
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class _Shard(NamedTuple):
@@ -95,7 +95,7 @@ class CheckpointWriter:
         self._write_shard()
         try:
             shards = self._name_shards()
-            _copy_companions(self.source, self.partial)
+            find_companions(self.source).copy(self.partial)
             for name, content in extra.items():
                 _write_json(self.partial / name, content)
             _write_json(self.partial / "config.json", config)
@@ -200,21 +200,13 @@ def _shard_name(number: int, total: int | None = None) -> str:
     return f"model-{number:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, remote code and the like: all files but weights and config."""
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:
-    """Flush every file and the folder: after the rename nothing of the checkpoint may be only in memory."""
-    for path in [*folder.iterdir(), folder]:
+    """Flush every file and folder: after the rename nothing of the checkpoint may be only in memory."""
+    for path in [*folder.rglob("*"), folder]:
         _flush(path)
 
 

@@ -125,7 +125,7 @@ class _Base:
     def alone(self, weights: torch.Tensor) -> GroupQuantized:
         """Quantize weights [B, N, K] that get no compensator."""
         if self._robust:
-            return quantize_hqq(weights, self._group_size, strict=False)
+            return quantize_hqq(weights, self._group_size)
         return self.begin(weights, feedback=True)
 
     def begin(self, weights: torch.Tensor, feedback: bool) -> GroupQuantized:
@@ -134,7 +134,7 @@ class _Base:
             return quantize_robustly(weights, self._group_size)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, None, COLD_FITS)
-        return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS, strict=False)
+        return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS)
 
     def go_on(
         self,
@@ -153,7 +153,7 @@ class _Base:
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, old, WARM_FITS)
         if first:
-            return quantize_mse(weights, self._group_size, self._importance, old, WARM_FITS, strict=False)
+            return quantize_mse(weights, self._group_size, self._importance, old, WARM_FITS)
         return refit(weights, old, self._group_size, self._importance, WARM_FITS, work)
 
 

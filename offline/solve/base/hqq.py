@@ -18,7 +18,7 @@ _Step = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 """From zero points [..., N, G] and β to the sums of absolute errors and the next zero points, both like them."""
 
 
-def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) -> GroupQuantized:
+def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
     """HQQ: the scale of round-to-nearest, and the zero point that the half-quadratic solver finds.
 
     Minimizes the l_p norm, p = 0.7, of the error over z alone (the paper's eq. 4-9, HQQ's constants):
@@ -28,13 +28,12 @@ def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) ->
     Args:
         weights: float32 [..., N, K]; on GPUs [B, N, K].
         group_size: consecutive weights of a row that share one scale and zero point; divides K.
-        strict: refuse matrices so small that fp16 scales lose them; off for what a compensator leaves.
 
     Raises:
         ScaleError: a group's range does not fit fp16.
     """
     groups = weights.unflatten(-1, (-1, group_size))
-    scale, zero = min_max(groups, strict)
+    scale, zero = min_max(groups)
     return encode(weights, scale, fit_zeros(weights, scale, zero))
 
 

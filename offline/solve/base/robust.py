@@ -33,7 +33,7 @@ def quantize_robustly(weights: torch.Tensor, group_size: int) -> GroupQuantized:
         ScaleError: a group's range does not fit fp16.
     """
     groups = weights.unflatten(-1, (-1, group_size))
-    whole, zero = min_max(groups, strict=False)
+    whole, zero = min_max(groups)
     best_scale, best_zero = whole, fit_zeros(weights, whole, zero)
     best = _error(weights, best_scale, best_zero)
     middle = (groups.amax(-1) + groups.amin(-1)) / 2
