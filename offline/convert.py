@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from vllm_milo import __version__
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
+from vllm_milo.shards import INDEX_NAME, read_json
 from vllm_milo.validation import validate_checkpoint
 
 from .batches import Batch, batch_elements, batches, gather_layers, load_batches
@@ -22,12 +23,14 @@ from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
-from .checkpoint.matrices import add_matrix, group_table, rank_table
-from .checkpoint.output import refuse_unsafe_output
+from .checkpoint.claim import Claim
+from .checkpoint.matrices import group_table, matrix_tensors, rank_table, read_matrix
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
-from .checkpoint.writer import CheckpointWriter
+from .checkpoint.writer import CheckpointWriter, on_host
 from .conversion import Conversion, Text
+from .durable.journal import START_OVER, Journal
 from .errors import ConversionError
+from .fingerprint import differences, fingerprint
 from .learn.end_to_end import tune
 from .learn.layer import learn_layer
 from .nouns import Matrix, Recipe
@@ -59,27 +62,44 @@ class Summary(NamedTuple):
     warnings: list[str]
 
 
-def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
+def convert(
+    source: Path, out: Path, conversion: Conversion, progress: bool = True, claim: Claim | None = None
+) -> Summary:
     """Quantize the model folder ``source`` into the MiLo checkpoint ``out``.
 
-    ``out`` appears whole or not at all.
+    ``out`` appears whole or not at all. Layers that are finished survive whatever ends the process, and a conversion
+    with ``resume`` goes on with them; an error or interrupt that leaves some behind says so in its notes.
+
+    Args:
+        source: the model folder.
+        out: the checkpoint folder.
+        conversion: what is done, and where.
+        progress: show progress bars.
+        claim: of ``out``, entered; without one, the conversion makes its own.
 
     Raises:
         ConversionError, CheckpointError, ShardError: bad input, too little memory, or the output cannot be written.
     """
+    if claim is None:
+        with Claim(out, source, conversion.overwrite, conversion.resume) as own:
+            summary = convert(source, out, conversion, progress, own)
+            return summary._replace(warnings=[*own.notes, *summary.warnings])
     device = find_device(conversion.device)
     on_device = (
         torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     )  # for Triton's launches
     try:
         with on_device:
-            return _convert(source, out, conversion, device, progress)
+            return _convert(source, out, conversion, device, progress, claim)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         text = conversion.text
         todo = memory.advice(ModelReader(source), text.windows, conversion.device) if text else "use another --device"
-        raise ConversionError(f"{conversion.device}: out of memory; {todo}") from error
+        described = ConversionError(f"{conversion.device}: out of memory; {todo}")
+        for note in getattr(error, "__notes__", ()):
+            described.add_note(note)
+        raise described from error
 
 
 def predict_memory(source: Path, conversion: Conversion) -> memory.Need:
@@ -97,9 +117,10 @@ def predict_memory(source: Path, conversion: Conversion) -> memory.Need:
     return memory.whole_need(reader, working, device, conversion.shard_bytes)
 
 
-def _convert(source: Path, out: Path, conversion: Conversion, device: torch.device, progress: bool) -> Summary:
+def _convert(
+    source: Path, out: Path, conversion: Conversion, device: torch.device, progress: bool, claim: Claim
+) -> Summary:
     start = time.monotonic()
-    refuse_unsafe_output(out, source, conversion.overwrite)
     reader = ModelReader(source)
     ignore = (*reader.family.ignore, *conversion.ignore)
     check_ignore(conversion.ignore, reader.matrices)
@@ -119,20 +140,27 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
         base_format.check_matrix(matrix.name, matrix.n, matrix.k, base_format.module_group_size(matrix.name))
     if conversion.text is not None and conversion.recipe.method != "milo":
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
+    decided_by = fingerprint(reader, conversion, base_format.recipe)
+    _refuse_other_layers(claim, decided_by)
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     ranks, warnings = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
     fmt = replace(base_format, ranks=rank_table(matrices, ranks))
     report = Report()
-    with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
-        for layer, solved in quantize_layers(reader, plan, ranks, conversion, device, report, progress):
-            for matrix, one in solved:
-                add_matrix(writer, matrix.name, one)
-            for tensor in layer.others:
-                writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
-        config = reader.config | {"quantization_config": fmt.to_dict()}
-        writer.seal(config, {REPORT_NAME: report.to_dict()})
-        validate_checkpoint(writer.partial)
-        published = writer.publish()
+    final = conversion.text is None or conversion.text.tune is None
+    durable = (claim, decided_by, len(plan), final)
+    with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes, *durable) as writer:
+        for record in writer.journal.records:
+            report.restore(record.said)
+        if claim.published is None:
+            _keep_layers(writer, reader, plan, ranks, conversion, device, report, progress)
+            if not final:
+                _add_tuned(writer, reader, plan, conversion, device, report, progress)
+            config = reader.config | {"quantization_config": fmt.to_dict()}
+            writer.seal(config, {REPORT_NAME: report.to_dict()})
+            validate_checkpoint(writer.folder)
+            writer.publish()
+    assert claim.published is not None
+    published = claim.published
     if published != writer.out:
         warnings = [*warnings, f"{out}: appeared during the conversion and was kept; the checkpoint is {published}"]
     warnings = [*warnings, *report.warnings]
@@ -141,7 +169,7 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
         out=published if published != writer.out else out,
         seconds=time.monotonic() - start,
         matrices=len(matrices),
-        bytes_written=writer.bytes_written,
+        bytes_written=read_json(published / INDEX_NAME)["metadata"]["total_size"],
         mean_error=sum(errors) / len(errors),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
@@ -149,8 +177,104 @@ def _convert(source: Path, out: Path, conversion: Conversion, device: torch.devi
     )
 
 
+def _refuse_other_layers(claim: Claim, decided_by: Mapping[str, Any]) -> None:
+    """Refuse to go on with finished layers of another conversion."""
+    before = claim.journal.fingerprint
+    if not claim.resume or before is None or not claim.journal.layers:
+        return
+    different = differences(before, decided_by)
+    if different:
+        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+        raise ConversionError(
+            f"{claim.out}: the finished layers in {claim.partial} are of another conversion: "
+            f"{'; '.join(different[:5])}{more}. Convert as before, or {START_OVER}"
+        )
+
+
+def _keep_layers(
+    writer: CheckpointWriter,
+    reader: ModelReader,
+    plan: Sequence[Layer],
+    ranks: Mapping[str, int],
+    conversion: Conversion,
+    device: torch.device,
+    report: Report,
+    progress: bool,
+) -> None:
+    """Quantize the layers that are not finished, and put each on the disk as soon as it is."""
+    start = Start(writer.journal.layers, writer.journal.states())
+    mark = report.mark()
+    for step in quantize_steps(reader, plan, ranks, conversion, device, report, progress, start):
+        names: list[str] = []
+        tensors: dict[str, torch.Tensor] = {}
+        theirs: dict[str, int] = {}
+        for layer, solved in step.layers:
+            names.append(layer.name)
+            for matrix, one in solved:
+                tensors |= {name: on_host(tensor) for name, tensor in matrix_tensors(matrix.name, one)}
+                theirs[matrix.name] = one.rank
+            tensors |= _other_tensors(reader, layer)
+        writer.keep(names, tensors, theirs, report.since(mark), step.states())
+        mark = report.mark()
+
+
+def _other_tensors(reader: ModelReader, layer: Layer) -> dict[str, torch.Tensor]:
+    return {reader.family.checkpoint_name(tensor): reader.load_finite(tensor) for tensor in layer.others}
+
+
+def _add_tuned(
+    writer: CheckpointWriter,
+    reader: ModelReader,
+    plan: Sequence[Layer],
+    conversion: Conversion,
+    device: torch.device,
+    report: Report,
+    progress: bool,
+) -> None:
+    """Train the finished layers together, and write what they become."""
+    assert conversion.text is not None
+    layers = list(_finished(writer.journal, plan, device))
+    for layer, solved in _tuned(reader, layers, conversion.recipe, conversion.text, device, report, progress):
+        for matrix, one in solved:
+            for name, tensor in matrix_tensors(matrix.name, one):
+                writer.add(name, tensor)
+        for name, tensor in _other_tensors(reader, layer).items():
+            writer.add(name, tensor)
+
+
+def _finished(journal: Journal, plan: Sequence[Layer], device: torch.device) -> Layers:
+    """Yield the layers of the model as they are on the disk, with their matrices in the order that they are there."""
+    by_name = {layer.name: layer for layer in plan}
+    for record in journal.records:
+        tensors = journal.tensors(record)
+        for name in record.layers:
+            matrices = {source.matrix.name: source.matrix for source in by_name[name].matrices}
+            order = [matrices[matrix] for matrix in record.ranks if matrix in matrices]
+            yield by_name[name], [(matrix, read_matrix(matrix.name, tensors, device)) for matrix in order]
+
+
 Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Solved]]]]
 """Layers with their quantized matrices."""
+
+
+class Step(NamedTuple):
+    """Layers that are solved together with their quantized matrices, and what returns the hidden states after them.
+
+    The states are for the conversion's :class:`Start` after a kill; None where there are none, or none that are new.
+    """
+
+    layers: Layers
+    states: Callable[[], dict[str, torch.Tensor] | None]
+
+
+class Start(NamedTuple):
+    """Where a conversion goes on: how many layers are finished, and the hidden states after the last that had any."""
+
+    layers: int
+    states: Mapping[str, torch.Tensor] | None
+
+
+BEGINNING = Start(0, None)
 
 
 def quantize_layers(
@@ -176,16 +300,48 @@ def quantize_layers(
     Raises:
         ConversionError: a matrix cannot be quantized, or there is too little memory.
     """
+    text = conversion.text
+    steps = quantize_steps(reader, plan, ranks, conversion, device, report, progress)
+    layers = (one for step in steps for one in step.layers)
+    if text is None or text.tune is None:
+        yield from layers
+    else:
+        held = [(layer, list(solved)) for layer, solved in layers]
+        yield from _tuned(reader, held, conversion.recipe, text, device, report, progress)
+
+
+def quantize_steps(
+    reader: ModelReader,
+    plan: Sequence[Layer],
+    ranks: Mapping[str, int],
+    conversion: Conversion,
+    device: torch.device,
+    report: Report,
+    progress: bool,
+    start: Start = BEGINNING,
+) -> Iterator[Step]:
+    """Yield the layers of a model, quantized, before they are trained together; see :func:`quantize_layers`.
+
+    Each step must be used up before the next.
+
+    Args:
+        reader, plan, ranks, conversion, device, report, progress: as there.
+        start: the first layers that were quantized before, as many as after some step, and the states of that.
+
+    Raises:
+        ConversionError: a matrix cannot be quantized, or there is too little memory.
+    """
     recipe, text = conversion.recipe, conversion.text
-    if text is None:
-        for layers in gather_layers(
-            progress_bar(plan, "quantize", progress, sizes=[layer.weights for layer in plan]), device
-        ):
-            loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
-            yield from _by_layer(layers, _solve(loaded, ranks, recipe, reader.dtype, report))
+    if text is not None:
+        yield from _learned(reader, plan, ranks, recipe, text, device, report, progress, start)
         return
-    trained = _learned(reader, plan, ranks, recipe, text, device, report, progress)
-    yield from trained if text.tune is None else _tuned(reader, list(trained), recipe, text, device, report, progress)
+    left = plan[start.layers :]
+    for layers in gather_layers(
+        progress_bar(left, "quantize", progress, sizes=[layer.weights for layer in left]), device
+    ):
+        loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
+        solved = _solve(loaded, ranks, recipe, reader.dtype, report)
+        yield Step(_by_layer(layers, solved), lambda: None)
 
 
 def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Solved]]) -> Layers:
@@ -207,7 +363,8 @@ def _learned(
     device: torch.device,
     report: Report,
     progress: bool,
-) -> Layers:
+    start: Start,
+) -> Iterator[Step]:
     """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each."""
     memory.refuse_what_does_not_fit(reader, text.windows, str(device))
     dtype = reader.dtype if device.type == "cuda" else torch.float32
@@ -215,11 +372,14 @@ def _learned(
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
+    if start.states is not None:
+        stream.restore(start.states)
     refuse_broken_weights(reader, progress)
-    for layer in progress_bar(plan, "quantize", progress, sizes=[layer.weights for layer in plan]):
+    left = plan[start.layers :]
+    for layer in progress_bar(left, "quantize", progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
         if index is None:
-            yield layer, ()
+            yield Step(iter([(layer, ())]), lambda: None)
             continue
         visit = stream.visit(index)
         loaded = batches(visit.loaded([source.matrix for source in layer.matrices]), visit.moments, ranks)
@@ -233,7 +393,7 @@ def _learned(
             )
             report.layers[layer.name] = said._asdict()
         visit.leave({matrix: one.dequantize() for matrix, one in solved.items()})
-        yield layer, solved.items()
+        yield Step(iter([(layer, solved.items())]), stream.save)
 
 
 def _tuned(

@@ -71,6 +71,7 @@ FLOORS = {
     "errors": set(),
     "progress": set(),
     "nouns": set(),
+    "durable": {"errors"},
     "solve": {"errors", "nouns"},
     "source": {"errors", "nouns"},
     "calibration": {"errors", "nouns", "progress", "source"},
@@ -78,11 +79,12 @@ FLOORS = {
     "learn": {"nouns", "progress", "solve", "source"},
     "ranks": {"errors", "nouns", "progress", "source"},
     "presets": {"errors", "nouns", "ranks"},
-    "checkpoint": {"errors", "nouns", "solve", "source"},
-    "evaluation": {"errors", "progress", "source", "checkpoint"},
+    "checkpoint": {"errors", "nouns", "durable", "solve", "source"},
+    "evaluation": {"errors", "progress", "durable", "source", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
+    "fingerprint": {"source", "conversion"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion"},
+    | {"checkpoint", "conversion", "durable", "fingerprint"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
     | {"conversion", "convert"},
 }

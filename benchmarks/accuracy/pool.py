@@ -19,8 +19,8 @@ import torch
 from benchmarks.accuracy.contenders import Contender
 from vllm_milo.offline.cli import main as milo
 
-INTERRUPTED = 130
-"""Exit status of `milo` after SIGTERM or Ctrl-C."""
+INTERRUPTED = (130, 143)
+"""Exit statuses of `milo` after Ctrl-C and SIGTERM."""
 
 
 class Job(NamedTuple):
@@ -53,7 +53,7 @@ def run_job(job: Job) -> Outcome:
             code = 1
     # `milo` turns SIGTERM, by which the pool ends its workers, into an orderly return: that must end this process too
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if code == INTERRUPTED:
+    if code in INTERRUPTED:
         sys.exit(code)
     lines = output.getvalue().strip().splitlines()
     message = (lines[-1] if lines else f"exit status {code}") if code else None

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..errors import ConversionError
 from ..nouns import LoadedMatrix, Matrix
 from ..source.family import Family
 from ..source.streamed_model import StreamedModel
@@ -35,6 +36,24 @@ class SequentialPass:
         self.model, self._family, self._batch, self._full = model, family, batch, full
         self.original = model.begin(windows)
         self.quantized = self.original
+
+    def save(self) -> dict[str, torch.Tensor]:
+        """Return both streams, [W, T, H] each on the CPU, for :meth:`restore`."""
+        return {"original": self.original.cpu(), "quantized": self.quantized.cpu()}
+
+    def restore(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Go on after the layer that these streams were saved after, in this process or another.
+
+        Raises:
+            ConversionError: they have another shape or dtype than this pass.
+        """
+        for name, saved in states.items():
+            if (saved.shape, saved.dtype) != (self.original.shape, self.original.dtype):
+                raise ConversionError(
+                    f"the saved {name} states are {saved.dtype} {list(saved.shape)}, but this calibration has "
+                    f"{self.original.dtype} {list(self.original.shape)}; start over without --resume"
+                )
+        self.original, self.quantized = (states[name].to(self.model.device) for name in ("original", "quantized"))
 
     @torch.no_grad()
     def visit(self, index: int) -> Visit:

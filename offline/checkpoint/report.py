@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ..nouns import Matrix
@@ -18,6 +19,14 @@ class MatrixReport(NamedTuple):
     error: float
     rank: int
     rounds: int
+
+
+class Mark(NamedTuple):
+    """How much a report held at some time: matrices, layers, experts without tokens."""
+
+    matrices: int
+    layers: int
+    unseen: int
 
 
 @dataclass
@@ -40,6 +49,24 @@ class Report:
         """Note which experts of a layer no token reached, by the tokens that each of their matrices saw."""
         names = [matrix.name for matrix in matrices if tokens.get(matrix.name) == 0]
         self.unseen += dict.fromkeys(name.rpartition(".")[0] for name in names)
+
+    def mark(self) -> Mark:
+        """Return how much there is, for :meth:`since`."""
+        return Mark(len(self.matrices), len(self.layers), len(self.unseen))
+
+    def since(self, mark: Mark) -> dict[str, Any]:
+        """Return what came after a mark, as JSON that :meth:`restore` takes."""
+        return {
+            "matrices": dict(islice(self.matrices.items(), mark.matrices, None)),
+            "layers": dict(islice(self.layers.items(), mark.layers, None)),
+            "unseen": self.unseen[mark.unseen :],
+        }
+
+    def restore(self, said: Mapping[str, Any]) -> None:
+        """Take what :meth:`since` returned, in this process or another."""
+        self.matrices |= {name: MatrixReport(*entry) for name, entry in said["matrices"].items()}
+        self.layers |= said["layers"]
+        self.unseen += said["unseen"]
 
     @property
     def warnings(self) -> list[str]:

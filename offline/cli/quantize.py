@@ -15,8 +15,8 @@ from vllm_milo.shards import read_json
 from ..calibration import memory
 from ..calibration.choose import NONE, PACKAGED, WINDOW, TextOptions, calibration_windows, check_runs, remarks
 from ..calibration.generated_text import OWN_TEXT
+from ..checkpoint.claim import Claim
 from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
-from ..checkpoint.output import refuse_unsafe_output
 from ..conversion import Conversion, Text
 from ..convert import Summary, convert, find_device, predict_memory
 from ..errors import ConversionError
@@ -68,6 +68,11 @@ preset fast): the text that comes with the package, a layer of the model in memo
 Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
 takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
+OVERWRITE_HELP = """replace an existing MiLo checkpoint, once the new one is whole; without --resume also delete the
+finished layers of a conversion that did not end, which are an error otherwise"""
+RESUME_HELP = """go on where the same conversion was interrupted or killed, for the same result; begins from the start
+where there is nothing to go on with. Model, options and version must be the same as before"""
+
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
@@ -101,7 +106,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing MiLo checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    parser.add_argument("--resume", action="store_true", help=RESUME_HELP)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_run)
 
@@ -113,11 +119,15 @@ def _folder(text: str) -> Path:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    refuse_unsafe_output(arguments.output, arguments.model, arguments.overwrite)  # before a calibration that takes long
-    conversion = decide_conversion(arguments)
-    if not arguments.quiet:
-        print(predict_memory(arguments.model, conversion).line(arguments.device), file=sys.stderr)
-    _print_summary(convert(arguments.model, arguments.output, conversion, progress=not arguments.quiet))
+    # before a calibration that takes long
+    with Claim(arguments.output, arguments.model, arguments.overwrite, arguments.resume) as claim:
+        for note in claim.notes:
+            print(f"note: {note}", file=sys.stderr)
+        conversion = decide_conversion(arguments)
+        if not arguments.quiet:
+            print(predict_memory(arguments.model, conversion).line(arguments.device), file=sys.stderr)
+        summary = convert(arguments.model, arguments.output, conversion, not arguments.quiet, claim)
+    _print_summary(summary)
 
 
 def decide_conversion(arguments: argparse.Namespace) -> Conversion:
@@ -148,6 +158,7 @@ def decide_conversion(arguments: argparse.Namespace) -> Conversion:
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,
         overwrite=arguments.overwrite,
+        resume=arguments.resume,
     )
 
 
