@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,12 @@ from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
 from .checkpoint.claim import Claim
-from .checkpoint.matrices import group_table, matrix_tensors, rank_table, read_matrix
+from .checkpoint.matrices import group_table, rank_table
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
-from .checkpoint.writer import CheckpointWriter, on_host
+from .checkpoint.writer import CheckpointWriter
 from .conversion import Conversion, Text
-from .durable.journal import START_OVER, Journal
 from .errors import ConversionError
-from .fingerprint import differences, fingerprint
+from .fingerprint import fingerprint, refuse_other_layers
 from .learn.end_to_end import tune
 from .learn.layer import learn_layer
 from .nouns import Matrix, Recipe
@@ -42,6 +41,7 @@ from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
 from .source.whole_model import load_source_model
+from .steps import BEGINNING, Layers, Start, Step, add_layers, finished_layers, keep_steps
 
 FULL_MOMENTS_BELOW = 100
 """Steps of learning below which the solver gets full second moments of the inputs. Above, it makes no difference where
@@ -141,20 +141,25 @@ def _convert(
     if conversion.text is not None and conversion.recipe.method != "milo":
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
     decided_by = fingerprint(reader, conversion, base_format.recipe)
-    _refuse_other_layers(claim, decided_by)
+    if claim.resume and claim.journal.quantized:
+        refuse_other_layers(claim.partial, claim.journal.fingerprint or {}, decided_by)
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     ranks, warnings = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
     fmt = replace(base_format, ranks=rank_table(matrices, ranks))
     report = Report()
     final = conversion.text is None or conversion.text.tune is None
-    durable = (claim, decided_by, len(plan), final)
+    durable = (claim, decided_by, sum(bool(layer.matrices) for layer in plan), final)
     with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes, *durable) as writer:
         for record in writer.journal.records:
             report.restore(record.said)
         if claim.published is None:
-            _keep_layers(writer, reader, plan, ranks, conversion, device, report, progress)
-            if not final:
-                _add_tuned(writer, reader, plan, conversion, device, report, progress)
+            at = Start(writer.journal.layers, writer.journal.states())
+            steps = quantize_steps(reader, plan, ranks, conversion, device, report, progress, at)
+            keep_steps(writer, reader, report, steps)
+            if conversion.text is not None and not final:
+                layers = list(finished_layers(writer.journal, plan, device))
+                tuned = _tuned(reader, layers, conversion.recipe, conversion.text, device, report, progress)
+                add_layers(writer, reader, tuned)
             config = reader.config | {"quantization_config": fmt.to_dict()}
             writer.seal(config, {REPORT_NAME: report.to_dict()})
             validate_checkpoint(writer.folder)
@@ -175,106 +180,6 @@ def _convert(
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         warnings=warnings,
     )
-
-
-def _refuse_other_layers(claim: Claim, decided_by: Mapping[str, Any]) -> None:
-    """Refuse to go on with finished layers of another conversion."""
-    before = claim.journal.fingerprint
-    if not claim.resume or before is None or not claim.journal.layers:
-        return
-    different = differences(before, decided_by)
-    if different:
-        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-        raise ConversionError(
-            f"{claim.out}: the finished layers in {claim.partial} are of another conversion: "
-            f"{'; '.join(different[:5])}{more}. Convert as before, or {START_OVER}"
-        )
-
-
-def _keep_layers(
-    writer: CheckpointWriter,
-    reader: ModelReader,
-    plan: Sequence[Layer],
-    ranks: Mapping[str, int],
-    conversion: Conversion,
-    device: torch.device,
-    report: Report,
-    progress: bool,
-) -> None:
-    """Quantize the layers that are not finished, and put each on the disk as soon as it is."""
-    start = Start(writer.journal.layers, writer.journal.states())
-    mark = report.mark()
-    for step in quantize_steps(reader, plan, ranks, conversion, device, report, progress, start):
-        names: list[str] = []
-        tensors: dict[str, torch.Tensor] = {}
-        theirs: dict[str, int] = {}
-        for layer, solved in step.layers:
-            names.append(layer.name)
-            for matrix, one in solved:
-                tensors |= {name: on_host(tensor) for name, tensor in matrix_tensors(matrix.name, one)}
-                theirs[matrix.name] = one.rank
-            tensors |= _other_tensors(reader, layer)
-        writer.keep(names, tensors, theirs, report.since(mark), step.states())
-        mark = report.mark()
-
-
-def _other_tensors(reader: ModelReader, layer: Layer) -> dict[str, torch.Tensor]:
-    return {reader.family.checkpoint_name(tensor): reader.load_finite(tensor) for tensor in layer.others}
-
-
-def _add_tuned(
-    writer: CheckpointWriter,
-    reader: ModelReader,
-    plan: Sequence[Layer],
-    conversion: Conversion,
-    device: torch.device,
-    report: Report,
-    progress: bool,
-) -> None:
-    """Train the finished layers together, and write what they become."""
-    assert conversion.text is not None
-    layers = list(_finished(writer.journal, plan, device))
-    for layer, solved in _tuned(reader, layers, conversion.recipe, conversion.text, device, report, progress):
-        for matrix, one in solved:
-            for name, tensor in matrix_tensors(matrix.name, one):
-                writer.add(name, tensor)
-        for name, tensor in _other_tensors(reader, layer).items():
-            writer.add(name, tensor)
-
-
-def _finished(journal: Journal, plan: Sequence[Layer], device: torch.device) -> Layers:
-    """Yield the layers of the model as they are on the disk, with their matrices in the order that they are there."""
-    by_name = {layer.name: layer for layer in plan}
-    for record in journal.records:
-        tensors = journal.tensors(record)
-        for name in record.layers:
-            matrices = {source.matrix.name: source.matrix for source in by_name[name].matrices}
-            order = [matrices[matrix] for matrix in record.ranks if matrix in matrices]
-            yield by_name[name], [(matrix, read_matrix(matrix.name, tensors, device)) for matrix in order]
-
-
-Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Solved]]]]
-"""Layers with their quantized matrices."""
-
-
-class Step(NamedTuple):
-    """Layers that are solved together with their quantized matrices, and what returns the hidden states after them.
-
-    The states are for the conversion's :class:`Start` after a kill; None where there are none, or none that are new.
-    """
-
-    layers: Layers
-    states: Callable[[], dict[str, torch.Tensor] | None]
-
-
-class Start(NamedTuple):
-    """Where a conversion goes on: how many layers are finished, and the hidden states after the last that had any."""
-
-    layers: int
-    states: Mapping[str, torch.Tensor] | None
-
-
-BEGINNING = Start(0, None)
 
 
 def quantize_layers(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from .conversion import Conversion, Text
+from .durable.journal import START_OVER
+from .errors import ConversionError
 from .source.reader import ModelReader
 
 
@@ -41,11 +43,27 @@ def fingerprint(reader: ModelReader, conversion: Conversion, recipe: Mapping[str
     return json.loads(json.dumps(content))
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two fingerprints, a text for each."""
+def refuse_other_layers(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with the finished layers of another conversion.
+
+    Args:
+        folder: where they are.
+        before: their fingerprint.
+        now: of the conversion that would go on.
+
+    Raises:
+        ConversionError: the two differ, in what and what to do.
+    """
     was, is_ = dict(_flat(before)), dict(_flat(now))
-    names = [name for name in [*was, *(name for name in is_ if name not in was)] if was.get(name) != is_.get(name)]
-    return [f"{name} was {_short(was.get(name))} and is {_short(is_.get(name))}" for name in names]
+    names = [name for name in was | is_ if was.get(name) != is_.get(name)]
+    if not names:
+        return
+    different = [f"{name} was {_short(was.get(name))} and is {_short(is_.get(name))}" for name in names[:5]]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    raise ConversionError(
+        f"the finished layers in {folder} are of another conversion: {'; '.join(different)}{more}. Convert as before, "
+        f"or {START_OVER}"
+    )
 
 
 def _text(text: Text) -> dict[str, Any]:

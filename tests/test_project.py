@@ -82,9 +82,10 @@ FLOORS = {
     "checkpoint": {"errors", "nouns", "durable", "solve", "source"},
     "evaluation": {"errors", "progress", "durable", "source", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
-    "fingerprint": {"source", "conversion"},
+    "fingerprint": {"errors", "durable", "source", "conversion"},
+    "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion", "durable", "fingerprint"},
+    | {"checkpoint", "conversion", "durable", "fingerprint", "steps"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
     | {"conversion", "convert"},
 }

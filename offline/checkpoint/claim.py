@@ -118,7 +118,7 @@ class Claim:
         journal = self.journal
         if self.published:
             self.notes.append(f"{self.published}: was complete when its conversion was killed")
-        elif not journal.layers:
+        elif not journal.quantized:
             if self.resume:
                 self.notes.append(f"{self.out}: there is nothing to go on with; the conversion begins")
         elif self.resume:

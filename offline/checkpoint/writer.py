@@ -28,7 +28,7 @@ from ..durable.files import FileEntry, describe_file, discard, flush, write_json
 from ..durable.journal import Journal, ShardRecord, check_file
 from ..durable.publication import SEALED, publish
 from ..durable.signals import deferred_signals
-from ..errors import ConversionError
+from ..errors import ConversionError, PassingError
 from .claim import Claim
 from .manifest import MANIFEST_NAME, describe_folder
 from .output import refuse_unsafe_output
@@ -47,7 +47,7 @@ class CheckpointWriter:
         shard_bytes: start a new shard beyond this size.
         claim: of ``out``; without one, the writer makes its own.
         fingerprint: what decides the result, so that finished layers can be kept; see :mod:`..fingerprint`.
-        layers: how many there will be.
+        layers: how many have matrices to quantize.
         final: whether layers are what will be in the shards; False if they change after the last.
 
     Raises:
@@ -77,6 +77,7 @@ class CheckpointWriter:
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[ShardRecord] = []
+        self._resumed = False
         self._exit = ExitStack()
 
     @property
@@ -106,7 +107,8 @@ class CheckpointWriter:
         """Go on with the layers that are there, or begin a new folder."""
         if self._claim.published:
             return
-        if self._claim.resume and self.journal.layers:
+        if self._claim.resume and self.journal.quantized:
+            self._resumed = True
             self._restore()
             return
         discard(self.journal.folder)
@@ -136,9 +138,10 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Delete the hidden folder, but not where finished layers in it are all that there is of a conversion."""
-        keep = self.journal.layers > 0 and not self._claim.published
-        if not keep:
+        """Delete the hidden folder, but not where finished layers in it are of use to a conversion that goes on."""
+        # what fails by the input fails again; but what another process has made is not for this one to delete
+        hopeless = isinstance(error, ConversionError) and not isinstance(error, PassingError) and not self._resumed
+        if self._claim.published or hopeless or not self.journal.quantized:
             discard(self.journal.folder)
         elif error is not None:
             error.add_note(
@@ -234,7 +237,7 @@ class CheckpointWriter:
             save_file(self._pending, path, metadata={"format": "pt"})
             entry = describe_file(path)  # while the system still has it in memory
             shard = ShardRecord(list(self._pending), self._pending_bytes, entry)
-            if self.journal.layers and self._final:
+            if self.journal.records and self._final:
                 flush(path)
                 self.journal.keep_shard(shard)
         except (OSError, SafetensorError) as error:
@@ -256,16 +259,16 @@ class CheckpointWriter:
         _write_json(self.folder / INDEX_NAME, index)
         return named
 
-    def _cannot_write(self, error: Exception, size: int = 0) -> ConversionError:
+    def _cannot_write(self, error: Exception, size: int = 0) -> PassingError:
         text = str(error)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
             free = shutil.disk_usage(self.out.parent).free
             needed = f", the next file takes {size / 2**20:.1f}" if size else ""
-            left = "free space" if self.journal.layers else "nothing was left behind, free space"
-            return ConversionError(
+            left = "free space" if self.journal.quantized else "nothing was left behind, free space"
+            return PassingError(
                 f"{self.out}: the disk is full ({free / 2**20:.1f} MiB free{needed}); {left} or choose another output"
             )
-        return ConversionError(f"{self.out}: cannot be written: {text}")
+        return PassingError(f"{self.out}: cannot be written: {text}")
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

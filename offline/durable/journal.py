@@ -73,7 +73,7 @@ class Journal:
     Attributes:
         records: of finished layers, in order.
         shards: complete ones, in order.
-        total: layers of the model.
+        total: layers of the model that have matrices to quantize.
         fingerprint: what decides the conversion; None before :meth:`begin`, or if :meth:`read` found no journal.
     """
 
@@ -87,7 +87,7 @@ class Journal:
         self.fingerprint: dict[str, Any] | None = None
 
     def begin(self, fingerprint: Mapping[str, Any], total: int) -> None:
-        """Make a new journal of a conversion, of so many layers.
+        """Make a new journal of a conversion that quantizes so many layers.
 
         Raises:
             OSError: it cannot be written.
@@ -124,13 +124,22 @@ class Journal:
 
     @property
     def layers(self) -> int:
-        """Return how many layers are finished."""
+        """Return how many layers are finished, those without matrices among them."""
         return sum(len(record.layers) for record in self.records)
 
     @property
+    def quantized(self) -> int:
+        """Return how many finished layers have quantized matrices: what it would take time to do again."""
+        return sum(
+            any(matrix.startswith(f"{layer}.") for matrix in record.ranks)
+            for record in self.records
+            for layer in record.layers
+        )
+
+    @property
     def progress(self) -> str:
-        """Return how many layers are finished, as text."""
-        return f"{self.layers} of {self.total} layers"
+        """Return how many layers are quantized, as text."""
+        return f"{self.quantized} of {self.total} layers"
 
     def keep(
         self,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from vllm_milo.dtypes import DTYPES, MODEL_DTYPES, safetensors_name
 from vllm_milo.shards import read_json, read_tensors
 
-from ..errors import ConversionError
+from ..errors import ConversionError, PassingError
 from ..nouns import Matrix
 from .completeness import check_complete, check_experts, check_shapes
 from .families import find_family
@@ -68,7 +68,7 @@ class ModelReader:
             with safe_open(entry.file, framework="pt") as file:
                 return file.get_tensor(tensor)
         except (OSError, SafetensorError) as error:
-            raise ConversionError(f"{entry.file}: cannot read tensor {tensor}: {error}") from error
+            raise PassingError(f"{entry.file}: cannot read tensor {tensor}: {error}") from error
 
     def load_finite(self, tensor: str) -> torch.Tensor:
         """Return a tensor as it is stored, on the CPU.
