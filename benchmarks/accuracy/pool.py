@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import multiprocessing
+import shutil
 import signal
 import sys
 import time
@@ -54,6 +55,8 @@ def run_job(job: Job) -> Outcome:
     # `milo` turns SIGTERM, by which the pool ends its workers, into an orderly return: that must end this process too
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if code in INTERRUPTED:
+        # nobody goes on with its layers
+        shutil.rmtree(job.out.with_name(f".{job.out.name}.partial"), ignore_errors=True)
         sys.exit(code)
     lines = output.getvalue().strip().splitlines()
     message = (lines[-1] if lines else f"exit status {code}") if code else None
