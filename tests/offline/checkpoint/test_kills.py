@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.durable import publication
 
 OPTIONS = {
     "plain": ["--calibration", "none"],
@@ -90,61 +97,65 @@ def test_twenty_kills(how: str, bundled_model: Path, tmp_path: Path):
     check(how, bundled_model, tmp_path, 20)
 
 
-_KILLED_AT = """
-import os, signal, sys
-from vllm_milo.offline.cli import main
-calls = 0
-def killing(real):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == int(sys.argv[1]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-    return call
-for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
-    setattr(os, name, killing(getattr(os, name)))
-if sys.argv[2] == "without-exchange":
-    from vllm_milo.offline.durable import publication
-    publication.exchange = lambda *_: False
-else:
-    from vllm_milo.offline.durable import publication
-    publication.exchange = killing(publication.exchange)
-status = main(sys.argv[3:])
-print(calls)
-sys.exit(status)
-"""
+CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir")
+
+
+def run_until(number: int, arguments: list[str], exchange: bool, count: Path) -> int:
+    """Run the command in a copy of this process that kills itself before its ``number``-th change of the disk.
+
+    Returns:
+        Its exit status, negative for a signal; ``count`` then holds how many changes it made if it ended by itself.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls = 0
+
+    def killing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in CHANGES:
+        setattr(os, name, killing(getattr(os, name)))
+    publication.exchange = killing(publication.exchange) if exchange else lambda *_: False
+    status = 1
+    try:
+        status = main(arguments)
+        count.write_text(str(calls))
+    finally:
+        os._exit(status)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["exchange", "without-exchange"])
-def test_a_kill_before_each_change_of_the_disk(exchange: str, sources: dict[str, Path], tmp_path: Path):
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_before_each_change_of_the_disk(exchange: bool, sources: dict[str, Path], tmp_path: Path):
     """With an old checkpoint that is replaced: at each moment the old or the new one is there, or comes back."""
-    source, out = sources["mixtral"], tmp_path / "out"
-
-    def run(number: int, *options: str) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, "-c", _KILLED_AT, str(number), exchange, "quantize", str(source), "-o", str(out)]
-        call += ["--quiet", "--device", "cpu", "--calibration", "none", "--max-rounds", "1", *options]
-        return subprocess.run(call, capture_output=True, text=True, check=False)
-
-    first = run(0, "--seed", "1")
-    assert first.returncode == 0, first.stderr
-    old = hashes(out)
-    again = run(0, "--overwrite")
-    new, calls = hashes(out), int(again.stdout.split()[-1])
+    work, count = tmp_path / "work", tmp_path / "count"
+    work.mkdir()
+    out = work / "out"
+    always = ["quantize", str(sources["mixtral"]), "-o", str(out), "--quiet", "--device", "cpu", "--max-rounds", "1"]
+    always += ["--calibration", "none", "--overwrite"]
+    assert run_until(0, [*always, "--seed", "1", "--ranks", "uniform=8"], exchange, count) == 0
+    old = hashes(Path(shutil.copytree(out, tmp_path / "old")))
+    assert run_until(0, always, exchange, count) == 0
+    new, changes, absent = hashes(out), int(count.read_text()), 0
     assert old != new
-    absent = 0
-    for number in range(1, calls + 1):
-        assert run(0, "--overwrite", "--seed", "1").returncode == 0
-        killed = run(number, "--overwrite")
-        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
+    for number in range(1, changes + 1):
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "old", out)
+        assert run_until(number, always, exchange, count) == -signal.SIGKILL, number
         if out.exists():
             assert hashes(out) in (old, new), number
         else:
             absent += 1
-        done = run(0, "--overwrite", "--resume")
-        assert done.returncode == 0, done.stderr
+        assert run_until(0, [*always, "--resume"], exchange, count) == 0, number
         assert hashes(out) == new
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], number
-    print(f"{exchange}: {calls} kills; {absent} left nothing at the output until the next run")
-    assert absent == (exchange == "without-exchange")
+        assert [path.name for path in work.iterdir()] == ["out"], number
+    print(f"exchange {exchange}: {changes} kills; {absent} left nothing at the output until the next run")
+    assert absent == (0 if exchange else 1)
