@@ -27,6 +27,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +180,8 @@ def run(
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     start = time.monotonic()
     plan, ranks = plan_role(reader, matrices, conversion, budget)
-    layers = quantize_layers(reader, plan, ranks, conversion, device, Report(), progress=False)
+    by_kind = replace(conversion, measure_ranks=False)  # there is one role, with its own budget
+    layers = quantize_layers(reader, plan, ranks, by_kind, device, Report(), progress=False)
     values = {matrix: one.dequantize().to("cpu", dtype) for _, solved in layers for matrix, one in solved}
     seconds = time.monotonic() - start
     scores = measure(with_matrices(reader, values, device, dtype), reader.folder, texts)

@@ -27,6 +27,7 @@ from benchmarks.router_training import Tensors, TrainOptions, first_routers, tra
 from vllm_milo.offline.calibration.choose import PACKAGED, WINDOW, TextOptions, calibration_windows
 from vllm_milo.offline.evaluation.divergence import divergence, open_streamed
 from vllm_milo.offline.evaluation.expert_use import count_experts_used
+from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.streamed_model import use_grouped_experts
 from vllm_milo.offline.source.whole_model import load_source_model
 
@@ -67,8 +68,9 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace, active: int) -> Tensors:
     """Return the trained tensors."""
-    packaged = calibration_windows(arguments.model, PACKAGED, TextOptions(MANY))
-    texts = [calibration_windows(arguments.model, str(text), TextOptions(MANY)) for text in arguments.text]
+    reader = ModelReader(arguments.model)
+    packaged = calibration_windows(reader, PACKAGED, TextOptions(MANY))
+    texts = [calibration_windows(reader, str(text), TextOptions(MANY)) for text in arguments.text]
     windows = torch.cat([packaged[arguments.measure_windows :], *texts])
     print(f"{len(windows)} windows of {windows.shape[1]} tokens")
     dtype = _dtype(arguments.device)
@@ -125,7 +127,7 @@ def _new(name: str, values: torch.Tensor, trained: Mapping[str, torch.Tensor]) -
 def measure(arguments: argparse.Namespace) -> None:
     """Print how far the new model is from the source, and how evenly its experts are used."""
     options = TextOptions(arguments.measure_windows)
-    windows = calibration_windows(arguments.model, PACKAGED, options)
+    windows = calibration_windows(ModelReader(arguments.model), PACKAGED, options)
     device, dtype = torch.device(arguments.device), _dtype(arguments.device)
     pair = [open_streamed(folder, device, dtype) for folder in (arguments.output, arguments.model)]
     found = divergence(pair[0], pair[1], windows)

@@ -42,7 +42,7 @@ def write_gptq(source: Path, out: Path, options: Gptq, device: torch.device) -> 
     reader = ModelReader(source)
     dtype = reader.dtype if device.type == "cuda" else torch.float32
     model = StreamedModel(source, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype)
-    windows = calibration_windows(source, PACKAGED, TextOptions(default_windows(reader, str(device))))
+    windows = calibration_windows(reader, PACKAGED, TextOptions(default_windows(reader, str(device))))
     with CheckpointWriter(out, source) as writer:
         for layer, found in gptq_layers(model, reader, windows, options):
             for matrix, values in found.items():

@@ -40,6 +40,8 @@ class Conversion:
         policies: rank policies, added up; with a budget they are scaled to fit it.
         budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks go
             by what a matrix is part of (see :mod:`.ranks.roles`).
+        measure_ranks: along a text and within a budget, without policies, share the ranks of each layer by what its
+            roles need (see :mod:`.need`); the layer keeps its bits and gets its part of those that are left.
         text: a calibration text that goes through the model while it is converted (method ``milo``), or None.
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
@@ -53,6 +55,7 @@ class Conversion:
     recipe: Recipe = field(default_factory=Recipe)
     policies: Sequence[Policy] = ()
     budget_bits: float | None = None
+    measure_ranks: bool = True
     text: Text | None = None
     ignore: Sequence[str] = ()
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -60,3 +63,8 @@ class Conversion:
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
     resume: bool = False
+
+    @property
+    def measures_ranks(self) -> bool:
+        """Whether ranks are shared by what the layers turn out to need."""
+        return self.measure_ranks and self.text is not None and self.budget_bits is not None and not self.policies

@@ -6,25 +6,21 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from vllm_milo import __version__
-from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.shards import INDEX_NAME, read_json
 from vllm_milo.validation import validate_checkpoint
 
-from .batches import Batch, batch_elements, batches, gather_layers, load_batches
+from .batches import Batch, batches, gather_layers, load_batches
 from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
 from .checkpoint.claim import Claim
-from .checkpoint.matrices import group_table, rank_table
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
 from .checkpoint.writer import CheckpointWriter
 from .conversion import Conversion, Text
@@ -32,11 +28,13 @@ from .errors import ConversionError
 from .fingerprint import fingerprint, refuse_other_layers
 from .learn.end_to_end import tune
 from .learn.layer import learn_layer
+from .need import NeedMeter
 from .nouns import Matrix, Recipe
+from .planning.plan import Plan, make_plan
 from .progress import progress_bar
+from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
 from .solve.methods import Quantized, Solved, quantize_matrices
-from .source.ignore import check_ignore, without_ignored
 from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
@@ -62,108 +60,79 @@ class Summary(NamedTuple):
     warnings: list[str]
 
 
-def convert(
-    source: Path, out: Path, conversion: Conversion, progress: bool = True, claim: Claim | None = None
-) -> Summary:
+def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
     """Quantize the model folder ``source`` into the MiLo checkpoint ``out``.
 
-    ``out`` appears whole or not at all. Layers that are finished survive whatever ends the process, and a conversion
-    with ``resume`` goes on with them; an error or interrupt that leaves some behind says so in its notes.
-
-    Args:
-        source: the model folder.
-        out: the checkpoint folder.
-        conversion: what is done, and where.
-        progress: show progress bars.
-        claim: of ``out``, entered; without one, the conversion makes its own.
+    ``out`` is claimed first (:class:`.checkpoint.claim.Claim`), then all that the headers of the source tell is checked
+    (:func:`.planning.plan.make_plan`).
 
     Raises:
         ConversionError, CheckpointError, ShardError: bad input, too little memory, or the output cannot be written.
     """
+    with Claim(out, source, conversion.overwrite, conversion.resume) as claim:
+        summary = carry_out(make_plan(ModelReader(source), out, conversion, claim), progress, claim)
+        return summary._replace(warnings=[*claim.notes, *summary.warnings])
+
+
+def carry_out(plan: Plan, progress: bool = True, claim: Claim | None = None) -> Summary:
+    """Do what was planned.
+
+    The output appears whole or not at all. Layers that are finished survive whatever ends the process, and a conversion
+    with ``resume`` goes on with them; an error or interrupt that leaves some behind says so in its notes.
+
+    Args:
+        plan: what is done, and where.
+        progress: show progress bars.
+        claim: of the output, entered; without one, the conversion makes its own.
+
+    Raises:
+        ConversionError, CheckpointError, ShardError: weights that cannot be quantized, too little memory, or the
+            output cannot be written.
+    """
+    device, conversion = plan.device, plan.conversion
     if claim is None:
-        with Claim(out, source, conversion.overwrite, conversion.resume) as own:
-            summary = convert(source, out, conversion, progress, own)
+        with Claim(plan.out, plan.reader.folder, conversion.overwrite, conversion.resume) as own:
+            summary = carry_out(plan, progress, own)
             return summary._replace(warnings=[*own.notes, *summary.warnings])
-    device = find_device(conversion.device)
     on_device = (
         torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     )  # for Triton's launches
     try:
         with on_device:
-            return _convert(source, out, conversion, device, progress, claim)
+            return _convert(plan, progress, claim)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         text = conversion.text
-        todo = memory.advice(ModelReader(source), text.windows, conversion.device) if text else "use another --device"
+        todo = memory.advice(plan.reader, text.windows, conversion.device) if text else "use another --device"
         described = ConversionError(f"{conversion.device}: out of memory; {todo}")
         for note in getattr(error, "__notes__", ()):
             described.add_note(note)
         raise described from error
 
 
-def predict_memory(source: Path, conversion: Conversion) -> memory.Need:
-    """Return about how much memory a conversion takes.
-
-    Raises:
-        ConversionError, ShardError: there is no model that could be converted.
-    """
-    reader, text, device = ModelReader(source), conversion.text, conversion.device
-    if text is None:
-        working = memory.plain_need(reader, batch_elements(find_device(device)))
-    else:
-        working = memory.streamed_need(reader, text.windows.numel(), device)
-        working = max(working, memory.tuning_need(reader, device)) if text.tune else working
-    return memory.whole_need(reader, working, device, conversion.shard_bytes)
-
-
-def _convert(
-    source: Path, out: Path, conversion: Conversion, device: torch.device, progress: bool, claim: Claim
-) -> Summary:
+def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     start = time.monotonic()
-    reader = ModelReader(source)
-    ignore = (*reader.family.ignore, *conversion.ignore)
-    check_ignore(conversion.ignore, reader.matrices)
-    plan = [without_ignored(layer, ignore) for layer in reader.layers]
-    matrices = [source_.matrix for layer in plan for source_ in layer.matrices]
-    if not matrices:
-        raise ConversionError("--ignore leaves no matrix to quantize")
-    group_size, exceptions = group_table(matrices, conversion.recipe)
-    base_format = MiLoFormat(
-        group_size=group_size,
-        groups=exceptions,
-        compensator=CompensatorFormat(conversion.recipe.factor_bits),
-        ignore=ignore,
-        recipe=_recipe_record(conversion),
-    )
-    for matrix in matrices:
-        base_format.check_matrix(matrix.name, matrix.n, matrix.k, base_format.module_group_size(matrix.name))
-    if conversion.text is not None and conversion.recipe.method != "milo":
-        raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
-    decided_by = fingerprint(reader, conversion, base_format.recipe)
+    out, conversion, device = planned.out, planned.conversion, planned.device
+    decided_by = fingerprint(planned.reader, conversion, planned.format().recipe)
     if claim.resume and claim.journal.quantized:
         refuse_other_layers(claim.partial, claim.journal.fingerprint or {}, decided_by)
-    choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
-    ranks, warnings = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
-    fmt = replace(base_format, ranks=rank_table(matrices, ranks))
+    ranks, warnings = planned.ranks, list(planned.warnings)
+    if not planned.exact and claim.published is None:
+        choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
+        over = Pass(planned.reader, planned.layers, device, progress)
+        ranks, remarks = plan_ranks(over, choice, conversion.recipe)
+        warnings += remarks
     report = Report()
+    layers = sum(bool(layer.matrices) for layer in planned.layers)
     final = conversion.text is None or conversion.text.tune is None
-    durable = (claim, decided_by, sum(bool(layer.matrices) for layer in plan), final)
-    with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes, *durable) as writer:
+    durable = (claim, decided_by, layers, final)
+    folder = planned.reader.folder
+    with CheckpointWriter(out, folder, conversion.overwrite, conversion.shard_bytes, *durable) as writer:
         for record in writer.journal.records:
             report.restore(record.said)
         if claim.published is None:
-            at = Start(writer.journal.layers, writer.journal.states())
-            steps = quantize_steps(reader, plan, ranks, conversion, device, report, progress, at)
-            keep_steps(writer, reader, report, steps)
-            if conversion.text is not None and not final:
-                layers = list(finished_layers(writer.journal, plan, device))
-                tuned = _tuned(reader, layers, conversion.recipe, conversion.text, device, report, progress)
-                add_layers(writer, reader, tuned)
-            config = reader.config | {"quantization_config": fmt.to_dict()}
-            writer.seal(config, {REPORT_NAME: report.to_dict()})
-            validate_checkpoint(writer.folder)
-            writer.publish()
+            _write(writer, planned, ranks, report, progress)
     assert claim.published is not None
     published = claim.published
     if published != writer.out:
@@ -173,13 +142,29 @@ def _convert(
     return Summary(
         out=published if published != writer.out else out,
         seconds=time.monotonic() - start,
-        matrices=len(matrices),
+        matrices=len(planned.matrices),
         bytes_written=read_json(published / INDEX_NAME)["metadata"]["total_size"],
         mean_error=sum(errors) / len(errors),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         warnings=warnings,
     )
+
+
+def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], report: Report, progress: bool) -> None:
+    """Quantize the layers that are not finished, and publish the checkpoint."""
+    reader, conversion, device, layers = planned.reader, planned.conversion, planned.device, planned.layers
+    at = Start(writer.journal.layers, writer.journal.states())
+    steps = quantize_steps(reader, layers, ranks, conversion, device, report, progress, at)
+    keep_steps(writer, reader, report, steps)
+    if conversion.text is not None and conversion.text.tune is not None:
+        held = list(finished_layers(writer.journal, layers, device))
+        tuned = _tuned(reader, held, conversion.recipe, conversion.text, device, report, progress)
+        add_layers(writer, reader, tuned)
+    got = {name: entry.rank for name, entry in report.matrices.items()}
+    writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
+    validate_checkpoint(writer.folder)
+    writer.publish()
 
 
 def quantize_layers(
@@ -196,10 +181,10 @@ def quantize_layers(
     Args:
         reader: the model.
         plan: its layers, with the matrices to quantize in each.
-        ranks: of these matrices, by name.
-        conversion: the recipe and the text; neither ranks nor what is ignored is decided here.
+        ranks: of these matrices, by name; where ranks are measured, the bits of a layer's count.
+        conversion: the recipe and the text, and whether ranks are measured; what is ignored is not decided here.
         device: where the arithmetic runs.
-        report: takes what there is to say of each matrix.
+        report: takes what there is to say of each matrix, with the rank that it got.
         progress: show a progress bar.
 
     Raises:
@@ -238,7 +223,12 @@ def quantize_steps(
     """
     recipe, text = conversion.recipe, conversion.text
     if text is not None:
-        yield from _learned(reader, plan, ranks, recipe, text, device, report, progress, start)
+        meter = None
+        if conversion.measures_ranks and conversion.budget_bits is not None:
+            matrices = [source.matrix for layer in plan for source in layer.matrices]
+            spare = conversion.budget_bits - stored_bits(matrices, ranks, recipe)
+            meter = NeedMeter(recipe, reader.dtype, text.learn.batch, max(0.0, spare))
+        yield from _learned(reader, plan, ranks, meter, recipe, text, device, report, progress, start)
         return
     left = plan[start.layers :]
     for layers in gather_layers(
@@ -263,6 +253,7 @@ def _learned(
     reader: ModelReader,
     plan: Sequence[Layer],
     ranks: Mapping[str, int],
+    meter: NeedMeter | None,
     recipe: Recipe,
     text: Text,
     device: torch.device,
@@ -287,8 +278,13 @@ def _learned(
             yield Step(iter([(layer, ())]), lambda: None)
             continue
         visit = stream.visit(index)
-        loaded = batches(visit.loaded([source.matrix for source in layer.matrices]), visit.moments, ranks)
-        solved = dict(_solve(loaded, ranks, recipe, reader.dtype, report))
+        matrices = [source.matrix for source in layer.matrices]
+        own = {matrix.name: ranks[matrix.name] for matrix in matrices}
+        if meter is not None:
+            own, needs = meter.share(stream, visit, matrices, own)
+            report.note_needs(layer.name, needs)
+        loaded = batches(visit.loaded(matrices), visit.moments, own)
+        solved = dict(_solve(loaded, own, recipe, reader.dtype, report))
         report.note_tokens(solved, visit.moments.tokens)
         if solved and text.learn.steps:
             states = (stream.quantized, visit.target)
@@ -331,6 +327,7 @@ def _solve(
     for batch in layer:
         theirs = [ranks[matrix.name] for matrix in batch.matrices]
         result = _quantize_named(batch, theirs, recipe, dtype)
+        report.note_sizes(batch.matrices, batch.weights, result.base.scale)
         for place, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
             entry = MatrixReport(float(result.errors[place]), rank, int(result.rounds[place]))
             report.matrices[matrix.name] = entry
@@ -350,35 +347,3 @@ def _quantize_named(batch: Batch, ranks: Sequence[int], recipe: Recipe, dtype: t
             except ConversionError as single_error:
                 raise type(error)(f"{matrix.name}: {single_error}") from error
         raise
-
-
-def _recipe_record(conversion: Conversion) -> dict[str, Any]:
-    policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
-    record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
-    if conversion.budget_bits is not None:
-        record["budget_bits"] = conversion.budget_bits
-    text = conversion.text
-    if text is None:
-        return record | {"calibration": "none"} if conversion.recipe.method == "milo" else record
-    record |= {"calibration": text.name, "calibration_tokens": text.windows.numel(), "learn_steps": text.learn.steps}
-    return record | {"tune_steps": text.tune.steps} if text.tune else record
-
-
-def find_device(name: str) -> torch.device:
-    """Return a device by its name.
-
-    Raises:
-        ConversionError: there is none of this name.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConversionError(f"--device {name}: torch knows no such device; use cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConversionError(f"--device {name}: torch sees {_number_seen()}; use --device cpu")
-    return device
-
-
-def _number_seen() -> str:
-    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return f"{number} CUDA devices" if number else "no CUDA device"

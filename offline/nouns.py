@@ -94,7 +94,8 @@ class Recipe:
         feedback_rounds: last rounds of ``milo`` in which a base whose inputs have full second moments feeds each
             column's error into the columns to come; None for all rounds. That takes most of a round's time.
         base: quantizer of method ``milo`` under its compensator: ``least squares``, which wants to know the inputs'
-            second moments, or ``hqq``, whose norm is robust where nothing is known of them.
+            second moments, or ``hqq``, whose norm is robust where nothing is known of them (see
+            :mod:`.solve.base.robust`).
     """
 
     method: str = "milo"

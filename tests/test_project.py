@@ -84,10 +84,12 @@ FLOORS = {
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
     "fingerprint": {"errors", "durable", "source", "conversion"},
     "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
+    "need": {"nouns", "solve", "calibration", "batches", "learn", "ranks"},
+    "planning": {"errors", "nouns", "source", "calibration", "batches", "ranks", "checkpoint", "conversion"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion", "durable", "fingerprint", "steps"},
+    | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
-    | {"conversion", "convert"},
+    | {"conversion", "planning", "convert"},
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 

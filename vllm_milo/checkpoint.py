@@ -106,6 +106,14 @@ class CompensatorFormat:
             return model_dtype, columns
         return ("I8", columns) if self.bits == 8 else ("I32", packed_words(columns))
 
+    def split_multiples(self, group_size: int, has_rank: bool) -> tuple[int, int]:
+        """Return what N and K of one rank's part of a matrix must be multiples of, under tensor parallelism.
+
+        K must cut no group, packed word or scale of V; N no scale of U.
+        """
+        quantized = has_rank and self.quantized
+        return self.group_size if quantized else 1, max(group_size, self.group_size if quantized else 32)
+
 
 @dataclass(frozen=True)
 class RankTable:

@@ -118,7 +118,6 @@ def require_split(
     Raises:
         CheckpointError: k cuts a group, a packed word or a scale of V; or n a scale of U.
     """
-    quantized = has_rank and compensator.quantized
-    require_multiple(layer, "input size", k, max(group_size, 64 if quantized else 32), tp_size)
-    if quantized:
-        require_multiple(layer, "output size", n, compensator.group_size, tp_size)
+    of_n, of_k = compensator.split_multiples(group_size, has_rank)
+    require_multiple(layer, "input size", k, of_k, tp_size)
+    require_multiple(layer, "output size", n, of_n, tp_size)

@@ -37,8 +37,23 @@ def read_json(path: Path) -> Any:
         raise ShardError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from None
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ShardError(f"{path}: not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path}: not valid JSON: {error}; copy it again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object, as config.json and the index do.
+
+    Raises:
+        ShardError: the file is missing, unreadable, not JSON, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        shown = json.dumps(content)
+        raise ShardError(
+            f"{path}: must hold a JSON object, found {shown if len(shown) <= 40 else shown[:40] + ' …'}; copy it again"
+        )
+    return content
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -109,7 +124,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_NAME
     if not path.exists():
         return {}
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ShardError(f"{path}: has no weight_map")
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ShardError(f"{path}: has no weight_map from tensors to files; copy it again")
     return weight_map

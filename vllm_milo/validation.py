@@ -7,7 +7,7 @@ extra or wrongly shaped tensor is one clear error instead of garbage text. Pure 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .checkpoint import (
 )
 from .dtypes import safetensors_name
 from .names import EXPERT_PROJECTIONS, FUSED_LAYERS, leaf_of
-from .shards import TensorEntry, read_json, read_tensors
+from .shards import TensorEntry, read_object, read_tensors
 
 _SHOWN_PROBLEMS = 5
 
@@ -33,7 +33,7 @@ def read_format(folder: Path) -> tuple[MiLoFormat, Mapping[str, Any]]:
     Raises:
         CheckpointError: the folder is not a MiLo checkpoint, or its format is not supported.
     """
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "milo":
         raise CheckpointError(f"{folder}: not a MiLo checkpoint; make one with `milo quantize {folder} -o OUT`")
@@ -68,25 +68,41 @@ def validate_checkpoint(folder: Path) -> MiLoFormat:
         ShardError: a file is missing, truncated or unreadable.
     """
     fmt, config = read_format(folder)
-    tensors = read_tensors(folder)
+    problems = find_problems(read_tensors(folder), fmt, config)
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the checkpoint breaks format_version 1; convert it again or restore the files:\n  "
+            + "\n  ".join(first_problems(problems))
+        )
+    return fmt
+
+
+def find_problems(tensors: Mapping[str, TensorEntry], fmt: MiLoFormat, config: Mapping[str, Any]) -> list[str]:
+    """Return what in the tensors of a checkpoint breaks its format, each with tensor, expected and found.
+
+    The converter asks this of the tensors that it is going to write, before it computes any of them.
+
+    Args:
+        tensors: all of the checkpoint, by name.
+        fmt: its format.
+        config: its config.json, for the model's dtype.
+    """
     modules = quantized_modules(tensors)
     dtype = safetensors_name(str(config.get("dtype", config.get("torch_dtype")))) or "BF16"
     experts = count_experts(modules)
-    problems = [
+    return [
         *_expert_problems(modules, experts),
         *(p for name, found in modules.items() for p in _matrix_problems(name, found, fmt, experts, dtype)),
         *_unquantized_problems(tensors, modules, fmt),
         *_fused_problems(modules, fmt),
         *_table_problems(modules, experts, fmt),
     ]
-    if problems:
-        more = len(problems) - _SHOWN_PROBLEMS
-        lines = problems[:_SHOWN_PROBLEMS] + ([f"… and {more} more"] if more > 0 else [])
-        raise CheckpointError(
-            f"{folder}: the checkpoint breaks format_version 1; convert it again or restore the files:\n  "
-            + "\n  ".join(lines)
-        )
-    return fmt
+
+
+def first_problems(problems: Sequence[str]) -> list[str]:
+    """Return the first of many problems, and how many more there are."""
+    more = len(problems) - _SHOWN_PROBLEMS
+    return [*problems[:_SHOWN_PROBLEMS], *([f"… and {more} more"] if more > 0 else [])]
 
 
 def module_rank(name: str, fmt: MiLoFormat, experts: Mapping[str, int]) -> int:

@@ -63,6 +63,13 @@ def half_quadratic_step(
     return size, update
 
 
+def power_sums(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, norm: float) -> torch.Tensor:
+    """Return Σ|w - ŵ|^p over each group, float32 [B, N, G], ŵ the nearest on the grid; arguments as of the others."""
+    sums = torch.empty(scale.shape, dtype=torch.float32, device=weights.device)
+    _launch(_powers, weights, scale, zero, norm, sums)
+    return sums
+
+
 def _launch(
     kernel: Any, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *own: Any, **constants: Any
 ) -> None:
@@ -212,3 +219,29 @@ def _half_quadratic(
     tl.store(sum_size + group, tl.sum(size, 1), mask=inside)
     # steps hold the old zero point already
     tl.store(update + group, zero + tl.sum(codes - steps + shrunk, 1) / GROUP, mask=inside)
+
+
+@triton.jit
+def _powers(
+    weights,
+    rows,
+    batch_stride,
+    row_stride,
+    scales,
+    zeros,
+    total,
+    exponent,
+    sums,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = group < total
+    _, steps, codes, scale = _nearest(
+        weights, rows, batch_stride, row_stride, scales, zeros, group, inside, GROUPS, GROUP, LAST
+    )
+    size = tl.abs((steps - codes) * scale[:, None])
+    power = tl.where(size > 0, tl.exp2(tl.log2(tl.maximum(size, 1e-30)) * exponent), 0.0)
+    tl.store(sums + group, tl.sum(power, 1), mask=inside)

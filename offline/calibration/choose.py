@@ -47,20 +47,19 @@ class TextOptions:
     progress: bool = False
 
 
-def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.Tensor:
+def calibration_windows(reader: ModelReader, how: str, options: TextOptions) -> torch.Tensor:
     """Return the windows of a calibration text, token ids int64 [W, T].
 
     Args:
-        folder: the source model.
+        reader: the source model.
         how: ``text``, ``self``, or the name of a file or of a dataset of the Hugging Face Hub.
         options: how much of it.
 
     Raises:
         ConversionError, ShardError: the model, its tokenizer or the text cannot be read, or the text is too short.
     """
-    reader = ModelReader(folder)
-    tokenizer = load_tokenizer(folder)
-    length = min(WINDOW, int(reader.config.get("max_position_embeddings") or WINDOW))
+    tokenizer = load_tokenizer(reader.folder)
+    length = _length(reader)
     if how == OWN_TEXT:
         return _own_text(reader, tokenizer, length, options)
     named = None if how == PACKAGED else hub_name(how)
@@ -68,6 +67,28 @@ def calibration_windows(folder: Path, how: str, options: TextOptions) -> torch.T
         return fill_windows(hub_documents(named, options.seed), tokenizer, options.windows, length)
     documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
     return cut_windows(documents, tokenizer, options.windows, length, options.seed)
+
+
+def planned_windows(reader: ModelReader, how: str, options: TextOptions) -> torch.Tensor:
+    """Return as many windows as :func:`calibration_windows` may, all of token 0: the text is neither cut nor written.
+
+    What makes a text impossible is looked at all the same: the tokenizer, and whether a file can be read. A dataset of
+    the Hub is not asked for.
+
+    Raises:
+        ConversionError: as :func:`calibration_windows`.
+    """
+    load_tokenizer(reader.folder)
+    if how == OWN_TEXT:
+        memory.refuse_to_write_what_does_not_fit(reader, options.device)
+    elif how != PACKAGED and hub_name(how) is None:
+        read_documents(Path(how))
+    return torch.zeros(options.windows, _length(reader), dtype=torch.int64)
+
+
+def _length(reader: ModelReader) -> int:
+    """Return the tokens of a window."""
+    return min(WINDOW, int(reader.config.get("max_position_embeddings") or WINDOW))
 
 
 def remarks(folder: Path, how: str, windows: torch.Tensor, wanted: int) -> list[str]:
@@ -100,12 +121,11 @@ def _own_text(reader: ModelReader, tokenizer: Any, length: int, options: TextOpt
         ) from error
 
 
-def check_runs(folder: Path) -> None:
+def check_runs(reader: ModelReader) -> None:
     """Refuse a model that transformers cannot run a layer at a time.
 
     Raises:
         ConversionError: transformers has no class for it.
     """
-    reader = ModelReader(folder)
     tensors = reader_tensors(reader.load, reader.tensors)
-    StreamedModel(folder, reader.family, tensors, torch.device("meta"), torch.float32)
+    StreamedModel(reader.folder, reader.family, tensors, torch.device("meta"), torch.float32)

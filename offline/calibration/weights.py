@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import torch
+
+from vllm_milo.checkpoint import BITS, GROUP_SIZES
+
+from ..errors import ConversionError
 from ..progress import progress_bar
+from ..source.layers import BROKEN
 from ..source.reader import ModelReader
+
+WIDEST = 65504.0 * (2**BITS - 1)
+"""Range of a group whose scale is fp16's largest."""
 
 
 def refuse_broken_weights(reader: ModelReader, progress: bool = False) -> None:
     """Read all tensors of a model once.
 
     Raises:
-        ConversionError: names the first that holds NaN or Inf.
+        ConversionError: names the first that holds NaN or Inf, or is to be quantized and too large for that.
     """
     for layer in progress_bar(reader.layers, "check weights", progress):
+        quantized = {source.tensor for source in layer.matrices}
         for tensor in dict.fromkeys([*(source.tensor for source in layer.matrices), *layer.others]):
-            reader.load_finite(tensor)
+            values = reader.load_finite(tensor)
+            if tensor in quantized and _is_too_large(values):
+                raise ConversionError(
+                    f"{reader.tensors[tensor].file}: tensor {tensor} holds weights up to "
+                    f"{values.float().abs().max().item():.3g}, which 3 bits with fp16 scales cannot store; {BROKEN}"
+                )
+
+
+def _is_too_large(values: torch.Tensor) -> bool:
+    """Return whether even the smallest group of some weights [.., K] needs a scale above fp16's largest."""
+    low, high = values.aminmax()
+    if float(high) - float(low) <= WIDEST:
+        return False
+    groups = values.float().unflatten(-1, (-1, min(GROUP_SIZES)))
+    return bool((groups.amax(-1) - groups.amin(-1) > WIDEST).any())

@@ -15,7 +15,7 @@ from ..durable.lock import OutputLock
 from ..durable.publication import SEALED
 from ..errors import ConversionError
 from .manifest import MANIFEST_NAME
-from .output import refuse_unsafe_content, refuse_unsafe_place
+from .output import refuse_unsafe_content, refuse_unsafe_place, refuse_unwritable_output
 
 
 class Claim:
@@ -54,8 +54,30 @@ class Claim:
         self._lock = OutputLock(self.out)
         self.notes = self._lock.notes
 
+    def check(self) -> None:
+        """Refuse what entering would refuse, but for a process that holds the lock. Nothing is changed, nothing held.
+
+        Raises:
+            ConversionError: as of entering.
+        """
+        refuse_unsafe_place(self._given, self.source)
+        refuse_unwritable_output(self._given)
+        self.published = _published(self.partial) if self.resume else None
+        if not self.published:
+            refuse_unsafe_content(self._given, self.overwrite)
+        self._read_journal()
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the bytes of the partial folder: what the conversion goes on with, or deletes when it begins."""
+        try:
+            return sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
+        except OSError:
+            return 0
+
     def __enter__(self) -> Claim:
         refuse_unsafe_place(self._given, self.source)
+        refuse_unwritable_output(self._given)
         if self.out.exists() and not self.out.is_dir():
             refuse_unsafe_content(self._given, self.overwrite)  # says that it is a file
         with ExitStack() as stack:
@@ -66,7 +88,10 @@ class Claim:
                 raise ConversionError(f"{self.out}: cannot be written: {error}") from error
             if not (self.published and self.resume):
                 refuse_unsafe_content(self._given, self.overwrite)
-            self._look_at_leftovers()
+            if self.published and not self.resume:
+                discard(self.partial)
+                self.published = None
+            self._read_journal()
             self._held = stack.pop_all()  # a failure before this has let the lock go
         return self
 
@@ -102,11 +127,8 @@ class Claim:
             else:
                 self.notes.append(f"{path}: left by a killed conversion of an older version; delete it")
 
-    def _look_at_leftovers(self) -> None:
-        if self.published and not self.resume:
-            discard(self.partial)
-            self.published = None
-            return
+    def _read_journal(self) -> None:
+        """Read what is finished, and say what comes of it, or that it is in the way."""
         try:
             self.journal.read()
         except ConversionError as error:

@@ -2,7 +2,7 @@
 
     {"format_version": 1, "files": {"config.json": {"size": 2113, "sha256": "…"}, …}}
 
-Names are those of files in the folder itself, sorted; nothing in it depends on the machine or the time. A checkpoint
+Names are paths in the folder, with ``/``, sorted; nothing in it depends on the machine or the time. A checkpoint
 without a manifest is valid.
 """
 
@@ -32,7 +32,8 @@ def describe_folder(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, A
     Raises:
         OSError: a file cannot be read.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(name for name in paths if name != MANIFEST_NAME)
     files = {name: (known.get(name) or describe_file(folder / name))._asdict() for name in names}
     return {"format_version": MANIFEST_VERSION, "files": files}
 
@@ -60,8 +61,8 @@ def read_manifest(folder: Path) -> dict[str, FileEntry] | None:
 
 
 def _read_entry(name: str, entry: Mapping[str, Any]) -> FileEntry:
-    """Return an entry, after checking that it is one, of a file in the folder itself: manifests may be downloaded."""
-    if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+    """Return an entry, after checking that it is one, of a file in the folder: manifests may be downloaded."""
+    if not re.fullmatch(r"[^/\\\0]+(/[^/\\\0]+)*", name) or {".", ".."} & set(name.split("/")):
         raise ValueError(f"{name!r} is no file name")
     size, digest = entry["size"], entry["sha256"]
     if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}", digest):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 from ..errors import ConversionError
+
+_LONGEST_NAME = 255 - len(".") - len(".partial-1234567890.replaced")
+"""Bytes of a folder's name that leave room for what the hidden folders beside it are called."""
 
 
 def refuse_unsafe_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -40,6 +45,44 @@ def refuse_unsafe_content(out: Path, overwrite: bool) -> None:
             )
     except OSError as error:
         raise ConversionError(f"{out}: cannot be written: {error}") from error
+
+
+def refuse_unwritable_output(out: Path) -> None:
+    """Refuse an output folder that could not be made or renamed when everything is computed.
+
+    A checkpoint is written beside its place and renamed into it. Nothing can be renamed over a mount point.
+
+    Raises:
+        ConversionError: says what is in the way.
+    """
+    target = out.resolve()
+    if is_mount_point(target):
+        raise ConversionError(
+            f"{out}: is a mount point (a volume?), which a finished checkpoint cannot be renamed over; name a folder "
+            f"in it, such as {out / 'model'}"
+        )
+    try:
+        parent = next(folder for folder in target.parents if folder.exists())
+    except OSError as error:
+        raise ConversionError(f"{out}: cannot be written: {error.strerror}") from error
+    if not parent.is_dir():
+        raise ConversionError(f"{out}: cannot be written: {parent} is a file; choose another output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConversionError(f"{out}: cannot be written: {parent} may not be written to; choose another output")
+    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise ConversionError(f"{out}: cannot be written: its name is too long; choose a shorter one")
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Return whether something is mounted at a resolved path, on Linux also from the same file system."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    places = (re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4]) for line in lines)
+    return str(folder) in places
 
 
 def is_milo_checkpoint(folder: Path) -> bool:

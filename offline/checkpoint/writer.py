@@ -30,11 +30,11 @@ from ..durable.publication import SEALED, publish
 from ..durable.signals import deferred_signals
 from ..errors import ConversionError, PassingError
 from .claim import Claim
+from .companions import find_companions
 from .manifest import MANIFEST_NAME, describe_folder
 from .output import refuse_unsafe_output
 
 SHARD_BYTES = 4 * 2**30
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class CheckpointWriter:
@@ -189,7 +189,7 @@ class CheckpointWriter:
         self._write_shard()
         try:
             shards = self._name_shards()
-            _copy_companions(self.source, self.folder)
+            find_companions(self.source).copy(self.folder)
             for name, content in extra.items():
                 _write_json(self.folder / name, content)
             _write_json(self.folder / "config.json", config)
@@ -306,19 +306,11 @@ def _shard_number(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, remote code and the like: all files but weights and config."""
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:
-    """Flush every file and the folder: after the rename nothing of the checkpoint may be only in memory."""
-    for path in [*folder.iterdir(), folder]:
+    """Flush every file and folder: after the rename nothing of the checkpoint may be only in memory."""
+    for path in [*folder.rglob("*"), folder]:
         flush(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConversionError
+from ..planning.devices import find_device
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
@@ -31,12 +32,7 @@ def check_text_arguments(arguments: argparse.Namespace) -> None:
         ConversionError: names the option.
     """
     name, windows = arguments.device, arguments.max_windows
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConversionError(f"--device {name}: torch knows no such device; use cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConversionError(f"--device {name}: torch sees no such CUDA device; use --device cpu")
+    find_device(name)
     if windows is not None and windows < 1:
         raise ConversionError("--max-windows must be at least 1")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_milo.shards import read_object
 from vllm_milo.validation import validate_checkpoint
 
 from ..checkpoint.dequantize import DequantizedTensors
@@ -25,6 +26,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
 
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder}: no folder with a config.json; download or convert the model first")
+    read_object(folder / "config.json")  # transformers' own errors name neither file nor cure
     config = transformers.AutoConfig.from_pretrained(folder)
     if not getattr(config, "quantization_config", None):
         return load_source_model(folder, dtype, device)

@@ -41,7 +41,7 @@ class Group:
         base = GroupQuantized(*(torch.stack(parts) for parts in zip(*(state.base for state in states), strict=True)))
         self._ranks = [state.rank for state in states]
         weights = self.view(self.parameter.data).float()
-        trained = torch.tensor(active, device=weights.device)
+        trained = torch.tensor(active, device=weights.device) & weights.flatten(1).any(1)  # dead ones stay exactly 0
         self._latents = Latents(weights, base, _stack_pairs(states), self._ranks, bits, trained)
 
     def write(self) -> None:

@@ -108,6 +108,9 @@ class BaseLatents:
     def __init__(self, target: torch.Tensor, base: GroupQuantized, active: torch.Tensor) -> None:
         self._groups = base.scale.shape[-1]
         scale, zero = base.scale.float(), base.zero.float()
+        # a group of zeros has scale 1, with which a step would make large weights of them
+        empty = (self._grouped(base.codes) == 0).all(-1) & (zero == 0) & active[:, None, None]
+        scale = torch.where(empty, torch.full_like(scale, MIN_SCALE), scale)
         exact = self._grouped(target) / scale.unsqueeze(-1) + zero.unsqueeze(-1)
         codes = self._grouped(base.codes.float())
         self.latent = (codes + (exact - codes).clamp_(-EDGE, EDGE)).flatten(-2)

@@ -83,7 +83,7 @@ def learn_layer(
     check = torch.arange(len(states)) % CHECK_SHARE == CHECK_SHARE - 1
     if not check.any() or check.all():
         check = torch.ones(len(states), dtype=torch.bool)
-    loss = _Loss(model, index, module, states, target)
+    loss = LayerLoss(model, index, module, states, target)
     for group in groups:
         group.write()
     checked = check.nonzero().flatten()
@@ -109,7 +109,7 @@ def learn_layer(
     return learned, LearnReport(before, after, untrained)
 
 
-class _Loss:
+class LayerLoss:
     """The loss of a layer: squared errors of its output, each token's divided by the energy of its output."""
 
     def __init__(
@@ -138,7 +138,7 @@ class _Loss:
 class _Batch:
     """Some windows in tensors that stay where they are."""
 
-    def __init__(self, of: _Loss, size: int) -> None:
+    def __init__(self, of: LayerLoss, size: int) -> None:
         self._of = of
         self._states, self._target, self._weight = (
             torch.empty(size, *tensor.shape[1:], dtype=tensor.dtype, device=of.states.device)

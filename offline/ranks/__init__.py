@@ -1,1 +1,1 @@
-"""Ranks: how much compensator each matrix gets, by policies, or within a byte budget by what a matrix is part of."""
+"""Ranks: how much compensator each matrix gets, by policies, or within a byte budget by part and need."""

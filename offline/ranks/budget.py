@@ -47,6 +47,11 @@ def stored_bits(matrices: Sequence[Matrix], ranks: Mapping[str, int], recipe: Re
     return least_bits(matrices, recipe) + factors / weights
 
 
+def unspent(budget: float, spent: float) -> str:
+    """Return the warning that all ranks are as large as they get, and the budget is not spent."""
+    return f"--budget-bits {budget:g}: {spent:.3f} bits a weight are stored, all ranks are as large as they may be"
+
+
 def scale_policies(
     matrices: Sequence[Matrix], policies: Sequence[Policy], statistics: Statistics, recipe: Recipe, budget: float
 ) -> tuple[dict[str, int], list[str]]:
@@ -70,6 +75,9 @@ def scale_policies(
             f"--budget-bits {budget:g}: these policies store {least:.3f} bits a weight at their least ranks; "
             f"raise the budget or drop a policy"
         )
+    if fits(_LARGEST_FACTOR):
+        ranks, warnings = ranks_at(_LARGEST_FACTOR)
+        return ranks, [*warnings, unspent(budget, stored_bits(matrices, ranks, recipe))]
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import ConversionError
-from ..nouns import Recipe
+from ..nouns import Matrix, Recipe
 from ..progress import progress_bar
 from ..source.layers import Layer
 from ..source.reader import ModelReader
@@ -55,12 +55,31 @@ def plan_ranks(model: Pass, choice: RankChoice, recipe: Recipe) -> tuple[dict[st
         ConversionError: a policy lacks its statistics, or the budget cannot be kept.
     """
     matrices = [held.matrix for layer in model.layers for held in layer.matrices]
+    _check_counts(choice)
     if choice.budget_bits is not None and not choice.policies:
         return share_budget(matrices, choice.budget_bits, recipe)
     statistics = _statistics(model, choice)
     if choice.budget_bits is None:
         return assign_ranks(choice.policies, matrices, statistics)
     return scale_policies(matrices, choice.policies, statistics, recipe, choice.budget_bits)
+
+
+def known_from_headers(choice: RankChoice) -> bool:
+    """Return whether ranks follow from the shapes of the matrices, without a look at their weights."""
+    return not needs_kurtosis(choice.policies)
+
+
+def assume_ranks(matrices: Sequence[Matrix], choice: RankChoice, recipe: Recipe) -> dict[str, int]:
+    """Return ranks as they are if all matrices have the same kurtosis: as many in all, but evenly shared.
+
+    Raises:
+        ConversionError: as :func:`plan_ranks`.
+    """
+    _check_counts(choice)
+    statistics = Statistics(dict.fromkeys((matrix.name for matrix in matrices), 0.0), choice.expert_counts)
+    if choice.budget_bits is None:
+        return assign_ranks(choice.policies, matrices, statistics)[0]
+    return scale_policies(matrices, choice.policies, statistics, recipe, choice.budget_bits)[0]
 
 
 def excess_kurtosis(values: torch.Tensor) -> float:
@@ -76,8 +95,13 @@ def _statistics(model: Pass, choice: RankChoice) -> Statistics:
         for layer in progress_bar(model.layers, "kurtosis", model.progress):
             for matrix, weights in model.reader.load_layer(layer, model.device):
                 kurtosis[matrix.name] = excess_kurtosis(weights)
+    return Statistics(kurtosis, choice.expert_counts)
+
+
+def _check_counts(choice: RankChoice) -> None:
     if needs_counts(choice.policies) and not choice.expert_counts:
         raise ConversionError(
             "--ranks frequency=… needs --expert-counts FILE.json; make it with `milo stats MODEL --text FILE`"
         )
-    return Statistics(kurtosis, choice.expert_counts)
+    if choice.expert_counts and not needs_counts(choice.policies):
+        raise ConversionError("--expert-counts is for --ranks frequency=R alone, which is not asked for; drop one")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ..errors import ConversionError
 from ..nouns import DENSE_KINDS, RANK_MULTIPLE, Kind, Matrix, Recipe
-from .budget import least_bits, name_groups, rank_bits, stored_bits
+from .budget import least_bits, name_groups, rank_bits, stored_bits, unspent
 
 ROUTED_SHARE = 1 / 14
 """Rank of a routed expert as a share of that of a matrix which every token passes."""
@@ -52,6 +52,8 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
     ranks = ranks_at(low)
     _spend_rest(matrices, ranks, budget, recipe)
     warnings = []
+    if any(ranks.values()) and all(ranks[matrix.name] == largest_rank(matrix) for matrix in matrices):
+        warnings.append(unspent(budget, stored_bits(matrices, ranks, recipe)))
     if not any(ranks.values()):
         warnings.append(
             f"--budget-bits {budget:g} leaves nothing for compensators: codes, scales and zero points of {groups} "

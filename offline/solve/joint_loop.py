@@ -19,6 +19,7 @@ from .base.error_feedback import quantize_with_feedback
 from .base.group import GroupQuantized, refuse_bad_scales
 from .base.hqq import quantize_hqq
 from .base.least_squares import quantize_mse, refit
+from .base.robust import quantize_robustly
 from .compensator.low_rank import StoredPair, join_pairs, leading_rows, pad_pair, store_pair
 from .metric import Metric, metric_of
 from .precision import fast_products
@@ -65,7 +66,7 @@ def quantize_jointly(
     refuse_bad_scales(weights, recipe.group_size)
     metric = metric_of(moments)
     if not any(ranks):
-        return State(_Base(metric, recipe).begin(weights, feedback=True), None, torch.empty(0))
+        return State(_Base(metric, recipe).alone(weights), None, torch.empty(0))
     loop = _Loop(weights, ranks, max(ranks), metric, recipe, dtype)
     plain, low_rank = loop.begin_plain(), loop.begin_low_rank()
     rounds = range(recipe.max_rounds)
@@ -121,13 +122,19 @@ class _Base:
         self._importance = metric.importance(of_inputs=True)
         self._group_size = recipe.group_size
 
+    def alone(self, weights: torch.Tensor) -> GroupQuantized:
+        """Quantize weights [B, N, K] that get no compensator."""
+        if self._robust:
+            return quantize_hqq(weights, self._group_size)
+        return self.begin(weights, feedback=True)
+
     def begin(self, weights: torch.Tensor, feedback: bool) -> GroupQuantized:
         """Quantize weights [B, N, K] from scratch."""
         if self._robust:
-            return quantize_hqq(weights, self._group_size, strict=False)
+            return quantize_robustly(weights, self._group_size)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, None, COLD_FITS)
-        return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS, strict=False)
+        return quantize_mse(weights, self._group_size, self._importance, None, COLD_FITS)
 
     def go_on(
         self,
@@ -142,11 +149,11 @@ class _Base:
         The first compensator may take so much off a group that its old grid is no use, so there ranges count too.
         """
         if self._robust:
-            return quantize_hqq(weights, self._group_size, strict=False)
+            return quantize_robustly(weights, self._group_size)
         if self._factor is not None and feedback:
             return quantize_with_feedback(weights, self._group_size, self._factor, old, WARM_FITS)
         if first:
-            return quantize_mse(weights, self._group_size, self._importance, old, WARM_FITS, strict=False)
+            return quantize_mse(weights, self._group_size, self._importance, old, WARM_FITS)
         return refit(weights, old, self._group_size, self._importance, WARM_FITS, work)
 
 

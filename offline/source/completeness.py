@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm_milo.shards import TensorEntry
@@ -13,13 +14,55 @@ from ..errors import ConversionError
 from ..nouns import Matrix
 from .layers import BROKEN, OUTSIDE, Layer
 
+_QUANTIZED = {
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "weight_packed": "compressed-tensors or MiLo",
+    "weight_scale": "FP8 or compressed-tensors",
+    "weight_scale_inv": "FP8",
+    "absmax": "bitsandbytes",
+}
+"""Last parts of tensors' names that only quantized models have, and whose they are."""
+
+
+def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
+    """Refuse tensors that are those of a quantized model, whatever its config.json says, or have another prefix.
+
+    Raises:
+        ConversionError: says what was found.
+    """
+    for name in tensors:
+        method = _QUANTIZED.get(name.rpartition(".")[2])
+        if method is not None:
+            raise ConversionError(
+                f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; "
+                f"convert the original"
+            )
+    if any(re.match(r"model\.layers\.\d+\.", name) for name in tensors):
+        return
+    alike = [name for name in tensors if re.search(r"\blayers\.\d+\.", name)]
+    found = min(alike or tensors, default=None)
+    raise ConversionError(
+        f"{folder}: holds no tensor named model.layers.0.…, "
+        + (f"but e.g. {found}; " if found else "and no other; ")
+        + "MiLo converts text models alone: if it is a part of a larger one, as language_model. is, save that part "
+        "by itself first"
+    )
+
 
 def check_complete(layers: list[Layer], config: Mapping[str, Any]) -> None:
     """Refuse a folder that lacks a layer, or a tensor that the other layers of its kind have."""
     numbers = {int(layer.name.rpartition(".")[2]) for layer in layers if layer.name != OUTSIDE}
-    for number in range(int(config.get("num_hidden_layers", len(numbers)))):
+    stated = int(config.get("num_hidden_layers") or len(numbers))
+    for number in range(stated):
         if number not in numbers:
             raise ConversionError(f"model.layers.{number}: missing; are the model's files complete?")
+    extra = sorted(number for number in numbers if number >= stated)
+    if extra:
+        raise ConversionError(
+            f"model.layers.{extra[0]}: extra, config.json states num_hidden_layers {stated}; is it another model's, or "
+            f"a layer that predicts more tokens, which this family does not have? Leave it out of the files"
+        )
     contents = {layer.name: _contents(layer) for layer in layers if layer.name != OUTSIDE}
     for has_experts in (True, False):
         alike = {name: held for name, held in contents.items() if any(".experts" in n for n in held) is has_experts}

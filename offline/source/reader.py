@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_milo.dtypes import DTYPES, MODEL_DTYPES, safetensors_name
-from vllm_milo.shards import read_json, read_tensors
+from vllm_milo.shards import read_tensors
 
 from ..errors import ConversionError, PassingError
 from ..nouns import Matrix
-from .completeness import check_complete, check_experts, check_shapes
+from .completeness import check_complete, check_experts, check_names, check_shapes
+from .config import read_config
 from .families import find_family
 from .family import Family
 from .finite import is_finite
@@ -34,14 +35,10 @@ class ModelReader:
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json")
-        if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method")
-            raise ConversionError(
-                f"{folder / 'config.json'}: the model is quantized already ({method}); convert the original"
-            )
+        self.config: dict[str, Any] = read_config(folder)
         self.family: Family = find_family(self.config)
         self.tensors = read_tensors(folder)
+        check_names(self.tensors, folder)
         self.layers = plan_layers(self.tensors, self.family)
         check_complete(self.layers, self.config)
         check_shapes(self.layers, self.tensors)
@@ -57,7 +54,7 @@ class ModelReader:
         """Return the model's dtype, by its config or else by its first quantizable tensor."""
         stated = self.config.get("dtype", self.config.get("torch_dtype"))
         if safetensors_name(str(stated)) in MODEL_DTYPES:
-            return getattr(torch, str(stated))
+            return getattr(torch, str(stated).removeprefix("torch."))
         first = next(source for layer in self.layers for source in layer.matrices)
         return getattr(torch, DTYPES[self.tensors[first.tensor].dtype].torch_name)
 
@@ -94,7 +91,7 @@ class ModelReader:
             values = self.load(tensor)
             for source in parts:
                 part = values if source.expert is None else values[source.expert, source.rows]
-                matrix = part.to(device=device, dtype=torch.float32)
+                matrix = part.to(device).float()  # in this order: the host would take longer to convert than to copy
                 if not torch.isfinite(matrix).all():
                     raise ConversionError(
                         f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf "

@@ -22,7 +22,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise ConversionError(f"{folder}: no such folder; download or convert the model first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:  # of files not its own
         raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: {error}") from error
     # without any files, transformers 5 makes up one by the model's type that knows no word
     if len(tokenizer) <= len(tokenizer.all_special_tokens):

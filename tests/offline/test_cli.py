@@ -57,6 +57,12 @@ def test_eval_states_its_protocol(bundled_model: Path, capsys: pytest.CaptureFix
         (["--device", "cuda:7"], "torch sees no CUDA device" if not torch.cuda.is_available() else "cuda"),
         (["--ranks", "frequency=8", "--calibration", "none"], "needs --expert-counts"),
         (["--expert-counts", "/nowhere.json"], "/nowhere.json: no such file"),
+        (["--ranks", ""], "--ranks: is empty; name a policy"),
+        (["--ranks", " , "], "--ranks: is empty; name a policy"),
+        *((["--budget-bits", bits], f"--budget-bits {bits}: must be a number") for bits in ("nan", "inf", "-1", "0")),
+        *((["--seed", seed], f"--seed {seed}: must be a number from 0") for seed in ("-1", str(2**40), str(2**70))),
+        (["--device", "mps"], "--device mps: nothing of milo runs on it"),
+        (["--ignore", "re:("], "--ignore 're:(': 're:(' is not a regular expression"),
     ],
 )
 def test_errors_go_to_stderr(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options, message):
@@ -101,3 +107,20 @@ def test_summary(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert part in captured.out
     assert "min(N, K)" in captured.err
     assert "layer" in captured.err  # the progress bar
+
+
+def test_counts_that_no_policy_asks_for(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    counts = tmp_path / "counts.json"
+    assert main(["stats", str(bundled_model), "--text", str(TEXT), "--max-windows", "1", "-o", str(counts)]) == 0
+    options = ["--calibration", "none", "--expert-counts", str(counts)]
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--quiet", *options]) == 1
+    assert "--expert-counts is for --ranks frequency=R alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--ranks", "uniform=8"]])
+def test_a_budget_that_is_not_spent(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more):
+    options = ["--calibration", "none", "--budget-bits", "100", "--dry-run", "--json", *more]
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
+    captured = capsys.readouterr()
+    bits = json.loads(captured.out)["bits_per_weight"]
+    assert f"warning: --budget-bits 100: {bits:.3f} bits a weight are stored, all ranks are as large" in captured.err

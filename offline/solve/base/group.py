@@ -14,8 +14,10 @@ from vllm_milo.kernels.packing import MAX_CODE
 
 from ...errors import ConversionError
 
-MIN_SCALE = 2.0**-14
-"""The smallest normal fp16. Smaller groups are stored with this scale where that loses nothing that counts."""
+SMALLEST_NORMAL = 2.0**-14
+"""Of fp16. Scales below it have fewer bits: as a multiple of :data:`MIN_SCALE` they are exact within half of that."""
+MIN_SCALE = 2.0**-24
+"""The smallest fp16 above 0. Smaller groups are stored with this scale, which is off by at most half of it a weight."""
 MAX_SCALE = 65504.0
 
 
@@ -61,14 +63,15 @@ def encode(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Gr
 
 
 def refuse_bad_scales(weights: torch.Tensor, group_size: int) -> None:
-    """Raise ScaleError where a group of ``weights`` [..., N, K] cannot be stored with an fp16 scale."""
+    """Raise ScaleError where a group of ``weights`` [..., N, K] needs a scale above fp16's largest."""
     min_max(weights.unflatten(-1, (-1, group_size)))
 
 
-def min_max(groups: torch.Tensor, strict: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def min_max(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return fp16 scale and zero point from the range of each group [..., G, g].
 
-    ``strict`` refuses matrices that the smallest normal scale would lose a visible part of.
+    Raises:
+        ScaleError: a scale is above fp16's largest.
     """
     low, high = groups.amin(-1), groups.amax(-1)
     largest = torch.maximum(low.abs(), high.abs())
@@ -78,13 +81,16 @@ def min_max(groups: torch.Tensor, strict: bool = True) -> tuple[torch.Tensor, to
     _refuse_large_scales(scale)
     # An fp16 zero point has 11 bits, so it cannot address a grid finer than 1/2048 of the largest weight.
     scale = torch.maximum(scale, largest / 2048)
-    if strict:
-        _refuse_lossy_floor(scale, groups)
     stored = scale.clamp(MIN_SCALE, MAX_SCALE).half()
     zero = torch.where(constant, (low < 0).float(), -low / stored.float())
-    # a constant too small for a normal scale is held by a fractional zero point instead
-    tiny = constant & (largest > 0) & (scale < MIN_SCALE)
-    zero = torch.where(tiny, -low / MIN_SCALE, zero)
+    # a constant too small for a normal scale is held by a fractional zero point instead, which has more bits
+    tiny = constant & (largest > 0) & (scale < SMALLEST_NORMAL)
+    stored = torch.where(tiny, torch.full_like(stored, SMALLEST_NORMAL), stored)
+    zero = torch.where(tiny, -low / SMALLEST_NORMAL, zero)
+    # and a group that does not fill one step of the smallest scale by its mean
+    narrow = ~constant & (high - low < MIN_SCALE) & (stored == MIN_SCALE)
+    if narrow.any():
+        zero = torch.where(narrow, -groups.mean(-1) / MIN_SCALE, zero)
     return stored, fit_zero(zero)
 
 
@@ -95,21 +101,6 @@ def _refuse_large_scales(scale: torch.Tensor) -> None:
         raise ScaleError(
             f"group {group} of row {row} needs scale {scale[bad][0].item():.4g}, above fp16's {MAX_SCALE:.0f}; "
             f"rescale the weights or keep this layer unquantized (--ignore)"
-        )
-
-
-def _refuse_lossy_floor(scale: torch.Tensor, groups: torch.Tensor) -> None:
-    """Refuse scales below fp16's normal range where the floor would lose a visible part of the matrix."""
-    small = (scale < MIN_SCALE) & (groups.abs().amax(-1) > 0)
-    if not small.any():
-        return
-    rms = groups.square().mean(dim=(-3, -2, -1)).sqrt()
-    bad = small & (rms < 8 * MIN_SCALE)[..., None, None]
-    if bad.any():
-        *_, row, group = _first(bad)
-        raise ScaleError(
-            f"group {group} of row {row} needs scale {scale[bad][0].item():.3g}, below fp16's smallest normal "
-            f"{MIN_SCALE:.3g}, and the whole matrix is that small; rescale it or keep it unquantized (--ignore)"
         )
 
 

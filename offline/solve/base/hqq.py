@@ -18,7 +18,7 @@ _Step = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 """From zero points [..., N, G] and β to the sums of absolute errors and the next zero points, both like them."""
 
 
-def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) -> GroupQuantized:
+def quantize_hqq(weights: torch.Tensor, group_size: int) -> GroupQuantized:
     """HQQ: the scale of round-to-nearest, and the zero point that the half-quadratic solver finds.
 
     Minimizes the l_p norm, p = 0.7, of the error over z alone (the paper's eq. 4-9, HQQ's constants):
@@ -28,13 +28,24 @@ def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) ->
     Args:
         weights: float32 [..., N, K]; on GPUs [B, N, K].
         group_size: consecutive weights of a row that share one scale and zero point; divides K.
-        strict: refuse matrices so small that fp16 scales lose them; off for what a compensator leaves.
 
     Raises:
         ScaleError: a group's range does not fit fp16.
     """
     groups = weights.unflatten(-1, (-1, group_size))
-    scale, zero = min_max(groups, strict)
+    scale, zero = min_max(groups)
+    return encode(weights, scale, fit_zeros(weights, scale, zero))
+
+
+def fit_zeros(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Return the zero points, fp16 [..., N, G], that the half-quadratic solver finds for given scales.
+
+    Args:
+        weights: as in :func:`quantize_hqq`.
+        scale: fp16 [..., N, G].
+        zero: where it begins, [..., N, G]; groups of equal weights keep it.
+    """
+    groups = weights.unflatten(-1, (scale.shape[-1], -1))
     constant = groups.amax(-1) == groups.amin(-1)
     step = _step_on_gpu(weights, scale) if weights.is_cuda else _step(groups, scale)
     current, best_zero = zero.float(), zero.float()
@@ -50,7 +61,7 @@ def quantize_hqq(weights: torch.Tensor, group_size: int, strict: bool = True) ->
         best_zero = torch.where(improved[..., None, None], current, best_zero)
         current = torch.where(improved[..., None, None] & ~constant, update, current)
         beta *= KAPPA
-    return encode(weights, scale, fit_zero(best_zero))
+    return fit_zero(best_zero)
 
 
 def _step_on_gpu(weights: torch.Tensor, scale: torch.Tensor) -> _Step:

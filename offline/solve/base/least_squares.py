@@ -37,7 +37,6 @@ def quantize_mse(
     importance: torch.Tensor | None = None,
     start: GroupQuantized | None = None,
     fits: int = FITS,
-    strict: bool = True,
 ) -> GroupQuantized:
     """Minimize the (weighted) squared error of each group over its scale, zero point and codes.
 
@@ -49,13 +48,12 @@ def quantize_mse(
             that is the only shape.
         start: an earlier result for similar weights, to go on from instead of the clipped ranges.
         fits: regressions of each start.
-        strict: refuse matrices so small that fp16 scales lose them; off for what a compensator leaves.
 
     Raises:
         ScaleError: a group's range does not fit fp16.
     """
     old = None if start is None else Grid(start.scale, start.zero)
-    grid = fit_grid(weights, group_size, importance, old, fits, strict)
+    grid = fit_grid(weights, group_size, importance, old, fits)
     return _encode_near(weights, grid)
 
 
@@ -65,11 +63,10 @@ def fit_grid(
     importance: torch.Tensor | None = None,
     start: Grid | None = None,
     fits: int = FITS,
-    strict: bool = False,
 ) -> Grid:
     """Return the grid that :func:`quantize_mse` finds for each group: the best of all that the fits go through."""
     fitter = _Fitter(weights, group_size, importance)
-    best = Grid(*min_max(weights.unflatten(-1, (-1, group_size)), strict))
+    best = Grid(*min_max(weights.unflatten(-1, (-1, group_size))))
     score = fitter.score(best, fitter.measure(best))
     for grid in _clipped(best) if start is None else [start]:
         for step in range(fits + 1):

@@ -50,3 +50,19 @@ def test_kernel_takes_the_half_quadratic_step_of_torch(kernel_device, poisoned_e
     found = grid_fit.half_quadratic_step(moved, scale.to(kernel_device), zero.to(kernel_device), 12.0, NORM)
     for values, right in zip(found, expected, strict=True):
         assert torch.allclose(values.cpu().double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 64, 256), (3, 5, 384), (2, 33, 128)])
+def test_kernel_adds_up_the_powers_of_errors(kernel_device, poisoned_empty, batch, rows, columns, group):
+    """Of weights whose rows lie apart; half of them lie on the grid, where the error is 0."""
+    wide = torch.randn(batch, rows, columns + 128) * 0.05
+    wide[..., 128 : 128 + columns // 2] = 0.0
+    weights = wide[..., 128:]
+    scale = (0.02 + 0.02 * torch.rand(batch, rows, columns // group)).half()
+    zero = torch.randint(0, 8, scale.shape).half()
+    steps = weights.double().unflatten(-1, (-1, group)) / scale.double().unsqueeze(-1) + zero.unsqueeze(-1)
+    expected = ((steps - steps.round().clamp(0, 7)) * scale.double().unsqueeze(-1)).abs().pow(NORM).sum(-1)
+    moved = wide.to(kernel_device)[..., 128:]
+    found = grid_fit.power_sums(moved, scale.to(kernel_device), zero.to(kernel_device), NORM)
+    assert torch.allclose(found.cpu().double(), expected, rtol=1e-4, atol=1e-4)

@@ -72,6 +72,19 @@ def test_identity_returns_the_weights(tokens: int, dtype: torch.dtype, kernel_de
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [128, 16, 1])
+def test_scales_below_the_normal_range(tokens: int, dtype: torch.dtype, kernel_device: str):
+    """As tiny experts have them: subnormal fp16 numbers, none of which may be taken for 0."""
+    weights, spec = random_linear([192], [0], 128, 64, 3)
+    steps = torch.randint(1, 1024, weights.scale.shape)
+    weights = weights._replace(scale=(steps * 2.0**-24).half(), zero=weights.zero * 0 + 3.5)
+    x = torch.eye(128, dtype=dtype, device=kernel_device) * 1024
+    prepared = prepare(weights, spec, kernel_device)
+    found = torch.cat([ops.linear(rows, prepared, spec, "triton") for rows in x.split(tokens)])
+    assert relative_error(found, reference.linear(torch.eye(128) * 1024, weights, spec)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 24, 130])
 def test_error_is_no_larger_than_that_of_rounded_weights(tokens: int, dtype: torch.dtype, kernel_device: str):
     """Against float64 with unrounded weights, and a plain matrix product with weights rounded to ``dtype``."""

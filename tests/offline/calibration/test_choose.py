@@ -20,6 +20,7 @@ from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.learn.end_to_end import TuneOptions
 from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.planning.plan import Plan
 from vllm_milo.offline.source.reader import ModelReader
 
 FEW = ["--calibration-windows", "4", "--learn-steps", "2"]
@@ -30,11 +31,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Conversion]:
     """The conversions that the command asks for; none is done. Windows are short."""
     found: list[Conversion] = []
 
-    def note(source: Path, out: Path, conversion: Conversion, progress: bool) -> None:
-        found.append(conversion)
+    def note(plan: Plan, progress: bool) -> None:
+        found.append(plan.conversion)
         raise ConversionError("not done here")
 
-    monkeypatch.setattr("vllm_milo.offline.cli.quantize.convert", note)
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.carry_out", note)
     monkeypatch.setattr(choose, "WINDOW", 32)
     return found
 

@@ -18,6 +18,7 @@ from vllm_milo.offline.calibration.hub import HubName, hub_documents, hub_name
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.tokens import load_tokenizer
 
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -188,13 +189,13 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, bundled_model: Pat
 def test_no_more_is_read_than_fills_the_windows(hub: Hub, bundled_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(choose, "WINDOW", 32)
     hub.splits = {"train": Rows([{"text": f"The {number} old men. " * 8} for number in range(1000)])}
-    windows = calibration_windows(bundled_model, "org/name", TextOptions(windows=9))
+    windows = calibration_windows(ModelReader(bundled_model), "org/name", TextOptions(windows=9))
     assert windows.shape == (9, 32)
     assert 3 < hub.splits["train"].read < 12
     assert load_tokenizer(bundled_model).decode(windows[0]).startswith("The 0 old men. The 0 old men.")
     hub.splits = {"train": Rows([{"text": "The old men."}])}
     with pytest.raises(ConversionError, match=r"has \d+ tokens; it needs at least 256, 8 windows of 32"):
-        calibration_windows(bundled_model, "org/name", TextOptions(windows=9))
+        calibration_windows(ModelReader(bundled_model), "org/name", TextOptions(windows=9))
 
 
 def test_a_conversion_along_a_dataset(hub: Hub, bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -213,7 +214,7 @@ def test_chats_go_by_the_template(hub: Hub, bundled_model: Path, monkeypatch: py
     monkeypatch.setattr(choose, "load_tokenizer", lambda folder: tokenizer)
     monkeypatch.setattr(choose, "WINDOW", 32)
     hub.splits = {"train": Rows([{"conversations": SHARED}] * 100)}
-    windows = calibration_windows(bundled_model, "org/name", TextOptions(windows=2))
+    windows = calibration_windows(ModelReader(bundled_model), "org/name", TextOptions(windows=2))
     assert tokenizer.decode(windows[0]).startswith("[user]Why?[assistant]So.")
 
 
@@ -261,7 +262,9 @@ def test_names_of_files_that_are_not_there(bundled_model: Path, tmp_path: Path, 
 
 def test_a_file_that_is_there_asks_no_hub(hub: Hub, bundled_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path):
     asked: list[Conversion] = []
-    monkeypatch.setattr("vllm_milo.offline.cli.quantize.convert", lambda a, b, how, progress: asked.append(how))
+    monkeypatch.setattr(
+        "vllm_milo.offline.cli.quantize.carry_out", lambda plan, progress: asked.append(plan.conversion)
+    )
     monkeypatch.setattr("vllm_milo.offline.cli.quantize._print_summary", lambda summary: None)
     monkeypatch.setattr(choose, "WINDOW", 32)
     (tmp_path / "org").mkdir()

@@ -13,11 +13,12 @@ from vllm_milo.offline import convert as converter
 from vllm_milo.offline.calibration import choose, memory
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion, Text
-from vllm_milo.offline.convert import convert, predict_memory
+from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.learn.end_to_end import TuneOptions
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.planning.plan import predict_memory
 from vllm_milo.offline.source.reader import ModelReader
 
 WINDOWS = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -137,8 +138,8 @@ def test_the_device_and_the_host_are_told_apart(sources: dict[str, Path], monkey
 
 def test_training_the_whole_model_is_foretold(sources: dict[str, Path]):
     tuned = Conversion(ALONG.recipe, text=Text("random", WINDOWS, LearnOptions(), TuneOptions(steps=1)))
-    needs = [predict_memory(sources["olmoe"], conversion).host for conversion in (ALONG, tuned)]
     reader = ModelReader(sources["olmoe"])
+    needs = [predict_memory(reader, conversion).host for conversion in (ALONG, tuned)]
     expected = memory.tuning_need(reader, "cpu") - memory.streamed_need(reader, WINDOWS.numel(), "cpu")
     assert needs[1] - needs[0] == expected > 0
 

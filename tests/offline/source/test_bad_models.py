@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import make_model
 
 from vllm_milo.checkpoint import CheckpointError
-from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.conversion import Conversion, Text
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
 from vllm_milo.shards import ShardError
@@ -172,3 +175,92 @@ def test_ignore_of_a_part_of_a_fused_layer(source: Path, tmp_path: Path):
 def test_frequency_without_counts(source: Path, tmp_path: Path):
     conversion = Conversion(FAST, parse_policies("frequency=8"))
     refused(source, tmp_path / "out", "needs --expert-counts FILE.json; make it with `milo stats", conversion)
+
+
+BROKEN_JSON = {"list": b"[]", "null": b"null", "number": b"7", "UTF-8": b'{"a": "\xff\xfe"}', "nothing": b""}
+
+
+@pytest.mark.parametrize("content", BROKEN_JSON.values(), ids=list(BROKEN_JSON))
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_files_that_hold_something_else(source: Path, tmp_path: Path, name: str, content: bytes):
+    (source / name).write_bytes(content)
+    message = rf"{name}: (must hold a JSON object, found|not valid JSON: ).*; copy it again"
+    refused(source, tmp_path / "out", message, error=ShardError)
+
+
+def test_an_index_without_files(source: Path, tmp_path: Path):
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    refused(source, tmp_path / "out", "has no weight_map from tensors to files", error=ShardError)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts", "hidden_size"])
+def test_numbers_of_the_config(source: Path, tmp_path: Path, key: str):
+    for value in ("two", -1, 1.5, [2]):
+        edit_config(source, **{key: value})
+        refused(source, tmp_path / "out", rf"config\.json: {key} is .*, but must be a whole number")
+
+
+def test_null_is_no_quantization(source: Path, tmp_path: Path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    convert(source, tmp_path / "out", Conversion(FAST), progress=False)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "milo"
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": "gptq"}))
+    refused(source, tmp_path / "other", r"the model is quantized already \(gptq\)")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "method"), [("qweight", "GPTQ or AWQ"), ("qzeros", "GPTQ or AWQ"), ("weight_scale_inv", "FP8")]
+)
+def test_quantized_tensors_without_a_config(source: Path, tmp_path: Path, leaf: str, method: str):
+    def edit(tensors):
+        tensors[Q_PROJ.replace("weight", leaf)] = torch.zeros(8, 8, dtype=torch.int32)
+        del tensors[Q_PROJ]
+
+    edit_tensors(source, WEIGHTS, edit)
+    refused(source, tmp_path / "out", rf"quantized already: it holds model\..*q_proj\.{leaf}, as {method} stores it")
+
+
+def test_a_part_of_a_larger_model(source: Path, tmp_path: Path):
+    def edit(tensors):
+        for name in list(tensors):
+            tensors[f"language_model.{name}"] = tensors.pop(name)
+
+    edit_tensors(source, WEIGHTS, edit)
+    message = r"no tensor named model\.layers\.0\.…, but e\.g\. language_model\.model\.layers\.0\..*save that part"
+    refused(source, tmp_path / "out", message)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.bool, torch.float64, torch.float8_e4m3fn])
+def test_other_tensors_of_any_dtype_are_copied(source: Path, tmp_path: Path, dtype: torch.dtype):
+    name = "model.layers.0.self_attn.extra"
+    values = torch.arange(9).to(dtype)
+    for layer in "01":
+        edit_tensors(source, WEIGHTS, lambda tensors, layer=layer: tensors.update({name.replace("0", layer): values}))
+    out = convert(source, tmp_path / "out", Conversion(FAST), progress=False).out
+    written = load_file(out / "model-00001-of-00001.safetensors")[name]
+    assert written.dtype == dtype
+    assert written.view(torch.uint8).tolist() == values.view(torch.uint8).tolist()
+    inspect_checkpoint(out)
+
+
+def test_a_dtype_that_torch_has_not(source: Path, tmp_path: Path):
+    content = (source / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"]["dtype"] = "F6_E2M3"
+    text = json.dumps(header).encode()
+    (source / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    refused(source, tmp_path / "out", r"tensor model\.norm\.weight is F6_E2M3; tensors are copied that are one of BF16")
+
+
+@pytest.mark.parametrize("text", [None, Text("random", torch.randint(0, 64, (4, 32)), LearnOptions(steps=1, batch=2))])
+@pytest.mark.parametrize("name", [Q_PROJ, "model.layers.1.block_sparse_moe.experts.1.w2.weight"])
+def test_a_weight_beyond_all_scales(source: Path, tmp_path: Path, name: str, text: Text | None):
+    def edit(tensors):
+        tensors[name][3, 70] = 1e30
+
+    edit_tensors(source, WEIGHTS, edit)
+    refused(source, tmp_path / "out", name.removesuffix(".weight").replace(".", r"\."), Conversion(FAST, text=text))

@@ -72,5 +72,15 @@ def test_scales_that_do_not_fit_are_errors():
     weights[0, 5, 70] = 1e6
     with pytest.raises(ScaleError, match=r"group 1 of row 5 needs scale .*, above fp16's 65504"):
         quantize_rtn(weights, 64)
-    with pytest.raises(ScaleError, match="below fp16's smallest normal"):
-        quantize_rtn(heavy_tailed(1, 64, 128) * 1e-6, 64)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("quantize", [quantize_rtn, quantize_hqq, quantize_mse])
+def test_matrices_below_the_normal_range_are_as_exact_as_scales_allow(quantize, size: float):
+    """Scales below fp16's normal range are multiples of 2^-24: at most half of that is lost in each step of a code."""
+    weights = heavy_tailed(1, 64, 128)
+    normal, tiny = quantize(weights, 64), quantize(weights * size, 64)
+    assert (tiny.scale > 0).all()
+    errors = [(weights - normal.dequantize()).norm(), (weights - tiny.dequantize() / size).norm()]
+    assert errors[1] <= errors[0] * 1.01 + 2.0**-25 * 7 / size * weights.numel() ** 0.5
+    assert errors[1] <= max(1.1 * errors[0], 1.001 * weights.norm())

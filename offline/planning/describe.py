@@ -1,0 +1,94 @@
+"""What ``milo quantize --dry-run`` says of a plan: as JSON for machines, and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ..calibration import memory
+from .disk import free_bytes, size_text
+from .plan import Plan
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Return what ``--dry-run --json`` prints.
+
+    ``bytes`` counts all tensors, ``disk_bytes`` all files; ``quantized_bytes`` codes, scales, zero points and factors.
+    ``exact`` is false where ranks take a pass over the weights: sizes are then as if all experts had the same kurtosis;
+    or the calibration text: ranks are then those by kind, and sizes may grow up to the budget.
+    ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
+    ``calibration`` holds the most windows and tokens that the text is cut into; it is not read.
+    """
+    fmt, need, device = plan.format(), plan.memory, plan.conversion.device
+    return {
+        "model": str(plan.reader.folder),
+        "output": str(plan.out),
+        "family": plan.reader.family.model_type,
+        "matrices": len(plan.matrices),
+        "by_kind": _by_kind(plan),
+        "quantized_weights": plan.weights,
+        "bits_per_weight": plan.bits_per_weight,
+        "exact": plan.exact and not plan.conversion.measures_ranks,
+        "bytes": plan.tensor_bytes,
+        "quantized_bytes": plan.quantized_bytes,
+        "companion_bytes": plan.companions.size,
+        "companions": sorted(plan.companions.files),
+        "disk_bytes": plan.disk_bytes,
+        "disk_free": free_bytes(plan.out),
+        "memory": {"device": need.device, "host": need.host},
+        "memory_free": {"device": memory.available(device) if need.device else 0, "host": memory.available("cpu")},
+        "tensor_parallel_sizes": plan.splits,
+        "calibration": _calibration(plan),
+        "format": fmt.to_dict(),
+        "warnings": plan.warnings,
+    }
+
+
+def format_description(plan: Plan) -> str:
+    """Return the text that ``--dry-run`` prints."""
+    said = describe(plan)
+    about = "" if said["exact"] else "about "
+    fits = f" ({size_text(said['disk_free'])} free)" if said["disk_free"] is not None else ""
+    lines = [
+        f"model            {said['model']} ({said['family']}), {said['matrices']} matrices to quantize",
+        f"output           {said['output']}: {about}{size_text(said['disk_bytes'])} on disk{fits}",
+        f"bits a weight    {about}{said['bits_per_weight']:.3f} (codes, scales, zero points and factors)",
+    ]
+    for kind, row in said["by_kind"].items():
+        groups = " and ".join(row["group_sizes"])
+        lines.append(
+            f"  {kind:<15}{row['matrices']} matrices, groups of {groups}, rank {about}{row['min_rank']} to "
+            f"{row['max_rank']}, mean {row['mean_rank']:.1f}"
+        )
+    lines.append(plan.memory.line(plan.conversion.device).replace("memory: ", f"{'memory':<17}"))
+    text = said["calibration"]
+    if text is not None:
+        most = f"up to {text['windows']} windows, {text['tokens']} tokens"
+        lines.append(f"calibration      {text['name']}: {most}; not cut yet")
+    sizes = ", ".join(map(str, said["tensor_parallel_sizes"]))
+    lines.append(f"tensor parallel  {sizes}")
+    return "\n".join(lines)
+
+
+def _by_kind(plan: Plan) -> dict[str, dict[str, Any]]:
+    fmt, found = plan.format(), {}
+    for kind in sorted({matrix.kind for matrix in plan.matrices}):
+        matrices = [matrix for matrix in plan.matrices if matrix.kind == kind]
+        ranks = [plan.ranks[matrix.name] for matrix in matrices]
+        sizes: Mapping[int, int] = Counter(fmt.module_group_size(matrix.name) for matrix in matrices)
+        found[str(kind)] = {
+            "matrices": len(matrices),
+            "group_sizes": {str(size): sizes[size] for size in sorted(sizes, reverse=True)},
+            "min_rank": min(ranks),
+            "max_rank": max(ranks),
+            "mean_rank": sum(ranks) / len(ranks),
+        }
+    return found
+
+
+def _calibration(plan: Plan) -> dict[str, Any] | None:
+    text = plan.conversion.text
+    if text is None:
+        return None
+    return {"name": text.name, "windows": len(text.windows), "tokens": text.windows.numel()}

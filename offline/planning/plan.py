@@ -1,0 +1,266 @@
+"""The plan of a conversion: all that the headers of the source decide, checked before a byte is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_milo import __version__
+from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
+from vllm_milo.dtypes import MODEL_DTYPES, safetensors_name
+from vllm_milo.shards import TensorEntry
+
+from ..batches import batch_elements
+from ..calibration import memory
+from ..checkpoint.claim import Claim
+from ..checkpoint.companions import Companions, check_objects, find_companions
+from ..checkpoint.matrices import group_table, rank_table
+from ..conversion import Conversion
+from ..errors import ConversionError
+from ..nouns import Matrix
+from ..ranks.plan import Pass, RankChoice, assume_ranks, known_from_headers, plan_ranks
+from ..source.ignore import check_ignore, refuse_unknown, unknown_modules, without_ignored
+from ..source.layers import Layer
+from ..source.reader import ModelReader
+from . import disk
+from .devices import find_device
+from .splits import allowed_splits
+from .tensors import bytes_of, bytes_of_json, planned_tensors, refuse_broken_plan
+
+MOST_BITS = 16
+"""Of a weight: no budget is spent beyond the source's own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion is going to do.
+
+    Attributes:
+        reader: the source model, opened once.
+        out: folder of the checkpoint.
+        conversion: recipe, ranks, text, device.
+        layers: of the model, with the matrices to quantize in each.
+        ranks: of these matrices, by name; where ``exact`` is false, an even share of what their policies give in all.
+        exact: whether headers decide the ranks; kurtosis takes a pass over the weights. Along a calibration text the
+            ranks of a layer are shared anew by what its roles turn out to need, within its bits.
+        tensors: what will be written, by name, by these ranks.
+        companions: the source's other files that come along.
+        warnings: what the user should know.
+    """
+
+    reader: ModelReader
+    out: Path
+    conversion: Conversion
+    layers: list[Layer]
+    ranks: Mapping[str, int]
+    exact: bool
+    tensors: Mapping[str, TensorEntry]
+    companions: Companions
+    warnings: list[str]
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Return the matrices that will be quantized, in the order of the layers."""
+        return [source.matrix for layer in self.layers for source in layer.matrices]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the arithmetic will run."""
+        return find_device(self.conversion.device)
+
+    def format(self, ranks: Mapping[str, int] | None = None) -> MiLoFormat:
+        """Return the checkpoint's format with these ranks, or with the planned ones."""
+        return _format(self.reader, self.matrices, self.conversion, self.ranks if ranks is None else ranks)
+
+    def config(self, fmt: MiLoFormat) -> dict[str, Any]:
+        """Return the config.json of a checkpoint of this format."""
+        return _stated_dtype(self.reader) | {"quantization_config": fmt.to_dict()}
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Return the bytes of codes, scales, zero points and factors."""
+        names = {f"{matrix.name}." for matrix in self.matrices}
+        held = {name: e for name, e in self.tensors.items() if f"{name.rpartition('.')[0]}." in names}
+        return bytes_of({name: e for name, e in held.items() if not name.endswith(".bias")})
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return bytes_of(self.tensors)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Return the most bytes of all files: tensors and companions, about what headers, index and report take, and
+        what the ranks leave of a budget, which measured ranks may use."""
+        written = bytes_of_json(self.tensors, self.config(self.format()))
+        return self.tensor_bytes + self._unspent_bytes + self.companions.size + written
+
+    @property
+    def peak_disk_bytes(self) -> int:
+        """Return the most bytes that the conversion takes on the disk on its way.
+
+        A layer is there twice until the shards with its tensors are complete; where the whole model is trained after
+        its layers, all are until the end.
+        """
+        text, twice = self.conversion.text, self.tensor_bytes + self._unspent_bytes
+        if text is None or text.tune is None:
+            twice = min(twice, self.conversion.shard_bytes + max(self._source_bytes(layer) for layer in self.layers))
+        return self.disk_bytes + twice
+
+    def _source_bytes(self, layer: Layer) -> int:
+        """Return the bytes of a layer in the source, which are more than it has quantized."""
+        names = {source.tensor for source in layer.matrices} | set(layer.others)
+        return bytes_of({name: self.reader.tensors[name] for name in names})
+
+    @property
+    def _unspent_bytes(self) -> int:
+        budget = self.conversion.budget_bits
+        if budget is None or self.conversion.policies:
+            return 0
+        return max(0, int(min(budget, MOST_BITS) * self.weights / 8) - self.quantized_bytes)
+
+    @property
+    def weights(self) -> int:
+        """Return the number of quantized weights."""
+        return sum(matrix.n * matrix.k for matrix in self.matrices)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Return the stored bits of a quantized weight, everything counted."""
+        return 8 * self.quantized_bytes / self.weights
+
+    @cached_property
+    def splits(self) -> list[int]:
+        """Return the tensor parallel sizes that the checkpoint can be served with."""
+        return allowed_splits(self.matrices, self.format(), self.ranks, self.reader.config)
+
+    @property
+    def memory(self) -> memory.Need:
+        """Return about how much memory the conversion takes."""
+        return predict_memory(self.reader, self.conversion)
+
+    def along(self, conversion: Conversion) -> Plan:
+        """Return the plan with another recipe's rounds and text, which change neither ranks nor tensors.
+
+        Raises:
+            ConversionError: the text does not fit into memory.
+        """
+        _check_text(self.reader, conversion)
+        return replace(self, conversion=conversion)
+
+
+def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Claim | None = None) -> Plan:
+    """Check everything that can be known, and return what a conversion will do. Nothing is written, no weight read.
+
+    Args:
+        reader: the source model.
+        out: folder of the checkpoint.
+        conversion: what decides it.
+        claim: of ``out``, entered or checked; without one, the plan checks it.
+
+    Raises:
+        ConversionError, CheckpointError: the output is not safe or not writable, the options contradict each other or
+            the model, a tensor cannot be stored, or memory or disk do not suffice.
+    """
+    if claim is None:
+        claim = Claim(out, reader.folder, conversion.overwrite, conversion.resume)
+        claim.check()
+    find_device(conversion.device)
+    _check_text(reader, conversion)
+    ignore = (*reader.family.ignore, *conversion.ignore)
+    unknown = unknown_modules(reader)
+    check_ignore(conversion.ignore, reader.matrices, list(unknown))
+    refuse_unknown(unknown, conversion.ignore, reader.family.model_type)
+    layers = [without_ignored(layer, ignore) for layer in reader.layers]
+    matrices = [source.matrix for layer in layers for source in layer.matrices]
+    if not matrices:
+        raise ConversionError("--ignore leaves no matrix to quantize")
+    unranked = _format(reader, matrices, conversion, dict.fromkeys((matrix.name for matrix in matrices), 0))
+    for matrix in matrices:
+        unranked.check_matrix(matrix.name, matrix.n, matrix.k, unranked.module_group_size(matrix.name))
+    choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
+    exact = known_from_headers(choice)
+    if exact:
+        ranks, warnings = plan_ranks(Pass(reader, layers, find_device("cpu"), False), choice, conversion.recipe)
+    else:
+        ranks, warnings = assume_ranks(matrices, choice, conversion.recipe), []
+    fmt = replace(unranked, ranks=rank_table(matrices, ranks))
+    config = _stated_dtype(reader) | {"quantization_config": fmt.to_dict()}
+    tensors = planned_tensors(reader, layers, fmt, ranks, str(safetensors_name(str(reader.dtype))))
+    refuse_broken_plan(reader.folder, tensors, fmt, config)
+    companions = find_companions(reader.folder)
+    check_objects(companions)
+    warnings = [*warnings, *companions.warnings]
+    if unknown:
+        warnings.append(
+            f"{next(iter(unknown))} and the like are copied as they are; vLLM may refuse to load what "
+            f"{reader.family.model_type} does not have"
+        )
+    plan = Plan(reader, out, conversion, layers, ranks, exact, tensors, companions, warnings)
+    if claim.published is None:
+        disk.refuse_what_does_not_fit(out, plan.peak_disk_bytes, claim.held_bytes)
+    return plan
+
+
+def predict_memory(reader: ModelReader, conversion: Conversion) -> memory.Need:
+    """Return about how much memory a conversion takes.
+
+    Raises:
+        ConversionError: there is no such device.
+    """
+    text, device = conversion.text, conversion.device
+    if text is None:
+        working = memory.plain_need(reader, batch_elements(find_device(device)))
+    else:
+        working = memory.streamed_need(reader, text.windows.numel(), device)
+        working = max(working, memory.tuning_need(reader, device)) if text.tune else working
+    return memory.whole_need(reader, working, device, conversion.shard_bytes)
+
+
+def _check_text(reader: ModelReader, conversion: Conversion) -> None:
+    if conversion.text is None:
+        return
+    if conversion.recipe.method != "milo":
+        raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
+    memory.refuse_what_does_not_fit(reader, conversion.text.windows, conversion.device)
+
+
+def _format(
+    reader: ModelReader, matrices: Sequence[Matrix], conversion: Conversion, ranks: Mapping[str, int]
+) -> MiLoFormat:
+    group_size, exceptions = group_table(matrices, conversion.recipe)
+    return MiLoFormat(
+        group_size=group_size,
+        groups=exceptions,
+        compensator=CompensatorFormat(conversion.recipe.factor_bits),
+        ranks=rank_table(matrices, ranks),
+        ignore=(*reader.family.ignore, *conversion.ignore),
+        recipe=_recipe_record(conversion),
+    )
+
+
+def _stated_dtype(reader: ModelReader) -> dict[str, Any]:
+    """Return the model's config, with the dtype that its tensors have where it states none: 16-bit factors have it."""
+    stated = str(reader.config.get("dtype", reader.config.get("torch_dtype")))
+    if safetensors_name(stated) in MODEL_DTYPES:
+        return dict(reader.config)
+    return reader.config | {"dtype": str(reader.dtype).removeprefix("torch.")}
+
+
+def _recipe_record(conversion: Conversion) -> dict[str, Any]:
+    policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
+    record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
+    if conversion.budget_bits is not None:
+        record["budget_bits"] = conversion.budget_bits
+    if conversion.measures_ranks:
+        record["measured_ranks"] = True
+    text = conversion.text
+    if text is None:
+        return record | {"calibration": "none"} if conversion.recipe.method == "milo" else record
+    record |= {"calibration": text.name, "calibration_tokens": text.windows.numel(), "learn_steps": text.learn.steps}
+    return record | {"tune_steps": text.tune.steps} if text.tune else record

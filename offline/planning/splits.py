@@ -1,0 +1,65 @@
+"""Over how many GPUs vLLM can split a checkpoint's layers (``--tensor-parallel-size``).
+
+The rule of a matrix is the plugin's own, :meth:`vllm_milo.checkpoint.CompensatorFormat.split_multiples`; which side of
+a matrix is cut is vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_milo.checkpoint import MiLoFormat
+from vllm_milo.names import EXPERT_PROJECTIONS, QKV_PARTS, leaf_of
+
+from ..nouns import Matrix
+
+LARGEST = 64
+"""Ranks beyond which nobody splits one layer."""
+
+
+def allowed_splits(
+    matrices: Sequence[Matrix], fmt: MiLoFormat, ranks: Mapping[str, int], config: Mapping[str, Any]
+) -> list[int]:
+    """Return the tensor parallel sizes that the plugin and vLLM take, without expert parallelism; always with 1.
+
+    Args:
+        matrices: all that are quantized.
+        fmt: group sizes and factor bits.
+        ranks: of these matrices, by name.
+        config: the model's, for the heads of attention.
+    """
+    heads = int(config.get("num_attention_heads") or 1)
+    shapes = {
+        (
+            leaf_of(matrix.name),
+            matrix.n,
+            matrix.k,
+            fmt.compensator.split_multiples(fmt.module_group_size(matrix.name), ranks[matrix.name] > 0),
+        )
+        for matrix in matrices
+    }
+    key_heads = int(config.get("num_key_value_heads") or heads)
+    return [
+        size
+        for size in range(1, min(heads, LARGEST) + 1)
+        if size == 1
+        or (
+            _heads_split(heads, key_heads, size)
+            and all(_splits(leaf, n, k, multiples, size, key_heads) for leaf, n, k, multiples in shapes)
+        )
+    ]
+
+
+def _heads_split(heads: int, key_heads: int, size: int) -> bool:
+    """Return whether each rank gets as many heads; those of keys and values may be repeated."""
+    return heads % size == 0 and (key_heads % size == 0 or size % key_heads == 0)
+
+
+def _splits(leaf: str, n: int, k: int, multiples: tuple[int, int], size: int, key_heads: int) -> bool:
+    """Return whether a matrix [n, k] can be cut over ``size`` ranks; parts must be multiples of ``multiples``."""
+    of_n, of_k = multiples
+    if leaf == "o_proj" or EXPERT_PROJECTIONS.get(leaf) == "down":
+        return k % (size * of_k) == 0 and n % of_n == 0
+    parts = min(size, key_heads) if leaf in QKV_PARTS[1:] else size
+    return n % (parts * of_n) == 0 and k % of_k == 0

@@ -1,0 +1,103 @@
+"""Ranks within a layer by measured need: each step of 8 goes where it takes most from the error of the layer's output.
+
+A role is what gets one rank: a linear layer, or one projection of all routed experts. Of each one it is known what
+quantizing it alone does to the output of the layer, and what share of that is left at a few ranks.
+
+At equal bits this leaves less KL divergence than ranks by kind (:mod:`.roles`), in nats on two trained models of 25 M
+parameters with little training on a CPU: 0.0238 for 0.0256, and 0.0305 for 0.0315 (2026-11-27).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ..nouns import RANK_MULTIPLE, Matrix
+from .budget import rank_bits
+from .roles import largest_rank
+
+PROBES = 3
+"""Ranks at which a role is tried, at most."""
+REACH, LEAST_REACH = 4, 32
+"""The largest of them is so many times the rank by kind, and at least the second, where its limit allows."""
+
+Roles = Mapping[str, Sequence[Matrix]]
+"""The matrices of each role of a layer, all of one shape."""
+
+
+class Need(NamedTuple):
+    """What is measured of a role.
+
+    Attributes:
+        damage: error of the layer's output where this role alone is quantized without a compensator.
+        left: share of it that is left, by rank, at one or more ranks above 0.
+    """
+
+    damage: float
+    left: Mapping[int, float]
+
+
+def group_roles(matrices: Sequence[Matrix]) -> dict[str, list[Matrix]]:
+    """Return the matrices of one layer by role; the name of a role is a matrix's, for experts without the number."""
+    roles: dict[str, list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        leaf = matrix.name.rpartition(".")[2]
+        roles[matrix.name if matrix.experts is None else f"{matrix.experts}.{leaf}"].append(matrix)
+    return dict(roles)
+
+
+def probe_ranks(matrix: Matrix, planned: int) -> list[int]:
+    """Return the ranks at which to try a role whose matrices get ``planned`` by kind; none where it may get no rank.
+
+    From the first step up to where measuring may lift it, evenly spaced in the logarithm: the first ranks take most.
+    """
+    most = min(largest_rank(matrix), max(REACH * planned, LEAST_REACH))
+    if most < RANK_MULTIPLE:
+        return []
+    steps = most / RANK_MULTIPLE
+    return sorted({RANK_MULTIPLE * round(steps ** (place / (PROBES - 1))) for place in range(PROBES)})
+
+
+def share_left(left: Mapping[int, float], rank: int) -> float:
+    """Return the share of the error that is left at a rank, between and beyond those that were tried.
+
+    Its logarithm is a line between two of them. No line falls more steeply than the one before it, since ranks come in
+    order of what they take; beyond the last, its line goes on.
+    """
+    at, value, slope = 0, 0.0, math.inf
+    for known in sorted(left):
+        found = math.log(max(left[known], 1e-9))
+        slope = min(slope, max(0.0, (value - found) / (known - at)))
+        if rank <= known:
+            break
+        at, value = known, value - slope * (known - at)
+    return math.exp(value - slope * (rank - at)) if rank else 1.0
+
+
+def share_by_need(roles: Roles, needs: Mapping[str, Need], bits: float, factor_bits: int) -> dict[str, int]:
+    """Return the rank of each role of a layer.
+
+    Args:
+        roles: the layer's matrices.
+        needs: of each role; one without is given no rank.
+        bits: that the factors of all matrices may take together; no more are used.
+        factor_bits: storage of a factor's entries.
+    """
+    ranks = dict.fromkeys(roles, 0)
+    prices = {
+        role: RANK_MULTIPLE * sum(rank_bits(matrix, factor_bits) for matrix in matrices)
+        for role, matrices in roles.items()
+    }
+    limits = {role: largest_rank(roles[role][0]) for role in needs}
+
+    def gain(role: str) -> float:
+        left, rank = needs[role].left, ranks[role]
+        return needs[role].damage * (share_left(left, rank) - share_left(left, rank + RANK_MULTIPLE)) / prices[role]
+
+    while open_ := [role for role in needs if ranks[role] < limits[role] and prices[role] <= bits]:
+        best = max(open_, key=gain)
+        ranks[best] += RANK_MULTIPLE
+        bits -= prices[best]
+    return ranks

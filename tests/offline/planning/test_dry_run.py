@@ -1,0 +1,114 @@
+"""``milo quantize --dry-run``: what it says is what a conversion then does, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
+from vllm_milo.offline.calibration import choose
+from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.nouns import Kind, Matrix
+from vllm_milo.offline.planning.splits import allowed_splits
+from vllm_milo.offline.source.reader import ModelReader
+
+
+def quantize(source: Path, out: Path, *options: str) -> int:
+    return main(["quantize", str(source), "-o", str(out), "--device", "cpu", *options])
+
+
+def test_it_says_what_will_be(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--calibration", "none", "--max-rounds", "1"]
+    assert quantize(bundled_model, tmp_path / "out", *options, "--dry-run", "--json") == 0
+    said = json.loads(capsys.readouterr().out)  # nothing else on stdout
+    assert list(tmp_path.iterdir()) == []
+    assert quantize(bundled_model, tmp_path / "out", *options, "--quiet") == 0
+    report = inspect_checkpoint(tmp_path / "out")
+    for key in ("bits_per_weight", "bytes", "quantized_bytes", "quantized_weights"):
+        assert said[key] == report[key], key
+    assert said["exact"]
+    assert said["format"] == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert {kind: row["mean_rank"] for kind, row in said["by_kind"].items()} == {
+        kind: row["mean"] for kind, row in report["ranks"].items()
+    }
+    assert "tokenizer.json" in said["companions"]
+    assert said["calibration"] is None
+
+
+@pytest.mark.parametrize("how", ["text", "self", "org/name"])
+def test_no_weight_is_read_and_no_text_cut(
+    how: str, bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(ModelReader, "load", lambda *_: pytest.fail("a weight was read"))
+    for name in ("cut_windows", "fill_windows", "write_windows", "hub_documents", "load_source_model"):
+        monkeypatch.setattr(choose, name, lambda *_, name=name: pytest.fail(name))
+    assert quantize(bundled_model, tmp_path / "out", "--dry-run", "--calibration", how) == 0
+    said = capsys.readouterr().out
+    assert f"{how}: up to 32 windows, 16384 tokens; not cut yet" in said
+    for part in (
+        "172 matrices to quantize",
+        "MiB on disk (",
+        "bits a weight    about 3.59",
+        "memory           up to",
+        "rank",
+    ):
+        assert part in said
+    assert said.endswith("tensor parallel  1\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_kurtosis_decides_is_said_to_be_about(bundled_model: Path, tmp_path: Path, capsys):
+    assert quantize(bundled_model, tmp_path / "out", "--dry-run", "--ranks", "kurtosis=8") == 0
+    assert "bits a weight    about " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibration", "/nowhere.txt"], "/nowhere.txt: cannot be read as UTF-8 text"),
+        (["--ranks", "frequency=8"], "needs --expert-counts"),
+        (["--budget-bits", "2"], "take 3.25 bits a weight already"),
+    ],
+)
+def test_what_would_be_refused_is_refused(
+    bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+):
+    assert quantize(bundled_model, tmp_path / "out", "--dry-run", "--json", *options) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("milo quantize: error: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_json_is_of_dry_runs_alone(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert quantize(bundled_model, tmp_path / "out", "--json") == 1
+    assert "--json is for --dry-run alone" in capsys.readouterr().err
+
+
+MIXTRAL = [
+    Matrix("m.self_attn.q_proj", Kind.ATTENTION, 4096, 4096),
+    Matrix("m.self_attn.k_proj", Kind.ATTENTION, 1024, 4096),
+    Matrix("m.self_attn.o_proj", Kind.ATTENTION, 4096, 4096),
+    Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 14336, 4096, "m.experts", 0),
+    Matrix("m.experts.0.w2", Kind.ROUTED_EXPERT, 4096, 14336, "m.experts", 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("matrices", "group_size", "rank", "heads", "sizes"),
+    [
+        (MIXTRAL, 128, 16, (32, 8), [1, 2, 4, 8, 16]),  # over 32, the experts' 448 inputs are no groups of 128
+        (MIXTRAL, 64, 16, (32, 8), [1, 2, 4, 8, 16, 32]),
+        (MIXTRAL, 64, 16, (24, 8), [1, 2, 4, 8]),  # 24 heads over 3 and 6 do not cut 8 key heads
+        ([Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 96, 64)], 64, 16, (4, 4), [1]),  # a part of 48 cuts a scale of U
+        ([Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 96, 64)], 64, 0, (4, 4), [1, 2, 4]),
+        ([Matrix("m.experts.0.w2", Kind.ROUTED_EXPERT, 64, 192)], 64, 0, (6, 6), [1, 3]),
+    ],
+)
+def test_tensor_parallel_sizes(matrices, group_size, rank, heads, sizes):
+    config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    ranks = {matrix.name: rank for matrix in matrices}
+    assert allowed_splits(matrices, MiLoFormat(group_size, CompensatorFormat(3)), ranks, config) == sizes
