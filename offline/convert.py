@@ -39,7 +39,7 @@ from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
 from .source.whole_model import load_source_model
-from .steps import BEGINNING, Layers, Start, Step, add_layers, finished_layers, keep_steps
+from .steps import BEGINNING, Layers, Start, add_layers, finished_layers, keep_steps
 
 FULL_MOMENTS_BELOW = 100
 """Steps of learning below which the solver gets full second moments of the inputs. Above, it makes no difference where
@@ -154,7 +154,7 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
 def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], report: Report, progress: bool) -> None:
     """Quantize the layers that are not finished, and publish the checkpoint."""
     reader, conversion, device, layers = planned.reader, planned.conversion, planned.device, planned.layers
-    at = Start(writer.journal.layers, writer.journal.states())
+    at = Start(writer.journal.layers, finished_layers(writer.journal, layers, device))
     steps = quantize_steps(reader, layers, ranks, conversion, device, report, progress, at)
     keep_steps(writer, reader, report, steps)
     if conversion.text is not None and conversion.text.tune is not None:
@@ -192,7 +192,7 @@ def quantize_layers(
     """
     text = conversion.text
     steps = quantize_steps(reader, plan, ranks, conversion, device, report, progress)
-    layers = (one for step in steps for one in step.layers)
+    layers = (one for step in steps for one in step)
     if text is None or text.tune is None:
         yield from layers
     else:
@@ -209,14 +209,14 @@ def quantize_steps(
     report: Report,
     progress: bool,
     start: Start = BEGINNING,
-) -> Iterator[Step]:
+) -> Iterator[Layers]:
     """Yield the layers of a model, quantized, before they are trained together; see :func:`quantize_layers`.
 
     Each step must be used up before the next.
 
     Args:
         reader, plan, ranks, conversion, device, report, progress: as there.
-        start: the first layers that were quantized before, as many as after some step, and the states of that.
+        start: the first layers, which were quantized before.
 
     Raises:
         ConversionError: a matrix cannot be quantized, or there is too little memory.
@@ -236,7 +236,7 @@ def quantize_steps(
     ):
         loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
         solved = _solve(loaded, ranks, recipe, reader.dtype, report)
-        yield Step(_by_layer(layers, solved), lambda: None)
+        yield _by_layer(layers, solved)
 
 
 def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Solved]]) -> Layers:
@@ -260,22 +260,26 @@ def _learned(
     report: Report,
     progress: bool,
     start: Start,
-) -> Iterator[Step]:
+) -> Iterator[Layers]:
     """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each."""
+    left = plan[start.layers :]
+    if all(layer_index(layer.name) is None for layer in left):
+        yield from (iter([(layer, ())]) for layer in left)  # no hidden states are needed any more
+        return
     memory.refuse_what_does_not_fit(reader, text.windows, str(device))
     dtype = reader.dtype if device.type == "cuda" else torch.float32
     tensors = reader_tensors(reader.load, reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
-    if start.states is not None:
-        stream.restore(start.states)
-    refuse_broken_weights(reader, progress)
-    left = plan[start.layers :]
+    if start.layers:
+        _replay(stream, plan[: start.layers], start.finished, progress)
+    else:
+        refuse_broken_weights(reader, progress)
     for layer in progress_bar(left, "quantize", progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
         if index is None:
-            yield Step(iter([(layer, ())]), lambda: None)
+            yield iter([(layer, ())])
             continue
         visit = stream.visit(index)
         matrices = [source.matrix for source in layer.matrices]
@@ -294,7 +298,16 @@ def _learned(
             )
             report.layers[layer.name] = said._asdict()
         visit.leave({matrix: one.dequantize() for matrix, one in solved.items()})
-        yield Step(iter([(layer, solved.items())]), stream.save)
+        yield iter([(layer, solved.items())])
+
+
+def _replay(stream: SequentialPass, plan: Sequence[Layer], finished: Layers, progress: bool) -> None:
+    """Let both streams go through layers that were quantized before; their weights were looked at then."""
+    sizes = [layer.weights for layer in plan]
+    for layer, (_, solved) in zip(progress_bar(plan, "replay", progress, sizes=sizes), finished, strict=True):
+        index = layer_index(layer.name)
+        if index is not None:
+            stream.replay(index, {matrix: one.dequantize() for matrix, one in solved})
 
 
 def _tuned(

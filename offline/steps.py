@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,28 +20,21 @@ Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Solved]]]]
 """Layers with their quantized matrices."""
 
 
-class Step(NamedTuple):
-    """Layers that are solved together with their quantized matrices, and what returns the hidden states after them.
+class Start(NamedTuple):
+    """Where a conversion goes on: how many layers are finished, and these with their matrices, read as they are used.
 
-    The states, [W, T, H] by name, are what a conversion that goes on after them needs; None where nothing is new.
+    The number is one after a step; see :func:`keep_steps`.
     """
 
-    layers: Layers
-    states: Callable[[], dict[str, torch.Tensor] | None]
-
-
-class Start(NamedTuple):
-    """Where a conversion goes on: how many layers are finished, and the hidden states after the last that had any."""
-
     layers: int
-    states: Mapping[str, torch.Tensor] | None
+    finished: Layers
 
 
-BEGINNING = Start(0, None)
+BEGINNING = Start(0, iter(()))
 
 
-def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Step]) -> None:
-    """Put the layers of each step on the disk before the next begins, with the part of the report that is theirs.
+def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Layers]) -> None:
+    """Put the layers of each step, which were solved together, on the disk with the part of the report that is theirs.
 
     Raises:
         ConversionError: a layer cannot be quantized, or the disk is full.
@@ -51,13 +44,13 @@ def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, st
         names: list[str] = []
         tensors: dict[str, torch.Tensor] = {}
         ranks: dict[str, int] = {}
-        for layer, solved in step.layers:
+        for layer, solved in step:
             names.append(layer.name)
             for matrix, one in solved:
                 tensors |= {name: on_host(tensor) for name, tensor in matrix_tensors(matrix.name, one)}
                 ranks[matrix.name] = one.rank
             tensors |= _other_tensors(reader, layer)
-        writer.keep(names, tensors, ranks, report.since(mark), step.states())
+        writer.keep(names, tensors, ranks, report.since(mark))
         mark = report.mark()
 
 
@@ -69,7 +62,7 @@ def finished_layers(journal: Journal, plan: Sequence[Layer], device: torch.devic
     """
     by_name = {layer.name: layer for layer in plan}
     for record in journal.records:
-        tensors = journal.tensors(record)
+        tensors = journal.tensors(record) if record.ranks else {}
         for name in record.layers:
             matrices = {source.matrix.name: source.matrix for source in by_name[name].matrices}
             order = [matrices[matrix] for matrix in record.ranks if matrix in matrices]

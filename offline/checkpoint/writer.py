@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from vllm_milo.shards import INDEX_NAME
 
 from ..durable.files import FileEntry, describe_file, discard, flush, write_json
-from ..durable.journal import Journal, ShardRecord, check_file
+from ..durable.journal import Journal, ShardRecord, check_file, shard_name
 from ..durable.publication import SEALED, publish
 from ..durable.signals import deferred_signals
 from ..errors import ConversionError, PassingError
@@ -119,13 +119,13 @@ class CheckpointWriter:
         """Take the shards that are complete, and the tensors of finished layers that are in none of them."""
         named = {number: path for path in self.folder.iterdir() if (number := _shard_number(path.name))}
         for number, shard in enumerate(self.journal.shards, start=1):
-            path = named.get(number, self.folder / _shard_name(number))
+            path = named.get(number, self.folder / shard_name(number))
             check_file(path, shard.entry)
-            path.rename(self.folder / _shard_name(number))  # it had its last name where a kill came after sealing
+            path.rename(self.folder / shard_name(number))  # it had its last name where a kill came after sealing
             self._shards.append(shard)
             self._stored.update(shard.names)
             self.bytes_written += shard.bytes
-        known = {_shard_name(number + 1) for number in range(len(self._shards))}
+        known = {shard_name(number + 1) for number in range(len(self._shards))}
         for path in self.folder.iterdir():
             if path.name not in known:
                 path.unlink()
@@ -155,7 +155,6 @@ class CheckpointWriter:
         tensors: Mapping[str, torch.Tensor],
         ranks: Mapping[str, int],
         said: Mapping[str, Any],
-        states: Mapping[str, torch.Tensor] | None,
     ) -> None:
         """Take finished layers; when this returns, they are on the disk. See :meth:`.Journal.keep`.
 
@@ -164,10 +163,9 @@ class CheckpointWriter:
         """
         held = {name: on_host(tensor) for name, tensor in tensors.items()}
         try:
-            self.journal.keep(layers, held, ranks, said, states)
+            self.journal.keep(layers, held, ranks, said)
         except (OSError, SafetensorError) as error:
-            sizes = [tensor.nbytes for part in (held, states or {}) for tensor in part.values()]
-            raise self._cannot_write(error, sum(sizes)) from error
+            raise self._cannot_write(error, sum(tensor.nbytes for tensor in held.values())) from error
         if self._final:
             for name, tensor in held.items():
                 self.add(name, tensor)
@@ -232,7 +230,7 @@ class CheckpointWriter:
     def _write_shard(self) -> None:
         if not self._pending:
             return
-        path = self.folder / _shard_name(len(self._shards) + 1)
+        path = self.folder / shard_name(len(self._shards) + 1)
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
             entry = describe_file(path)  # while the system still has it in memory
@@ -251,8 +249,8 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         named: dict[str, FileEntry] = {}
         for number, shard in enumerate(self._shards, start=1):
-            final = _shard_name(number, len(self._shards))
-            (self.folder / _shard_name(number)).rename(self.folder / final)
+            final = shard_name(number, len(self._shards))
+            (self.folder / shard_name(number)).rename(self.folder / final)
             weight_map |= dict.fromkeys(shard.names, final)
             named[final] = shard.entry
         index = {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
@@ -294,10 +292,6 @@ def _free_name(folder: Path) -> Path:
     while (sibling := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     return sibling
-
-
-def _shard_name(number: int, total: int | None = None) -> str:
-    return f"model-{number:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
 
 
 def _shard_number(name: str) -> int:

@@ -89,7 +89,8 @@ takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too
 OVERWRITE_HELP = """replace an existing MiLo checkpoint, once the new one is whole; without --resume also delete the
 finished layers of a conversion that did not end, which are an error otherwise"""
 RESUME_HELP = """go on where the same conversion was interrupted or killed, for the same result; begins from the start
-where there is nothing to go on with. Model, options and version must be the same as before"""
+where there is nothing to go on with. Model, options and version must be the same as before. Along a calibration text
+the finished layers run once more, forward only, which takes a small part of the time that quantizing them took"""
 
 DRY_RUN_HELP = """check everything that can be known before the work, print what would be done, and write nothing: size
 on disk, stored bits a weight, memory, tensor parallel sizes. The calibration text is neither cut nor written by the

@@ -3,17 +3,16 @@
     .NAME.partial/
         journal.json                 what decides the conversion (its fingerprint); written first
         layers/00003.safetensors     what layer or layers solved together became, as checkpoint tensors
-        layers/states-00003.safetensors   the hidden states after them, of the newest alone
-        layers/00003.json            their record; written last: without it the two above do not count
+        layers/00003.json            their record; written after that: without it the file does not count
         shards/00001.json            the names, size and sha256 of a shard of the checkpoint that is complete
         checkpoint/                  the checkpoint as it will be published, with its shards
         sealed.json                  where it is published and the sha256 of its manifest; written before that
 
 Every file is written beside its name, flushed and renamed, so after a kill or a power cut each is whole or absent.
 Shards hold tensors of several layers in an order of their own, so a layer is written twice: into its file when it is
-done, and into its shard when that is full. Writing is a small part of a conversion's time; what counts is that a
-layer's file is deleted as soon as its shards are complete, so the disk holds no more than one shard and one layer
-twice.
+done, and into its shard when that is full. A layer's file is deleted as soon as its shards are complete, so the disk
+holds no more than one shard and one layer twice. Hidden states are not kept: they would be gigabytes after each layer,
+and what goes on can make them anew.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from ..errors import ConversionError
 from .files import FileEntry, describe_file, flush, write_json, write_tensors
@@ -44,7 +42,6 @@ class LayerRecord(NamedTuple):
         file: size and sha256 of the file that holds them.
         ranks: of their matrices, by name.
         said: what the report says of them, as JSON.
-        states: size and sha256 of the file with the hidden states after them; None where they have none.
     """
 
     number: int
@@ -53,7 +50,6 @@ class LayerRecord(NamedTuple):
     file: FileEntry
     ranks: dict[str, int]
     said: dict[str, Any]
-    states: FileEntry | None
 
 
 class ShardRecord(NamedTuple):
@@ -147,7 +143,6 @@ class Journal:
         tensors: Mapping[str, torch.Tensor],
         ranks: Mapping[str, int],
         said: Mapping[str, Any],
-        states: Mapping[str, torch.Tensor] | None,
     ) -> None:
         """Put finished layers on the disk; when this returns, they survive.
 
@@ -156,46 +151,33 @@ class Journal:
             tensors: of the checkpoint, on the CPU, by name, in the order of the shards.
             ranks: of their matrices.
             said: what the report says of them.
-            states: hidden states after them, [W, T, H], by name; None leaves those that are there.
 
         Raises:
             OSError, SafetensorError: the disk is full, or the folder cannot be written.
         """
         number = len(self.records)
         file = write_tensors(self._layer(number), tensors)
-        kept = None if states is None else write_tensors(self._states(number), states)
-        record = LayerRecord(number, list(layers), list(tensors), file, dict(ranks), dict(said), kept)
+        record = LayerRecord(number, list(layers), list(tensors), file, dict(ranks), dict(said))
         write_json(self._layers / f"{number:05d}.json", record._asdict())
         self.records.append(record)
-        if states is not None:
-            for path in self._layers.glob("states-*"):
-                if path != self._states(number):
-                    path.unlink()
 
     def tensors(self, record: LayerRecord, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """Return the tensors of finished layers, in order, on the CPU, without those that are not wanted.
 
+        They are read from the layers' file or, where that is no longer needed, from shards.
+
         Raises:
-            ConversionError: their file is damaged.
+            ConversionError: their file is damaged; those of shards are not looked at.
         """
         names = [name for name in record.tensors if name not in without]
-        if not names:
-            return {}
-        check_file(self._layer(record.number), record.file)
-        with safe_open(self._layer(record.number), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
-
-    def states(self) -> dict[str, torch.Tensor] | None:
-        """Return the newest hidden states, on the CPU; None where no layer has any.
-
-        Raises:
-            ConversionError: their file is damaged.
-        """
-        for record in reversed(self.records):
-            if record.states is not None:
-                check_file(self._states(record.number), record.states)
-                return load_file(self._states(record.number))
-        return None
+        found: dict[str, torch.Tensor] = {}
+        for number, shard in enumerate(self.shards, start=1):
+            if wanted := set(names).intersection(shard.names):
+                found |= _read(self.checkpoint / shard_name(number), wanted)
+        if missing := set(names) - found.keys():
+            check_file(self._layer(record.number), record.file)
+            found |= _read(self._layer(record.number), missing)
+        return {name: found[name] for name in names}
 
     def keep_shard(self, shard: ShardRecord) -> None:
         """Note that a shard is complete and on the disk, and delete the layers' files that are no longer needed.
@@ -219,14 +201,19 @@ class Journal:
     def _layer(self, number: int) -> Path:
         return self._layers / f"{number:05d}.safetensors"
 
-    def _states(self, number: int) -> Path:
-        return self._layers / f"states-{number:05d}.safetensors"
+
+def shard_name(number: int, total: int | None = None) -> str:
+    """Return the name of a shard, counted from 1, before and after the number of all of them is known."""
+    return f"model-{number:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
+
+
+def _read(path: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _read_layer(number: int, found: Mapping[str, Any]) -> LayerRecord:
-    states = found["states"]
-    record = LayerRecord(**{**found, "number": number, "file": FileEntry(*found["file"])})
-    return record._replace(states=None if states is None else FileEntry(*states))
+    return LayerRecord(**{**found, "number": number, "file": FileEntry(*found["file"])})
 
 
 def check_file(path: Path, expected: FileEntry) -> None:

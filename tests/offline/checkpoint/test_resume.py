@@ -68,6 +68,7 @@ def end_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseExc
 ENDS = {
     "plain": (PLAIN, "load_batches", 3),
     "text": (along(), "learn_layer", 2),
+    "measured": (with_(along(), policies=(), budget_bits=3.9), "learn_layer", 2),
     "tuned": (along(tune=True), "tune", 1),
 }
 
@@ -93,9 +94,37 @@ def test_the_rest_gives_the_same_bytes(
     assert hidden(tmp_path) == [".out.partial"]
     summary = convert(source, out, with_(conversion, resume=True), progress=False)
     assert content(out) == whole
+    assert ("needs" in json.loads(whole["milo_report.json"])) == (how == "measured")
     assert summary.warnings[0] == f"{out}: going on after {done} of 2 layers"
     assert summary.bytes_written == json.loads(whole["model.safetensors.index.json"])["metadata"]["total_size"]
     assert hidden(tmp_path) == []
+
+
+def test_finished_layers_run_again_and_are_not_solved_again(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Hidden states are made anew, and nothing of them is kept."""
+    conversion, solved = along(), []
+    with monkeypatch.context() as patch:
+        end_at(patch, "learn_layer", 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert(sources["qwen2_moe"], tmp_path / "out", conversion, progress=False)
+    layers = tmp_path / ".out.partial" / "layers"
+    assert {path.suffix for path in layers.iterdir()} <= {".json", ".safetensors"}
+    assert len(list(layers.glob("*.safetensors"))) <= len(list(layers.glob("*.json")))
+    real = converter.quantize_matrices
+    monkeypatch.setattr(converter, "quantize_matrices", lambda *a: solved.append(1) or real(*a))
+    end_at(monkeypatch, "learn_layer", 1, KeyboardInterrupt())
+    monkeypatch.setattr("vllm_milo.offline.convert.refuse_broken_weights", lambda *_: pytest.fail("looked at again"))
+    with pytest.raises(KeyboardInterrupt):
+        convert(sources["qwen2_moe"], tmp_path / "out", with_(conversion, resume=True))
+    assert "replay: " in capsys.readouterr().err
+    only_the_second = len(solved)
+    solved.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(converter, "quantize_matrices", lambda *a: solved.append(1) or real(*a))
+    convert(sources["qwen2_moe"], tmp_path / "whole", conversion, progress=False)
+    assert len(solved) == 2 * only_the_second
 
 
 @pytest.fixture
