@@ -36,6 +36,8 @@ BEGINNING = Start(0, iter(()))
 def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Layers]) -> None:
     """Put the layers of each step, which were solved together, on the disk with the part of the report that is theirs.
 
+    A step is written while the next one is computed (:meth:`.CheckpointWriter.keep`); all are on the disk at the end.
+
     Raises:
         ConversionError: a layer cannot be quantized, or the disk is full.
     """
@@ -52,6 +54,7 @@ def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, st
             tensors |= _other_tensors(reader, layer)
         writer.keep(names, tensors, ranks, report.since(mark))
         mark = report.mark()
+    writer.wait()
 
 
 def finished_layers(journal: Journal, plan: Sequence[Layer], device: torch.device) -> Layers:

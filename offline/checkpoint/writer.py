@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ from ..durable.files import FileEntry, describe_file, discard, flush, write_json
 from ..durable.journal import Journal, ShardRecord, check_file, shard_name
 from ..durable.publication import SEALED, publish
 from ..durable.signals import deferred_signals
+from ..durable.worker import Worker
 from ..errors import ConversionError, PassingError
 from .claim import Claim
 from .companions import find_companions
@@ -78,6 +80,7 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._shards: list[ShardRecord] = []
         self._resumed = False
+        self._worker = Worker()
         self._exit = ExitStack()
 
     @property
@@ -128,7 +131,7 @@ class CheckpointWriter:
         known = {shard_name(number + 1) for number in range(len(self._shards))}
         for path in self.folder.iterdir():
             if path.name not in known:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.journal.forget()
         if self._final:
             for record in self.journal.records:
@@ -138,16 +141,28 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Delete the hidden folder, but not where finished layers in it are of use to a conversion that goes on."""
+        """Delete the hidden folder, but not where finished layers in it are of use to a conversion that goes on.
+
+        Layers that were handed over are finished first, and signals wait for that.
+        """
+        try:
+            with deferred_signals():
+                self._worker.close()
+                self._keep_or_delete(error)
+        finally:
+            self._exit.close()
+
+    def _keep_or_delete(self, error: BaseException | None) -> None:
         # what fails by the input fails again; but what another process has made is not for this one to delete
         hopeless = isinstance(error, ConversionError) and not isinstance(error, PassingError) and not self._resumed
         if self._claim.published or hopeless or not self.journal.quantized:
             discard(self.journal.folder)
         elif error is not None:
+            if self._worker.error not in (None, error):
+                error.add_note(str(self._worker.error))
             error.add_note(
                 f"{self.journal.progress} are kept in {self.journal.folder}; go on with the same command and --resume"
             )
-        self._exit.close()
 
     def keep(
         self,
@@ -156,12 +171,32 @@ class CheckpointWriter:
         ranks: Mapping[str, int],
         said: Mapping[str, Any],
     ) -> None:
-        """Take finished layers; when this returns, they are on the disk. See :meth:`.Journal.keep`.
+        """Take finished layers, which are put on the disk while the next ones are computed. See :meth:`.Journal.keep`.
+
+        At most one such set of layers waits beside the one that is being written; both are on the CPU, so that they
+        take host memory alone. A kill loses these two at most. After :meth:`wait` all are on the disk.
+
+        Raises:
+            ConversionError: the disk is full or the folder cannot be written, by layers before these.
+        """
+        held = {name: on_host(tensor) for name, tensor in tensors.items()}
+        self._worker.hand_over(partial(self._keep, layers, held, ranks, said))
+
+    def wait(self) -> None:
+        """Return when all layers that were given to :meth:`keep` are on the disk.
 
         Raises:
             ConversionError: the disk is full or the folder cannot be written.
         """
-        held = {name: on_host(tensor) for name, tensor in tensors.items()}
+        self._worker.wait()
+
+    def _keep(
+        self,
+        layers: Sequence[str],
+        held: Mapping[str, torch.Tensor],
+        ranks: Mapping[str, int],
+        said: Mapping[str, Any],
+    ) -> None:
         try:
             self.journal.keep(layers, held, ranks, said)
         except (OSError, SafetensorError) as error:
@@ -184,6 +219,7 @@ class CheckpointWriter:
         Raises:
             ConversionError: the disk is full or the folder cannot be written.
         """
+        self.wait()
         self._write_shard()
         try:
             shards = self._name_shards()
@@ -232,8 +268,10 @@ class CheckpointWriter:
             return
         path = self.folder / shard_name(len(self._shards) + 1)
         try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-            entry = describe_file(path)  # while the system still has it in memory
+            entry = self._shard_of_one_layer(path)
+            if entry is None:
+                save_file(self._pending, path, metadata={"format": "pt"})
+                entry = describe_file(path)  # while the system still has it in memory
             shard = ShardRecord(list(self._pending), self._pending_bytes, entry)
             if self.journal.records and self._final:
                 flush(path)
@@ -243,6 +281,14 @@ class CheckpointWriter:
         self._shards.append(shard)
         self.bytes_written += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+
+    def _shard_of_one_layer(self, path: Path) -> FileEntry | None:
+        """Let a layer's file become the shard if it holds the same tensors, and so the same bytes; else return None."""
+        names = list(self._pending)
+        for record in reversed(self.journal.records if self._final else []):
+            if record.tensors == names and self.journal.link(record, path):
+                return record.file
+        return None
 
     def _name_shards(self) -> dict[str, FileEntry]:
         """Give the shards their final names, now that their number is known, and index them; return them by name."""

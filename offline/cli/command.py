@@ -40,8 +40,12 @@ def _terminate(*_: Any) -> NoReturn:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """Return what is added to an error: what it left behind, and how to go on."""
-    return list(getattr(error, "__notes__", ()))
+    """Return what is added to an error: what it left behind, and how to go on.
+
+    A second Ctrl-C takes effect while the first is handled, which has the notes then.
+    """
+    notes = list(getattr(error, "__notes__", ()))
+    return notes if notes or error.__context__ is None else _notes(error.__context__)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
         OSError, SafetensorError: the disk is full, or the folder cannot be written.
     """
     beside = path.with_name(path.name + UNFINISHED)
-    save_file(dict(tensors), beside)
+    save_file(dict(tensors), beside, metadata={"format": "pt"})  # as shards have it
     entry = describe_file(beside)  # while the system still has it in memory
     _place(beside, path)
     return entry

@@ -11,13 +11,14 @@
 Every file is written beside its name, flushed and renamed, so after a kill or a power cut each is whole or absent.
 Shards hold tensors of several layers in an order of their own, so a layer is written twice: into its file when it is
 done, and into its shard when that is full. A layer's file is deleted as soon as its shards are complete, so the disk
-holds no more than one shard and one layer twice. Hidden states are not kept: they would be gigabytes after each layer,
-and what goes on can make them anew.
+holds no more than one shard and one layer twice. A layer that is a shard by itself is written once. Hidden states are
+not kept: they would be gigabytes after each layer, and what goes on can make them anew.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,6 +179,18 @@ class Journal:
             check_file(self._layer(record.number), record.file)
             found |= _read(self._layer(record.number), missing)
         return {name: found[name] for name in names}
+
+    def link(self, record: LayerRecord, path: Path) -> bool:
+        """Give the file of finished layers a second name, which stays when :meth:`forget` takes the first.
+
+        Returns:
+            Whether that was done; False where the file system cannot, or the file is gone.
+        """
+        try:
+            os.link(self._layer(record.number), path)
+        except OSError:
+            return False
+        return True
 
     def keep_shard(self, shard: ShardRecord) -> None:
         """Note that a shard is complete and on the disk, and delete the layers' files that are no longer needed.

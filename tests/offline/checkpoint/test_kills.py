@@ -97,7 +97,7 @@ def test_twenty_kills(how: str, bundled_model: Path, tmp_path: Path):
     check(how, bundled_model, tmp_path, 20)
 
 
-CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir")
+CHANGES = ("fsync", "replace", "rename", "link", "unlink", "rmdir")
 
 
 def run_until(number: int, arguments: list[str], exchange: bool, count: Path) -> int:
