@@ -103,6 +103,23 @@ def test_the_rest_gives_the_same_bytes(
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["text", "measured"])
+def test_the_rest_gives_the_same_bytes_on_a_gpu(
+    how: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    conversion, name, call = ENDS[how]
+    conversion = with_(conversion, device="cuda")
+    whole = content(convert(sources["qwen3_moe"], tmp_path / "whole", conversion, progress=False).out)
+    with monkeypatch.context() as patch:
+        end_at(patch, name, call, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert(sources["qwen3_moe"], tmp_path / "out", conversion, progress=False)
+    assert (tmp_path / ".out.partial").is_dir()
+    convert(sources["qwen3_moe"], tmp_path / "out", with_(conversion, resume=True), progress=False)
+    assert content(tmp_path / "out") == whole
+
+
 def test_finished_layers_run_again_and_are_not_solved_again(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
