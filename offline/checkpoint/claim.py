@@ -62,18 +62,22 @@ class Claim:
         """
         refuse_unsafe_place(self._given, self.source)
         refuse_unwritable_output(self._given)
-        self.published = _published(self.partial) if self.resume else None
-        if not self.published:
+        published = _published(self.partial)
+        if published and self.resume:
+            self.published = published
+        else:
             refuse_unsafe_content(self._given, self.overwrite)
-        self._read_journal()
+        if self.resume or not published:  # what is left of a published checkpoint is of no use, and goes
+            self._read_journal()
 
     @property
     def held_bytes(self) -> int:
         """Return the bytes of the partial folder: what the conversion goes on with, or deletes when it begins."""
         try:
-            return sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
+            found = [path.stat() for path in self.partial.rglob("*") if path.is_file()]
         except OSError:
             return 0
+        return sum({status.st_ino: status.st_size for status in found}.values())  # a file may have two names
 
     def __enter__(self) -> Claim:
         refuse_unsafe_place(self._given, self.source)

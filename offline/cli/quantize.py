@@ -198,7 +198,7 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim) -> Plan:
     _note_groups(plan)
     text = _text(arguments, reader, preset, method)
     recipe = _recipe(arguments, preset, method, text)
-    return plan.along(replace(plan.conversion, recipe=recipe, text=text))
+    return plan.along(replace(plan.conversion, recipe=recipe, text=text), claim)
 
 
 def decide_conversion(arguments: argparse.Namespace) -> Conversion:

@@ -144,14 +144,25 @@ class Plan:
         """Return about how much memory the conversion takes."""
         return predict_memory(self.reader, self.conversion)
 
-    def along(self, conversion: Conversion) -> Plan:
+    def along(self, conversion: Conversion, claim: Claim) -> Plan:
         """Return the plan with another recipe's rounds and text, which change neither ranks nor tensors.
 
         Raises:
-            ConversionError: the text does not fit into memory.
+            ConversionError: the text does not fit into memory, or what it takes on the way not on the disk.
         """
         _check_text(self.reader, conversion)
-        return replace(self, conversion=conversion)
+        plan = replace(self, conversion=conversion)
+        plan.refuse_full_disk(claim)
+        return plan
+
+    def refuse_full_disk(self, claim: Claim) -> None:
+        """Refuse an output that its file system has no room for, beside what ``claim`` holds of it already.
+
+        Raises:
+            ConversionError: with what it takes on the way, and what there is.
+        """
+        if claim.published is None:
+            disk.refuse_what_does_not_fit(self.out, self.peak_disk_bytes, claim.held_bytes)
 
 
 def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Claim | None = None) -> Plan:
@@ -202,8 +213,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
             f"{reader.family.model_type} does not have"
         )
     plan = Plan(reader, out, conversion, layers, ranks, exact, tensors, companions, warnings)
-    if claim.published is None:
-        disk.refuse_what_does_not_fit(out, plan.peak_disk_bytes, claim.held_bytes)
+    plan.refuse_full_disk(claim)
     return plan
 
 

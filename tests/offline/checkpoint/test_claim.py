@@ -11,9 +11,12 @@ import pytest
 from refusals import FAST
 
 from vllm_milo.offline.checkpoint.claim import Claim
+from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.planning.plan import make_plan
+from vllm_milo.offline.source.reader import ModelReader
 
 
 @pytest.fixture
@@ -78,3 +81,40 @@ def test_a_kill_between_publication_and_its_end(source: Path, tmp_path: Path, mo
     shutil.move(kept, tmp_path / ".out.partial")
     with pytest.raises(ConversionError, match="exists and is not empty"):
         convert(source, out, conversion, progress=False)
+
+
+def test_a_dry_run_sees_what_a_conversion_would_and_changes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out, conversion = tmp_path / "out", Conversion(FAST)
+    monkeypatch.setattr("vllm_milo.offline.convert.validate_checkpoint", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, conversion, progress=False)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["quantize", str(source), "-o", str(out), "--calibration", "none", "--dry-run", "--device", "cpu"]
+    assert milo(command) == 1
+    assert "2 of 2 layers of a conversion that did not end are in" in capsys.readouterr().err
+    for option, note in (("--resume", "going on after 2 of 2 layers"), ("--overwrite", "will be deleted")):
+        assert milo([*command, option]) == 0
+        assert note in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def raise_interrupt(_: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_unfinished_counts_as_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr("vllm_milo.offline.convert.validate_checkpoint", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, Conversion(FAST), progress=False)
+    reader, resumed = ModelReader(source), Conversion(FAST, resume=True)
+    need, held = make_plan(reader, out, resumed).peak_disk_bytes, Claim(out, source).held_bytes
+    assert held > 100_000
+    monkeypatch.setattr("vllm_milo.offline.planning.disk.free_bytes", lambda _: need - held)
+    for conversion in (resumed, Conversion(FAST, overwrite=True)):
+        make_plan(reader, out, conversion)
+    monkeypatch.setattr("vllm_milo.offline.planning.disk.free_bytes", lambda _: need - held - 1)
+    with pytest.raises(ConversionError, match=r"are free on its file system beside .* of unfinished layers; free"):
+        make_plan(reader, out, resumed)
