@@ -20,13 +20,16 @@ from .learn.damage import Damage, Replacement
 from .nouns import LoadedMatrix, Matrix, Moments, Recipe
 from .ranks.budget import rank_bits
 from .ranks.need import Need, group_roles, probe_ranks, share_by_need
+from .solve.base.least_squares import quantize_mse
 from .solve.methods import quantize_matrices
 from .solve.metric import metric_of
 
 WINDOWS = 8
 """Windows of the calibration text that damage is measured on, evenly spread."""
-PROBED_EXPERTS = 4
-"""Routed experts that a role is tried on: those that saw most tokens."""
+PROBED_EXPERTS, PROBED_WEIGHTS = 4, 2**25
+"""Routed experts that a role is tried on: those that saw most tokens, fewer where they are large, at least one."""
+BASE_FITS = 1
+"""Regressions of the base that damage is measured with; it is compared between roles, and nothing of it is kept."""
 
 
 class NeedMeter:
@@ -72,7 +75,8 @@ class NeedMeter:
     def _need(self, visit: Visit, damage: Damage, matrices: Sequence[Matrix], planned: int) -> Need:
         loaded = visit.loaded(matrices)
         tokens = visit.moments.tokens
-        probed = sorted(loaded, key=lambda member: -tokens.get(member[0].name, 0))[:PROBED_EXPERTS]
+        size = max(1, min(PROBED_EXPERTS, PROBED_WEIGHTS // (matrices[0].n * matrices[0].k)))
+        probed = sorted(loaded, key=lambda member: -tokens.get(member[0].name, 0))[:size]
         left = self._left(visit, probed, probe_ranks(matrices[0], planned))
         return Need(damage.of(self._replacements(visit, loaded)), left)
 
@@ -80,7 +84,9 @@ class NeedMeter:
         """Yield the matrices of a role, each with what quantizing it without a compensator makes of it."""
         places = dict(loaded)
         for batch in batches(loaded, visit.moments, {}):
-            values = self._quantized(batch, 0)
+            importance = metric_of(_diagonal(batch.moments)).importance(of_inputs=True)
+            group_size = self._recipe.group_size_for(batch.weights.shape[-1])
+            values = quantize_mse(batch.weights, group_size, importance, fits=BASE_FITS).dequantize()
             yield from ((places[matrix], one) for matrix, one in zip(batch.matrices, values, strict=True))
 
     def _left(self, visit: Visit, loaded: Sequence[LoadedMatrix], ranks: Sequence[int]) -> dict[int, float]:

@@ -8,7 +8,10 @@ routed expert serves only the tokens that it sees.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+
+from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 
 from ..errors import ConversionError
 from ..nouns import DENSE_KINDS, RANK_MULTIPLE, Kind, Matrix, Recipe
@@ -65,20 +68,40 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
 def _spend_rest(matrices: Sequence[Matrix], ranks: dict[str, int], budget: float, recipe: Recipe) -> None:
     """Give what is left in steps where every token passes, the cheapest matrices first, until no step fits.
 
-    A step of all routed experts may cost more than all ranks of what every token passes.
+    A step of all routed experts may cost more than all ranks of what every token passes. What these cannot take goes to
+    one projection of a layer's experts after the other, the down projections first, which gain most.
     """
     weights = sum(matrix.n * matrix.k for matrix in matrices)
     left = (budget - stored_bits(matrices, ranks, recipe)) * weights
-    growing = sorted((m for m in matrices if m.kind in DENSE_KINDS), key=lambda matrix: matrix.n + matrix.k)
+    dense = sorted((m for m in matrices if m.kind in DENSE_KINDS), key=lambda matrix: matrix.n + matrix.k)
+    for groups in ([[matrix] for matrix in dense], _routed_projections(matrices)):
+        left = _grow(groups, ranks, left, recipe.factor_bits)
+
+
+def _grow(groups: Sequence[Sequence[Matrix]], ranks: dict[str, int], left: float, factor_bits: int) -> float:
+    """Give each group of matrices step after step while bits are ``left`` for one; return what is left then."""
+    growing = list(groups)
     while growing:
         grown = []
-        for matrix in growing:
-            price = rank_bits(matrix, recipe.factor_bits) * RANK_MULTIPLE
-            if price <= left and ranks[matrix.name] < largest_rank(matrix):
-                ranks[matrix.name] += RANK_MULTIPLE
+        for group in growing:
+            price = sum(rank_bits(matrix, factor_bits) for matrix in group) * RANK_MULTIPLE
+            if price <= left and ranks[group[0].name] < largest_rank(group[0]):
+                for matrix in group:
+                    ranks[matrix.name] += RANK_MULTIPLE
                 left -= price
-                grown.append(matrix)
+                grown.append(group)
         growing = grown
+    return left
+
+
+def _routed_projections(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    """Return the projections of each layer's routed experts, those of all layers' down projections first."""
+    found: dict[tuple[bool, str], list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        if matrix.kind is Kind.ROUTED_EXPERT:
+            leaf = leaf_of(matrix.name)
+            found[EXPERT_PROJECTIONS.get(leaf) != "down", f"{matrix.experts}.{leaf}"].append(matrix)
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
 def largest_rank(matrix: Matrix) -> int:

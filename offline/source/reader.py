@@ -35,6 +35,7 @@ class ModelReader:
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder
+        self._shard: tuple[Path, Any] | None = None
         self.config: dict[str, Any] = read_config(folder)
         self.family: Family = find_family(self.config)
         self.tensors = read_tensors(folder)
@@ -62,10 +63,15 @@ class ModelReader:
         """Return a tensor as it is stored, on the CPU."""
         entry = self.tensors[tensor]
         try:
-            with safe_open(entry.file, framework="pt") as file:
-                return file.get_tensor(tensor)
+            return self._opened(entry.file).get_tensor(tensor)
         except (OSError, SafetensorError) as error:
             raise PassingError(f"{entry.file}: cannot read tensor {tensor}: {error}") from error
+
+    def _opened(self, path: Path) -> Any:
+        """Return a shard, which stays open until another is wanted: thousands of tensors lie in one."""
+        if self._shard is None or self._shard[0] != path:
+            self._shard = (path, safe_open(path, framework="pt"))
+        return self._shard[1]
 
     def load_finite(self, tensor: str) -> torch.Tensor:
         """Return a tensor as it is stored, on the CPU.

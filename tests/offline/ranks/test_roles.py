@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.nouns import DENSE_KINDS, Kind, Matrix, Recipe
-from vllm_milo.offline.ranks.budget import rank_bits, stored_bits
+from vllm_milo.offline.nouns import DENSE_KINDS, RANK_MULTIPLE, Kind, Matrix, Recipe
+from vllm_milo.offline.ranks.budget import least_bits, rank_bits, stored_bits
 from vllm_milo.offline.ranks.roles import largest_rank, share_budget
 
 RECIPE = Recipe(group_size=128)
@@ -126,8 +126,30 @@ def test_more_budget_never_takes_from_routed_experts():
 
 def test_only_routed_experts_share_what_there_is():
     ranks, _ = share_budget(MODELS["routed only"], 3.6, RECIPE)
-    assert len(set(ranks.values())) == 1
-    assert min(ranks.values()) > 0
+    least = min(ranks.values())
+    assert least > 0
+    more = {name for name, rank in ranks.items() if rank > least}
+    assert all(ranks[name] == least + RANK_MULTIPLE for name in more)
+    assert all(name.endswith("down_proj") for name in more)
+
+
+@pytest.mark.parametrize(("share", "raised_layers"), [(0.9, 0), (1.1, 1), (2.1, 2)])
+def test_less_than_a_step_of_all_experts_goes_to_down_projections_of_whole_layers(share: float, raised_layers: int):
+    """``share`` is what the budget leaves beyond the base, in steps of the down projections of one layer."""
+    first = MODELS["routed only"]
+    second = [
+        m._replace(name=m.name.replace("layers.1", "layers.2"), experts="model.layers.2.mlp.experts") for m in first
+    ]
+    matrices = [*first, *second]
+    price = sum(rank_bits(matrix, 3) for matrix in first if matrix.name.endswith("down_proj")) * RANK_MULTIPLE
+    weights = sum(matrix.n * matrix.k for matrix in matrices)
+    budget = least_bits(matrices, RECIPE) + share * price / weights
+    ranks, _ = share_budget(matrices, budget, RECIPE)
+    raised = {name for name, rank in ranks.items() if rank}
+    assert {ranks[name] for name in raised} <= {RANK_MULTIPLE}
+    assert len(raised) == raised_layers * sum(matrix.name.endswith("down_proj") for matrix in first)
+    assert all(name.endswith("down_proj") for name in raised)
+    assert len({name.split(".mlp")[0] for name in raised}) == raised_layers
 
 
 @pytest.mark.parametrize(("group", "least"), [(32, "4"), (64, "3.5"), (128, "3.25")])
