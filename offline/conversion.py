@@ -47,7 +47,9 @@ class Conversion:
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
         device: where the arithmetic runs.
         shard_bytes: size of an output shard.
-        overwrite: replace an existing MiLo checkpoint.
+        overwrite: replace an existing MiLo checkpoint, and without ``resume`` the finished layers of a conversion that
+            did not end.
+        resume: go on with the finished layers of the same conversion, which did not end.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -60,6 +62,7 @@ class Conversion:
     device: str = "cpu"
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
+    resume: bool = False
 
     @property
     def measures_ranks(self) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_milo.shards import INDEX_NAME, read_json
 from vllm_milo.validation import validate_checkpoint
 
 from .batches import Batch, batches, gather_layers, load_batches
@@ -19,11 +20,12 @@ from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
-from .checkpoint.matrices import add_matrix
+from .checkpoint.claim import Claim
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
 from .checkpoint.writer import CheckpointWriter
 from .conversion import Conversion, Text
 from .errors import ConversionError
+from .fingerprint import fingerprint, refuse_other_layers
 from .learn.end_to_end import tune
 from .learn.layer import learn_layer
 from .need import NeedMeter
@@ -37,6 +39,7 @@ from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
 from .source.whole_model import load_source_model
+from .steps import BEGINNING, Layers, Start, add_layers, finished_layers, keep_steps
 
 FULL_MOMENTS_BELOW = 100
 """Steps of learning below which the solver gets full second moments of the inputs. Above, it makes no difference where
@@ -60,57 +63,78 @@ class Summary(NamedTuple):
 def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
     """Quantize the model folder ``source`` into the MiLo checkpoint ``out``.
 
-    ``out`` appears whole or not at all. All that the headers of the source tell is checked first
+    ``out`` is claimed first (:class:`.checkpoint.claim.Claim`), then all that the headers of the source tell is checked
     (:func:`.planning.plan.make_plan`).
 
     Raises:
         ConversionError, CheckpointError, ShardError: bad input, too little memory, or the output cannot be written.
     """
-    return carry_out(make_plan(ModelReader(source), out, conversion), progress)
+    with Claim(out, source, conversion.overwrite, conversion.resume) as claim:
+        summary = carry_out(make_plan(ModelReader(source), out, conversion, claim), progress, claim)
+        return summary._replace(warnings=[*claim.notes, *summary.warnings])
 
 
-def carry_out(plan: Plan, progress: bool = True) -> Summary:
+def carry_out(plan: Plan, progress: bool = True, claim: Claim | None = None) -> Summary:
     """Do what was planned.
+
+    The output appears whole or not at all. Layers that are finished survive whatever ends the process, and a conversion
+    with ``resume`` goes on with them; an error or interrupt that leaves some behind says so in its notes.
+
+    Args:
+        plan: what is done, and where.
+        progress: show progress bars.
+        claim: of the output, entered; without one, the conversion makes its own.
 
     Raises:
         ConversionError, CheckpointError, ShardError: weights that cannot be quantized, too little memory, or the
             output cannot be written.
     """
     device, conversion = plan.device, plan.conversion
+    if claim is None:
+        with Claim(plan.out, plan.reader.folder, conversion.overwrite, conversion.resume) as own:
+            summary = carry_out(plan, progress, own)
+            return summary._replace(warnings=[*own.notes, *summary.warnings])
     on_device = (
         torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     )  # for Triton's launches
     try:
         with on_device:
-            return _convert(plan, progress)
+            return _convert(plan, progress, claim)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         text = conversion.text
         todo = memory.advice(plan.reader, text.windows, conversion.device) if text else "use another --device"
-        raise ConversionError(f"{conversion.device}: out of memory; {todo}") from error
+        described = ConversionError(f"{conversion.device}: out of memory; {todo}")
+        for note in getattr(error, "__notes__", ()):
+            described.add_note(note)
+        raise described from error
 
 
-def _convert(planned: Plan, progress: bool) -> Summary:
+def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     start = time.monotonic()
-    reader, out, conversion, device = planned.reader, planned.out, planned.conversion, planned.device
-    source, plan, matrices = reader.folder, planned.layers, planned.matrices
+    out, conversion, device = planned.out, planned.conversion, planned.device
+    decided_by = fingerprint(planned.reader, conversion, planned.format().recipe)
+    if claim.resume and claim.journal.quantized:
+        refuse_other_layers(claim.partial, claim.journal.fingerprint or {}, decided_by)
     ranks, warnings = planned.ranks, list(planned.warnings)
-    if not planned.exact:
+    if not planned.exact and claim.published is None:
         choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
-        ranks, remarks = plan_ranks(Pass(reader, plan, device, progress), choice, conversion.recipe)
+        over = Pass(planned.reader, planned.layers, device, progress)
+        ranks, remarks = plan_ranks(over, choice, conversion.recipe)
         warnings += remarks
     report = Report()
-    with CheckpointWriter(out, source, conversion.overwrite, conversion.shard_bytes) as writer:
-        for layer, solved in quantize_layers(reader, plan, ranks, conversion, device, report, progress):
-            for matrix, one in solved:
-                add_matrix(writer, matrix.name, one)
-            for tensor in layer.others:
-                writer.add(reader.family.checkpoint_name(tensor), reader.load_finite(tensor))
-        got = {name: entry.rank for name, entry in report.matrices.items()}
-        writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
-        validate_checkpoint(writer.partial)
-        published = writer.publish()
+    layers = sum(bool(layer.matrices) for layer in planned.layers)
+    final = conversion.text is None or conversion.text.tune is None
+    durable = (claim, decided_by, layers, final)
+    folder = planned.reader.folder
+    with CheckpointWriter(out, folder, conversion.overwrite, conversion.shard_bytes, *durable) as writer:
+        for record in writer.journal.records:
+            report.restore(record.said)
+        if claim.published is None:
+            _write(writer, planned, ranks, report, progress)
+    assert claim.published is not None
+    published = claim.published
     if published != writer.out:
         warnings = [*warnings, f"{out}: appeared during the conversion and was kept; the checkpoint is {published}"]
     warnings = [*warnings, *report.warnings]
@@ -118,8 +142,8 @@ def _convert(planned: Plan, progress: bool) -> Summary:
     return Summary(
         out=published if published != writer.out else out,
         seconds=time.monotonic() - start,
-        matrices=len(matrices),
-        bytes_written=writer.bytes_written,
+        matrices=len(planned.matrices),
+        bytes_written=read_json(published / INDEX_NAME)["metadata"]["total_size"],
         mean_error=sum(errors) / len(errors),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
@@ -127,8 +151,20 @@ def _convert(planned: Plan, progress: bool) -> Summary:
     )
 
 
-Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Solved]]]]
-"""Layers with their quantized matrices."""
+def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], report: Report, progress: bool) -> None:
+    """Quantize the layers that are not finished, and publish the checkpoint."""
+    reader, conversion, device, layers = planned.reader, planned.conversion, planned.device, planned.layers
+    at = Start(writer.journal.layers, finished_layers(writer.journal, layers, device))
+    steps = quantize_steps(reader, layers, ranks, conversion, device, report, progress, at)
+    keep_steps(writer, reader, report, steps)
+    if conversion.text is not None and conversion.text.tune is not None:
+        held = list(finished_layers(writer.journal, layers, device))
+        tuned = _tuned(reader, held, conversion.recipe, conversion.text, device, report, progress)
+        add_layers(writer, reader, tuned)
+    got = {name: entry.rank for name, entry in report.matrices.items()}
+    writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
+    validate_checkpoint(writer.folder)
+    writer.publish()
 
 
 def quantize_layers(
@@ -154,21 +190,53 @@ def quantize_layers(
     Raises:
         ConversionError: a matrix cannot be quantized, or there is too little memory.
     """
+    text = conversion.text
+    steps = quantize_steps(reader, plan, ranks, conversion, device, report, progress)
+    layers = (one for step in steps for one in step)
+    if text is None or text.tune is None:
+        yield from layers
+    else:
+        held = [(layer, list(solved)) for layer, solved in layers]
+        yield from _tuned(reader, held, conversion.recipe, text, device, report, progress)
+
+
+def quantize_steps(
+    reader: ModelReader,
+    plan: Sequence[Layer],
+    ranks: Mapping[str, int],
+    conversion: Conversion,
+    device: torch.device,
+    report: Report,
+    progress: bool,
+    start: Start = BEGINNING,
+) -> Iterator[Layers]:
+    """Yield the layers of a model, quantized, before they are trained together; see :func:`quantize_layers`.
+
+    Each step must be used up before the next.
+
+    Args:
+        reader, plan, ranks, conversion, device, report, progress: as there.
+        start: the first layers, which were quantized before.
+
+    Raises:
+        ConversionError: a matrix cannot be quantized, or there is too little memory.
+    """
     recipe, text = conversion.recipe, conversion.text
-    if text is None:
-        for layers in gather_layers(
-            progress_bar(plan, "quantize", progress, sizes=[layer.weights for layer in plan]), device
-        ):
-            loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
-            yield from _by_layer(layers, _solve(loaded, ranks, recipe, reader.dtype, report))
+    if text is not None:
+        meter = None
+        if conversion.measures_ranks and conversion.budget_bits is not None:
+            matrices = [source.matrix for layer in plan for source in layer.matrices]
+            spare = conversion.budget_bits - stored_bits(matrices, ranks, recipe)
+            meter = NeedMeter(recipe, reader.dtype, text.learn.batch, max(0.0, spare))
+        yield from _learned(reader, plan, ranks, meter, recipe, text, device, report, progress, start)
         return
-    meter = None
-    if conversion.measures_ranks and conversion.budget_bits is not None:
-        matrices = [source.matrix for layer in plan for source in layer.matrices]
-        spare = conversion.budget_bits - stored_bits(matrices, ranks, recipe)
-        meter = NeedMeter(recipe, reader.dtype, text.learn.batch, max(0.0, spare))
-    trained = _learned(reader, plan, ranks, meter, recipe, text, device, report, progress)
-    yield from trained if text.tune is None else _tuned(reader, list(trained), recipe, text, device, report, progress)
+    left = plan[start.layers :]
+    for layers in gather_layers(
+        progress_bar(left, "quantize", progress, sizes=[layer.weights for layer in left]), device
+    ):
+        loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
+        solved = _solve(loaded, ranks, recipe, reader.dtype, report)
+        yield _by_layer(layers, solved)
 
 
 def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Solved]]) -> Layers:
@@ -191,19 +259,27 @@ def _learned(
     device: torch.device,
     report: Report,
     progress: bool,
-) -> Layers:
+    start: Start,
+) -> Iterator[Layers]:
     """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each."""
+    left = plan[start.layers :]
+    if all(layer_index(layer.name) is None for layer in left):
+        yield from (iter([(layer, ())]) for layer in left)  # no hidden states are needed any more
+        return
     memory.refuse_what_does_not_fit(reader, text.windows, str(device))
     dtype = reader.dtype if device.type == "cuda" else torch.float32
     tensors = reader_tensors(reader.load, reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
-    refuse_broken_weights(reader, progress)
-    for layer in progress_bar(plan, "quantize", progress, sizes=[layer.weights for layer in plan]):
+    if start.layers:
+        _replay(stream, plan[: start.layers], start.finished, progress)
+    else:
+        refuse_broken_weights(reader, progress)
+    for layer in progress_bar(left, "quantize", progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
         if index is None:
-            yield layer, ()
+            yield iter([(layer, ())])
             continue
         visit = stream.visit(index)
         matrices = [source.matrix for source in layer.matrices]
@@ -222,7 +298,16 @@ def _learned(
             )
             report.layers[layer.name] = said._asdict()
         visit.leave({matrix: one.dequantize() for matrix, one in solved.items()})
-        yield layer, solved.items()
+        yield iter([(layer, solved.items())])
+
+
+def _replay(stream: SequentialPass, plan: Sequence[Layer], finished: Layers, progress: bool) -> None:
+    """Let both streams go through layers that were quantized before; their weights were looked at then."""
+    sizes = [layer.weights for layer in plan]
+    for layer, (_, solved) in zip(progress_bar(plan, "replay", progress, sizes=sizes), finished, strict=True):
+        index = layer_index(layer.name)
+        if index is not None:
+            stream.replay(index, {matrix: one.dequantize() for matrix, one in solved})
 
 
 def _tuned(

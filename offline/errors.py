@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class ConversionError(ValueError):
     """A model cannot be converted; the message names what, where and what to do."""
+
+
+class PassingError(ConversionError):
+    """What the next try may not meet again: a full disk, a file that cannot be read or written just now."""

@@ -71,6 +71,7 @@ FLOORS = {
     "errors": set(),
     "progress": set(),
     "nouns": set(),
+    "durable": {"errors"},
     "solve": {"errors", "nouns"},
     "source": {"errors", "nouns"},
     "calibration": {"errors", "nouns", "progress", "source"},
@@ -78,13 +79,15 @@ FLOORS = {
     "learn": {"nouns", "progress", "solve", "source"},
     "ranks": {"errors", "nouns", "progress", "source"},
     "presets": {"errors", "nouns", "ranks"},
-    "checkpoint": {"errors", "nouns", "solve", "source"},
-    "evaluation": {"errors", "progress", "source", "checkpoint"},
+    "checkpoint": {"errors", "nouns", "durable", "solve", "source"},
+    "evaluation": {"errors", "progress", "durable", "source", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
+    "fingerprint": {"errors", "durable", "source", "conversion"},
+    "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
     "need": {"nouns", "solve", "calibration", "batches", "learn", "ranks"},
     "planning": {"errors", "nouns", "source", "calibration", "batches", "ranks", "checkpoint", "conversion"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion", "need", "planning"},
+    | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
     | {"conversion", "planning", "convert"},
 }

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import multiprocessing
+import shutil
 import signal
 import sys
 import time
@@ -19,8 +20,8 @@ import torch
 from benchmarks.accuracy.contenders import Contender
 from vllm_milo.offline.cli import main as milo
 
-INTERRUPTED = 130
-"""Exit status of `milo` after SIGTERM or Ctrl-C."""
+INTERRUPTED = (130, 143)
+"""Exit statuses of `milo` after Ctrl-C and SIGTERM."""
 
 
 class Job(NamedTuple):
@@ -53,7 +54,9 @@ def run_job(job: Job) -> Outcome:
             code = 1
     # `milo` turns SIGTERM, by which the pool ends its workers, into an orderly return: that must end this process too
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if code == INTERRUPTED:
+    if code in INTERRUPTED:
+        # nobody goes on with its layers
+        shutil.rmtree(job.out.with_name(f".{job.out.name}.partial"), ignore_errors=True)
         sys.exit(code)
     lines = output.getvalue().strip().splitlines()
     message = (lines[-1] if lines else f"exit status {code}") if code else None

@@ -34,6 +34,9 @@ SCORES = 3 * 4
 :mod:`..learn.repeatable`."""
 PLAIN_BYTES = 10 * 4
 """Of each weight of a batch in the solver: ten float32 copies."""
+WRITTEN_BYTES = 2
+"""Of each weight of the largest layer on its way to the disk, about half a byte each: one layer is gathered, one waits,
+and one is written, twice where safetensors copies it."""
 HOST_BASE = {"cpu": 2**30 * 3 // 8, "cuda": 3 * 2**30}
 """Host memory of Python and its libraries; with CUDA's it is much more."""
 _MEMORY_INFO = Path("/proc/meminfo")
@@ -109,7 +112,8 @@ def whole_need(reader: ModelReader, working: int, device: str, shard_bytes: int)
     """
     kind = torch.device(device).type
     read = 2 * _largest(reader)  # pages of the source's files
-    host = HOST_BASE.get(kind, HOST_BASE["cpu"]) + read + min(shard_bytes, 2 * _all(reader))
+    written = WRITTEN_BYTES * _largest(reader) + min(shard_bytes, 2 * _all(reader))
+    host = HOST_BASE.get(kind, HOST_BASE["cpu"]) + read + written
     return Need(working, host) if kind == "cuda" else Need(0, host + working)
 
 

@@ -2,7 +2,8 @@
 
 Two streams of hidden states go through the model side by side, a layer in memory at a time: one through the original
 layers, one through the quantized ones. What a layer's matrices read in the second gives the second moments that their
-errors are weighed by, and what the layer puts out in the first is what its learned codes are trained on.
+errors are weighed by, and what the layer puts out in the first is what its learned codes are trained on. Streams are
+never stored: a conversion that goes on after some layers lets both run through these again.
 """
 
 from __future__ import annotations
@@ -43,14 +44,61 @@ class SequentialPass:
         Raises:
             ConversionError: the layer is not what transformers needs, or puts out NaN or Inf.
         """
-        module = self.model.layer(index)
-        target = self.model.advance(index, module, self.original, self._batch)
-        refuse_broken(self.model, self._family, index, module, self.original, target, quantized=False)
+        module, target = self._original(index)
         moments = InputMoments(module, f"model.layers.{index}.", self._family, self._full)
         for part in self.quantized.split(self._batch):
             self.model.run(index, module, part)
         moments.close()
         return Visit(self, index, module, target, moments)
+
+    def replay(self, index: int, weights: Mapping[Matrix, torch.Tensor]) -> None:
+        """Let both streams go through a layer that was quantized before, with the same result to the bit as then.
+
+        Args:
+            index: of the layer.
+            weights: its quantized ones, float32 [N, K] each.
+
+        Raises:
+            ConversionError: the layer is not what transformers needs, or puts out NaN or Inf.
+        """
+        module, target = self._original(index)
+        self.leave(index, module, target, weights)
+
+    @torch.no_grad()
+    def _original(self, index: int) -> tuple[torch.nn.Module, torch.Tensor]:
+        """Return a layer with its original weights, and what it puts out in the original stream, [W, T, H]."""
+        module = self.model.layer(index)
+        target = self.model.advance(index, module, self.original, self._batch)
+        refuse_broken(self.model, self._family, index, module, self.original, target, quantized=False)
+        return module, target
+
+    def parameters(self, index: int, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the parameters of a layer in memory by their names in checkpoints."""
+        own = dict(module.named_parameters())
+        return {name: own[mine].data for name, mine in self.model.parameters(index, module).items()}
+
+    @torch.no_grad()
+    def leave(
+        self, index: int, module: torch.nn.Module, target: torch.Tensor, weights: Mapping[Matrix, torch.Tensor]
+    ) -> None:
+        """Run a layer with its quantized weights on the quantized stream, and free it.
+
+        Args:
+            index: of the layer.
+            module: the layer, whose matrices are overwritten.
+            target: what it put out in the original stream, [W, T, H].
+            weights: its quantized ones, float32 [N, K] each.
+
+        Raises:
+            ConversionError: it puts out NaN or Inf.
+        """
+        held = self.parameters(index, module)
+        for matrix, values in weights.items():
+            self.model.place(f"{matrix.name}.weight", held)[1].copy_(values)
+        after = self.model.advance(index, module, self.quantized, self._batch)
+        refuse_broken(self.model, self._family, index, module, self.quantized, after, quantized=True)
+        self.quantized, self.original = after, target
+        self.model.drop(module)
 
 
 class Visit:
@@ -74,27 +122,13 @@ class Visit:
 
     def loaded(self, matrices: Sequence[Matrix]) -> list[LoadedMatrix]:
         """Return matrices with their original weights, views of the layer's parameters, [N, K] in the model's dtype."""
-        held = self._held()
+        held = self._pass.parameters(self.index, self.module)
         return [(matrix, self._pass.model.place(f"{matrix.name}.weight", held)[1]) for matrix in matrices]
 
-    def _held(self) -> dict[str, torch.Tensor]:
-        own = dict(self.module.named_parameters())
-        return {name: own[mine].data for name, mine in self._pass.model.parameters(self.index, self.module).items()}
-
-    @torch.no_grad()
     def leave(self, weights: Mapping[Matrix, torch.Tensor]) -> None:
         """Run the layer with its quantized weights, float32 [N, K] each, on the quantized stream, and free it.
 
         Raises:
             ConversionError: it puts out NaN or Inf.
         """
-        model = self._pass.model
-        held = self._held()
-        for matrix, values in weights.items():
-            model.place(f"{matrix.name}.weight", held)[1].copy_(values)
-        before = self._pass.quantized
-        after = model.advance(self.index, self.module, before, self._pass._batch)
-        refuse_broken(model, self._pass._family, self.index, self.module, before, after, quantized=True)
-        self._pass.quantized = after
-        self._pass.original = self.target
-        model.drop(self.module)
+        self._pass.leave(self.index, self.module, self.target, weights)

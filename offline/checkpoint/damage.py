@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .manifest import FileEntry, describe_file
+from ..durable.files import FileEntry, describe_file
 
 _PROSE = ("README", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 

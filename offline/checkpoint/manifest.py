@@ -8,35 +8,18 @@ without a manifest is valid.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import read_json
 
+from ..durable.files import FileEntry, describe_file
+
 MANIFEST_NAME = "milo_manifest.json"
 MANIFEST_VERSION = 1
-
-
-class FileEntry(NamedTuple):
-    """What the manifest says of a file: its size in bytes and its sha256 in hexadecimal digits."""
-
-    size: int
-    sha256: str
-
-
-def describe_file(path: Path) -> FileEntry:
-    """Read a file once; return its size and sha256.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileEntry(file.tell(), digest)
 
 
 def describe_folder(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, Any]:

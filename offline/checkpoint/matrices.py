@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
 from vllm_milo.checkpoint import PACKED, SCALE, U_SCALE, V_SCALE, ZERO, GroupTable, RankTable, U, V
-from vllm_milo.kernels.packing import pack_codes
+from vllm_milo.kernels.packing import pack_codes, unpack_codes
 
 from ..nouns import Matrix, Recipe
+from ..solve.base.group import GroupQuantized
+from ..solve.compensator.factors import StoredFactor
+from ..solve.compensator.low_rank import StoredPair
 from ..solve.methods import Solved
-from .writer import CheckpointWriter
 
 Value = TypeVar("Value")
 
@@ -70,16 +72,35 @@ def _without(values: Mapping[str, Value], usual: Value) -> dict[str, Value]:
     return table
 
 
-def add_matrix(writer: CheckpointWriter, name: str, solved: Solved) -> None:
-    """Write the tensors of a quantized matrix."""
-    writer.add(f"{name}.{PACKED}", pack_codes(solved.base.codes))
-    writer.add(f"{name}.{SCALE}", solved.base.scale)
-    writer.add(f"{name}.{ZERO}", solved.base.zero)
+def matrix_tensors(name: str, solved: Solved) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the checkpoint's tensors of a quantized matrix, by name."""
+    yield f"{name}.{PACKED}", pack_codes(solved.base.codes)
+    yield f"{name}.{SCALE}", solved.base.scale
+    yield f"{name}.{ZERO}", solved.base.zero
     if solved.pair is None:
         return
     for factor, tensor, scale in ((solved.pair.u, U, U_SCALE), (solved.pair.v, V, V_SCALE)):
-        writer.add(
-            f"{name}.{tensor}", pack_codes(factor.values) if factor.values.dtype == torch.uint8 else factor.values
-        )
+        packed = factor.values.dtype == torch.uint8
+        yield f"{name}.{tensor}", pack_codes(factor.values) if packed else factor.values
         if factor.scale is not None:
-            writer.add(f"{name}.{scale}", factor.scale)
+            yield f"{name}.{scale}", factor.scale
+
+
+def read_matrix(name: str, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Solved:
+    """Return a quantized matrix on ``device``, to the bit as :func:`matrix_tensors` took it."""
+    codes, scale, zero = (tensors[f"{name}.{leaf}"].to(device) for leaf in (PACKED, SCALE, ZERO))
+    base = GroupQuantized(unpack_codes(codes), scale, zero)
+    if f"{name}.{U}" not in tensors:
+        return Solved(base, None)
+    return Solved(base, StoredPair(*(_read_factor(name, *leaves, tensors, device) for leaves in _FACTORS)))
+
+
+_FACTORS = ((U, U_SCALE), (V, V_SCALE))
+
+
+def _read_factor(
+    name: str, leaf: str, scale_leaf: str, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> StoredFactor:
+    values, scale = tensors[f"{name}.{leaf}"].to(device), tensors.get(f"{name}.{scale_leaf}")
+    values = unpack_codes(values) if values.dtype == torch.int32 else values
+    return StoredFactor(values, None if scale is None else scale.to(device))

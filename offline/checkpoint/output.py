@@ -26,7 +26,12 @@ def refuse_unsafe_output(out: Path, source: Path, overwrite: bool) -> None:
             one of them; is a file; or has content that may not be replaced: without ``overwrite`` any, with it
             whatever is no MiLo checkpoint.
     """
-    _refuse_place(out, source)
+    refuse_unsafe_place(out, source)
+    refuse_unsafe_content(out, overwrite)
+
+
+def refuse_unsafe_content(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder by what it holds; see :func:`refuse_unsafe_output`."""
     try:
         if out.exists() and not out.is_dir():
             raise ConversionError(f"{out}: is a file, not a folder; choose another output")
@@ -89,7 +94,8 @@ def is_milo_checkpoint(folder: Path) -> bool:
         return False
 
 
-def _refuse_place(out: Path, source: Path) -> None:
+def refuse_unsafe_place(out: Path, source: Path) -> None:
+    """Refuse an output folder by where it is; see :func:`refuse_unsafe_output`."""
     target, origin = out.resolve(), source.resolve()
     if target == origin:
         raise ConversionError(f"{out}: is the source model; choose another output")

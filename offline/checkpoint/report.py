@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,17 @@ class MatrixReport(NamedTuple):
     error: float
     rank: int
     rounds: int
+
+
+class Mark(NamedTuple):
+    """How much a report held at some time; each number is that of the attribute of this name."""
+
+    matrices: int
+    layers: int
+    needs: int
+    unseen: int
+    zero: int
+    tiny: int
 
 
 @dataclass
@@ -71,6 +83,23 @@ class Report:
         """Note what was measured of the roles of a layer, if anything was."""
         if needs:
             self.needs[layer] = needs
+
+    def mark(self) -> Mark:
+        """Return how much there is, for :meth:`since`."""
+        return Mark(*(len(getattr(self, name)) for name in Mark._fields))
+
+    def since(self, mark: Mark) -> dict[str, Any]:
+        """Return what came after a mark, as JSON that :meth:`restore` takes."""
+        return {name: _after(getattr(self, name), number) for name, number in mark._asdict().items()}
+
+    def restore(self, said: Mapping[str, Any]) -> None:
+        """Take what :meth:`since` returned, in this process or another."""
+        self.matrices |= {name: MatrixReport(*entry) for name, entry in said["matrices"].items()}
+        self.layers |= said["layers"]
+        self.needs |= said["needs"]
+        self.unseen += said["unseen"]
+        self.zero += said["zero"]
+        self.tiny += said["tiny"]
 
     @property
     def warnings(self) -> list[str]:
@@ -127,3 +156,8 @@ def _some(names: Sequence[str]) -> str:
     owners = list(dict.fromkeys(re.sub(r"(\.experts\.\d+)\.[^.]+$", r"\1", name) for name in names))
     more = f" and {len(owners) - _SHOWN} more" if len(owners) > _SHOWN else ""
     return ", ".join(owners[:_SHOWN]) + more
+
+
+def _after(held: dict[str, Any] | list[str], number: int) -> dict[str, Any] | list[str]:
+    """Return what came after the first ``number`` entries."""
+    return held[number:] if isinstance(held, list) else dict(islice(held.items(), number, None))

@@ -1,20 +1,23 @@
 """Writes a checkpoint folder that appears whole or not at all.
 
 Everything goes into a hidden sibling folder first. config.json and, of all that, the manifest come last, all files are
-flushed to disk, and a rename publishes the folder (:meth:`CheckpointWriter.publish`). A failure or Ctrl-C removes it. A
-killed process leaves a hidden ``.partial`` folder; in it is a config.json only if the checkpoint was whole.
+flushed to disk, and a rename publishes the folder (:meth:`CheckpointWriter.publish`). With a fingerprint, finished
+layers survive whatever ends the process (:mod:`..durable.journal`), and another writer goes on with them; without one,
+or before the first layer is finished, a failure or Ctrl-C removes the hidden folder.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,65 +25,189 @@ from safetensors.torch import save_file
 
 from vllm_milo.shards import INDEX_NAME
 
-from ..errors import ConversionError
+from ..durable.files import FileEntry, describe_file, discard, flush, write_json
+from ..durable.journal import Journal, ShardRecord, check_file, shard_name
+from ..durable.publication import SEALED, publish
+from ..durable.signals import deferred_signals
+from ..durable.worker import Worker
+from ..errors import ConversionError, PassingError
+from .claim import Claim
 from .companions import find_companions
-from .manifest import MANIFEST_NAME, FileEntry, describe_file, describe_folder
+from .manifest import MANIFEST_NAME, describe_folder
 from .output import refuse_unsafe_output
 
 SHARD_BYTES = 4 * 2**30
 
 
-class _Shard(NamedTuple):
-    """A shard on the disk: the names of its tensors, and its size and sha256."""
-
-    names: list[str]
-    entry: FileEntry
-
-
 class CheckpointWriter:
-    """A context manager: ``add`` tensors, ``seal``, ``publish``; leaving it before that removes everything.
+    """A context manager: ``add`` tensors or ``keep`` layers, ``seal``, ``publish``.
 
     Args:
         out: the checkpoint folder; see :func:`.output.refuse_unsafe_output` for what it may be.
         source: the model folder that is converted.
         overwrite: replace an existing MiLo checkpoint, once the new one is whole.
         shard_bytes: start a new shard beyond this size.
+        claim: of ``out``; without one, the writer makes its own.
+        fingerprint: what decides the result, so that finished layers can be kept; see :mod:`..fingerprint`.
+        layers: how many have matrices to quantize.
+        final: whether layers are what will be in the shards; False if they change after the last.
 
     Raises:
-        ConversionError: ``out`` is not safe to write, or cannot be written.
+        ConversionError: ``out`` is not safe to write, cannot be written, or holds damaged layers.
     """
 
-    def __init__(self, out: Path, source: Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        out: Path,
+        source: Path,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        claim: Claim | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        layers: int = 0,
+        final: bool = True,
+    ) -> None:
         self.out = out.resolve()
         self.source = source
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
         self.bytes_written = 0
-        self.partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._claim = claim or Claim(out, source, overwrite)
+        self._owned = claim is None
+        self._fingerprint, self._layers, self._final = fingerprint, layers, final
+        self._stored: set[str] = set()
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[_Shard] = []
+        self._shards: list[ShardRecord] = []
+        self._resumed = False
+        self._worker = Worker()
+        self._exit = ExitStack()
+
+    @property
+    def journal(self) -> Journal:
+        """Return the finished layers."""
+        return self._claim.journal
+
+    @property
+    def folder(self) -> Path:
+        """Return where the checkpoint is until it is published."""
+        return self.journal.checkpoint
 
     def __enter__(self) -> CheckpointWriter:
-        refuse_unsafe_output(self.out, self.source, self.overwrite)
-        self._found = _identity(self.out)
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir()
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        if self._owned:
+            self._exit.enter_context(self._claim)
+        with ExitStack() as failing:
+            failing.push(self.__exit__)
+            self._found = _identity(self.out)
+            try:
+                self._begin()
+            except OSError as error:
+                raise self._cannot_write(error) from error
+            failing.pop_all()
         return self
+
+    def _begin(self) -> None:
+        """Go on with the layers that are there, or begin a new folder."""
+        if self._claim.published:
+            return
+        if self._claim.resume and self.journal.quantized:
+            self._resumed = True
+            self._restore()
+            return
+        discard(self.journal.folder)
+        self._claim.journal = Journal(self.journal.folder)
+        self.journal.begin(self._fingerprint or {}, self._layers)
+
+    def _restore(self) -> None:
+        """Take the shards that are complete, and the tensors of finished layers that are in none of them."""
+        named = {number: path for path in self.folder.iterdir() if (number := _shard_number(path.name))}
+        for number, shard in enumerate(self.journal.shards, start=1):
+            path = named.get(number, self.folder / shard_name(number))
+            check_file(path, shard.entry)
+            path.rename(self.folder / shard_name(number))  # it had its last name where a kill came after sealing
+            self._shards.append(shard)
+            self._stored.update(shard.names)
+            self.bytes_written += shard.bytes
+        known = {shard_name(number + 1) for number in range(len(self._shards))}
+        for path in self.folder.iterdir():
+            if path.name not in known:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.journal.forget()
+        if self._final:
+            for record in self.journal.records:
+                for name, tensor in self.journal.tensors(record, without=self._stored).items():
+                    self.add(name, tensor)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Delete the hidden folder, but not where finished layers in it are of use to a conversion that goes on.
+
+        Layers that were handed over are finished first, and signals wait for that.
+        """
+        try:
+            with deferred_signals():
+                self._worker.close()
+                self._keep_or_delete(error)
+        finally:
+            self._exit.close()
+
+    def _keep_or_delete(self, error: BaseException | None) -> None:
+        # what fails by the input fails again; but what another process has made is not for this one to delete
+        hopeless = isinstance(error, ConversionError) and not isinstance(error, PassingError) and not self._resumed
+        if self._claim.published or hopeless or not self.journal.quantized:
+            discard(self.journal.folder)
+        elif error is not None:
+            if self._worker.error not in (None, error):
+                error.add_note(str(self._worker.error))
+            error.add_note(
+                f"{self.journal.progress} are kept in {self.journal.folder}; go on with the same command and --resume"
+            )
+
+    def keep(
+        self,
+        layers: Sequence[str],
+        tensors: Mapping[str, torch.Tensor],
+        ranks: Mapping[str, int],
+        said: Mapping[str, Any],
+    ) -> None:
+        """Take finished layers, which are put on the disk while the next ones are computed. See :meth:`.Journal.keep`.
+
+        At most one such set of layers waits beside the one that is being written; both are on the CPU, so that they
+        take host memory alone. A kill loses these two at most. After :meth:`wait` all are on the disk.
+
+        Raises:
+            ConversionError: the disk is full or the folder cannot be written, by layers before these.
+        """
+        held = {name: on_host(tensor) for name, tensor in tensors.items()}
+        self._worker.hand_over(partial(self._keep, layers, held, ranks, said))
+
+    def wait(self) -> None:
+        """Return when all layers that were given to :meth:`keep` are on the disk.
+
+        Raises:
+            ConversionError: the disk is full or the folder cannot be written.
+        """
+        self._worker.wait()
+
+    def _keep(
+        self,
+        layers: Sequence[str],
+        held: Mapping[str, torch.Tensor],
+        ranks: Mapping[str, int],
+        said: Mapping[str, Any],
+    ) -> None:
+        try:
+            self.journal.keep(layers, held, ranks, said)
+        except (OSError, SafetensorError) as error:
+            raise self._cannot_write(error, sum(tensor.nbytes for tensor in held.values())) from error
+        if self._final:
+            for name, tensor in held.items():
+                self.add(name, tensor)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor; full shards go to disk at once."""
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:
-            tensor = tensor.clone()  # a view would keep its whole batch in memory until the shard is full
+        tensor = on_host(tensor)
         if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
             self._write_shard()
         self._pending[name] = tensor
@@ -92,47 +219,41 @@ class CheckpointWriter:
         Raises:
             ConversionError: the disk is full or the folder cannot be written.
         """
+        self.wait()
         self._write_shard()
         try:
             shards = self._name_shards()
-            find_companions(self.source).copy(self.partial)
+            find_companions(self.source).copy(self.folder)
             for name, content in extra.items():
-                _write_json(self.partial / name, content)
-            _write_json(self.partial / "config.json", config)
-            _write_json(self.partial / MANIFEST_NAME, describe_folder(self.partial, shards))
-            _sync(self.partial)
+                _write_json(self.folder / name, content)
+            _write_json(self.folder / "config.json", config)
+            _write_json(self.folder / MANIFEST_NAME, describe_folder(self.folder, shards))
+            _sync(self.folder)
         except OSError as error:
             raise self._cannot_write(error) from error
 
     def publish(self) -> Path:
-        """Make the sealed folder appear as ``out`` in one rename; return where it is.
+        """Make the sealed folder appear as ``out``; return where it is.
 
-        With ``overwrite`` there is one rename before it, of what stands there now, to a hidden ``.replaced`` folder,
-        which goes last. A kill between the two leaves that folder, and no ``out``.
-
-        What was at ``out`` at the start is looked at once more. If something else stands there now, that is kept and
-        the checkpoint appears beside it under another name. If the rename fails, what was there comes back.
+        See :func:`..durable.publication.publish` for what a kill leaves. What was at ``out`` at the start is looked at
+        once more. If something else stands there now, that is kept and the checkpoint appears beside it under another
+        name. Signals wait until it is done.
 
         Raises:
             ConversionError: the folder cannot be renamed.
         """
-        target = self.out
-        if _identity(self.out) != self._found or not self._may_replace():
-            target = _free_name(self.out)
-        replaced = self.partial.with_name(self.partial.name + ".replaced")
-        try:
-            if target.exists():
-                target.rename(replaced)
+        with deferred_signals():
             try:
-                self.partial.rename(target)
-            except BaseException:
-                if replaced.exists():
-                    replaced.rename(target)
-                raise
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        _flush(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+                target = self.out
+                if _identity(self.out) != self._found or not self._may_replace():
+                    target = _free_name(self.out)
+                sealed = {"target": target.name, "manifest": describe_file(self.folder / MANIFEST_NAME).sha256}
+                write_json(self.journal.folder / SEALED, sealed)
+                publish(self.folder, target, self._claim.replaced)
+                self._claim.published = target
+                discard(self._claim.replaced)
+            except OSError as error:
+                raise self._cannot_write(error) from error
         return target
 
     def _may_replace(self) -> bool:
@@ -145,38 +266,61 @@ class CheckpointWriter:
     def _write_shard(self) -> None:
         if not self._pending:
             return
-        path = self.partial / _shard_name(len(self._shards) + 1)
+        path = self.folder / shard_name(len(self._shards) + 1)
         try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-            entry = describe_file(path)  # while the system still has it in memory
+            entry = self._shard_of_one_layer(path)
+            if entry is None:
+                save_file(self._pending, path, metadata={"format": "pt"})
+                entry = describe_file(path)  # while the system still has it in memory
+            shard = ShardRecord(list(self._pending), self._pending_bytes, entry)
+            if self.journal.records and self._final:
+                flush(path)
+                self.journal.keep_shard(shard)
         except (OSError, SafetensorError) as error:
-            raise self._cannot_write(error) from error
-        self._shards.append(_Shard(list(self._pending), entry))
+            raise self._cannot_write(error, self._pending_bytes) from error
+        self._shards.append(shard)
         self.bytes_written += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+
+    def _shard_of_one_layer(self, path: Path) -> FileEntry | None:
+        """Let a layer's file become the shard if it holds the same tensors, and so the same bytes; else return None."""
+        names = list(self._pending)
+        for record in reversed(self.journal.records if self._final else []):
+            if record.tensors == names and self.journal.link(record, path):
+                return record.file
+        return None
 
     def _name_shards(self) -> dict[str, FileEntry]:
         """Give the shards their final names, now that their number is known, and index them; return them by name."""
         weight_map: dict[str, str] = {}
         named: dict[str, FileEntry] = {}
         for number, shard in enumerate(self._shards, start=1):
-            final = _shard_name(number, len(self._shards))
-            (self.partial / _shard_name(number)).rename(self.partial / final)
+            final = shard_name(number, len(self._shards))
+            (self.folder / shard_name(number)).rename(self.folder / final)
             weight_map |= dict.fromkeys(shard.names, final)
             named[final] = shard.entry
         index = {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self.partial / INDEX_NAME, index)
+        _write_json(self.folder / INDEX_NAME, index)
         return named
 
-    def _cannot_write(self, error: Exception) -> ConversionError:
+    def _cannot_write(self, error: Exception, size: int = 0) -> PassingError:
         text = str(error)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
             free = shutil.disk_usage(self.out.parent).free
-            return ConversionError(
-                f"{self.out}: the disk is full ({free / 2**20:.0f} MiB free); nothing was left behind, "
-                f"free space or choose another output"
+            needed = f", the next file takes {size / 2**20:.1f}" if size else ""
+            left = "free space" if self.journal.quantized else "nothing was left behind, free space"
+            return PassingError(
+                f"{self.out}: the disk is full ({free / 2**20:.1f} MiB free{needed}); {left} or choose another output"
             )
-        return ConversionError(f"{self.out}: cannot be written: {text}")
+        return PassingError(f"{self.out}: cannot be written: {text}")
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU that has its memory for itself."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        tensor = tensor.clone()  # a view would keep its whole batch in memory until the shard is full
+    return tensor
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -196,8 +340,10 @@ def _free_name(folder: Path) -> Path:
     return sibling
 
 
-def _shard_name(number: int, total: int | None = None) -> str:
-    return f"model-{number:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
+def _shard_number(name: str) -> int:
+    """Return the number of a shard by its name, final or not; 0 for another file."""
+    found = re.fullmatch(r"model-(\d{5})(-of-\d{5})?\.safetensors", name)
+    return int(found[1]) if found else 0
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -207,12 +353,4 @@ def _write_json(path: Path, content: Any) -> None:
 def _sync(folder: Path) -> None:
     """Flush every file and folder: after the rename nothing of the checkpoint may be only in memory."""
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)

@@ -16,22 +16,36 @@ from . import evaluate, inspect, quantize, stats, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0, 1 for bad input, 130 when interrupted)."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Run the command line; return the exit status (0, 1 for bad input, 130 after Ctrl-C, 143 after SIGTERM)."""
+    signal.signal(signal.SIGTERM, _terminate)
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except (ConversionError, CheckpointError, ShardError) as error:
-        print(f"milo {arguments.command}: error: {error}", file=sys.stderr)
+        print("; ".join([f"milo {arguments.command}: error: {error}", *_notes(error)]), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"milo {arguments.command}: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        left = _notes(error) or ["nothing was left behind"]
+        print("; ".join([f"milo {arguments.command}: interrupted", *left]), file=sys.stderr)
+        return 143 if isinstance(error, _Terminated) else 130
     return 0
 
 
-def _interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
+class _Terminated(KeyboardInterrupt):
+    """What SIGTERM does to the command: the same as Ctrl-C, but for the exit status."""
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise _Terminated
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what is added to an error: what it left behind, and how to go on.
+
+    A second Ctrl-C takes effect while the first is handled, which has the notes then.
+    """
+    notes = list(getattr(error, "__notes__", ()))
+    return notes if notes or error.__context__ is None else _notes(error.__context__)
 
 
 def _parser() -> argparse.ArgumentParser:

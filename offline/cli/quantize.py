@@ -25,8 +25,8 @@ from ..calibration.choose import (
     remarks,
 )
 from ..calibration.generated_text import OWN_TEXT
+from ..checkpoint.claim import Claim
 from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
-from ..checkpoint.output import refuse_unsafe_output
 from ..conversion import Conversion, Text
 from ..convert import Summary, carry_out
 from ..errors import ConversionError
@@ -86,6 +86,11 @@ preset fast): the text that comes with the package, a layer of the model in memo
 Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
 takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
+OVERWRITE_HELP = """replace an existing MiLo checkpoint, once the new one is whole; without --resume also delete the
+finished layers of a conversion that did not end, which are an error otherwise"""
+RESUME_HELP = """go on where the same conversion was interrupted or killed, for the same result; begins from the start
+where there is nothing to go on with. Model, options and version must be the same as before. Along a calibration text
+the finished layers run once more, forward only, which takes a small part of the time that quantizing them took"""
 
 DRY_RUN_HELP = """check everything that can be known before the work, print what would be done, and write nothing: size
 on disk, stored bits a weight, memory, tensor parallel sizes. The calibration text is neither cut nor written by the
@@ -124,7 +129,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing MiLo checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    parser.add_argument("--resume", action="store_true", help=RESUME_HELP)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, alone on stdout")
@@ -140,42 +146,66 @@ def _folder(text: str) -> Path:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.json and not arguments.dry_run:
         raise ConversionError("--json is for --dry-run alone; `milo inspect --json` describes a finished checkpoint")
-    plan = plan_conversion(arguments)
+    claim = _claim(arguments)
     if arguments.dry_run:
-        for warning in plan.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        print(json.dumps(describe(plan), indent=2) if arguments.json else format_description(plan))
+        claim.check()
+        _describe(claim, plan_conversion(arguments, claim), arguments.json)
         return
-    if not arguments.quiet:
-        print(plan.memory.line(arguments.device), file=sys.stderr)
-    _print_summary(carry_out(plan, progress=not arguments.quiet))
+    with claim:  # before a calibration that takes long
+        _print_notes(claim)
+        plan = plan_conversion(arguments, claim)
+        if not arguments.quiet:
+            print(plan.memory.line(arguments.device), file=sys.stderr)
+        summary = carry_out(plan, not arguments.quiet, claim)
+    _print_summary(summary)
 
 
-def plan_conversion(arguments: argparse.Namespace) -> Plan:
+def _claim(arguments: argparse.Namespace) -> Claim:
+    find_device(arguments.device)
+    _check_numbers(arguments)
+    return Claim(arguments.output, arguments.model, arguments.overwrite, arguments.resume)
+
+
+def _describe(claim: Claim, plan: Plan, as_json: bool) -> None:
+    _print_notes(claim)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(json.dumps(describe(plan), indent=2) if as_json else format_description(plan))
+
+
+def _print_notes(claim: Claim) -> None:
+    for note in claim.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def plan_conversion(arguments: argparse.Namespace, claim: Claim) -> Plan:
     """Return what the options of the subcommand ask for, checked; prints what is to be noted.
 
     All that headers tell is checked first, then the calibration text is read.
+
+    Args:
+        arguments: of the subcommand.
+        claim: of the output, entered or checked.
 
     Raises:
         ConversionError, CheckpointError, ShardError: the options contradict each other or the model, there is no such
             text, device or model, or memory or disk do not suffice.
     """
-    find_device(arguments.device)
-    _check_numbers(arguments)
-    refuse_unsafe_output(arguments.output, arguments.model, arguments.overwrite)
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
     reader = ModelReader(arguments.model)
-    plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method))
+    plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method), claim)
     _note_groups(plan)
     text = _text(arguments, reader, preset, method)
     recipe = _recipe(arguments, preset, method, text)
-    return plan.along(replace(plan.conversion, recipe=recipe, text=text))
+    return plan.along(replace(plan.conversion, recipe=recipe, text=text), claim)
 
 
 def decide_conversion(arguments: argparse.Namespace) -> Conversion:
     """Return what the options of the subcommand ask for; see :func:`plan_conversion`."""
-    return plan_conversion(arguments).conversion
+    claim = _claim(arguments)
+    claim.check()
+    return plan_conversion(arguments, claim).conversion
 
 
 def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str) -> Conversion:
@@ -194,6 +224,7 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,
         overwrite=arguments.overwrite,
+        resume=arguments.resume,
     )
 
 

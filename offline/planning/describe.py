@@ -14,7 +14,8 @@ from .plan import Plan
 def describe(plan: Plan) -> dict[str, Any]:
     """Return what ``--dry-run --json`` prints.
 
-    ``bytes`` counts all tensors, ``disk_bytes`` all files; ``quantized_bytes`` codes, scales, zero points and factors.
+    ``bytes`` counts all tensors, ``disk_bytes`` all files, ``disk_peak_bytes`` these and what is on the disk twice on
+    the way, at most; ``quantized_bytes`` codes, scales, zero points and factors.
     ``exact`` is false where ranks take a pass over the weights: sizes are then as if all experts had the same kurtosis;
     or the calibration text: ranks are then those by kind, and sizes may grow up to the budget.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
@@ -35,6 +36,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "companion_bytes": plan.companions.size,
         "companions": sorted(plan.companions.files),
         "disk_bytes": plan.disk_bytes,
+        "disk_peak_bytes": plan.peak_disk_bytes,
         "disk_free": free_bytes(plan.out),
         "memory": {"device": need.device, "host": need.host},
         "memory_free": {"device": memory.available(device) if need.device else 0, "host": memory.available("cpu")},
@@ -49,7 +51,8 @@ def format_description(plan: Plan) -> str:
     """Return the text that ``--dry-run`` prints."""
     said = describe(plan)
     about = "" if said["exact"] else "about "
-    fits = f" ({size_text(said['disk_free'])} free)" if said["disk_free"] is not None else ""
+    free = f"; {size_text(said['disk_free'])} free" if said["disk_free"] is not None else ""
+    fits = f" (up to {size_text(said['disk_peak_bytes'])} on the way{free})"
     lines = [
         f"model            {said['model']} ({said['family']}), {said['matrices']} matrices to quantize",
         f"output           {said['output']}: {about}{size_text(said['disk_bytes'])} on disk{fits}",

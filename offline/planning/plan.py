@@ -17,9 +17,9 @@ from vllm_milo.shards import TensorEntry
 
 from ..batches import batch_elements
 from ..calibration import memory
+from ..checkpoint.claim import Claim
 from ..checkpoint.companions import Companions, check_objects, find_companions
 from ..checkpoint.matrices import group_table, rank_table
-from ..checkpoint.output import refuse_unsafe_output, refuse_unwritable_output
 from ..conversion import Conversion
 from ..errors import ConversionError
 from ..nouns import Matrix
@@ -101,6 +101,23 @@ class Plan:
         return self.tensor_bytes + self._unspent_bytes + self.companions.size + written
 
     @property
+    def peak_disk_bytes(self) -> int:
+        """Return the most bytes that the conversion takes on the disk on its way.
+
+        A layer is there twice until the shards with its tensors are complete; where the whole model is trained after
+        its layers, all are until the end.
+        """
+        text, twice = self.conversion.text, self.tensor_bytes + self._unspent_bytes
+        if text is None or text.tune is None:
+            twice = min(twice, self.conversion.shard_bytes + max(self._source_bytes(layer) for layer in self.layers))
+        return self.disk_bytes + twice
+
+    def _source_bytes(self, layer: Layer) -> int:
+        """Return the bytes of a layer in the source, which are more than it has quantized."""
+        names = {source.tensor for source in layer.matrices} | set(layer.others)
+        return bytes_of({name: self.reader.tensors[name] for name in names})
+
+    @property
     def _unspent_bytes(self) -> int:
         budget = self.conversion.budget_bits
         if budget is None or self.conversion.policies:
@@ -127,30 +144,43 @@ class Plan:
         """Return about how much memory the conversion takes."""
         return predict_memory(self.reader, self.conversion)
 
-    def along(self, conversion: Conversion) -> Plan:
+    def along(self, conversion: Conversion, claim: Claim) -> Plan:
         """Return the plan with another recipe's rounds and text, which change neither ranks nor tensors.
 
         Raises:
-            ConversionError: the text does not fit into memory.
+            ConversionError: the text does not fit into memory, or what it takes on the way not on the disk.
         """
         _check_text(self.reader, conversion)
-        return replace(self, conversion=conversion)
+        plan = replace(self, conversion=conversion)
+        plan.refuse_full_disk(claim)
+        return plan
+
+    def refuse_full_disk(self, claim: Claim) -> None:
+        """Refuse an output that its file system has no room for, beside what ``claim`` holds of it already.
+
+        Raises:
+            ConversionError: with what it takes on the way, and what there is.
+        """
+        if claim.published is None:
+            disk.refuse_what_does_not_fit(self.out, self.peak_disk_bytes, claim.held_bytes)
 
 
-def make_plan(reader: ModelReader, out: Path, conversion: Conversion) -> Plan:
+def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Claim | None = None) -> Plan:
     """Check everything that can be known, and return what a conversion will do. Nothing is written, no weight read.
 
     Args:
         reader: the source model.
         out: folder of the checkpoint.
         conversion: what decides it.
+        claim: of ``out``, entered or checked; without one, the plan checks it.
 
     Raises:
         ConversionError, CheckpointError: the output is not safe or not writable, the options contradict each other or
             the model, a tensor cannot be stored, or memory or disk do not suffice.
     """
-    refuse_unsafe_output(out, reader.folder, conversion.overwrite)
-    refuse_unwritable_output(out)
+    if claim is None:
+        claim = Claim(out, reader.folder, conversion.overwrite, conversion.resume)
+        claim.check()
     find_device(conversion.device)
     _check_text(reader, conversion)
     ignore = (*reader.family.ignore, *conversion.ignore)
@@ -183,7 +213,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion) -> Plan:
             f"{reader.family.model_type} does not have"
         )
     plan = Plan(reader, out, conversion, layers, ranks, exact, tensors, companions, warnings)
-    disk.refuse_what_does_not_fit(out, plan.disk_bytes)
+    plan.refuse_full_disk(claim)
     return plan
 
 

@@ -31,8 +31,9 @@ class StoredPair(NamedTuple):
     v: StoredFactor
 
     def product(self) -> torch.Tensor:
-        """Return UᵀV in float32, [B, N, K]."""
-        return self.u.dequantize().mT @ self.v.dequantize()
+        """Return UᵀV in float32, [B, N, K]; to the bit the same for factors that were stored and read again."""
+        u, v = (factor.dequantize().contiguous() for factor in self)  # products depend on the layout in memory
+        return u.mT @ v
 
 
 def leading_rows(

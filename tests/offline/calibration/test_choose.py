@@ -12,6 +12,7 @@ from folder_edits import edit_config
 from tiny_models import TEXT
 
 from vllm_milo.offline.calibration import choose, memory
+from vllm_milo.offline.checkpoint.claim import Claim
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.cli.quantize import Effort
@@ -31,7 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Conversion]:
     """The conversions that the command asks for; none is done. Windows are short."""
     found: list[Conversion] = []
 
-    def note(plan: Plan, progress: bool) -> None:
+    def note(plan: Plan, progress: bool, claim: Claim) -> None:
         found.append(plan.conversion)
         raise ConversionError("not done here")
 
@@ -91,7 +92,7 @@ def test_none_takes_the_robust_base(bundled_model: Path, tmp_path: Path, asked: 
         assert quantize(bundled_model, tmp_path / "out", *options) == 1
         conversion = asked.pop()
         assert conversion.text is None
-        assert (conversion.recipe.base, conversion.recipe.max_rounds) == ("hqq", 10)
+        assert (conversion.recipe.base, conversion.recipe.max_rounds) == ("hqq", 6)
     assert quantize(bundled_model, tmp_path / "out", "--preset", "fast", "--calibration", "text") == 1
     assert asked.pop().text is not None
 

@@ -95,7 +95,7 @@ def said(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(choose, "WINDOW", 64)
     monkeypatch.setattr("vllm_milo.offline.cli.quantize._print_summary", lambda summary: None)
     monkeypatch.setattr(
-        "vllm_milo.offline.cli.quantize.convert", lambda a, b, how, progress: taken.append(len(how.text.windows))
+        "vllm_milo.offline.cli.quantize.carry_out", lambda plan, *_: taken.append(len(plan.conversion.text.windows))
     )
 
     def say(how: str, *options: str) -> tuple[int, str]:

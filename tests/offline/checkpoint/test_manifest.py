@@ -45,11 +45,11 @@ def test_it_is_written_last_and_each_shard_is_read_once(tmp_path: Path, monkeypa
             writing.add(name, torch.zeros(32))
         writing.seal({"model_type": "mixtral"}, {"milo.json": {}})
         out = writing.publish()
-    assert events[-1] == ("_write_json", MANIFEST_NAME)
+    assert events[-2:] == [("_write_json", MANIFEST_NAME), ("describe_file", MANIFEST_NAME)]
     assert [name for event, name in events if event == "_write_json"][-2] == "config.json"
     read = [name for event, name in events if event == "describe_file"]
     assert read[:2] == ["model-00001.safetensors", "model-00002.safetensors"]
-    assert read[2:] == ["config.json", "milo.json", "model.safetensors.index.json"]
+    assert read[2:] == ["config.json", "milo.json", "model.safetensors.index.json", MANIFEST_NAME]
     assert list(read_manifest(out)) == sorted({path.name for path in out.iterdir()} - {MANIFEST_NAME})
 
 

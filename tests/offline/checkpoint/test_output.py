@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from folder_edits import edit_tensors
-from refusals import FAST, Q_PROJ, WEIGHTS, refused
-from safetensors.torch import save_file
+from refusals import FAST, Q_PROJ, WEIGHTS
 
 from vllm_milo.offline.checkpoint import writer
 from vllm_milo.offline.cli import main as milo
@@ -158,23 +154,6 @@ def test_a_checkpoint_that_was_exchanged_meanwhile_is_kept(
     assert summary.out == tmp_path / "out-2"
 
 
-def test_what_was_there_comes_back_if_the_rename_fails(
-    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    out = Path(shutil.copytree(checkpoint, tmp_path / "out"))
-    before, rename = snapshot(out), Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(tuple("0123456789")) and ".partial-" in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(ConversionError, match="cannot be written"):
-        convert(source, out, Conversion(FAST, overwrite=True), progress=False)
-    assert snapshot(out) == before
-
-
 def test_the_output_is_looked_at_before_a_calibration(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         "vllm_milo.offline.cli.quantize.calibration_windows", lambda *_: pytest.fail("calibrated first")
@@ -191,48 +170,3 @@ def test_output_under_a_file(source: Path, tmp_path: Path):
 def test_output_where_nobody_may_write(source: Path):
     with pytest.raises(ConversionError, match=r"/proc/milo/out: cannot be written"):
         convert(source, Path("/proc/milo/out"), Conversion(FAST), progress=False)
-
-
-def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    calls = []
-
-    def full(tensors, path, metadata):
-        calls.append(path)
-        if len(calls) == 3:
-            Path(path).write_bytes(b"half a shard")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path, metadata)
-
-    monkeypatch.setattr(writer, "save_file", full)
-    refused(
-        source, tmp_path / "out", "the disk is full .* nothing was left behind", Conversion(FAST, shard_bytes=50_000)
-    )
-    assert len(calls) == 3
-
-
-def test_interrupt_leaves_nothing(sources: dict[str, Path], tmp_path: Path):
-    """A real SIGINT while layers are being quantized."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", _INTERRUPTED, str(sources["qwen3_moe"]), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 130, done.stderr
-    assert "interrupted; nothing was left behind" in done.stderr
-    assert not out.exists()
-    assert list(tmp_path.iterdir()) == []
-
-
-_INTERRUPTED = """
-import os, signal, sys
-from vllm_milo.offline import convert
-from vllm_milo.offline.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
-real = convert.quantize_matrices
-calls = []
-def quantize(*arguments):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGINT)
-    return real(*arguments)
-convert.quantize_matrices = quantize
-sys.exit(main(["quantize", sys.argv[1], "-o", sys.argv[2], "--max-rounds", "1", "--quiet", "--device", "cpu"]))
-"""

@@ -63,7 +63,7 @@ def windows(trained_tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def kept_apart(setting: Setting, weights: dict[Matrix, Solved]) -> float:
     """The loss on every sixteenth window, each token's error by the energy of its own output."""
-    held = setting.visit._held()
+    held = setting.stream.parameters(setting.visit.index, setting.visit.module)
     for matrix, one in weights.items():
         setting.stream.model.place(f"{matrix.name}.weight", held)[1].copy_(one.dequantize())
     states, target = (part[15::16] for part in (setting.stream.quantized, setting.visit.target))

@@ -123,10 +123,10 @@ def test_an_input_size_that_no_group_divides(tmp_path: Path):
 
 @pytest.mark.usefixtures("unread")
 def test_a_disk_without_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    need = make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST)).disk_bytes
+    need = make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST)).peak_disk_bytes
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * need, 0, need))
-    assert make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST)).disk_bytes == need
+    assert make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST)).peak_disk_bytes == need
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * need, 0, 2**17))
     message = r"out: the checkpoint takes 0\.\d MiB, and 0\.1 MiB are free on its file system; free space or choose"
     refused_unread(source, tmp_path / "out", message)

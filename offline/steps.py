@@ -1,0 +1,91 @@
+"""The steps of a conversion: layers that are solved together, on their way to the disk and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .checkpoint.matrices import matrix_tensors, read_matrix
+from .checkpoint.report import Report
+from .checkpoint.writer import CheckpointWriter, on_host
+from .durable.journal import Journal
+from .nouns import Matrix
+from .solve.methods import Solved
+from .source.layers import Layer
+from .source.reader import ModelReader
+
+Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Solved]]]]
+"""Layers with their quantized matrices."""
+
+
+class Start(NamedTuple):
+    """Where a conversion goes on: how many layers are finished, and these with their matrices, read as they are used.
+
+    The number is one after a step; see :func:`keep_steps`.
+    """
+
+    layers: int
+    finished: Layers
+
+
+BEGINNING = Start(0, iter(()))
+
+
+def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Layers]) -> None:
+    """Put the layers of each step, which were solved together, on the disk with the part of the report that is theirs.
+
+    A step is written while the next one is computed (:meth:`.CheckpointWriter.keep`); all are on the disk at the end.
+
+    Raises:
+        ConversionError: a layer cannot be quantized, or the disk is full.
+    """
+    mark = report.mark()
+    for step in steps:
+        names: list[str] = []
+        tensors: dict[str, torch.Tensor] = {}
+        ranks: dict[str, int] = {}
+        for layer, solved in step:
+            names.append(layer.name)
+            for matrix, one in solved:
+                tensors |= {name: on_host(tensor) for name, tensor in matrix_tensors(matrix.name, one)}
+                ranks[matrix.name] = one.rank
+            tensors |= _other_tensors(reader, layer)
+        writer.keep(names, tensors, ranks, report.since(mark))
+        mark = report.mark()
+    writer.wait()
+
+
+def finished_layers(journal: Journal, plan: Sequence[Layer], device: torch.device) -> Layers:
+    """Yield the layers of the model as they are on the disk, with their matrices on ``device`` in the order there.
+
+    Raises:
+        ConversionError: a file is damaged.
+    """
+    by_name = {layer.name: layer for layer in plan}
+    for record in journal.records:
+        tensors = journal.tensors(record) if record.ranks else {}
+        for name in record.layers:
+            matrices = {source.matrix.name: source.matrix for source in by_name[name].matrices}
+            order = [matrices[matrix] for matrix in record.ranks if matrix in matrices]
+            yield by_name[name], [(matrix, read_matrix(matrix.name, tensors, device)) for matrix in order]
+
+
+def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers) -> None:
+    """Write layers to the checkpoint that the steps before it had changed, so that none of them is kept by itself.
+
+    Raises:
+        ConversionError: the disk is full.
+    """
+    for layer, solved in layers:
+        for matrix, one in solved:
+            for name, tensor in matrix_tensors(matrix.name, one):
+                writer.add(name, tensor)
+        for name, tensor in _other_tensors(reader, layer).items():
+            writer.add(name, tensor)
+
+
+def _other_tensors(reader: ModelReader, layer: Layer) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layer that are copied, by their names in checkpoints."""
+    return {reader.family.checkpoint_name(tensor): reader.load_finite(tensor) for tensor in layer.others}
