@@ -23,6 +23,7 @@ from .checkpoint import (
 from .dtypes import safetensors_name
 from .names import EXPERT_PROJECTIONS, FUSED_LAYERS, leaf_of
 from .shards import TensorEntry, read_object, read_tensors
+from .values import shown_name
 
 _SHOWN_PROBLEMS = 5
 
@@ -111,7 +112,7 @@ def module_rank(name: str, fmt: MiLoFormat, experts: Mapping[str, int]) -> int:
     if expert is None:
         return fmt.ranks.of_module(name)
     layer, index, projection = expert
-    return fmt.ranks.of_experts(layer, projection, experts[layer])[index]
+    return fmt.ranks.of_expert(layer, projection, index, experts[layer])
 
 
 def count_experts(modules: Mapping[str, Any]) -> dict[str, int]:
@@ -214,4 +215,4 @@ def _table_problems(modules: Mapping[str, Any], experts: Mapping[str, int], fmt:
         for names, known in ((table.modules, linear), (table.experts, experts.keys())):
             for name in names:
                 if not name.startswith("re:") and name not in known:
-                    yield f"{key}: {name} is in the table, but the files hold no such quantized matrix"
+                    yield f"{key}: {shown_name(name)} is in the table, but the files hold no such quantized matrix"
