@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from .shards import TensorEntry, read_object, read_tensors
 from .values import shown_name
 
 _SHOWN_PROBLEMS = 5
+_MOST_MISSING = 100
+"""Problems of one layer's experts."""
 
 
 def read_format(folder: Path) -> tuple[MiLoFormat, Mapping[str, Any]]:
@@ -56,8 +59,8 @@ def quantized_modules(tensors: Mapping[str, TensorEntry]) -> dict[str, dict[str,
 
 def matrix_shape(tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
     """Return [N, K] of a quantized matrix from its packed codes."""
-    n, words = tensors[PACKED].shape
-    return n, words * 32 // 3
+    shape = tensors[PACKED].shape
+    return (shape[0], shape[1] * 32 // 3) if len(shape) == 2 else (0, 0)
 
 
 def validate_checkpoint(folder: Path) -> MiLoFormat:
@@ -178,10 +181,10 @@ def _expert_problems(modules: Mapping[str, Any], experts: Mapping[str, int]) -> 
         names = sorted(projections[layer])
         if sorted(EXPERT_PROJECTIONS.get(name, name) for name in names) != ["down", "gate", "up"]:
             yield f"{layer}: expected a gate, an up and a down projection, found {names}"
-        for index in range(count):
-            for projection in names:
-                if f"{layer}.{index}.{projection}" not in modules:
-                    yield f"{layer}.{index}.{projection}: missing ({count} experts)"
+        every = (f"{layer}.{index}.{projection}" for index in range(count) for projection in names)
+        missing = (name for name in every if name not in modules)
+        for name in islice(missing, _MOST_MISSING):  # a name may state any number of experts
+            yield f"{name}: missing ({count} experts)"
 
 
 def _unquantized_problems(

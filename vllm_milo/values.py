@@ -27,6 +27,13 @@ def shown_name(name: str) -> str:
     return name if name.isprintable() and len(name) <= 3 * _SHOWN else shown(name)
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an exception of a library says, as one line, cut where it is long."""
+    text = " ".join(str(error).split())
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return (text if len(text) <= 5 * _SHOWN else f"{text[: 5 * _SHOWN]} …") or type(error).__name__
+
+
 def require_int(
     config: Mapping[str, Any], key: str, low: int, high: int, error: Callable[[str], Exception]
 ) -> int | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
+from vllm_milo.values import one_line
 
 from ..errors import ConversionError
 from . import evaluate, inspect, quantize, stats, verify
@@ -24,10 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConversionError, CheckpointError, ShardError) as error:
         print(f"milo {arguments.command}: error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if "MILO_TRACEBACK" in os.environ:
+            raise
+        print(f"milo {arguments.command}: error: {_unforeseen(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"milo {arguments.command}: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     return 0
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return what to say of an exception that nothing foresaw: its kind and its place in a line, no traceback."""
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in frame.filename]
+    place = f"{places[-1].filename}:{places[-1].lineno}" if places else "?"
+    return (
+        f"{type(error).__name__}: {one_line(error)} ({place}); a bug of milo, or too little memory; "
+        f"report what MILO_TRACEBACK=1 in the environment makes it show"
+    )
 
 
 def _interrupt(*_: Any) -> NoReturn:
