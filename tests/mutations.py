@@ -136,7 +136,7 @@ def _change(holder: Any, key: Any, rng: random.Random, file: str) -> str:
 
 def _text(path: Path, rng: random.Random) -> str:
     """Break a file as text."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     kind = rng.randrange(8)
     broken: tuple[bytes, ...] = (
         text[: len(text) // 2].encode(),
@@ -146,7 +146,7 @@ def _text(path: Path, rng: random.Random) -> str:
         b"[" * 100_000,
         b'{"a":' * 500 + b"1" + b"}" * 500,
         rng.choice((b"null", b"[]", b"3", b'"x"', b"NaN", b"{}", b"[[[]]]")),
-        text.replace(rng.choice(text), rng.choice('{}[]",:\0'), 1).encode(),
+        text.replace(rng.choice(text or "x"), rng.choice('{}[]",:\0'), 1).encode(),
     )
     path.write_bytes(broken[kind])
     return f"{path.name}: broken as text, {kind}"

@@ -153,10 +153,11 @@ def _read_entries(path: Path, header: Any) -> tuple[dict[str, TensorEntry], int]
 
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorEntry, int, int]:
     """Return a tensor of a header, and the first byte of its values and the one after the last."""
-    held = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = held.get("dtype"), held.get("shape"), held.get("data_offsets")
-    good = isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    if not good or len(shape) > MOST_DIMENSIONS or not all(map(_is_size, (*shape, *offsets))):
+    held: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = held.get("dtype")
+    shape: Any = held.get("shape")
+    offsets: Any = held.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"it says of tensor {shown_name(name)} {shown(entry)}")
     begin, end = offsets
     needed = math.prod(shape) * DTYPES[dtype].size if dtype in DTYPES else end - begin
@@ -165,8 +166,11 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorEntry, int, in
     return TensorEntry(path, shown_name(dtype), tuple(shape)), begin, end
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST_SIZE
+def _are_sizes(values: Any) -> bool:
+    """Return whether this is a list of few sizes or places in a file."""
+    if not isinstance(values, list) or len(values) > MOST_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value <= _LARGEST_SIZE for value in values)
 
 
 def _damaged(path: Path, what: str) -> ShardError:
