@@ -262,6 +262,18 @@ def run_cases(seeds: range, bases: Bases, root: Path) -> None:
     assert not failed, f"{len(failed)} of {len(seeds)} failed: {dict(counts)}\n" + "\n".join(map(str, failed[:20]))
 
 
+def test_what_nothing_foresaw_is_found(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command says it in one line, which counts as a failure here."""
+
+    def fail(*_: Any) -> NoReturn:
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr("vllm_milo.offline.cli.inspect.inspect_checkpoint", fail)
+    assert _judge(["inspect", str(bases.checkpoint)], tmp_path / "out")[0] == "unforeseen"
+    monkeypatch.setenv("MILO_TRACEBACK", "1")
+    assert _judge(["inspect", str(bases.checkpoint)], tmp_path / "out")[0] == "traceback KeyError"
+
+
 def test_damaged_folders(bases: Bases, tmp_path: Path):
     run_cases(range(500), bases, tmp_path)
 
