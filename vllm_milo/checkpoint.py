@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from .names import EXPERT_PROJECTIONS, Keys, split_expert_name
-from .values import CheckpointError, shown
+from .values import CheckpointError, shown, shown_name
 
 QUANT_METHOD = "milo"
 FORMAT_VERSION = 1
@@ -359,7 +359,9 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _reject_unknown(config: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
     unknown = sorted(set(config) - known)
     if unknown:
-        raise CheckpointError(f"quantization_config: unknown key {prefix}{unknown[0]}; known are {sorted(known)}")
+        raise CheckpointError(
+            f"quantization_config: unknown key {prefix}{shown_name(unknown[0])}; known are {sorted(known)}"
+        )
 
 
 def _check_header(config: Mapping[str, Any]) -> None:
