@@ -21,7 +21,7 @@ from .checkpoint import (
     TensorSpec,
     split_expert_name,
 )
-from .dtypes import safetensors_name
+from .dtypes import DTYPES, safetensors_name
 from .names import EXPERT_PROJECTIONS, FUSED_LAYERS, leaf_of
 from .shards import TensorEntry, read_object, read_tensors
 from .values import shown_name
@@ -192,6 +192,8 @@ def _unquantized_problems(
 ) -> Iterator[str]:
     for full_name, entry in tensors.items():
         module, _, tensor = full_name.rpartition(".")
+        if entry.dtype not in DTYPES:
+            yield f"{full_name}: is {entry.dtype}; tensors must be one of {', '.join(DTYPES)}"
         if module in modules:
             if tensor not in (*TENSOR_NAMES, "bias"):
                 yield f"{full_name}: extra, this matrix is quantized"
