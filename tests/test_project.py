@@ -64,7 +64,7 @@ def test_wheel_holds_the_mapped_packages(tmp_path: Path):
     assert found.startswith(str(tmp_path / "site"))
 
 
-PURE = ("checkpoint", "dtypes", "names", "shards", "validation")
+PURE = ("checkpoint", "dtypes", "names", "patterns", "shards", "validation", "values")
 """Modules of the plugin that need neither torch nor vLLM, and that the converter may import too."""
 
 FLOORS = {

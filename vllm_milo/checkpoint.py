@@ -6,13 +6,13 @@ Pure Python (no torch, no vLLM): the converter writes by it, the plugin loads by
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from typing import Any
 
-from .names import EXPERT_PROJECTIONS
+from .names import EXPERT_PROJECTIONS, Keys, split_expert_name
+from .values import CheckpointError, shown, shown_name
 
 QUANT_METHOD = "milo"
 FORMAT_VERSION = 1
@@ -29,14 +29,11 @@ BASE_TENSORS = (PACKED, SCALE, ZERO)
 FACTOR_TENSORS = (U, V, U_SCALE, V_SCALE)
 TENSOR_NAMES = BASE_TENSORS + FACTOR_TENSORS
 
-_EXPERT_MATRIX = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)")
+LARGEST_RANK = 2**20
+"""Above that of any matrix."""
 
 TensorSpec = tuple[str, tuple[int, ...]]
 """A tensor's safetensors dtype name ("I32", "F16", …) and shape."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint, or its ``quantization_config``, breaks the format; the message names what and where."""
 
 
 def packed_words(codes: int) -> int:
@@ -44,27 +41,9 @@ def packed_words(codes: int) -> int:
     return codes * BITS // 32
 
 
-def split_expert_name(name: str) -> tuple[str, int, str] | None:
-    """Split ``….experts.3.gate_proj`` into (``….experts``, 3, ``gate_proj``); None for any other module."""
-    match = _EXPERT_MATRIX.fullmatch(name)
-    return (match["experts"], int(match["index"]), match["projection"]) if match else None
-
-
-@cache
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(f"quantization_config: 're:{pattern}' is not a regular expression: {error}") from None
-
-
-def find_key(table: Iterable[str], name: str) -> str | None:
-    """Return the key of ``table`` that holds for ``name``: the exact name, else the last matching ``re:``."""
-    keys = list(table)
-    if name in keys:
-        return name
-    patterns = [key for key in keys if key.startswith("re:") and _compile(key[3:]).fullmatch(name)]
-    return patterns[-1] if patterns else None
+def _require_object(where: str, value: object, of: str = "") -> None:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"quantization_config{where} must be an object{of}, found {shown(value)}")
 
 
 def _require_projection(where: str, projection: str) -> None:
@@ -73,8 +52,8 @@ def _require_projection(where: str, projection: str) -> None:
 
 
 def _require_rank(where: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-        raise CheckpointError(f"quantization_config.{where} must be a rank >= 0, found {rank!r}")
+    if type(rank) is not int or not 0 <= rank <= LARGEST_RANK:
+        raise CheckpointError(f"quantization_config.{where} must be a rank >= 0, found {shown(rank)}")
 
 
 @dataclass(frozen=True)
@@ -85,13 +64,13 @@ class CompensatorFormat:
     group_size: int = COMPENSATOR_GROUP_SIZE
 
     def __post_init__(self) -> None:
-        if self.bits not in COMPENSATOR_BITS:
+        if type(self.bits) is not int or self.bits not in COMPENSATOR_BITS:
             raise CheckpointError(
-                f"quantization_config.compensator.bits is {self.bits!r}; supported are {COMPENSATOR_BITS}"
+                f"quantization_config.compensator.bits is {shown(self.bits)}; supported are {COMPENSATOR_BITS}"
             )
-        if self.group_size != COMPENSATOR_GROUP_SIZE:
+        if type(self.group_size) is not int or self.group_size != COMPENSATOR_GROUP_SIZE:
             raise CheckpointError(
-                f"quantization_config.compensator.group_size is {self.group_size!r}; "
+                f"quantization_config.compensator.group_size is {shown(self.group_size)}; "
                 f"format_version {FORMAT_VERSION} has {COMPENSATOR_GROUP_SIZE}"
             )
 
@@ -115,8 +94,23 @@ class CompensatorFormat:
         return self.group_size if quantized else 1, max(group_size, self.group_size if quantized else 32)
 
 
+class _Table:
+    """A table by names of linear layers and of layers' experts."""
+
+    modules: Mapping[str, Any]
+    experts: Mapping[str, Any]
+
+    @cached_property
+    def _module_keys(self) -> Keys:
+        return Keys(self.modules)
+
+    @cached_property
+    def _expert_keys(self) -> Keys:
+        return Keys(self.experts)
+
+
 @dataclass(frozen=True)
-class RankTable:
+class RankTable(_Table):
     """The compensator rank of every quantized matrix.
 
     ``modules`` maps linear layers (exact names or ``re:`` patterns) to ranks; ``experts`` maps the name of
@@ -130,17 +124,19 @@ class RankTable:
     def __post_init__(self) -> None:
         _require_rank("ranks.default", self.default)
         for name, rank in self.modules.items():
-            _require_rank(f"ranks.modules[{name!r}]", rank)
+            _require_rank(f"ranks.modules[{shown(name)}]", rank)
         for name, projections in self.experts.items():
+            where = f"ranks.experts[{shown(name)}]"
+            _require_object(f".{where}", projections, " by projection")
             for projection, ranks in projections.items():
-                where = f"ranks.experts[{name!r}][{projection!r}]"
-                _require_projection(where, projection)
+                _require_projection(f"{where}[{shown(projection)}]", projection)
                 for rank in ranks if isinstance(ranks, list) else [ranks]:
-                    _require_rank(where, rank)
+                    _require_rank(f"{where}[{shown(projection)}]", rank)
+        _ = self._module_keys, self._expert_keys  # patterns that are none are found here
 
     def of_module(self, name: str) -> int:
         """Return the rank of the linear layer ``name``."""
-        key = find_key(self.modules, name)
+        key = self._module_keys.find(name)
         return self.default if key is None else self.modules[key]
 
     def of_experts(self, name: str, projection: str, num_experts: int) -> list[int]:
@@ -149,20 +145,27 @@ class RankTable:
         Raises:
             CheckpointError: the table lists another number of experts.
         """
-        key = find_key(self.experts, name)
+        ranks = self._of_projection(name, projection, num_experts)
+        return [ranks] * num_experts if isinstance(ranks, int) else list(ranks)
+
+    def of_expert(self, name: str, projection: str, index: int, num_experts: int) -> int:
+        """Return the rank of one projection of one expert; see :meth:`of_experts`."""
+        ranks = self._of_projection(name, projection, num_experts)
+        return ranks if isinstance(ranks, int) else ranks[index]
+
+    def _of_projection(self, name: str, projection: str, num_experts: int) -> int | list[int]:
+        key = self._expert_keys.find(name)
         ranks = self.default if key is None else self.experts[key].get(projection, self.default)
-        if isinstance(ranks, int):
-            return [ranks] * num_experts
-        if len(ranks) != num_experts:
+        if isinstance(ranks, list) and len(ranks) != num_experts:
             raise CheckpointError(
                 f"quantization_config.ranks.experts[{key!r}][{projection!r}] lists {len(ranks)} ranks, "
                 f"but {name} has {num_experts} experts"
             )
-        return list(ranks)
+        return ranks
 
 
 @dataclass(frozen=True)
-class GroupTable:
+class GroupTable(_Table):
     """The matrices whose group size is not that of the checkpoint.
 
     ``modules`` maps linear layers (exact names or ``re:`` patterns) to group sizes; ``experts`` maps the name of a
@@ -174,16 +177,16 @@ class GroupTable:
 
     def __post_init__(self) -> None:
         for name, size in self.modules.items():
-            _require_group_size(f"group_sizes.modules[{name!r}]", size)
+            _require_group_size(f"group_sizes.modules[{shown(name)}]", size)
         for name, sizes in self.experts.items():
-            where = f"group_sizes.experts[{name!r}]"
-            if not isinstance(sizes, Mapping):
-                raise CheckpointError(f"quantization_config.{where} must be an object by projection, found {sizes!r}")
+            where = f"group_sizes.experts[{shown(name)}]"
+            _require_object(f".{where}", sizes, " by projection")
             for projection, size in sizes.items():
-                _require_projection(f"{where}[{projection!r}]", projection)
-                _require_group_size(f"{where}[{projection!r}]", size)
+                _require_projection(f"{where}[{shown(projection)}]", projection)
+                _require_group_size(f"{where}[{shown(projection)}]", size)
             if len({EXPERT_PROJECTIONS[projection] for projection in sizes}) < len(sizes):
                 raise CheckpointError(f"quantization_config.{where} names a projection twice: {sorted(sizes)}")
+        _ = self._module_keys, self._expert_keys  # patterns that are none are found here
 
     def __bool__(self) -> bool:
         """Whether there is any such matrix."""
@@ -191,20 +194,20 @@ class GroupTable:
 
     def of_module(self, name: str, default: int) -> int:
         """Return the group size of the linear layer ``name``; ``default`` where the table does not name it."""
-        key = find_key(self.modules, name)
+        key = self._module_keys.find(name)
         return default if key is None else self.modules[key]
 
     def of_experts(self, name: str, projection: str, default: int) -> int:
         """Return the group size of one projection of all experts of the layer ``name``; w1 and gate_proj are one."""
-        key = find_key(self.experts, name)
+        key = self._expert_keys.find(name)
         sizes = {} if key is None else self.experts[key]
         role = EXPERT_PROJECTIONS.get(projection)
         return next((size for own, size in sizes.items() if EXPERT_PROJECTIONS[own] == role), default)
 
 
 def _require_group_size(where: str, size: object) -> None:
-    if not isinstance(size, int) or size not in GROUP_SIZES:
-        raise CheckpointError(f"quantization_config.{where} is {size!r}; supported are {GROUP_SIZES}")
+    if type(size) is not int or size not in GROUP_SIZES:
+        raise CheckpointError(f"quantization_config.{where} is {shown(size)}; supported are {GROUP_SIZES}")
 
 
 @dataclass(frozen=True)
@@ -221,15 +224,18 @@ class MiLoFormat:
     def __post_init__(self) -> None:
         _require_group_size("group_size", self.group_size)
         for name in self.groups.experts:
+            where = f"group_sizes.experts[{shown(name)}]"
             gate, up = (self.groups.of_experts(name, projection, self.group_size) for projection in ("w1", "w3"))
             if gate != up:
                 raise CheckpointError(
-                    f"quantization_config.group_sizes.experts[{name!r}] gives the gate projection groups of {gate} and "
-                    f"the up projection groups of {up}; one GEMM computes both, in one group size"
+                    f"quantization_config.{where} gives the gate projection groups of {gate} and the up projection "
+                    f"groups of {up}; one GEMM computes both, in one group size"
                 )
-        for key in self.ignore:
-            if key.startswith("re:"):
-                _compile(key[3:])
+        _ = self._ignored  # patterns that are none are found here
+
+    @cached_property
+    def _ignored(self) -> Keys:
+        return Keys(self.ignore)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MiLoFormat:
@@ -247,7 +253,7 @@ class MiLoFormat:
         _reject_unknown(groups, {"modules", "experts"}, "group_sizes.")
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
-            raise CheckpointError(f"quantization_config.ignore must be a list of names, found {ignore!r}")
+            raise CheckpointError(f"quantization_config.ignore must be a list of names, found {shown(ignore)}")
         return cls(
             group_size=config.get("group_size", 64),
             compensator=CompensatorFormat(
@@ -284,7 +290,7 @@ class MiLoFormat:
 
     def ignores(self, name: str) -> bool:
         """Return whether the linear layer ``name`` is stored unquantized."""
-        return find_key(self.ignore, name) is not None
+        return self._ignored.find(name) is not None
 
     def module_group_size(self, name: str) -> int:
         """Return the group size of a quantized matrix, a linear layer or an expert's, by its name in checkpoints."""
@@ -332,7 +338,7 @@ class MiLoFormat:
         Raises:
             CheckpointError: n or k is not a multiple of 64, or k not of the group size.
         """
-        if n % SIZE_MULTIPLE or k % SIZE_MULTIPLE:
+        if n % SIZE_MULTIPLE or k % SIZE_MULTIPLE or not n or not k:
             raise CheckpointError(
                 f"{name}: shape [{n}, {k}] is not a multiple of {SIZE_MULTIPLE} in both dimensions; "
                 f"keep this layer unquantized (--ignore)"
@@ -344,16 +350,18 @@ class MiLoFormat:
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"quantization_config: {key} must be an object, found {value!r}")
-    return value
+    value = config.get(key)
+    if value is not None:
+        _require_object(f": {key}", value)
+    return value or {}
 
 
 def _reject_unknown(config: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
     unknown = sorted(set(config) - known)
     if unknown:
-        raise CheckpointError(f"quantization_config: unknown key {prefix}{unknown[0]}; known are {sorted(known)}")
+        raise CheckpointError(
+            f"quantization_config: unknown key {prefix}{shown_name(unknown[0])}; known are {sorted(known)}"
+        )
 
 
 def _check_header(config: Mapping[str, Any]) -> None:
@@ -363,9 +371,9 @@ def _check_header(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             "quantization_config has no format_version; was this checkpoint written by `milo quantize`?"
         )
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"quantization_config.format_version is {version!r}; this version of vllm-milo reads "
+            f"quantization_config.format_version is {shown(version)}; this version of vllm-milo reads "
             f"{FORMAT_VERSION}: upgrade vllm-milo, or convert the model again"
         )
     _reject_unknown(
@@ -376,5 +384,5 @@ def _check_header(config: Mapping[str, Any]) -> None:
     for key, only in (("quant_method", QUANT_METHOD), ("bits", BITS), ("zero_point", "real")):
         if config.get(key, only) != only:
             raise CheckpointError(
-                f"quantization_config.{key} is {config[key]!r}; format_version {FORMAT_VERSION} has {only!r}"
+                f"quantization_config.{key} is {shown(config[key])}; format_version {FORMAT_VERSION} has {only!r}"
             )

@@ -25,14 +25,13 @@ from vllm_milo.checkpoint import (
     TensorSpec,
     U,
     V,
-    find_key,
     packed_words,
 )
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.reference import ACTIVATIONS
 from vllm_milo.kernels.warm_up import warm_up_moe
 from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
-from vllm_milo.names import EXPERT_PROJECTIONS
+from vllm_milo.names import EXPERT_PROJECTIONS, find_key
 from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)

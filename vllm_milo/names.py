@@ -1,10 +1,19 @@
-"""Which role a matrix has by the last part of its module name, decided in one place. Pure Python.
+"""Names of modules: which role a matrix has by the last part of its name, and tables of names. Pure Python.
 
 The converter gives ranks by role, the plugin fuses layers by it, and the checkpoint's rank table has these names.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from .patterns import Pattern, PatternError
+from .values import CheckpointError, shown
+
+MOST_PATTERNS = 300
+"""Of a table of names."""
 EXPERT_PROJECTIONS = {
     "gate_proj": "gate",
     "w1": "gate",
@@ -29,6 +38,63 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Layers that choose or weigh experts; they are never quantized."""
 
 
+_EXPERT_MATRIX = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>0|[1-9][0-9]{0,8})\.(?P<projection>[^.]+)")
+
+
 def leaf_of(module: str) -> str:
     """Return the last part of a module's name."""
     return module.rpartition(".")[2]
+
+
+def split_expert_name(name: str) -> tuple[str, int, str] | None:
+    """Split ``….experts.3.gate_proj`` into (``….experts``, 3, ``gate_proj``); None for any other module."""
+    match = _EXPERT_MATRIX.fullmatch(name)
+    return (match["experts"], int(match["index"]), match["projection"]) if match else None
+
+
+class Keys:
+    """Exact names and ``re:`` patterns, as tables of a checkpoint have them.
+
+    Args:
+        keys: of the table, in order.
+
+    Raises:
+        CheckpointError: a pattern is none that is read here (:mod:`.patterns`), or there are too many.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._keys = dict.fromkeys(keys)
+        texts = [key for key in self._keys if key.startswith("re:")]
+        if len(texts) > MOST_PATTERNS:
+            raise CheckpointError(
+                f"quantization_config: {len(texts)} patterns, more than {MOST_PATTERNS}; write one for several layers"
+            )
+        self._patterns = [(key, _compile(key)) for key in reversed(texts)]
+
+    def __reduce__(self) -> tuple[type[Keys], tuple[list[str]]]:
+        return Keys, (list(self._keys),)
+
+    def find(self, name: str) -> str | None:
+        """Return the key that holds for ``name``: the exact name, else the last pattern that matches it."""
+        if name in self._keys:
+            return name
+        return next((key for key, pattern in self._patterns if pattern.fullmatch(name)), None)
+
+
+@lru_cache(maxsize=2 * MOST_PATTERNS)
+def _compile(key: str) -> Pattern:
+    try:
+        return Pattern(key[3:])
+    except PatternError as error:
+        raise CheckpointError(
+            f"quantization_config: {shown(key)} is not a regular expression of names: {error}"
+        ) from None
+
+
+def find_key(table: Iterable[str], name: str) -> str | None:
+    """Return the key of ``table`` that holds for ``name``: the exact name, else the last matching ``re:``.
+
+    Raises:
+        CheckpointError: see :class:`Keys`.
+    """
+    return Keys(table).find(name)

@@ -1,16 +1,29 @@
 """The tensors of a model folder, read from the headers of its safetensors files. Pure Python.
 
 Nothing is loaded: a header tells every tensor's dtype, shape and place, and the file's size tells whether
-it is whole.
+it is whole. Folders may be strangers': nothing that a file states is believed before it is checked against the file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+from .dtypes import DTYPES
+from .values import is_deep, shown, shown_name
 
 INDEX_NAME = "model.safetensors.index.json"
+LARGEST_JSON = 128 * 2**20
+"""Bytes of a JSON file; tokenizers and indexes of the largest models take a third of it."""
+LARGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header, by the format."""
+LONGEST_NAME = 500
+"""Characters of a tensor's name."""
+MOST_DIMENSIONS = 8
+_LARGEST_SIZE = 2**48
+"""Of a dimension and of an offset in bytes."""
 
 
 class ShardError(ValueError):
@@ -25,34 +38,45 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_json(path: Path) -> Any:
+class _DuplicateKey(ValueError):
+    """A JSON object holds a key twice."""
+
+
+def read_json(path: Path, unique: bool = False) -> Any:
     """Return the content of a JSON file.
 
+    Args:
+        path: of the file.
+        unique: refuse objects that hold a key twice, of which others might read the other value.
+
     Raises:
-        ShardError: the file is missing, unreadable or not JSON.
+        ShardError: the file is missing, unreadable, too large, nested too deeply or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ShardError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from None
+        with _open(path, f"is {path.parent} a Hugging Face model folder?") as file:
+            data = file.read(LARGEST_JSON + 1)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > LARGEST_JSON:
+        raise ShardError(f"{path}: has more than {LARGEST_JSON // 2**20} MiB, which no model's settings have")
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not valid JSON: {error}; copy it again") from None
+    if is_deep(content):
+        raise ShardError(f"{path}: its lists and objects are nested more deeply than any settings are; copy it again")
+    return content
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, unique: bool = False) -> dict[str, Any]:
     """Return the content of a JSON file that holds an object, as config.json and the index do.
 
     Raises:
-        ShardError: the file is missing, unreadable, not JSON, or holds something else.
+        ShardError: see :func:`read_json`, or the file holds something else.
     """
-    content = read_json(path)
+    content = read_json(path, unique)
     if not isinstance(content, dict):
-        shown = json.dumps(content)
-        raise ShardError(
-            f"{path}: must hold a JSON object, found {shown if len(shown) <= 40 else shown[:40] + ' …'}; copy it again"
-        )
+        raise ShardError(f"{path}: must hold a JSON object, found {_as_json(content)}; copy it again")
     return content
 
 
@@ -63,17 +87,17 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         ShardError: the file is missing, unreadable, truncated or no safetensors file.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with _open(path, "the folder is incomplete, copy it again") as file:
+            size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ShardError(f"{path}: truncated or not a safetensors file ({size} bytes); copy it again")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise ShardError(f"{path}: no such file; the folder is incomplete, copy it again") from None
+            if length > LARGEST_HEADER:
+                raise ShardError(f"{path}: its header has {length} bytes, more than the format allows; copy it again")
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path}: not a safetensors file: {error}") from None
@@ -83,18 +107,74 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _read_entries(path: Path, header: Any) -> tuple[dict[str, TensorEntry], int]:
-    """Return the tensors of a header, and the bytes of all their values."""
+def _open(path: Path, advice: str) -> BinaryIO:
+    """Open a regular file: a pipe or a device would wait for ever, or never end."""
     try:
-        header.pop("__metadata__", None)
-        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-        entries = {
-            name: TensorEntry(path, str(entry["dtype"]), tuple(map(int, entry["shape"])))
-            for name, entry in header.items()
-        }
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise ShardError(f"{path}: its header is damaged; copy it again") from None
-    return entries, max(ends, default=0)
+        if path.exists() and not path.is_file():
+            raise ShardError(f"{path}: cannot be read: Is a directory or no regular file; copy it again")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise ShardError(f"{path}: no such file; {advice}") from None
+    except ValueError as error:  # a path with a zero byte
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{shown_name(str(path))}: no such file; {advice}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _DuplicateKey(f"it holds the key {shown(twice)} twice")
+    return content
+
+
+def _read_entries(path: Path, header: Any) -> tuple[dict[str, TensorEntry], int]:
+    """Return the tensors of a header, and the bytes of all their values, which must lie one after another."""
+    if not isinstance(header, dict):
+        raise _damaged(path, "it is no object")
+    entries: dict[str, TensorEntry] = {}
+    places: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not name or len(name) > LONGEST_NAME or not name.isprintable():
+            raise _damaged(path, f"{shown(name)} is no name of a tensor")
+        entries[name], begin, end = _read_entry(path, name, entry)
+        places.append((begin, end, name))
+    last = 0
+    for begin, end, name in sorted(places):
+        if begin != last:
+            raise _damaged(path, f"tensor {shown_name(name)} begins at byte {begin} and not at {last}")
+        last = end
+    return entries, last
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorEntry, int, int]:
+    """Return a tensor of a header, and the first byte of its values and the one after the last."""
+    held: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = held.get("dtype")
+    shape: Any = held.get("shape")
+    offsets: Any = held.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"it says of tensor {shown_name(name)} {shown(entry)}")
+    begin, end = offsets
+    needed = math.prod(shape) * DTYPES[dtype].size if dtype in DTYPES else end - begin
+    if end - begin != needed or needed < 0:
+        raise _damaged(path, f"tensor {shown_name(name)} has {end - begin} bytes, and {needed} by dtype and shape")
+    return TensorEntry(path, shown_name(dtype), tuple(shape)), begin, end
+
+
+def _are_sizes(values: Any) -> bool:
+    """Return whether this is a list of few sizes or places in a file."""
+    if not isinstance(values, list) or len(values) > MOST_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value <= _LARGEST_SIZE for value in values)
+
+
+def _damaged(path: Path, what: str) -> ShardError:
+    return ShardError(f"{path}: its header is damaged: {what}; copy it again")
 
 
 def read_tensors(folder: Path) -> dict[str, TensorEntry]:
@@ -116,7 +196,9 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
             tensors[name] = entry
     for name, file_name in index.items():
         if name not in tensors or tensors[name].file.name != file_name:
-            raise ShardError(f"{folder / file_name}: tensor {name} is missing, but {INDEX_NAME} says it is there")
+            raise ShardError(
+                f"{folder / file_name}: tensor {shown_name(name)} is missing, but {INDEX_NAME} says it is there"
+            )
     return tensors
 
 
@@ -124,7 +206,15 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_NAME
     if not path.exists():
         return {}
-    weight_map = read_object(path).get("weight_map")
+    weight_map = read_object(path, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ShardError(f"{path}: has no weight_map from tensors to files; copy it again")
+    for file in weight_map.values():
+        if not file.isprintable() or "/" in file or "\\" in file or file in ("", ".", "..") or len(file) > 255:
+            raise ShardError(f"{path}: {shown(file)} is no name of a file in the folder; copy it again")
     return weight_map
+
+
+def _as_json(content: object) -> str:
+    text = json.dumps(content)
+    return text if len(text) <= 40 else text[:40] + " …"

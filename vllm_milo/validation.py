@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from .checkpoint import (
     TensorSpec,
     split_expert_name,
 )
-from .dtypes import safetensors_name
+from .dtypes import DTYPES, safetensors_name
 from .names import EXPERT_PROJECTIONS, FUSED_LAYERS, leaf_of
 from .shards import TensorEntry, read_object, read_tensors
+from .values import shown_name
 
 _SHOWN_PROBLEMS = 5
+_MOST_MISSING = 100
+"""Problems of one layer's experts."""
 
 
 def read_format(folder: Path) -> tuple[MiLoFormat, Mapping[str, Any]]:
@@ -55,8 +59,8 @@ def quantized_modules(tensors: Mapping[str, TensorEntry]) -> dict[str, dict[str,
 
 def matrix_shape(tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
     """Return [N, K] of a quantized matrix from its packed codes."""
-    n, words = tensors[PACKED].shape
-    return n, words * 32 // 3
+    shape = tensors[PACKED].shape
+    return (shape[0], shape[1] * 32 // 3) if len(shape) == 2 else (0, 0)
 
 
 def validate_checkpoint(folder: Path) -> MiLoFormat:
@@ -111,7 +115,7 @@ def module_rank(name: str, fmt: MiLoFormat, experts: Mapping[str, int]) -> int:
     if expert is None:
         return fmt.ranks.of_module(name)
     layer, index, projection = expert
-    return fmt.ranks.of_experts(layer, projection, experts[layer])[index]
+    return fmt.ranks.of_expert(layer, projection, index, experts[layer])
 
 
 def count_experts(modules: Mapping[str, Any]) -> dict[str, int]:
@@ -177,10 +181,10 @@ def _expert_problems(modules: Mapping[str, Any], experts: Mapping[str, int]) -> 
         names = sorted(projections[layer])
         if sorted(EXPERT_PROJECTIONS.get(name, name) for name in names) != ["down", "gate", "up"]:
             yield f"{layer}: expected a gate, an up and a down projection, found {names}"
-        for index in range(count):
-            for projection in names:
-                if f"{layer}.{index}.{projection}" not in modules:
-                    yield f"{layer}.{index}.{projection}: missing ({count} experts)"
+        every = (f"{layer}.{index}.{projection}" for index in range(count) for projection in names)
+        missing = (name for name in every if name not in modules)
+        for name in islice(missing, _MOST_MISSING):  # a name may state any number of experts
+            yield f"{name}: missing ({count} experts)"
 
 
 def _unquantized_problems(
@@ -188,6 +192,8 @@ def _unquantized_problems(
 ) -> Iterator[str]:
     for full_name, entry in tensors.items():
         module, _, tensor = full_name.rpartition(".")
+        if entry.dtype not in DTYPES:
+            yield f"{full_name}: is {entry.dtype}; tensors must be one of {', '.join(DTYPES)}"
         if module in modules:
             if tensor not in (*TENSOR_NAMES, "bias"):
                 yield f"{full_name}: extra, this matrix is quantized"
@@ -214,4 +220,4 @@ def _table_problems(modules: Mapping[str, Any], experts: Mapping[str, int], fmt:
         for names, known in ((table.modules, linear), (table.experts, experts.keys())):
             for name in names:
                 if not name.startswith("re:") and name not in known:
-                    yield f"{key}: {name} is in the table, but the files hold no such quantized matrix"
+                    yield f"{key}: {shown_name(name)} is in the table, but the files hold no such quantized matrix"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import ConversionError
+from ..source.config import stated
 from ..source.layers import Layer
 from ..source.reader import ModelReader
 
@@ -83,7 +84,7 @@ def whole_model_need(reader: ModelReader) -> int:
 
 def tuning_need(reader: ModelReader, device: str) -> int:
     """Return the bytes that training a whole model against the original takes."""
-    step = len(reader.layers) * _step_need(reader, device) + LOGITS * int(reader.config["vocab_size"])
+    step = len(reader.layers) * _step_need(reader, device) + LOGITS * stated(reader.config, "vocab_size", reader.folder)
     return int(SLACK * ((2 + LATENT_BYTES) * _all(reader) + step))
 
 
@@ -173,15 +174,15 @@ def gib(size: int) -> str:
 
 def _token_need(reader: ModelReader, device: str) -> int:
     """Return the bytes of each token's hidden states."""
-    return STREAMS * int(reader.config["hidden_size"]) * _size(device)
+    return STREAMS * stated(reader.config, "hidden_size", reader.folder) * _size(device)
 
 
 def _step_need(reader: ModelReader, device: str) -> int:
     """Return the bytes that a training step of one layer takes beside its weights."""
-    states = STEP_STATES * STEP_TOKENS * int(reader.config["hidden_size"]) * _size(device)
+    states = STEP_STATES * STEP_TOKENS * stated(reader.config, "hidden_size", reader.folder) * _size(device)
     if torch.device(device).type != "cuda":
         return states
-    return states + SCORES * STEP_TOKENS * 512 * int(reader.config["num_attention_heads"])
+    return states + SCORES * STEP_TOKENS * 512 * stated(reader.config, "num_attention_heads", reader.folder)
 
 
 def _size(device: str) -> int:

@@ -10,15 +10,13 @@ from typing import NamedTuple
 
 from vllm_milo.shards import read_object
 
+from ..source.foreign import SETTINGS
+
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
     *(".tflite", ".ot", ".onnx_data"),
 )
 """Ends of the names of weights, which may hold the model in other formats."""
-
-
-_OBJECTS = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "generation_config.json")
-"""Files that must hold a JSON object where they are there."""
 
 
 class Companions(NamedTuple):
@@ -57,7 +55,11 @@ def find_companions(source: Path) -> Companions:
         name = path.relative_to(root).as_posix()
         if _is_weights(path) or name == "config.json":
             continue
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError):  # until Python 3.12 a RuntimeError
+            warnings.append(f"{source / name}: is not copied: it is a link to itself")
+            continue
         if path.is_symlink() and not any(home in real.parents for home in homes):
             warnings.append(f"{source / name}: is not copied: it is a link to {real}, which is not in the model folder")
         elif path.is_symlink() and real.is_dir():
@@ -73,7 +75,7 @@ def check_objects(companions: Companions) -> None:
     Raises:
         ShardError: names it.
     """
-    for name in _OBJECTS:
+    for name in SETTINGS:
         if name in companions.files:
             read_object(companions.files[name])
 

@@ -42,7 +42,9 @@ def _damage(path: Path, expected: FileEntry, owners: Mapping[FileEntry, str]) ->
     if not path.is_file():
         return "missing; copy it again"
     try:
-        found = describe_file(path)
+        size = path.stat().st_size
+        same = size == expected.size or any(entry.size == size for entry in owners)
+        found = describe_file(path) if same else FileEntry(size, "")  # its content would tell nothing more
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if found == expected:

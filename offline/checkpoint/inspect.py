@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS, MiLoFormat
 from vllm_milo.dtypes import DTYPES
-from vllm_milo.shards import TensorEntry, read_json, read_tensors
+from vllm_milo.shards import ShardError, TensorEntry, read_object, read_tensors
 from vllm_milo.validation import (
     count_experts,
     matrix_shape,
@@ -19,7 +19,9 @@ from vllm_milo.validation import (
     read_format,
     validate_checkpoint,
 )
+from vllm_milo.values import shown_name
 
+from ..source.config import check_numbers
 from ..source.families import find_family
 from .report import REPORT_NAME
 
@@ -36,6 +38,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """
     validate_checkpoint(folder)
     fmt, config = read_format(folder)
+    check_numbers(config, folder / "config.json")
     tensors = read_tensors(folder)
     modules = quantized_modules(tensors)
     weights = sum(math.prod(matrix_shape(found)) for found in modules.values())
@@ -112,7 +115,13 @@ def _recorded_errors(folder: Path) -> dict[str, float]:
     path = folder / REPORT_NAME
     if not path.exists():
         return {}
-    return {name: entry["error"] for name, entry in read_json(path)["matrices"].items()}
+    matrices = read_object(path).get("matrices")
+    entries = matrices.items() if isinstance(matrices, dict) else [("matrices", None)]
+    found = {name: entry.get("error") if isinstance(entry, dict) else None for name, entry in entries}
+    for name, error in found.items():
+        if not isinstance(error, float | int) or not 0 <= error < math.inf:
+            raise ShardError(f"{path}: states no error of {shown_name(name)}; copy it again, or remove it")
+    return {name: float(error) for name, error in found.items() if error is not None}
 
 
 def _bytes(found: Mapping[str, TensorEntry], names: tuple[str, ...]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import read_json
+from vllm_milo.values import one_line, shown
 
 from ..durable.files import FileEntry, describe_file
 
@@ -48,23 +49,24 @@ def read_manifest(folder: Path) -> dict[str, FileEntry] | None:
     path = folder / MANIFEST_NAME
     if not path.exists():
         return None
-    content = read_json(path)
+    content = read_json(path, unique=True)
     version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > MANIFEST_VERSION:
-        raise CheckpointError(f"{path}: format_version {version}; known is {MANIFEST_VERSION}, update vllm-milo")
+    if type(version) is int and version > MANIFEST_VERSION:
+        raise CheckpointError(f"{path}: format_version {shown(version)}; known is {MANIFEST_VERSION}, update vllm-milo")
     try:
         if version != MANIFEST_VERSION:
-            raise ValueError(f"format_version is {version!r}")
+            raise ValueError(f"format_version is {shown(version)}")
         return {name: _read_entry(name, entry) for name, entry in content["files"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: no manifest of a MiLo checkpoint ({error}); copy it again") from None
+        raise CheckpointError(f"{path}: no manifest of a MiLo checkpoint ({one_line(error)}); copy it again") from None
 
 
 def _read_entry(name: str, entry: Mapping[str, Any]) -> FileEntry:
     """Return an entry, after checking that it is one, of a file in the folder: manifests may be downloaded."""
-    if not re.fullmatch(r"[^/\\\0]+(/[^/\\\0]+)*", name) or {".", ".."} & set(name.split("/")):
-        raise ValueError(f"{name!r} is no file name")
+    good = re.fullmatch(r"[^/\\\0]+(/[^/\\\0]+)*", name) and name.isprintable() and len(name) <= 1000
+    if not good or {".", ".."} & set(name.split("/")):
+        raise ValueError(f"{shown(name)} is no file name")
     size, digest = entry["size"], entry["sha256"]
-    if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise ValueError(f"size and sha256 of {name} are {size!r} and {digest!r}")
+    if type(size) is not int or not 0 <= size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(f"size and sha256 of {name} are {shown(size)} and {shown(digest)}")
     return FileEntry(size, digest)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
+
+from vllm_milo.shards import ShardError, read_json
 
 from ..errors import ConversionError
 
@@ -88,9 +89,8 @@ def is_mount_point(folder: Path) -> bool:
 def is_milo_checkpoint(folder: Path) -> bool:
     """Return whether a folder's config.json says that it is a MiLo checkpoint, whole or not."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "milo")
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_json(folder / "config.json")["quantization_config"]["quant_method"] == "milo")
+    except (ShardError, LookupError, TypeError):
         return False
 
 

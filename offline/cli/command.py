@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
+from vllm_milo.values import one_line
 
 from ..errors import ConversionError
 from . import evaluate, inspect, quantize, stats, verify
@@ -23,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except (ConversionError, CheckpointError, ShardError) as error:
         print("; ".join([f"milo {arguments.command}: error: {error}", *_notes(error)]), file=sys.stderr)
+        return 1
+    except Exception as error:
+        if "MILO_TRACEBACK" in os.environ:
+            raise
+        said = f"milo {arguments.command}: error: {_unforeseen(error)}"
+        print("; ".join([said, *_notes(error)]), file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         left = _notes(error) or ["nothing was left behind"]
@@ -46,6 +55,16 @@ def _notes(error: BaseException) -> list[str]:
     """
     notes = list(getattr(error, "__notes__", ()))
     return notes if notes or error.__context__ is None else _notes(error.__context__)
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return what to say of an exception that nothing foresaw: its kind and its place in a line, no traceback."""
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in frame.filename]
+    place = f"{places[-1].filename}:{places[-1].lineno}" if places else "?"
+    return (
+        f"{type(error).__name__}: {one_line(error)} ({place}); a bug of milo, or too little memory; "
+        f"report what MILO_TRACEBACK=1 in the environment makes it show"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

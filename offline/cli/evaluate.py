@@ -13,6 +13,7 @@ from ..errors import ConversionError
 from ..evaluation.divergence import divergences, open_streamed, refuse_strangers, text_windows
 from ..evaluation.model import load_model
 from ..evaluation.perplexity import STRIDE, WINDOW, perplexity
+from ..source.foreign import transformers_errors
 from ..source.tokens import read_tokens
 from .arguments import add_text_arguments, check_text_arguments
 
@@ -38,10 +39,11 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConversionError(
             f"--window {arguments.window}: must be at least 2, since the first token is not predicted"
         )
-    if arguments.reference is None:
-        _print_perplexities(arguments)
-    else:
-        _print_divergences(arguments)
+    with transformers_errors(arguments.model, "run this model"):
+        if arguments.reference is None:
+            _print_perplexities(arguments)
+        else:
+            _print_divergences(arguments)
 
 
 def _print_perplexities(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,4 +21,13 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     report = inspect_checkpoint(arguments.checkpoint)
-    print(json.dumps(report, indent=2) if arguments.json else format_report(report))
+    print(json.dumps(_finite(report), indent=2) if arguments.json else format_report(report))
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON can hold: null for NaN and infinity, which a recipe may hold."""
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_milo.shards import read_json
 from vllm_milo.validation import validate_checkpoint
+from vllm_milo.values import shown
 
 from ..checkpoint.dequantize import DequantizedTensors
 from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..progress import progress_bar
+from ..source.config import read_settings
 from ..source.families import find_family
 from ..source.reader import ModelReader
 from ..source.streamed_model import StreamedModel, reader_tensors
@@ -72,7 +73,7 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype) -> Str
     """
     if is_milo_checkpoint(folder):
         tensors = DequantizedTensors(folder, validate_checkpoint(folder), dtype)
-        family = find_family(read_json(folder / "config.json"))
+        family = find_family(read_settings(folder))
         return StreamedModel(folder, family, tensors.load, device, dtype, _ADVICE)
     reader = ModelReader(folder)
     return StreamedModel(folder, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype, _ADVICE)
@@ -89,12 +90,13 @@ def refuse_strangers(model: Path, reference: Path) -> None:
             raise ConversionError(f"{folder}: no such folder; download or convert the model first")
     if is_milo_checkpoint(reference):
         raise ConversionError(f"--reference {reference}: is a MiLo checkpoint; give the model that it was made of")
-    mine, theirs = (read_json(folder / "config.json") for folder in (model, reference))
+    mine, theirs = (read_settings(folder) for folder in (model, reference))
     for key in _ALIKE:
         if mine.get(key) != theirs.get(key):
+            there, here = shown(theirs.get(key)), shown(mine.get(key))
             raise ConversionError(
-                f"--reference {reference}: {key} is {theirs.get(key)!r} there and {mine.get(key)!r} in {model}; "
-                f"give the model that it was made of"
+                f"--reference {reference}: {key} is {there} there and {here} in {model}; give the model that it was "
+                f"made of"
             )
 
 
@@ -115,7 +117,7 @@ def text_windows(model: Path, reference: Path, text: Path, length: int, most: in
     if length < 2:
         raise ConversionError(f"--window {length}: must be at least 2, since the first token is not predicted")
     for folder in (model, reference):
-        length = min(length, int(read_json(folder / "config.json").get("max_position_embeddings") or length))
+        length = min(length, read_settings(folder).get("max_position_embeddings") or length)
     content = read_text(text)
     ids, own = (
         load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"]

@@ -51,6 +51,10 @@ def read_expert_counts(path: Path) -> dict[str, list[int]]:
     """
     content = read_json(path)
     counts = content.get("expert_counts") if isinstance(content, dict) else None
-    if not isinstance(counts, dict) or not all(isinstance(value, list) for value in counts.values()):
+    if not isinstance(counts, dict) or not all(map(_are_counts, counts.values())):
         raise ConversionError(f"{path}: no expert_counts; make it with `milo stats MODEL --text FILE -o {path}`")
     return counts
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**53 for value in values)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from vllm_milo.shards import read_object
 from vllm_milo.validation import validate_checkpoint
 
 from ..checkpoint.dequantize import DequantizedTensors
 from ..errors import ConversionError
-from ..source.whole_model import load_source_model, model_class
+from ..source.foreign import load_config
+from ..source.whole_model import fill_model, load_source_model, model_class
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
@@ -22,16 +22,13 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
         ConversionError: no such folder, or transformers has no class for the architecture.
         CheckpointError, ShardError: the MiLo checkpoint is broken.
     """
-    import transformers
-
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder}: no folder with a config.json; download or convert the model first")
-    read_object(folder / "config.json")  # transformers' own errors name neither file nor cure
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     if not getattr(config, "quantization_config", None):
         return load_source_model(folder, dtype, device)
     found = model_class(config, folder)
     fmt = validate_checkpoint(folder)
     del config.quantization_config
     state = dict(DequantizedTensors(folder, fmt, dtype).load())
-    return found.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()
+    return fill_model(found, folder, config, state, dtype).to(device).eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_milo.shards import TensorEntry
+from vllm_milo.values import shown, shown_name
 
 from ..errors import ConversionError
 from ..nouns import Matrix
@@ -38,6 +39,10 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
                 f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; "
                 f"convert the original"
             )
+    for name in tensors:
+        number = re.match(r"model\.layers\.([^.]*)", name)
+        if number is not None and not re.fullmatch(r"0|[1-9][0-9]{0,4}", number[1]):
+            raise ConversionError(f"{folder}: tensor {shown_name(name)}: {shown(number[1])} is no number of a layer")
     if any(re.match(r"model\.layers\.\d+\.", name) for name in tensors):
         return
     alike = [name for name in tensors if re.search(r"\blayers\.\d+\.", name)]
@@ -117,11 +122,11 @@ def check_experts(matrices: list[Matrix], number: int) -> None:
         if len(names) != 3:
             raise ConversionError(f"{experts}: expected 3 projections an expert, found {sorted(names)}")
     for (experts, projection), found in members.items():
-        missing = [index for index in range(number) if index not in found]
-        if missing or len(found) != number:
+        missing = next((index for index in range(number) if index not in found), None)
+        if missing is not None or len(found) != number:
             raise ConversionError(
                 f"{experts}: config.json states {number} experts, but {projection} is there for {len(found)}"
-                + (f"; expert {missing[0]} is missing" if missing else "")
+                + (f"; expert {missing} is missing" if missing is not None else "")
             )
         shapes = {(matrix.n, matrix.k) for matrix in found.values()}
         if len(shapes) != 1:

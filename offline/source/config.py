@@ -1,4 +1,4 @@
-"""Reads a source model's config.json, and refuses what could not be one before anything relies on it."""
+"""Reads a model's config.json, and refuses what could not be one before anything relies on it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,54 @@ from pathlib import Path
 from typing import Any
 
 from vllm_milo.shards import read_object
+from vllm_milo.values import require_int, shown
 
 from ..errors import ConversionError
 
-_NUMBERS = (
-    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads"),
-    *("max_position_embeddings", "num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"),
-)
-"""Keys that the converter reads as numbers; each may be missing or null."""
+_MOST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 2**20,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**24,
+    "moe_intermediate_size": 2**24,
+    "shared_expert_intermediate_size": 2**24,
+    "max_position_embeddings": 2**53,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "num_experts_per_tok": 2**16,
+    "decoder_sparse_step": 2**31,
+}
+"""The most that no model comes near, of what the converter or transformers make so many of; each may be missing."""
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model folder or of a checkpoint.
+
+    Raises:
+        ConversionError: a number is none, or is larger than that of any model.
+        ShardError: the file is missing, unreadable, or holds no JSON object.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    check_numbers(config, path)
+    return config
+
+
+def check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a config whose numbers are none, or are larger than those of any model.
+
+    Raises:
+        ConversionError: names the file and the key.
+    """
+
+    def error(message: str) -> ConversionError:
+        return ConversionError(f"{path}: {message}; copy the file again")
+
+    for key, most in _MOST.items():
+        require_int(config, key, 0, most, error)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -23,7 +63,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     A ``quantization_config`` that is null, as some tools write it, means none.
 
     Raises:
-        ConversionError: the model is quantized already, or a number is none.
+        ConversionError: the model is quantized already, or see :func:`read_settings`.
         ShardError: the file is missing, unreadable, or holds no JSON object.
     """
     path = folder / "config.json"
@@ -31,10 +71,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        method = method if isinstance(method, str) and method.isidentifier() else shown(method)
         raise ConversionError(f"{path}: the model is quantized already ({method}); convert the original")
     config.pop("quantization_config", None)
-    for key in _NUMBERS:
-        value = config.get(key)
-        if value is not None and (type(value) is not int or value < 0):
-            raise ConversionError(f"{path}: {key} is {value!r}, but must be a whole number; copy the file again")
+    check_numbers(config, path)
     return config
+
+
+def stated(config: Mapping[str, Any], key: str, folder: Path) -> int:
+    """Return a number of a checked config that must be there.
+
+    Raises:
+        ConversionError: it is missing, null or 0.
+    """
+    value = config.get(key)
+    if not value:
+        raise ConversionError(f"{folder / 'config.json'}: has no {key}; copy the file again")
+    return int(value)

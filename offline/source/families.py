@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_milo.values import shown
+
 from ..errors import ConversionError
 from .family import Family, Projections
 
@@ -40,11 +42,11 @@ def find_family(config: Mapping[str, Any]) -> Family:
     known = ", ".join(sorted(FAMILIES))
     if family is None and not any(config.get(key) for key in _EXPERT_COUNT_KEYS):
         raise ConversionError(
-            f"config.json: model_type {model_type!r} is not a Mixture-of-Experts model; MiLo converts {known}"
+            f"config.json: model_type {shown(model_type)} is not a Mixture-of-Experts model; MiLo converts {known}"
         )
     if family is None:
         raise ConversionError(
-            f"config.json: model_type {model_type!r} is a MoE family that MiLo does not know; known are {known}"
+            f"config.json: model_type {shown(model_type)} is a MoE family that MiLo does not know; known are {known}"
         )
     family.num_experts(config)
     return family

@@ -64,7 +64,7 @@ class Family:
         name = layer[1]
         if re.fullmatch(r"self_attn\.(?:\w+_proj|kv_a_proj_with_mqa)", name):
             return Kind.ATTENTION
-        if re.fullmatch(rf"{self.moe}\.experts\.\d+\.(?:{'|'.join(self.projections)})", name):
+        if re.fullmatch(rf"{self.moe}\.experts\.(?:0|[1-9][0-9]{{0,5}})\.(?:{'|'.join(self.projections)})", name):
             return Kind.ROUTED_EXPERT
         if self.shared and re.fullmatch(rf"{self.moe}\.{self.shared}\.(?:gate|up|down)_proj", name):
             return Kind.SHARED_EXPERT

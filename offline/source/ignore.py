@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vllm_milo.checkpoint import CheckpointError, find_key
-from vllm_milo.names import FUSED_LAYERS
+from vllm_milo.checkpoint import CheckpointError
+from vllm_milo.names import FUSED_LAYERS, find_key
 
 from ..errors import ConversionError
 from ..nouns import Matrix

@@ -65,7 +65,10 @@ def plan_layers(tensors: Mapping[str, TensorEntry], family: Family) -> list[Laye
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isdecimal() and part.isascii() and len(part) < 10 else (-1, part)
+        for part in name.split(".")
+    ]
 
 
 def _sources(tensor: str, entry: TensorEntry, family: Family) -> list[Source]:
@@ -79,7 +82,7 @@ def _sources(tensor: str, entry: TensorEntry, family: Family) -> list[Source]:
         return []
     if len(entry.shape) != 2:
         raise ConversionError(f"{entry.file}: tensor {tensor} must have 2 dimensions, found {list(entry.shape)}")
-    _check_float(tensor, entry)
+    _check_weights(tensor, entry)
     experts, index = None, None
     if ".experts." in module:
         experts, number, _ = module.rsplit(".", 2)
@@ -93,7 +96,7 @@ def _fused_sources(tensor: str, entry: TensorEntry, experts: str, projections: t
             f"{entry.file}: fused experts {tensor} must have shape [experts, {len(projections)}·N, K], "
             f"found {list(entry.shape)}"
         )
-    _check_float(tensor, entry)
+    _check_weights(tensor, entry)
     number, stacked, k = entry.shape
     n = stacked // len(projections)
     return [
@@ -108,7 +111,9 @@ def _fused_sources(tensor: str, entry: TensorEntry, experts: str, projections: t
     ]
 
 
-def _check_float(tensor: str, entry: TensorEntry) -> None:
+def _check_weights(tensor: str, entry: TensorEntry) -> None:
+    if 0 in entry.shape:
+        raise ConversionError(f"{entry.file}: tensor {tensor} has shape {list(entry.shape)} and no weights; {BROKEN}")
     if entry.dtype not in MODEL_DTYPES:
         raise ConversionError(
             f"{entry.file}: tensor {tensor} is {entry.dtype}; weights must be one of {', '.join(MODEL_DTYPES)}"

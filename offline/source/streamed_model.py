@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConversionError
 from .family import Family
+from .foreign import empty_model, load_config
 from .layers import BROKEN
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -199,16 +200,10 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
     """Return the Hugging Face model without weights, on the meta device."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except (ValueError, KeyError, ImportError) as error:
-        raise ConversionError(
-            f"{folder}: transformers {transformers.__version__} cannot run this model: {error}"
-        ) from error
+    config = load_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = empty_model(transformers.AutoModelForCausalLM, config, folder, dtype)
     use_grouped_experts(model)
     return model.requires_grad_(False)
 

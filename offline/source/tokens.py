@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
+from vllm_milo.values import one_line
+
 from ..errors import ConversionError
+from .config import read_settings
+from .foreign import check_settings, transformers_errors
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -20,10 +24,15 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder; download or convert the model first")
+    if (folder / "config.json").exists():
+        read_settings(folder)
+    check_settings(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:  # of files not its own
-        raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: {error}") from error
+        with transformers_errors(folder, "read the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ConversionError as error:
+        cause = one_line(error.__cause__ or error)
+        raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: {cause}") from error
     # without any files, transformers 5 makes up one by the model's type that knows no word
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ConversionError(f"{folder}: holds no tokenizer that transformers can read: it knows no tokens")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_milo.shards import read_tensors
+from vllm_milo.values import shown_name
+
 from ..errors import ConversionError
+from .foreign import empty_model, load_config, transformers_errors
 
 
 def model_class(config: Any, folder: Path) -> Any:
@@ -20,10 +24,11 @@ def model_class(config: Any, folder: Path) -> Any:
     """
     import transformers
 
-    name = (config.architectures or ["none"])[0]
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise ConversionError(f"{folder}: transformers {transformers.__version__} has no {name}")
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and names else "none"
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not hasattr(found, "from_pretrained") or not hasattr(found, "forward"):
+        raise ConversionError(f"{folder}: transformers {transformers.__version__} has no {shown_name(str(name))}")
     return found
 
 
@@ -33,12 +38,38 @@ def load_source_model(folder: Path, dtype: torch.dtype = torch.float32, device: 
     Raises:
         ConversionError: transformers has no class for the architecture.
     """
-    import transformers
+    config = load_config(folder)
+    return fill_model(model_class(config, folder), folder, config, None, dtype).to(device).eval()
 
-    config = transformers.AutoConfig.from_pretrained(folder)
-    with _without_bars():
-        model = model_class(config, folder).from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval()
+
+def fill_model(
+    found: Any, folder: Path, config: Any, state: Mapping[str, torch.Tensor] | None, dtype: torch.dtype
+) -> Any:
+    """Return a model of transformers with its weights.
+
+    Args:
+        found: its class of transformers.
+        folder: of the model.
+        config: what transformers made of its config.json.
+        state: the weights by name; None for those of the folder.
+        dtype: of the weights in memory.
+
+    Raises:
+        ConversionError: transformers cannot run the model, or the files lack weights of it.
+        ShardError: a file of weights is broken.
+    """
+    empty_model(found, config, folder, dtype)
+    if any(folder.glob("*.safetensors")):
+        read_tensors(folder)
+    place = folder if state is None else None
+    with transformers_errors(folder, "load this model"), _without_bars():
+        model, said = found.from_pretrained(
+            place, config=config, state_dict=state, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    missing = sorted(said["missing_keys"])
+    if missing:
+        raise ConversionError(f"{folder}: transformers needs {missing[0]}, which the model's files lack")
+    return model
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import pytest
 
-from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable, find_key, split_expert_name
+from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable, split_expert_name
+from vllm_milo.names import find_key
 
 CONFIG = {
     "quant_method": "milo",
