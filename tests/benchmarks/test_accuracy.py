@@ -228,13 +228,14 @@ def test_contenders_are_calls_that_the_command_line_takes(
 ):
     """Each gets as far as the conversion, with the method, budget and calibration that its name says."""
     counts = tmp_path / "counts.json"
-    counts.write_text(json.dumps({"expert_counts": {"model.layers.0.mlp.experts": [1] * 12}}), encoding="utf-8")
+    layers = {matrix.experts for matrix in ModelReader(bundled_model).matrices if matrix.experts}
+    counts.write_text(json.dumps({"expert_counts": {layer: [1] * 12 for layer in layers}}), encoding="utf-8")
     seen: list[Conversion] = []
-    monkeypatch.setattr(quantize, "convert", lambda source, out, conversion, progress: seen.append(conversion))
+    monkeypatch.setattr(quantize, "carry_out", lambda plan, progress, claim: seen.append(plan.conversion))
     windows = torch.zeros(3, 16, dtype=torch.int64)
     asked: list[tuple[str, int]] = []
 
-    def choose(folder: Path, how: str, options: TextOptions) -> torch.Tensor:
+    def choose(reader: ModelReader, how: str, options: TextOptions) -> torch.Tensor:
         asked.append((how, options.windows))
         return windows
 
