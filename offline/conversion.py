@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .checkpoint.card import CardNotes
 from .checkpoint.writer import SHARD_BYTES
 from .learn.end_to_end import TuneOptions
 from .learn.layer import LearnOptions
@@ -48,6 +49,7 @@ class Conversion:
         device: where the arithmetic runs.
         shard_bytes: size of an output shard.
         overwrite: replace an existing MiLo checkpoint.
+        card: what the model card says beside what the folders tell.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -60,6 +62,7 @@ class Conversion:
     device: str = "cpu"
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
+    card: CardNotes = field(default_factory=CardNotes)
 
     @property
     def measures_ranks(self) -> bool:

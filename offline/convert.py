@@ -19,6 +19,7 @@ from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
+from .checkpoint.card import write_card
 from .checkpoint.matrices import add_matrix
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
 from .checkpoint.writer import CheckpointWriter
@@ -110,6 +111,7 @@ def _convert(planned: Plan, progress: bool) -> Summary:
         got = {name: entry.rank for name, entry in report.matrices.items()}
         writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
         validate_checkpoint(writer.partial)
+        write_card(writer.partial, source, writer.out.name, conversion.card)
         published = writer.publish()
     if published != writer.out:
         warnings = [*warnings, f"{out}: appeared during the conversion and was kept; the checkpoint is {published}"]

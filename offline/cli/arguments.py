@@ -9,14 +9,16 @@ import torch
 
 from ..errors import ConversionError
 from ..planning.devices import find_device
+from .hub import model_place
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
+OR_HUB = "or org/name or org/name@revision of the Hugging Face Hub"
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Add what every subcommand takes that runs a model on a text."""
-    parser.add_argument("model", type=Path, help="folder of a source model or MiLo checkpoint")
+    parser.add_argument("model", type=model_place, help=f"folder of a source model or MiLo checkpoint, {OR_HUB}")
     number = {"nargs": "+"} if several else {}
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file", **number)  # type: ignore[arg-type]
     parser.add_argument("--max-windows", type=int, default=None)

@@ -12,15 +12,16 @@ from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
 
 from ..errors import ConversionError
-from . import evaluate, inspect, quantize, stats, verify
+from . import evaluate, hub, inspect, quantize, stats, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0, 1 for bad input, 130 when interrupted)."""
     signal.signal(signal.SIGTERM, _interrupt)
     arguments = _parser().parse_args(argv)
+    arguments.words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments.run(arguments)
+        hub.run(arguments)
     except (ConversionError, CheckpointError, ShardError) as error:
         print(f"milo {arguments.command}: error: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from dataclasses import replace
@@ -25,6 +27,7 @@ from ..calibration.choose import (
     remarks,
 )
 from ..calibration.generated_text import OWN_TEXT
+from ..checkpoint.card import CardNotes
 from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
 from ..checkpoint.output import refuse_unsafe_output
 from ..conversion import Conversion, Text
@@ -40,7 +43,9 @@ from ..planning.plan import Plan, make_plan
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..ranks.policies import POLICIES, Policy, parse_policies
 from ..source.reader import ModelReader
-from .arguments import default_device
+from .arguments import OR_HUB, default_device
+from .command_line import command_of
+from .hub import model_place, target_repository
 
 
 class Effort(NamedTuple):
@@ -86,7 +91,8 @@ preset fast): the text that comes with the package, a layer of the model in memo
 Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
 takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
-
+PUSH_HELP = """upload the checkpoint to this repository of the Hugging Face Hub, which is created where there is none.
+Whether the token may do that is checked before the conversion."""
 DRY_RUN_HELP = """check everything that can be known before the work, print what would be done, and write nothing: size
 on disk, stored bits a weight, memory, tensor parallel sizes. The calibration text is neither cut nor written by the
 model, so windows are the most that there can be."""
@@ -95,7 +101,7 @@ model, so windows are the most that there can be."""
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("quantize", help="convert a model folder to a MiLo checkpoint")
-    parser.add_argument("model", type=Path, help="folder of the source model (safetensors)")
+    parser.add_argument("model", type=model_place, help=f"folder of the source model (safetensors), {OR_HUB}")
     parser.add_argument("-o", "--output", type=_folder, required=True, help="folder of the checkpoint")
     parser.add_argument(
         "--preset",
@@ -128,7 +134,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, alone on stdout")
-    parser.set_defaults(run=_run)
+    parser.add_argument("--push-to", type=target_repository, metavar="ORG/NAME", help=PUSH_HELP)
+    parser.add_argument("--private", action="store_true", help="with --push-to: a new repository is private")
+    parser.set_defaults(run=_run, check=_check)
 
 
 def _folder(text: str) -> Path:
@@ -137,7 +145,15 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> None:
+    """Plan a conversion without a word, to find out whether it can be done."""
+    trial = argparse.Namespace(**vars(arguments) | {"dry_run": True})
+    with contextlib.redirect_stderr(io.StringIO()):
+        plan_conversion(trial)
+
+
+def _run(arguments: argparse.Namespace) -> Path | None:
+    """Convert, or only plan; return the checkpoint's folder."""
     if arguments.json and not arguments.dry_run:
         raise ConversionError("--json is for --dry-run alone; `milo inspect --json` describes a finished checkpoint")
     plan = plan_conversion(arguments)
@@ -145,10 +161,12 @@ def _run(arguments: argparse.Namespace) -> None:
         for warning in plan.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(json.dumps(describe(plan), indent=2) if arguments.json else format_description(plan))
-        return
+        return None
     if not arguments.quiet:
         print(plan.memory.line(arguments.device), file=sys.stderr)
-    _print_summary(carry_out(plan, progress=not arguments.quiet))
+    summary = carry_out(plan, progress=not arguments.quiet)
+    _print_summary(summary)
+    return summary.out
 
 
 def plan_conversion(arguments: argparse.Namespace) -> Plan:
@@ -194,6 +212,7 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,
         overwrite=arguments.overwrite,
+        card=CardNotes(command_of(arguments), arguments.push_to),
     )
 
 

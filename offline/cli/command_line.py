@@ -1,0 +1,22 @@
+"""The command that made a checkpoint, as its card tells it: without the paths of the machine that it ran on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """Return the command line that was parsed; of each path only the last name. Empty where there was none."""
+    words = getattr(arguments, "words", None)
+    if not words:
+        return ""
+    return shlex.join(["milo", *(_without_folder(word, arguments.output) for word in words)])
+
+
+def _without_folder(word: str, output: Path) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    is_path = value.startswith(("/", ".", "~")) or (os.sep in value and (Path(value).exists() or Path(value) == output))
+    return option + equals + (Path(value).name if is_path else value)
