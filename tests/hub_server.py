@@ -53,6 +53,7 @@ class HubServer(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.blobs: dict[str, bytes] = {}
         self.fail_commits = False
+        self.broken_files: set[str] = set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -146,6 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if repository.gated:
             self._json({"error": "gated"}, 403, {"X-Error-Code": "GatedRepo"})
+            return
+        if file in self.server.broken_files and not self.headers.get("Range"):  # headers of weights are still read
+            self._json({"error": "broken"}, 500)
             return
         commit = repository.commit(revision)
         content = repository.commits[commit].get(file) if commit else None

@@ -28,7 +28,9 @@ def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -
 
 
 def check_text_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse a device that torch does not have, and windows that leave nothing to score, before a model is loaded.
+    """Refuse a device that torch does not have, texts that are not there, and windows that leave nothing to score.
+
+    This comes before a model is downloaded or loaded.
 
     Raises:
         ConversionError: names the option.
@@ -37,6 +39,9 @@ def check_text_arguments(arguments: argparse.Namespace) -> None:
     find_device(name)
     if windows is not None and windows < 1:
         raise ConversionError("--max-windows must be at least 1")
+    for text in arguments.text if isinstance(arguments.text, list) else [arguments.text]:
+        if not text.exists():
+            raise ConversionError(f"{text}: cannot be read as UTF-8 text: No such file or directory")
 
 
 def default_device() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,32 +34,37 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     card = "with --reference: write what was measured into the checkpoint's model card (README.md)"
     parser.add_argument("--update-card", action="store_true", help=card)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, check=_check)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what can be refused by the options alone."""
     check_text_arguments(arguments)
     if arguments.window is not None and arguments.window < 2:
         raise ConversionError(
             f"--window {arguments.window}: must be at least 2, since the first token is not predicted"
         )
+    if arguments.update_card and arguments.reference is None:
+        raise ConversionError("--update-card needs --reference: a card states distances from the original model")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
     if arguments.update_card:
-        _check_card(arguments)
+        _check_card(arguments.model)
     if arguments.reference is None:
         _print_perplexities(arguments)
     else:
         _print_divergences(arguments)
 
 
-def _check_card(arguments: argparse.Namespace) -> None:
-    """Refuse to write a card where there is nothing to write, or nowhere to write it."""
-    if arguments.reference is None:
-        raise ConversionError("--update-card needs --reference: a card states distances from the original model")
-    if not is_milo_checkpoint(arguments.model):
-        raise ConversionError(f"--update-card: {arguments.model} is no MiLo checkpoint; its card is not ours to write")
-    if hub_origin(arguments.model) is not None:
+def _check_card(model: Path) -> None:
+    """Refuse to write a card that is not the converter's to write."""
+    if not is_milo_checkpoint(model):
+        raise ConversionError(f"--update-card: {model} is no MiLo checkpoint, so its card is not written")
+    if hub_origin(model) is not None:
         raise ConversionError(
-            f"--update-card: {arguments.model} lies in the Hub's cache, which is not ours to change; download the "
+            f"--update-card: {model} lies in the Hub's cache, which must stay as it was downloaded; download the "
             f"checkpoint to a folder of its own (`hf download ORG/NAME --local-dir FOLDER`)"
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, OLD_COMMIT, HubServer, of_folder
 from huggingface_hub import constants
+from tiny_models import TEXT
 
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.hub import download
@@ -119,6 +120,23 @@ def test_options_are_checked_before_the_download(hub: HubServer, model: str, tmp
     line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), "--ignore", "nothing.of.it", *FAST)
     assert "nothing.of.it" in line
     assert hub.bytes_of_weights() == 0
+
+
+def test_texts_are_looked_for_before_the_download(hub: HubServer, model: str, capsys):
+    assert "none.txt: cannot be read" in failure(capsys, "eval", model, "--text", "none.txt", "--quiet")
+    assert hub.bytes_of_weights() == 0
+
+
+def test_a_model_of_the_hub_is_evaluated(hub: HubServer, model: str, bundled_model: Path, capsys):
+    words = ["--text", str(TEXT), "--max-windows", "1", "--quiet", "--json"]
+    assert main(["eval", model, *words, "--reference", model]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_kl"] == 0
+
+
+def test_a_hub_that_fails_on_the_way(hub: HubServer, model: str, tmp_path: Path, capsys):
+    hub.broken_files = {WEIGHTS}
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
+    assert "org/tiny: the Hugging Face Hub answers 500: " in line
 
 
 def test_a_dry_run_reads_headers(hub: HubServer, model: str, bundled_model: Path, tmp_path: Path, capsys):

@@ -1,4 +1,4 @@
-"""`milo quantize --push-to`: what is refused before the conversion, what is committed, and what remains of a failure."""
+"""`milo quantize --push-to`: what is refused before the conversion, what is committed, what a failure leaves."""
 
 from __future__ import annotations
 
