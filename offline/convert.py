@@ -111,7 +111,7 @@ def _convert(planned: Plan, progress: bool) -> Summary:
         got = {name: entry.rank for name, entry in report.matrices.items()}
         writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
         validate_checkpoint(writer.partial)
-        write_card(writer.partial, source, writer.out.name, conversion.card)
+        write_card(writer.partial, source, conversion.card)
         published = writer.publish()
     if published != writer.out:
         warnings = [*warnings, f"{out}: appeared during the conversion and was kept; the checkpoint is {published}"]

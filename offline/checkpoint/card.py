@@ -23,6 +23,8 @@ from .manifest import CARD_NAME
 TAGS = ["milo", "3-bit", "moe", "vllm", "quantized"]
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What the source's card says that holds for the checkpoint too."""
+OUT = "OUT"
+"""Stands for the checkpoint's folder."""
 BEGIN, END = "<!-- milo eval -->", "<!-- end of milo eval -->"
 """Between these lines stands what was measured; all else of a card is left as it is."""
 _TEXT = """\
@@ -84,13 +86,14 @@ def hub_origin(folder: Path) -> tuple[str, str] | None:
     return home.removeprefix("models--").replace("--", "/", 1), root.name
 
 
-def write_card(folder: Path, source: Path, name: str, notes: CardNotes) -> None:
+def write_card(folder: Path, source: Path, notes: CardNotes) -> None:
     """Write the card of a complete checkpoint, and flush it to disk.
+
+    It does not name the folder, so that equal conversions give equal files, and folders may be renamed.
 
     Args:
         folder: of the checkpoint, as it lies now.
         source: folder of the model that it was made of.
-        name: of the folder, as it will be called.
         notes: what the folders do not tell.
 
     Raises:
@@ -105,10 +108,11 @@ def write_card(folder: Path, source: Path, name: str, notes: CardNotes) -> None:
         tags=list(TAGS),
         **{key: said[key] for key in _INHERITED if isinstance(said.get(key), str | list)},
     )
+    title = origin[0].rpartition("/")[2] if origin else source.resolve().name
     report = inspect_checkpoint(folder)
     text = _TEXT.format(
-        title=(notes.repository or name).rpartition("/")[2],
-        source=f"[{origin[0]}](https://huggingface.co/{origin[0]}) (commit `{origin[1]}`)" if origin else source.name,
+        title=f"{title}, 3 bits (MiLo)",
+        source=f"[{origin[0]}](https://huggingface.co/{origin[0]}) (commit `{origin[1]}`)" if origin else title,
         version=__version__,
         bits=report["bits_per_weight"],
         weights=report["quantized_weights"],
@@ -116,7 +120,7 @@ def write_card(folder: Path, source: Path, name: str, notes: CardNotes) -> None:
         groups=name_group_sizes(report),
         factor_bits=report["compensator_bits"],
         recipe=json.dumps(report["recipe"]),
-        served=notes.repository or name,
+        served=notes.repository or OUT,
         made=f"```bash\n{notes.command}\n```" if notes.command else "By vllm-milo's converter, called from Python.",
     )
     _write(folder / CARD_NAME, ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
@@ -135,7 +139,7 @@ def update_card(folder: Path, reference: Path, measured: Sequence[Measured]) -> 
     """
     path = folder / CARD_NAME
     if not path.exists():
-        write_card(folder, reference, folder.resolve().name, CardNotes())
+        write_card(folder, reference, CardNotes())
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
     except Exception as error:  # of the YAML's parser, which edits by hand may bring about

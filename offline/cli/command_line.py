@@ -7,9 +7,14 @@ import os
 import shlex
 from pathlib import Path
 
+from ..checkpoint.card import OUT
+
 
 def command_of(arguments: argparse.Namespace) -> str:
-    """Return the command line that was parsed; of each path only the last name. Empty where there was none."""
+    """Return the command line that was parsed; of each path only the last name, and OUT for the output.
+
+    Empty where there was none.
+    """
     words = getattr(arguments, "words", None)
     if not words:
         return ""
@@ -18,5 +23,7 @@ def command_of(arguments: argparse.Namespace) -> str:
 
 def _without_folder(word: str, output: Path) -> str:
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    is_path = value.startswith(("/", ".", "~")) or (os.sep in value and (Path(value).exists() or Path(value) == output))
+    if value and Path(value) == output:
+        return option + equals + OUT
+    is_path = value.startswith(("/", ".", "~")) or (os.sep in value and Path(value).exists())
     return option + equals + (Path(value).name if is_path else value)

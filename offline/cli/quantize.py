@@ -164,9 +164,7 @@ def _run(arguments: argparse.Namespace) -> Path | None:
         return None
     if not arguments.quiet:
         print(plan.memory.line(arguments.device), file=sys.stderr)
-    summary = carry_out(plan, progress=not arguments.quiet)
-    _print_summary(summary)
-    return summary.out
+    return _print_summary(carry_out(plan, progress=not arguments.quiet))
 
 
 def plan_conversion(arguments: argparse.Namespace) -> Plan:
@@ -355,7 +353,8 @@ def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
     return parse_policies(arguments.ranks)
 
 
-def _print_summary(summary: Summary) -> None:
+def _print_summary(summary: Summary) -> Path:
+    """Print what a conversion did; return where its checkpoint is."""
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     peak = f"{summary.peak_host_bytes / 2**30:.2f} GiB of host memory"
@@ -368,3 +367,4 @@ def _print_summary(summary: Summary) -> None:
         f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight{groups}, "
         f"mean relative error {summary.mean_error:.4f}; peak {peak}"
     )
+    return summary.out

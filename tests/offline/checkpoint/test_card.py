@@ -26,7 +26,7 @@ def test_it_states_what_the_checkpoint_is(checkpoint: Path, sources: dict[str, P
     card = card_of(checkpoint)
     bits = inspect_checkpoint(checkpoint)["bits_per_weight"]
     assert f"| {bits:.3f}: codes" in card.text
-    assert f"vllm serve {checkpoint.name} --quantization milo" in card.text
+    assert "vllm serve OUT --quantization milo" in card.text
     assert "called from Python" in card.text
     assert {"milo", "3-bit", "moe", "vllm"} <= set(card.data.tags)
     assert str(checkpoint.parent) not in card.content
@@ -62,7 +62,7 @@ def test_the_command_is_told_without_folders(bundled_model: Path, tmp_path: Path
     words = [str(bundled_model), "-o", str(tmp_path / "out"), "--method", "hqq", "--max-rounds=2", "--quiet"]
     assert main(["quantize", *words]) == 0
     assert (
-        "\nmilo quantize tiny-qwen2-moe -o out --method hqq --max-rounds=2 --quiet\n" in card_of(tmp_path / "out").text
+        "\nmilo quantize tiny-qwen2-moe -o OUT --method hqq --max-rounds=2 --quiet\n" in card_of(tmp_path / "out").text
     )
 
 

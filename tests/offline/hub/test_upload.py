@@ -26,7 +26,7 @@ def test_a_checkpoint_is_pushed(hub: HubServer, bundled_model: Path, tmp_path: P
     assert repository.commits[COMMIT] == files
     card = files["README.md"].decode()
     assert "vllm serve org/tiny-milo --quantization milo" in card
-    assert "# tiny-milo" in card
+    assert "# tiny-qwen2-moe, 3 bits (MiLo)" in card
     assert str(tmp_path) not in card
     assert str(bundled_model.parent) not in card
 
