@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .checkpoint.card import CardNotes
 from .checkpoint.writer import SHARD_BYTES
 from .learn.end_to_end import TuneOptions
 from .learn.layer import LearnOptions
@@ -50,6 +51,7 @@ class Conversion:
         overwrite: replace an existing MiLo checkpoint, and without ``resume`` the finished layers of a conversion that
             did not end.
         resume: go on with the finished layers of the same conversion, which did not end.
+        card: what the model card says beside what the folders tell.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -63,6 +65,7 @@ class Conversion:
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
     resume: bool = False
+    card: CardNotes = field(default_factory=CardNotes)
 
     @property
     def measures_ranks(self) -> bool:

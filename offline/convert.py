@@ -20,6 +20,7 @@ from .calibration import memory
 from .calibration.layer_moments import NoMoments
 from .calibration.sequential import SequentialPass
 from .calibration.weights import refuse_broken_weights
+from .checkpoint.card import write_card
 from .checkpoint.claim import Claim
 from .checkpoint.report import REPORT_NAME, MatrixReport, Report
 from .checkpoint.writer import CheckpointWriter
@@ -164,6 +165,7 @@ def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], re
     got = {name: entry.rank for name, entry in report.matrices.items()}
     writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
     validate_checkpoint(writer.folder)
+    write_card(writer.folder, reader.folder, conversion.card)
     writer.publish()
 
 

@@ -74,7 +74,8 @@ FLOORS = {
     "durable": {"errors"},
     "solve": {"errors", "nouns"},
     "source": {"errors", "nouns"},
-    "calibration": {"errors", "nouns", "progress", "source"},
+    "hub_names": set(),
+    "calibration": {"errors", "nouns", "progress", "source", "hub_names"},
     "batches": {"nouns", "source", "calibration"},
     "learn": {"nouns", "progress", "solve", "source"},
     "ranks": {"errors", "nouns", "progress", "source"},
@@ -86,10 +87,11 @@ FLOORS = {
     "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
     "need": {"nouns", "solve", "calibration", "batches", "learn", "ranks"},
     "planning": {"errors", "nouns", "source", "calibration", "batches", "ranks", "checkpoint", "conversion"},
+    "hub": {"errors", "hub_names", "planning"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
     | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
-    | {"conversion", "planning", "convert"},
+    | {"conversion", "planning", "convert", "hub_names", "hub"},
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 
@@ -181,6 +183,7 @@ def imports(path: Path, known: Collection[str] = ()) -> set[str]:
             {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
             | {"vllm_milo", *(f"vllm_milo.{name}" for name in PURE)}
             | {"jinja2"}  # of chat templates; torch and transformers bring it
+            | {"huggingface_hub"}  # model cards; download and upload only where a model of the Hub is named
             | {"datasets"}  # of the Hub; only where a dataset is asked for
             | {f"vllm_milo.kernels.convert{name}" for name in ("", ".feedback", ".learn")},  # the converter's kernels
         ),

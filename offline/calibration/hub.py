@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConversionError
+from ..hub_names import REPOSITORY, first_line, is_file_name
 from .documents import COLUMNS, Document, document_of
 
 SHUFFLED = 256
 """Rows that are read ahead, to be taken in an order of the seed's."""
-FILE_ENDS = (".txt", ".jsonl", ".json", ".md", ".csv", ".parquet", ".gz", ".zip")
-"""What has the form of a dataset's name but ends so was meant as a file."""
 DOWNLOAD = "or download the dataset and pass a file: a UTF-8 text, or .jsonl"
-_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([^:/\s]*))?(?::([^:/\s]+))?")
+_NAME = re.compile(rf"({REPOSITORY})(?::([^:/\s]*))?(?::([^:/\s]+))?")
 
 
 class HubName(NamedTuple):
@@ -38,7 +37,7 @@ def hub_name(how: str) -> HubName | None:
     None for whatever is a file, ends like one, or has another form.
     """
     found = _NAME.fullmatch(how)
-    if found is None or found[1].lower().endswith(FILE_ENDS) or Path(how).is_file():
+    if found is None or is_file_name(found[1]) or Path(how).is_file():
         return None
     return HubName(found[1], found[2] or None, found[3] or None)
 
@@ -72,7 +71,7 @@ def _load(name: HubName) -> Mapping[str, Any]:
         return datasets.load_dataset(name.dataset, name.config, streaming=True)
     except FileNotFoundError as error:
         raise ConversionError(
-            f"{name}: there is neither such a file nor such a dataset on the Hugging Face Hub: {_first_line(error)}"
+            f"{name}: there is neither such a file nor such a dataset on the Hugging Face Hub: {first_line(error)}"
         ) from error
     except Exception as error:  # of the library, and of what it reads with: it has no class for them
         raise _unreadable(name, error) from error
@@ -114,11 +113,7 @@ def _column(columns: list[str], name: HubName) -> str:
 
 def _unreadable(name: HubName, error: Exception) -> ConversionError:
     if isinstance(error, ConnectionError | TimeoutError):
-        reason = f"cannot be reached: {_first_line(error)}; is there a network? Try again, {DOWNLOAD}"
+        reason = f"cannot be reached: {first_line(error)}; is there a network? Try again, {DOWNLOAD}"
     else:
-        reason = f"cannot be read: {_first_line(error)} ({type(error).__name__}); {DOWNLOAD}"
+        reason = f"cannot be read: {first_line(error)} ({type(error).__name__}); {DOWNLOAD}"
     return ConversionError(f"{name}: there is no such file, and the dataset of this name {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

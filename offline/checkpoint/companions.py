@@ -11,6 +11,10 @@ from typing import NamedTuple
 from vllm_milo.shards import read_object
 
 from ..source.foreign import SETTINGS
+from .manifest import CARD_NAME
+
+SOURCE_CARD = "README_SOURCE.md"
+"""What the source's README.md is called in a checkpoint, whose own README.md is its model card."""
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
@@ -65,7 +69,7 @@ def find_companions(source: Path) -> Companions:
         elif path.is_symlink() and real.is_dir():
             warnings.append(f"{source / name}: is not copied: it is a link to a folder")
         elif real.is_file():
-            files[name] = real
+            files[SOURCE_CARD if name == CARD_NAME else name] = real
     return Companions(files, warnings)
 
 

@@ -1,4 +1,4 @@
-"""The manifest that lies in every new checkpoint: the size and the sha256 of each of its other files.
+"""The manifest that lies in every new checkpoint: the size and the sha256 of each other file but README.md.
 
     {"format_version": 1, "files": {"config.json": {"size": 2113, "sha256": "…"}, …}}
 
@@ -20,6 +20,8 @@ from vllm_milo.values import one_line, shown
 from ..durable.files import FileEntry, describe_file
 
 MANIFEST_NAME = "milo_manifest.json"
+CARD_NAME = "README.md"
+"""The model card, which the manifest leaves out: people edit it, and `milo eval` writes into it."""
 MANIFEST_VERSION = 1
 
 
@@ -34,7 +36,7 @@ def describe_folder(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, A
         OSError: a file cannot be read.
     """
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = sorted(name for name in paths if name != MANIFEST_NAME)
+    names = sorted(name for name in paths if name not in (MANIFEST_NAME, CARD_NAME))
     files = {name: (known.get(name) or describe_file(folder / name))._asdict() for name in names}
     return {"format_version": MANIFEST_VERSION, "files": files}
 

@@ -9,14 +9,16 @@ import torch
 
 from ..errors import ConversionError
 from ..planning.devices import find_device
+from .hub import model_place
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
+OR_HUB = "or org/name or org/name@revision of the Hugging Face Hub"
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Add what every subcommand takes that runs a model on a text."""
-    parser.add_argument("model", type=Path, help="folder of a source model or MiLo checkpoint")
+    parser.add_argument("model", type=model_place, help=f"folder of a source model or MiLo checkpoint, {OR_HUB}")
     number = {"nargs": "+"} if several else {}
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file", **number)  # type: ignore[arg-type]
     parser.add_argument("--max-windows", type=int, default=None)
@@ -26,7 +28,9 @@ def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -
 
 
 def check_text_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse a device that torch does not have, and windows that leave nothing to score, before a model is loaded.
+    """Refuse a device that torch does not have, texts that are not there, and windows that leave nothing to score.
+
+    This comes before a model is downloaded or loaded.
 
     Raises:
         ConversionError: names the option.
@@ -35,6 +39,9 @@ def check_text_arguments(arguments: argparse.Namespace) -> None:
     find_device(name)
     if windows is not None and windows < 1:
         raise ConversionError("--max-windows must be at least 1")
+    for text in arguments.text if isinstance(arguments.text, list) else [arguments.text]:
+        if not text.exists():
+            raise ConversionError(f"{text}: cannot be read as UTF-8 text: No such file or directory")
 
 
 def default_device() -> str:

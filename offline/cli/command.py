@@ -15,15 +15,16 @@ from vllm_milo.shards import ShardError
 from vllm_milo.values import one_line
 
 from ..errors import ConversionError
-from . import evaluate, inspect, quantize, stats, verify
+from . import evaluate, hub, inspect, quantize, stats, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0, 1 for bad input, 130 after Ctrl-C, 143 after SIGTERM)."""
     signal.signal(signal.SIGTERM, _terminate)
     arguments = _parser().parse_args(argv)
+    arguments.words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments.run(arguments)
+        hub.run(arguments)
     except (ConversionError, CheckpointError, ShardError) as error:
         print("; ".join([f"milo {arguments.command}: error: {error}", *_notes(error)]), file=sys.stderr)
         return 1

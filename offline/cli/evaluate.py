@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.card import Measured, hub_origin, update_card
+from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..evaluation.divergence import divergences, open_streamed, refuse_strangers, text_windows
 from ..evaluation.model import load_model
@@ -16,6 +18,7 @@ from ..evaluation.perplexity import STRIDE, WINDOW, perplexity
 from ..source.foreign import transformers_errors
 from ..source.tokens import read_tokens
 from .arguments import add_text_arguments, check_text_arguments
+from .hub import model_place
 
 REFERENCE_WINDOW = 512
 
@@ -25,25 +28,47 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("eval", help="measure a model or MiLo checkpoint on texts")
     add_text_arguments(parser, several=True)
     reference = "the model it was made of: KL divergence, top-1 agreement and router flips, a layer in memory at a time"
-    parser.add_argument("--reference", type=Path, help=reference)
+    parser.add_argument("--reference", type=model_place, help=reference)
     window = f"tokens of a window (default: {WINDOW}; with --reference {REFERENCE_WINDOW})"
     parser.add_argument("--window", type=int, default=None, help=window)
     parser.add_argument("--stride", type=int, default=STRIDE, help="tokens between windows (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=_run)
+    card = "with --reference: write what was measured into the checkpoint's model card (README.md)"
+    parser.add_argument("--update-card", action="store_true", help=card)
+    parser.set_defaults(run=_run, check=_check)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what can be refused by the options alone."""
     check_text_arguments(arguments)
     if arguments.window is not None and arguments.window < 2:
         raise ConversionError(
             f"--window {arguments.window}: must be at least 2, since the first token is not predicted"
         )
+    if arguments.update_card and arguments.reference is None:
+        raise ConversionError("--update-card needs --reference: a card states distances from the original model")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    if arguments.update_card:
+        _check_card(arguments.model)
     with transformers_errors(arguments.model, "run this model"):
         if arguments.reference is None:
             _print_perplexities(arguments)
         else:
             _print_divergences(arguments)
+
+
+def _check_card(model: Path) -> None:
+    """Refuse to write a card that is not the converter's to write."""
+    if not is_milo_checkpoint(model):
+        raise ConversionError(f"--update-card: {model} is no MiLo checkpoint, so its card is not written")
+    if hub_origin(model) is not None:
+        raise ConversionError(
+            f"--update-card: {model} lies in the Hub's cache, which must stay as it was downloaded; download the "
+            f"checkpoint to a folder of its own (`hf download ORG/NAME --local-dir FOLDER`)"
+        )
 
 
 def _print_perplexities(arguments: argparse.Namespace) -> None:
@@ -74,6 +99,12 @@ def _print_divergences(arguments: argparse.Namespace) -> None:
     found = divergences(model, reference, list(windows.values()), not arguments.quiet)
     rows = dict(zip(windows, found, strict=True))
     mean = sum(row.kl for row in rows.values()) / len(rows)
+    if arguments.update_card:
+        measured = [
+            Measured(text.name, row.kl, row.top1, row.perplexity, row.reference_perplexity, row.tokens)
+            for text, row in rows.items()
+        ]
+        update_card(arguments.model, arguments.reference, measured)
     if arguments.json:
         texts = [{"text": str(text), **row._asdict()} for text, row in rows.items()]
         names = {"model": str(arguments.model), "reference": str(arguments.reference)}

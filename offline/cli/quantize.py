@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES
 
@@ -25,6 +25,7 @@ from ..calibration.choose import (
     remarks,
 )
 from ..calibration.generated_text import OWN_TEXT
+from ..checkpoint.card import CardNotes
 from ..checkpoint.claim import Claim
 from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
 from ..conversion import Conversion, Text
@@ -40,32 +41,13 @@ from ..planning.plan import Plan, make_plan
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..ranks.policies import POLICIES, Policy, parse_policies
 from ..source.reader import ModelReader
-from .arguments import default_device
+from .arguments import OR_HUB, default_device
+from .command_line import command_of
+from .effort import CPU_EFFORT, GPU_EFFORT, TUNE_STEPS, Effort, default_windows, effort_on, steps_of_pass
+from .hub import model_place, target_repository
 
-
-class Effort(NamedTuple):
-    """How much a device does by default: windows of calibration text, training steps, windows of a step."""
-
-    windows: int
-    steps: int
-    batch: int
-
-
-GPU_EFFORT = Effort(1000, 200, 8)
-"""With more steps on as little as 256 windows the codes learn the text by heart: on real weights of 0.5 B parameters
-100, 200 and 400 steps left a KL divergence of 0.082, 0.078 and 0.087 (2026-11-27). Models so wide that the states of
-all windows would take more than some GiB get fewer."""
-CPU_EFFORT = Effort(32, 16, 4)
-OWN_WINDOWS = 512
-"""Most windows that a model writes by itself where none are asked for: writing takes longer than learning."""
 LARGEST_SEED = 2**32
 """Above what every library takes that draws random numbers here."""
-TUNE_STEPS = 2
-"""Steps that train the whole model, for each step of a layer."""
-BEST_WINDOWS = 4000
-"""Most windows of preset ``best`` on a GPU, and each is learned from at least once. On a real model of 0.5 B parameters
-4000 windows, a quarter of them the packaged text and the others of the kinds that were scored, left a KL divergence of
-0.0574 after its layers, where 1000 of the packaged text left 0.0676 and 256 others beside those 0.0621 (2026-11-27)."""
 CALIBRATED_ROUNDS, PLAIN_ROUNDS = 2, 6
 COST = "which on a real model left twice the KL divergence from the original"
 DEFAULT_RANKS = "dense=64"
@@ -92,6 +74,8 @@ RESUME_HELP = """go on where the same conversion was interrupted or killed, for 
 where there is nothing to go on with. Model, options and version must be the same as before. Along a calibration text
 the finished layers run once more, forward only, which takes a small part of the time that quantizing them took"""
 
+PUSH_HELP = """upload the checkpoint to this repository of the Hugging Face Hub, which is created where there is none.
+Whether the token may do that is checked before the conversion."""
 DRY_RUN_HELP = """check everything that can be known before the work, print what would be done, and write nothing: size
 on disk, stored bits a weight, memory, tensor parallel sizes. The calibration text is neither cut nor written by the
 model, so windows are the most that there can be."""
@@ -100,7 +84,7 @@ model, so windows are the most that there can be."""
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("quantize", help="convert a model folder to a MiLo checkpoint")
-    parser.add_argument("model", type=Path, help="folder of the source model (safetensors)")
+    parser.add_argument("model", type=model_place, help=f"folder of the source model (safetensors), {OR_HUB}")
     parser.add_argument("-o", "--output", type=_folder, required=True, help="folder of the checkpoint")
     parser.add_argument(
         "--preset",
@@ -134,7 +118,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, alone on stdout")
-    parser.set_defaults(run=_run)
+    parser.add_argument("--push-to", type=target_repository, metavar="ORG/NAME", help=PUSH_HELP)
+    parser.add_argument("--private", action="store_true", help="with --push-to: a new repository is private")
+    parser.set_defaults(run=_run, check=_check)
 
 
 def _folder(text: str) -> Path:
@@ -143,21 +129,31 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> None:
+    """Plan a conversion without a word, to find out whether it can be done."""
+    trial = argparse.Namespace(**vars(arguments) | {"dry_run": True})
+    with contextlib.redirect_stderr(io.StringIO()):
+        claim = _claim(trial)
+        claim.check()
+        plan_conversion(trial, claim)
+
+
+def _run(arguments: argparse.Namespace) -> Path | None:
+    """Convert, or only plan; return the checkpoint's folder."""
     if arguments.json and not arguments.dry_run:
         raise ConversionError("--json is for --dry-run alone; `milo inspect --json` describes a finished checkpoint")
     claim = _claim(arguments)
     if arguments.dry_run:
         claim.check()
         _describe(claim, plan_conversion(arguments, claim), arguments.json)
-        return
+        return None
     with claim:  # before a calibration that takes long
         _print_notes(claim)
         plan = plan_conversion(arguments, claim)
         if not arguments.quiet:
             print(plan.memory.line(arguments.device), file=sys.stderr)
         summary = carry_out(plan, not arguments.quiet, claim)
-    _print_summary(summary)
+    return _print_summary(summary)
 
 
 def _claim(arguments: argparse.Namespace) -> Claim:
@@ -225,6 +221,7 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         device=arguments.device,
         overwrite=arguments.overwrite,
         resume=arguments.resume,
+        card=CardNotes(command_of(arguments), arguments.push_to),
     )
 
 
@@ -281,7 +278,7 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
     if wanted == NONE:
         return None
     thorough = preset is not None and preset.thorough
-    effort = _effort(arguments.device)
+    effort = effort_on(arguments.device)
     number = arguments.calibration_windows
     number = number or default_windows(reader, arguments.device, wanted, thorough)
     options = TextOptions(number, arguments.device, arguments.seed, not arguments.quiet)
@@ -302,34 +299,9 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
         print(f"calibration: {len(windows)} windows of {windows.shape[1]} tokens", file=sys.stderr)
     steps = arguments.learn_steps
     if steps is None:
-        steps = max(effort.steps, _pass(len(windows), effort)) if thorough else effort.steps
+        steps = max(effort.steps, steps_of_pass(len(windows), effort)) if thorough else effort.steps
     learn = LearnOptions(steps=steps, batch=min(effort.batch, len(windows)), seed=arguments.seed)
     return Text(wanted, windows, learn, _tune(arguments, reader, effort, len(windows)) if thorough and steps else None)
-
-
-def _pass(windows: int, effort: Effort) -> int:
-    """Return the steps in which each window is learned from once."""
-    return -(-windows // effort.batch)
-
-
-def _effort(device: str) -> Effort:
-    return GPU_EFFORT if torch.device(device).type == "cuda" else CPU_EFFORT
-
-
-def default_windows(reader: ModelReader, device: str, how: str = PACKAGED, thorough: bool = False) -> int:
-    """Return how many windows a calibration has where none are asked for.
-
-    Args:
-        reader: the source model.
-        device: where it is converted.
-        how: what ``--calibration`` names.
-        thorough: whether the preset takes more of a text.
-    """
-    effort = _effort(device)
-    most = BEST_WINDOWS if thorough and effort is GPU_EFFORT else effort.windows * (2 if thorough else 1)
-    most = min(most, OWN_WINDOWS) if how == OWN_TEXT else most
-    states = memory.DEFAULT_STATES * (2 if thorough else 1)
-    return min(most, memory.windows_within(states, reader, WINDOW, device))
 
 
 def _tune(arguments: argparse.Namespace, reader: ModelReader, effort: Effort, windows: int) -> TuneOptions | None:
@@ -342,7 +314,7 @@ def _tune(arguments: argparse.Namespace, reader: ModelReader, effort: Effort, wi
             file=sys.stderr,
         )
         return None
-    steps = max(TUNE_STEPS * effort.steps, _pass(windows, effort))
+    steps = max(TUNE_STEPS * effort.steps, steps_of_pass(windows, effort))
     return TuneOptions(steps=steps, batch=min(effort.batch, windows), seed=arguments.seed)
 
 
@@ -367,7 +339,8 @@ def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
     return parse_policies(arguments.ranks)
 
 
-def _print_summary(summary: Summary) -> None:
+def _print_summary(summary: Summary) -> Path:
+    """Print what a conversion did; return where its checkpoint is."""
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     peak = f"{summary.peak_host_bytes / 2**30:.2f} GiB of host memory"
@@ -380,3 +353,4 @@ def _print_summary(summary: Summary) -> None:
         f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight{groups}, "
         f"mean relative error {summary.mean_error:.4f}; peak {peak}"
     )
+    return summary.out

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("stats", help="count how often each expert is used on a text")
     add_text_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file for --expert-counts")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, check=check_text_arguments)
 
 
 def _run(arguments: argparse.Namespace) -> None:

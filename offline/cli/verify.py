@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
 from ..evaluation.verify import format_verdict, verify_checkpoint
+from .arguments import OR_HUB
+from .hub import model_place
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("verify", help="check a checkpoint's files, format and, with --reference, weights")
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=model_place, help=f"folder of the checkpoint, {OR_HUB}")
     reference = "the model it was made of: error of each quantized matrix, and that all other tensors are the same"
-    parser.add_argument("--reference", type=Path, help=reference)
+    parser.add_argument("--reference", type=model_place, help=reference)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_run)

@@ -1,0 +1,170 @@
+"""Models of the Hub where commands take a folder: the download, what is left out of it, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, OLD_COMMIT, HubServer, of_folder
+from huggingface_hub import constants
+from tiny_models import TEXT
+
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.hub import download
+
+FAST = ["--method", "rtn", "--quiet"]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def model(hub: HubServer, bundled_model: Path) -> str:
+    """The bundled model on the Hub, beside weights in other formats."""
+    others = {"pytorch_model.bin": b"x", "model.gguf": b"x", "original/model.safetensors": b"x"}
+    hub.repositories["org/tiny"] = of_folder(bundled_model, **others)
+    hub.repositories["org/tiny"].commits[COMMIT]["README.md"] = b"---\nlicense: mit\nlanguage: en\n---\n# Tiny\n"
+    return "org/tiny"
+
+
+def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a command fails with."""
+    assert main([*words]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    return line
+
+
+def test_a_model_is_downloaded_and_quantized(hub: HubServer, model: str, bundled_model: Path, tmp_path: Path):
+    out, local = tmp_path / "out", tmp_path / "local"
+    assert main(["quantize", model, "-o", str(out), *FAST]) == 0
+    assert main(["quantize", str(bundled_model), "-o", str(local), *FAST]) == 0
+    shard = "model-00001-of-00001.safetensors"
+    assert (out / shard).read_bytes() == (local / shard).read_bytes()
+    assert not {f"GET /org/tiny/resolve/{COMMIT}/{name}" for name in ("pytorch_model.bin", "model.gguf")} & {*hub.asked}
+    assert not any("original" in line for line in hub.asked)
+    card = (out / "README.md").read_text()
+    assert "base_model: org/tiny" in card
+    assert "license: mit" in card
+    assert COMMIT in card
+    assert (out / "README_SOURCE.md").read_text().endswith("# Tiny\n")
+    assert hub.bytes_of_weights() == 1
+    assert main(["verify", str(out), "--reference", model, "--quiet"]) == 0
+    assert main(["quantize", model, "-o", str(tmp_path / "again"), *FAST]) == 0
+    assert hub.bytes_of_weights() == 1  # the cache has it
+
+
+def test_the_environment_of_the_library_counts(hub: HubServer, model: str, tmp_path: Path):
+    """In a process of its own, as users run it: the library reads the environment when it is imported."""
+    command = [sys.executable, "-m", "vllm_milo.offline.cli", "quantize", model, "-o", str(tmp_path / "out"), *FAST]
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "org/tiny: downloading" in done.stderr
+    assert (tmp_path / "home" / "hub" / "models--org--tiny" / "snapshots" / COMMIT / WEIGHTS).exists()
+    hub.shutdown()
+    shutil.rmtree(tmp_path / "out")
+    done = subprocess.run(
+        command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_revisions(hub: HubServer, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    repository = hub.repositories[model]
+    repository.commits[OLD_COMMIT] = repository.commits[COMMIT] | {"old.txt": b"of the branch"}
+    repository.revisions["refs/pr/1"] = OLD_COMMIT
+    assert main(["quantize", f"{model}@refs/pr/1", "-o", str(tmp_path / "out"), *FAST]) == 0
+    assert (tmp_path / "out" / "old.txt").exists()
+    assert OLD_COMMIT in (tmp_path / "out" / "README.md").read_text()
+    line = failure(capsys, "quantize", f"{model}@nowhere", "-o", str(tmp_path / "none"), *FAST)
+    assert line.endswith(
+        "org/tiny@nowhere: the model has no such revision; name a branch, a tag or a whole commit hash"
+    )
+
+
+def test_models_that_cannot_be_had(hub: HubServer, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = ["-o", str(tmp_path / "out"), *FAST]
+    line = failure(capsys, "quantize", "org/none", *out)
+    assert "org/none: there is neither such a folder nor such a model on the Hugging Face Hub; if it is" in line
+    hub.repositories[model].gated = True
+    line = failure(capsys, "quantize", model, *out)
+    assert "org/tiny: is gated, and the token may not read it (403); accept its terms" in line
+    del hub.repositories[model].commits[COMMIT][WEIGHTS]
+    assert "has no *.safetensors file at its top" in failure(capsys, "quantize", model, *out)
+    hub.shutdown()
+    hub.server_close()
+    line = failure(capsys, "quantize", model, *out)
+    assert f"org/tiny: the Hugging Face Hub ({hub.address}) cannot be reached: " in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_offline(hub: HubServer, model: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
+    assert "not as a whole, in the Hub's cache" in line
+    assert hub.asked == []
+
+
+def test_a_disk_without_room(hub: HubServer, model: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(download, "free_bytes", lambda place: 2**20)
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
+    assert "org/tiny: the download takes " in line
+    assert "and 1.0 MiB are free in the Hub's cache" in line
+    assert hub.bytes_of_weights() == 0
+
+
+def test_options_are_checked_before_the_download(hub: HubServer, model: str, tmp_path: Path, capsys):
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), "--ignore", "nothing.of.it", *FAST)
+    assert "nothing.of.it" in line
+    assert hub.bytes_of_weights() == 0
+
+
+def test_texts_are_looked_for_before_the_download(hub: HubServer, model: str, capsys):
+    assert "none.txt: cannot be read" in failure(capsys, "eval", model, "--text", "none.txt", "--quiet")
+    assert hub.bytes_of_weights() == 0
+
+
+def test_a_model_of_the_hub_is_evaluated(hub: HubServer, model: str, bundled_model: Path, capsys):
+    words = ["--text", str(TEXT), "--max-windows", "1", "--quiet", "--json"]
+    assert main(["eval", model, *words, "--reference", model]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_kl"] == 0
+
+
+def test_a_hub_that_fails_on_the_way(hub: HubServer, model: str, tmp_path: Path, capsys):
+    hub.broken_files = {WEIGHTS}
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
+    assert "org/tiny: the Hugging Face Hub answers 500: " in line
+
+
+def test_a_dry_run_reads_headers(hub: HubServer, model: str, bundled_model: Path, tmp_path: Path, capsys):
+    words = ["-o", str(tmp_path / "out"), "--dry-run", "--json", "--preset", "fast"]
+    assert main(["quantize", model, *words]) == 0
+    said = capsys.readouterr()
+    assert "org/tiny: only headers are read; the whole takes a download of " in said.err
+    assert main(["quantize", str(bundled_model), *words]) == 0
+    remote, local = json.loads(said.out), json.loads(capsys.readouterr().out)
+    assert remote["model"] == "org/tiny"
+    for key in ("bytes", "bits_per_weight", "by_kind", "quantized_weights", "format"):
+        assert remote[key] == local[key]
+    assert hub.bytes_of_weights() == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_inspected_by_its_headers(hub: HubServer, checkpoint: Path, capsys):
+    hub.repositories["org/milo"] = of_folder(checkpoint)
+    assert main(["inspect", "org/milo", "--json"]) == 0
+    remote = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    assert remote == json.loads(capsys.readouterr().out)
+    assert hub.bytes_of_weights() == 0
+
+
+def test_folders_come_first(hub: HubServer, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "config.json" in failure(capsys, "inspect", "org/tiny")
+    assert "no such folder" in failure(capsys, "verify", "./org/none")
+    assert hub.asked == []
