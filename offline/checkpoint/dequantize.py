@@ -13,6 +13,7 @@ from vllm_milo.checkpoint import TENSOR_NAMES, U_SCALE, V_SCALE, MiLoFormat, U, 
 from vllm_milo.kernels.packing import dequantize, dequantize_factor
 from vllm_milo.shards import ShardError, read_tensors
 from vllm_milo.validation import quantized_modules
+from vllm_milo.values import one_line
 
 
 class DequantizedTensors:
@@ -57,7 +58,7 @@ class DequantizedTensors:
                 self._handles[file] = safe_open(file, framework="pt")
             return self._handles[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise ShardError(f"{file}: cannot read tensor {name}: {error}; copy it again") from error
+            raise ShardError(f"{file}: cannot read tensor {name}: {one_line(error)}; copy it again") from error
 
     def weight(self, module: str) -> torch.Tensor:
         """Return the weights, float32 [N, K], that the codes and factors of a quantized matrix stand for.

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_milo.dtypes import DTYPES, MODEL_DTYPES, safetensors_name
 from vllm_milo.shards import read_tensors
+from vllm_milo.values import one_line
 
 from ..errors import ConversionError, PassingError
 from ..nouns import Matrix
@@ -65,7 +66,7 @@ class ModelReader:
         try:
             return self._opened(entry.file).get_tensor(tensor)
         except (OSError, SafetensorError) as error:
-            raise PassingError(f"{entry.file}: cannot read tensor {tensor}: {error}") from error
+            raise PassingError(f"{entry.file}: cannot read tensor {tensor}: {one_line(error)}") from error
 
     def _opened(self, path: Path) -> Any:
         """Return a shard, which stays open until another is wanted: thousands of tensors lie in one."""

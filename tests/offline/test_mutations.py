@@ -196,6 +196,7 @@ def _judge_end(command: list[str], status: int, shown: str, said: str, out: Path
 def _plugin(folder: str) -> int:
     """Do what the plugin does when vLLM loads a checkpoint."""
     try:
+        assert (Path(folder) / "config.json").is_file()  # a pipe would be waited for
         assert (Path(folder) / "config.json").stat().st_size < 2**24
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         quantization = config["quantization_config"]
