@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .batches import Batch, batches
+from .batches import batches
 from .calibration.sequential import SequentialPass, Visit
 from .learn.damage import Damage, Replacement
 from .nouns import LoadedMatrix, Matrix, Moments, Recipe
@@ -93,14 +93,12 @@ class NeedMeter:
         """Return the share of the error without a compensator that is left at each rank, all matrices together."""
         costs = dict.fromkeys((0, *ranks), 0.0)
         for batch in batches(loaded, visit.moments, {}):
-            metric = metric_of(_diagonal(batch.moments))
+            moments = _diagonal(batch.moments)
+            metric = metric_of(moments)
             for rank in costs:
-                costs[rank] += float(metric.cost(batch.weights - self._quantized(batch, rank)).sum())
+                found = quantize_matrices(batch.weights, rank, self._recipe, self._dtype, moments).dequantize()
+                costs[rank] += float(metric.cost(batch.weights - found).sum())
         return {rank: costs[rank] / max(costs[0], 1e-30) for rank in ranks}
-
-    def _quantized(self, batch: Batch, rank: int) -> torch.Tensor:
-        """Return the weights [B, N, K] of a batch as they are with compensators of one rank."""
-        return quantize_matrices(batch.weights, rank, self._recipe, self._dtype, _diagonal(batch.moments)).dequantize()
 
 
 def _diagonal(moments: Moments) -> Moments:

@@ -26,3 +26,14 @@ def edit_tensors(folder: Path, file: str, edit) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         index.unlink()
+
+
+def narrow_down_projections(folder: Path, file: str) -> None:
+    """Leave the experts' down projections 80 inputs, which no group size divides."""
+
+    def edit(tensors):
+        for name in tensors:
+            if ".experts." in name and "down_proj" in name:
+                tensors[name] = tensors[name][..., :80].contiguous()
+
+    edit_tensors(folder, file, edit)

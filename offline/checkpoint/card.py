@@ -6,7 +6,6 @@ The manifest leaves it out: people edit cards, and `milo eval --update-card` wri
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vllm_milo import __version__
 
+from ..durable.files import flush
 from ..errors import ConversionError
 from .inspect import inspect_checkpoint, name_group_sizes
 from .manifest import CARD_NAME
@@ -196,9 +196,7 @@ def _table(measured: Sequence[Measured]) -> str:
 
 def _write(path: Path, card: ModelCard) -> None:
     try:
-        with path.open("w", encoding="utf-8") as file:
-            file.write(str(card).rstrip() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
+        flush(path)
     except OSError as error:
         raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error

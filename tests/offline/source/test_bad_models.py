@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_edits import edit_config, edit_tensors
+from folder_edits import edit_config, edit_tensors, narrow_down_projections
 from refusals import FAST, Q_PROJ, WEIGHTS, refused
 from safetensors.torch import load_file
 from tiny_models import make_model
@@ -151,13 +151,7 @@ def test_quantized_source(checkpoint: Path, tmp_path: Path):
 
 def test_input_size_that_no_group_divides(tmp_path: Path):
     source = make_model("qwen2_moe", tmp_path / "source")
-
-    def edit(tensors):
-        for name in tensors:
-            if ".experts." in name and "down_proj" in name:
-                tensors[name] = tensors[name][..., :80].contiguous()
-
-    edit_tensors(source, WEIGHTS, edit)
+    narrow_down_projections(source, WEIGHTS)
     message = r"experts\.0\.down_proj: shape \[128, 80\] is not a multiple of 64 in both dimensions; keep this layer"
     refused(source, tmp_path / "out", message, Conversion(Recipe(group_size=128)), CheckpointError)
 
