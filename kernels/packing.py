@@ -11,6 +11,8 @@ import torch
 MAX_CODE = 7
 CODES_PER_UNIT = 32
 WORDS_PER_UNIT = 3
+_EIGHTS, _IN_EIGHT = 4, 8
+"""Eight codes make 24 bits, and four times 24 bits three words."""
 FACTOR_ZERO = 4
 """Code that stands for 0 in 3-bit factors: w = scale·(q - 4)."""
 
@@ -29,15 +31,12 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """
     if codes.shape[-1] % CODES_PER_UNIT:
         raise ValueError(f"cannot pack {codes.shape[-1]} codes: not a multiple of {CODES_PER_UNIT}")
-    units = codes.unflatten(-1, (codes.shape[-1] // CODES_PER_UNIT, CODES_PER_UNIT))
-    words = torch.zeros(*units.shape[:-1], WORDS_PER_UNIT, dtype=torch.int32, device=codes.device)
-    for i in range(CODES_PER_UNIT):
-        code = units[..., i].to(torch.int32)
-        word, shift = divmod(3 * i, 32)
-        words[..., word] |= code << shift
-        if shift > 29:
-            words[..., word + 1] |= code >> (32 - shift)
-    return words.flatten(-2)
+    eights = codes.unflatten(-1, (codes.shape[-1] // CODES_PER_UNIT, _EIGHTS, _IN_EIGHT))
+    bits = torch.zeros(eights.shape[:-1], dtype=torch.int32, device=codes.device)
+    for i in range(_IN_EIGHT):
+        bits |= eights[..., i].to(torch.int32) << (3 * i)
+    a, b, c, d = bits.unbind(-1)
+    return torch.stack([a | (b << 24), (b >> 8) | (c << 16), (c >> 16) | (d << 8)], -1).flatten(-2)
 
 
 def unpack_codes(words: torch.Tensor) -> torch.Tensor:
@@ -48,16 +47,13 @@ def unpack_codes(words: torch.Tensor) -> torch.Tensor:
     """
     if words.shape[-1] % WORDS_PER_UNIT:
         raise ValueError(f"cannot unpack {words.shape[-1]} words: not a multiple of {WORDS_PER_UNIT}")
-    units = words.unflatten(-1, (words.shape[-1] // WORDS_PER_UNIT, WORDS_PER_UNIT))
-    codes = torch.empty(*units.shape[:-1], CODES_PER_UNIT, dtype=torch.uint8, device=words.device)
-    for i in range(CODES_PER_UNIT):
-        word, shift = divmod(3 * i, 32)
-        code = units[..., word] >> shift
-        if shift > 29:
-            # >> of a negative int32 fills with ones: keep the bits that came from this word
-            code = (code & ((1 << (32 - shift)) - 1)) | (units[..., word + 1] << (32 - shift))
-        codes[..., i] = (code & 7).to(torch.uint8)
-    return codes.flatten(-2)
+    a, b, c = words.unflatten(-1, (words.shape[-1] // WORDS_PER_UNIT, WORDS_PER_UNIT)).unbind(-1)
+    # >> of a negative int32 fills with ones: keep the bits that came from this word
+    bits = torch.stack([a, ((a >> 24) & 0xFF) | (b << 8), ((b >> 16) & 0xFFFF) | (c << 16), c >> 8], -1)
+    codes = torch.empty(*bits.shape, _IN_EIGHT, dtype=torch.uint8, device=words.device)
+    for i in range(_IN_EIGHT):
+        codes[..., i] = (bits >> (3 * i)) & MAX_CODE
+    return codes.flatten(-3)
 
 
 def dequantize(

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint.matrices import matrix_tensors, read_matrix
+from .checkpoint.matrices import read_matrix, tensors_on_host
 from .checkpoint.report import Report
-from .checkpoint.writer import CheckpointWriter, on_host
+from .checkpoint.writer import CheckpointWriter
 from .durable.journal import Journal
 from .nouns import Matrix
 from .solve.methods import Solved
@@ -48,13 +48,17 @@ def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, st
         ranks: dict[str, int] = {}
         for layer, solved in step:
             names.append(layer.name)
-            for matrix, one in solved:
-                tensors |= {name: on_host(tensor) for name, tensor in matrix_tensors(matrix.name, one)}
-                ranks[matrix.name] = one.rank
+            tensors |= tensors_on_host(_noting_ranks(solved, ranks))
             tensors |= _other_tensors(reader, layer)
         writer.keep(names, tensors, ranks, report.since(mark))
         mark = report.mark()
     writer.wait()
+
+
+def _noting_ranks(solved: Iterable[tuple[Matrix, Solved]], ranks: dict[str, int]) -> Iterator[tuple[Matrix, Solved]]:
+    for matrix, one in solved:
+        ranks[matrix.name] = one.rank
+        yield matrix, one
 
 
 def finished_layers(journal: Journal, plan: Sequence[Layer], device: torch.device) -> Layers:
@@ -79,9 +83,8 @@ def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers) ->
         ConversionError: the disk is full.
     """
     for layer, solved in layers:
-        for matrix, one in solved:
-            for name, tensor in matrix_tensors(matrix.name, one):
-                writer.add(name, tensor)
+        for name, tensor in tensors_on_host(solved).items():
+            writer.add(name, tensor)
         for name, tensor in _other_tensors(reader, layer).items():
             writer.add(name, tensor)
 

@@ -185,7 +185,9 @@ def imports(path: Path, known: Collection[str] = ()) -> set[str]:
             | {"jinja2"}  # of chat templates; torch and transformers bring it
             | {"huggingface_hub"}  # model cards; download and upload only where a model of the Hub is named
             | {"datasets"}  # of the Hub; only where a dataset is asked for
-            | {f"vllm_milo.kernels.convert{name}" for name in ("", ".feedback", ".learn")},  # the converter's kernels
+            | {
+                f"vllm_milo.kernels.convert{name}" for name in ("", ".feedback", ".learn", ".learn_factors")
+            },  # the converter's kernels
         ),
     ],
 )

@@ -18,7 +18,7 @@ ROWS = 8
 
 
 @triton.jit
-def _adam(value, gradient, first, second, rate, bias1, bias2, BETA1: tl.constexpr, BETA2: tl.constexpr):
+def adam(value, gradient, first, second, rate, bias1, bias2, BETA1: tl.constexpr, BETA2: tl.constexpr):
     """Adam's step: the new value and the new moments."""
     first = BETA1 * first + (1 - BETA1) * gradient
     second = BETA2 * second + (1 - BETA2) * gradient * gradient
@@ -57,7 +57,7 @@ def _step_kernel(
     at_latent = tl.where((latent >= -0.5) & (latent <= 7.5), gradient * scale[:, None], 0.0)
     latent1 = tl.load(latent1_ptr + place, mask=mask, other=0.0)
     latent2 = tl.load(latent2_ptr + place, mask=mask, other=0.0)
-    latent, latent1, latent2 = _adam(
+    latent, latent1, latent2 = adam(
         latent, at_latent, latent1, latent2, rate_latent * active, bias1, bias2, BETA1, BETA2
     )  # fmt: skip
     tl.store(latent_ptr + place, latent, mask=mask)
@@ -65,7 +65,7 @@ def _step_kernel(
     tl.store(latent2_ptr + place, latent2, mask=mask)
     change1 = tl.load(change1_ptr + of_group, mask=inside, other=0.0)
     change2 = tl.load(change2_ptr + of_group, mask=inside, other=0.0)
-    change, change1, change2 = _adam(
+    change, change1, change2 = adam(
         change, at_change, change1, change2, rate_scale * active, bias1, bias2, BETA1, BETA2
     )  # fmt: skip
     tl.store(change_ptr + of_group, change, mask=inside)
@@ -73,7 +73,7 @@ def _step_kernel(
     tl.store(change2_ptr + of_group, change2, mask=inside)
     zero1 = tl.load(zero1_ptr + of_group, mask=inside, other=0.0)
     zero2 = tl.load(zero2_ptr + of_group, mask=inside, other=0.0)
-    zero, zero1, zero2 = _adam(zero, at_zero, zero1, zero2, rate_zero * active, bias1, bias2, BETA1, BETA2)
+    zero, zero1, zero2 = adam(zero, at_zero, zero1, zero2, rate_zero * active, bias1, bias2, BETA1, BETA2)
     tl.store(zero_ptr + of_group, zero, mask=inside)
     tl.store(zero1_ptr + of_group, zero1, mask=inside)
     tl.store(zero2_ptr + of_group, zero2, mask=inside)

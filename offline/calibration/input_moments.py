@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,8 @@ MAX_EXPERT_BYTES = 6 * 2**30
 class Moment:
     """A running Σ a·aᵀ (or its diagonal) over rows a, with their number."""
 
-    def __init__(self, size: int) -> None:
-        self.full = size <= MAX_FULL_SIZE
+    def __init__(self, size: int, full: bool = True) -> None:
+        self.full = full and size <= MAX_FULL_SIZE
         self.rows = 0
         self.total: torch.Tensor | None = None
         self.size = size
@@ -70,24 +70,35 @@ class InputMoments:
         self.full = full
         self._last: tuple[torch.Tensor | None, Moment | None] = (None, None)
         self._undo: list[Callable[[], None]] = []
+        self._diagonals: list[_ExpertDiagonals] = []
         for inner, part in module.named_modules():
             checkpoint = family.checkpoint_name(name + inner)
             if isinstance(part, torch.nn.Linear) and family.kind(checkpoint) is not None:
                 self._undo.append(part.register_forward_pre_hook(partial(self._see, checkpoint)).remove)
             elif inner.endswith(".experts") and hasattr(part, "gate_up_proj"):
-                self._undo.append(part.register_forward_pre_hook(_Experts(self, checkpoint, part)).remove)
+                self._undo.append(part.register_forward_pre_hook(self._experts(checkpoint, part)).remove)
+
+    def _experts(self, name: str, module: Any) -> Callable[..., None]:
+        """Return what watches the routed experts of a layer."""
+        if self.full:
+            return _Experts(self, name, module)
+        self._diagonals.append(_ExpertDiagonals(name, self._family.projections, module))
+        return self._diagonals[-1]
 
     def close(self) -> None:
         """Stop watching."""
         for undo in self._undo:
             undo()
         self._last = (None, None)
+        for experts in self._diagonals:
+            for matrix, moment in experts.moments():
+                self.by_name[matrix], self.tokens[matrix] = moment, moment.rows
 
     def _see(self, name: str, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         """Add the inputs of a linear layer, which the layer before it may have shared."""
         known, moment = self._last
         if known is not args[0] or moment is None:
-            moment = self.by_name.get(name) or Moment(args[0].shape[-1])
+            moment = self.by_name.get(name) or Moment(args[0].shape[-1], self.full)
             moment.add(args[0])
             self._last = (args[0], moment)
         self.by_name[name] = moment
@@ -134,7 +145,7 @@ class InputMoments:
 
 
 class _Experts:
-    """Adds the inputs and inner activations of the routed experts of a layer."""
+    """Adds the inputs and inner activations of the routed experts of a layer to full moments, one expert at a time."""
 
     def __init__(self, into: InputMoments, name: str, module: Any) -> None:
         self._into, self._name = into, name
@@ -159,3 +170,49 @@ class _Experts:
             middle.add(module.act_fn(gate) * up * weight)
             for leaf in self._into._family.projections:
                 self._into.tokens[f"{self._name}.{expert}.{leaf}"] += len(rows)
+
+
+class _ExpertDiagonals:
+    """Adds the squares of the inputs and inner activations of the routed experts of a layer, all experts at once."""
+
+    def __init__(self, name: str, projections: Sequence[str], module: Any) -> None:
+        self._name, self._projections = name, projections
+        experts, hidden, inner = module.down_proj.shape
+        zeros = module.down_proj.new_zeros
+        self._before, self._middle = (zeros(experts, size, dtype=torch.float32) for size in (hidden, inner))
+        self._rows = zeros(experts, dtype=torch.int64)
+
+    def __call__(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        states, index, weights = args
+        expert, order = index.flatten().sort(stable=True)
+        number = torch.nn.functional.one_hot(expert, len(self._rows)).sum(0)
+        rows, weight = states[order // index.shape[-1]], weights.flatten()[order, None]
+        gate, up = grouped_linear(rows, module.gate_up_proj, number).chunk(2, dim=-1)
+        for sums, inputs in ((self._before, rows), (self._middle, module.act_fn(gate) * up)):
+            squares = (inputs * weight).float().square()
+            # expert by expert and row by row: atomic additions would differ from run to run
+            sums += torch.segment_reduce(squares, "sum", lengths=number, axis=0, unsafe=True)
+        self._rows += number
+
+    def moments(self) -> Iterator[tuple[str, Moment]]:
+        """Yield the moments by the names of the experts' matrices."""
+        gate, up, down = self._projections
+        for expert, rows in enumerate(self._rows.tolist()):
+            for sums, leaves in ((self._before, (gate, up)), (self._middle, (down,))):
+                moment = Moment(sums.shape[-1], full=False)
+                moment.rows, moment.total = rows, sums[expert] if rows else None
+                yield from ((f"{self._name}.{expert}.{leaf}", moment) for leaf in leaves)
+
+
+def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Return W·x of rows x that are sorted by expert, each by its own expert's matrix.
+
+    Args:
+        rows: [S, K].
+        weights: [E, N, K].
+        number: of rows of each expert, int64 [E]; together S.
+    """
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return torch._grouped_mm(rows, weights.mT, offs=number.cumsum(0).int())
+    parts = zip(rows.split(number.tolist()), weights, strict=True)
+    return torch.cat([torch.nn.functional.linear(part, weight) for part, weight in parts])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,8 @@ from ..solve.compensator.low_rank import StoredPair
 from ..solve.methods import Solved
 
 Value = TypeVar("Value")
+TOGETHER = 2**27
+"""Weights whose codes are packed and moved at once, about."""
 
 
 def rank_table(matrices: Sequence[Matrix], ranks: Mapping[str, int]) -> RankTable:
@@ -72,22 +74,50 @@ def _without(values: Mapping[str, Value], usual: Value) -> dict[str, Value]:
     return table
 
 
-def matrix_tensors(name: str, solved: Solved) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the checkpoint's tensors of a quantized matrix, by name."""
-    yield f"{name}.{PACKED}", pack_codes(solved.base.codes)
-    yield f"{name}.{SCALE}", solved.base.scale
-    yield f"{name}.{ZERO}", solved.base.zero
+def tensors_on_host(solved: Iterable[tuple[Matrix, Solved]]) -> dict[str, torch.Tensor]:
+    """Return the checkpoint's tensors of quantized matrices by name, on the CPU, each with its memory for itself.
+
+    Those of one shape are packed and moved together: a layer of many experts has thousands.
+    """
+    found: dict[str, torch.Tensor] = {}
+    held: list[tuple[Matrix, Solved]] = []
+    for matrix, one in solved:
+        held.append((matrix, one))
+        if sum(matrix.n * matrix.k for matrix, _ in held) >= TOGETHER:
+            found |= _moved_together(held)
+            held = []
+    return found | _moved_together(held)
+
+
+def _moved_together(solved: Sequence[tuple[Matrix, Solved]]) -> dict[str, torch.Tensor]:
+    parts = [part for matrix, one in solved for part in _parts(matrix.name, one)]
+    alike: dict[tuple[torch.Size, torch.dtype, bool], list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for name, tensor, packed in parts:
+        alike[tensor.shape, tensor.dtype, packed].append((name, tensor))
+    found: dict[str, torch.Tensor] = {}
+    for (_, _, packed), members in alike.items():
+        together = torch.stack([tensor for _, tensor in members])
+        moved = (pack_codes(together) if packed else together).cpu()
+        # a view would keep all of them in memory until the last is written
+        found |= {name: part.clone() for (name, _), part in zip(members, moved, strict=True)}
+    return {name: found[name] for name, _, _ in parts}
+
+
+def _parts(name: str, solved: Solved) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield names in the checkpoint, tensors, and whether these are codes that are still to be packed."""
+    yield f"{name}.{PACKED}", solved.base.codes, True
+    yield f"{name}.{SCALE}", solved.base.scale, False
+    yield f"{name}.{ZERO}", solved.base.zero, False
     if solved.pair is None:
         return
     for factor, tensor, scale in ((solved.pair.u, U, U_SCALE), (solved.pair.v, V, V_SCALE)):
-        packed = factor.values.dtype == torch.uint8
-        yield f"{name}.{tensor}", pack_codes(factor.values) if packed else factor.values
+        yield f"{name}.{tensor}", factor.values, factor.values.dtype == torch.uint8
         if factor.scale is not None:
-            yield f"{name}.{scale}", factor.scale
+            yield f"{name}.{scale}", factor.scale, False
 
 
 def read_matrix(name: str, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Solved:
-    """Return a quantized matrix on ``device``, to the bit as :func:`matrix_tensors` took it."""
+    """Return a quantized matrix on ``device``, to the bit as :func:`tensors_on_host` took it."""
     codes, scale, zero = (tensors[f"{name}.{leaf}"].to(device) for leaf in (PACKED, SCALE, ZERO))
     base = GroupQuantized(unpack_codes(codes), scale, zero)
     if f"{name}.{U}" not in tensors:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_milo.checkpoint import COMPENSATOR_GROUP_SIZE
+from vllm_milo.kernels.packing import MAX_CODE
 
 from ..metric import Metric
 from ..precision import fast_products
@@ -20,6 +21,8 @@ from .orthonormal import damped_cholesky, gram, orthonormal_rows
 POWER_ITERATIONS = 3
 """Of the first round; later ones go on from the round before."""
 CLIPS = (1.0, 0.8)
+STEP = 2 / 7
+"""A step of the codes, where the largest value of a group has the last of them (paper eq. 13)."""
 FITS = 3
 REFITS = 2
 
@@ -122,13 +125,20 @@ def _store(factor: torch.Tensor, bits: int, dtype: torch.dtype, importance: torc
     """Store one factor with the scale of each 64 values fitted by least squares (3 bits), else as published."""
     if bits != 3:
         return store_factor(factor, bits, dtype)
+    if factor.is_cuda:
+        from vllm_milo.kernels.convert import factor_fit
+
+        clips = (CLIPS[0] * STEP, CLIPS[1] * STEP)
+        return StoredFactor(
+            *factor_fit.store_factor(factor, importance, clips, FITS, MIN_SCALE, (FACTOR_ZERO, MAX_CODE))
+        )
     groups = factor.unflatten(-1, (-1, COMPENSATOR_GROUP_SIZE))
     weight = None if importance is None else importance.unflatten(-1, (-1, COMPENSATOR_GROUP_SIZE))
     largest = groups.abs().amax(-1)
     best_error: torch.Tensor | None = None
     best = largest
     for clip in CLIPS:
-        scale = (largest * (clip * 2 / 7)).clamp(min=MIN_SCALE).half()
+        scale = (largest * (clip * STEP)).clamp(min=MIN_SCALE).half()
         for fit in range(FITS):
             steps = _steps(groups, scale)
             error = _weigh((groups - steps * scale.float().unsqueeze(-1)).square(), weight)

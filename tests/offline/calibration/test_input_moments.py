@@ -25,12 +25,16 @@ NAME = f"model.layers.{LAYER}."
 class Setting:
     """A tiny model, and the moments of its second layer's inputs on some windows."""
 
-    def __init__(self, folder: Path, windows: torch.Tensor, full: bool = True) -> None:
+    def __init__(self, folder: Path, windows: torch.Tensor, full: bool = True, broken: float | None = None) -> None:
         self.reader = ModelReader(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.layer = self.model.model.layers[LAYER]
         self.moments = InputMoments(self.layer, NAME, self.reader.family, full)
+        if broken is not None:
+            self.layer.mlp.experts.gate_up_proj.data[2, 0, 0] = broken
+            self.layer.input_layernorm.weight.data[3] = broken
         self.run(windows)
+        self.moments.close()
         self.matrices = {m.name: m for m in self.reader.matrices if m.name.startswith(NAME)}
 
     @torch.no_grad()
@@ -164,7 +168,6 @@ def test_experts_that_saw_nothing_have_the_identity(sources: dict[str, Path]):
 def test_watching_ends(sources: dict[str, Path]):
     setting = Setting(sources["mixtral"], random_windows())
     before = {name: moment.rows for name, moment in setting.moments.by_name.items()}
-    setting.moments.close()
     setting.run(random_windows())
     assert before == {name: moment.rows for name, moment in setting.moments.by_name.items()}
 
@@ -194,10 +197,7 @@ def test_an_expert_that_the_text_never_reaches_is_quantized_by_plain_squares():
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_named(sources: dict[str, Path], broken: float, full: bool):
-    setting = Setting(sources["mixtral"], random_windows(1, 4), full)
-    setting.layer.mlp.experts.gate_up_proj.data[2, 0, 0] = broken
-    setting.layer.input_layernorm.weight.data[3] = broken
-    setting.run(random_windows())
+    setting = Setting(sources["mixtral"], random_windows(), full, broken)
     for name in ("self_attn.q_proj", "block_sparse_moe.experts.2.w2"):
         with pytest.raises(ConversionError, match=rf"layers\.1\.{name}: .* hold NaN or Inf.*--calibration none"):
             setting.of(NAME + name)

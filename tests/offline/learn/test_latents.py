@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from vllm_milo.offline.learn.latents import BETAS, Adam, BaseLatents, FactorLatents, Latents, Pace, Rates, nearest
+from vllm_milo.offline.learn.adam import BETAS, Adam, Pace
+from vllm_milo.offline.learn.factor_latents import FactorLatents, nearest
+from vllm_milo.offline.learn.latents import BaseLatents, Latents, Rates
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.solve.base.group import MAX_SCALE, MIN_SCALE, GroupQuantized, quantize_rtn
 from vllm_milo.offline.solve.compensator.factors import FACTOR_ZERO
