@@ -139,12 +139,6 @@ def count_experts(modules: Mapping[str, Any]) -> dict[str, int]:
     return dict(counts)
 
 
-def is_ignored(name: str, fmt: MiLoFormat) -> bool:
-    """Return whether ``ignore`` names a matrix, or the routed experts that it belongs to."""
-    expert = split_expert_name(name)
-    return fmt.ignores(name) or (expert is not None and fmt.ignores(expert[0]))
-
-
 def is_fused_experts(tensor: str) -> bool:
     """Return whether a tensor, by its name, holds one or two matrices of every expert of a layer."""
     module, _, leaf = tensor.rpartition(".")
@@ -174,7 +168,7 @@ def _matrix_problems(
     experts: Mapping[str, int],
     model_dtype: str,
 ) -> Iterator[str]:
-    if is_ignored(name, fmt):
+    if fmt.ignores(name):
         yield f"{name}: is in ignore but has quantized tensors"
     missing = [tensor for tensor in BASE_TENSORS if tensor not in found]
     if missing:
@@ -250,9 +244,10 @@ def _unquantized_problems(
 def _kept_expert_problems(
     tensors: Mapping[str, TensorEntry], modules: Mapping[str, Any], fmt: MiLoFormat, config: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Experts that ignore names must be there as a whole, and have the sizes of the model: vLLM would not say so."""
+    """Experts that ignore names must be there unquantized, whole, and of the model's sizes: vLLM would not say so."""
     kept = kept_experts(tensors)
     quantized = count_experts(modules)
+    yield from (f"{name}: is in ignore but has quantized experts" for name in quantized if fmt.ignores(name))
     for name in tensors:
         experts = f"{name.removesuffix('.gate.weight')}.experts"  # every layer with experts has a router
         if name.endswith(".gate.weight") and fmt.ignores(experts) and experts not in kept and experts not in quantized:
@@ -263,6 +258,8 @@ def _kept_expert_problems(
             continue
         yield from _fused_expert_problems(experts, found, config)
         each = {f"{experts}.{name.removesuffix('.weight')}": entry for name, entry in found.items() if "." in name}
+        if each and len(each) < len(found):
+            yield f"{experts}: holds experts both fused and one by one"
         if each:
             yield from _expert_problems(each, count_experts(each))
             yield from _each_expert_problems(experts, each, config)

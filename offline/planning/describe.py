@@ -99,7 +99,8 @@ def _by_kind(plan: Plan) -> dict[str, dict[str, Any]]:
 def _kept_line(plan: Plan, about: str) -> str:
     """Return the line of what ``--ignore`` keeps."""
     kept = plan.kept
-    layers = f", all routed experts of {len(kept.experts)} layers among them" if kept.experts else ""
+    number = f"{len(kept.experts)} layer{'s' if len(kept.experts) > 1 else ''}"
+    layers = f", all routed experts of {number} among them" if kept.experts else ""
     bits = kept.bits_with(plan.weights, plan.quantized_bytes)
     return (
         f"kept             {len(kept.matrices)} matrices as they are (--ignore){layers}: {size_text(kept.bytes)}; "

@@ -24,8 +24,9 @@ def without_ignored(layer: Layer, ignore: Sequence[str]) -> Layer:
     A tensor that holds matrices of both kinds would be in neither: :func:`check_ignore` refuses that before.
     """
     keys = Keys(ignore)
-    kept = [source for source in layer.matrices if not _is_ignored(source.matrix, keys)]
-    copied = dict.fromkeys(source.tensor for source in layer.matrices if _is_ignored(source.matrix, keys))
+    ignored = [_is_ignored(source.matrix, keys) for source in layer.matrices]
+    kept = [source for source, out in zip(layer.matrices, ignored, strict=True) if not out]
+    copied = dict.fromkeys(source.tensor for source, out in zip(layer.matrices, ignored, strict=True) if out)
     return Layer(layer.name, kept, [*layer.others, *copied])
 
 
@@ -95,10 +96,10 @@ def check_ignore(ignore: Sequence[str], matrices: Sequence[Matrix], unknown: Seq
     names = dict.fromkeys(name for matrix in matrices for name in (matrix.name, matrix.experts) if name is not None)
     for key in ignore:
         try:
-            used = any(find_key([key], name) is not None for name in (*names, *unknown))
+            one = Keys([key])
         except CheckpointError as error:
             raise ConversionError(f"--ignore {key!r}: {str(error).removeprefix('quantization_config: ')}") from None
-        if not used:
+        if all(one.find(name) is None for name in (*names, *unknown)):
             raise ConversionError(f"--ignore {key!r} matches no layer; names look like {matrices[0].name!r}")
     keys = Keys(ignore)
     _refuse_parts_of_layers(keys, {matrix.name for matrix in matrices if matrix.experts is None})

@@ -121,7 +121,7 @@ def test_they_count_in_the_plan_and_in_bits(sources: dict[str, Path], tmp_path: 
     assert said["bits_per_weight"] == pytest.approx(3.5)
     assert said["bits_per_weight_with_kept"] == pytest.approx(8 * (said["quantized_bytes"] + 491520) / every)
     assert milo(command) == 0
-    line = "kept             15 matrices as they are (--ignore), all routed experts of 1 layers among them: 0.5 MiB;"
+    line = "kept             15 matrices as they are (--ignore), all routed experts of 1 layer among them: 0.5 MiB;"
     assert line in capsys.readouterr().out
     assert milo(command[:-1]) == 0
     report = inspect_checkpoint(out)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from folder_edits import edit_config, edit_format, edit_tensors
 from tiny_models import fuse_experts, make_model
 
@@ -67,7 +68,7 @@ def test_experts_that_ignore_does_not_name(broken: Path):
 def test_quantized_experts_that_ignore_names(broken: Path):
     fmt = json.loads((broken / "config.json").read_text())["quantization_config"]
     edit_format(broken, ignore=[*fmt["ignore"], EXPERTS.replace("1", "0")])
-    assert_invalid(broken, r"layers\.0\.mlp\.experts\.0\.down_proj: is in ignore but has quantized tensors")
+    assert_invalid(broken, r"layers\.0\.mlp\.experts: is in ignore but has quantized experts")
 
 
 def test_some_quantized_and_some_not(broken: Path):
@@ -79,6 +80,17 @@ def test_some_quantized_and_some_not(broken: Path):
     edit_tensors(broken, SHARD, lambda tensors: others.update({name: one.clone() for name, one in tensors.items()}))
     edit(broken, add)
     assert_invalid(broken, rf"{NAME}: some of its experts are quantized and some are not")
+
+
+def test_both_fused_and_one_by_one(broken: Path):
+    def add(tensors):
+        if is_fused(broken):
+            tensors["0.up_proj.weight"] = tensors["gate_up_proj"][0, 128:].clone()
+        else:
+            tensors["down_proj"] = torch.stack([tensors[f"{index}.down_proj.weight"] for index in range(8)])
+
+    edit(broken, add)
+    assert_invalid(broken, rf"{NAME}: holds experts both fused and one by one")
 
 
 def test_missing_tensor(broken: Path):
