@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 VOCABULARY = 256
 TEXT = Path(__file__).parent / "assets" / "valid.txt"
@@ -86,6 +88,16 @@ def make_model(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
         model.get_input_embeddings().weight.normal_(std=1.0)
         model.get_output_embeddings().weight.normal_(std=0.25)
     model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def fuse_experts(source: Path, folder: Path) -> Path:
+    """Copy a model with the experts of each layer in 3-D tensors, as transformers 5 holds them in memory."""
+    shutil.copytree(source, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    assert any(tensor.dim() == 3 for tensor in state.values())
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

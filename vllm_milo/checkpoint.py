@@ -289,7 +289,7 @@ class MiLoFormat:
         }
 
     def ignores(self, name: str) -> bool:
-        """Return whether the linear layer ``name`` is stored unquantized."""
+        """Return whether a linear layer, or all routed experts of the module ``name``, are stored unquantized."""
         return self._ignored.find(name) is not None
 
     def module_group_size(self, name: str) -> int:

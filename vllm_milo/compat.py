@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.platforms import current_platform
 
 _LAYERS = "vllm.model_executor.layers.fused_moe"
@@ -19,6 +21,12 @@ def routes_inside_method() -> bool:
     it gets router logits. Later versions have a CPU router.
     """
     return current_platform.is_cpu() and importlib.util.find_spec(f"{_LAYERS}.router.cpu_router") is None
+
+
+def loads_fused_experts() -> bool:
+    """Return whether vLLM loads unquantized experts from one 3-D tensor; older versions may pass over it silently."""
+    mapping = getattr(RoutedExperts, "get_expert_mapping", None)
+    return mapping is not None and "include_fused" in inspect.signature(mapping).parameters
 
 
 def select_experts(layer: Any, x: torch.Tensor, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,11 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from vllm_milo import compat
 from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, GroupTable, MiLoFormat, RankTable
 from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
-from vllm_milo.validation import validate_checkpoint
+from vllm_milo.shards import read_tensors
+from vllm_milo.validation import is_fused_experts, validate_checkpoint
 
 
 class MiLoConfig(QuantizationConfig):
@@ -64,11 +66,13 @@ class MiLoConfig(QuantizationConfig):
         """Check a local checkpoint's files before anything is allocated.
 
         Raises:
-            CheckpointError, ShardError: a tensor is missing, extra or wrong, or a file is truncated.
+            CheckpointError, ShardError: a tensor is missing, extra or wrong, or of a kind that this version of vLLM
+                does not load, or a file is truncated.
         """
         folder = Path(model_name)
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             validate_checkpoint(folder)
+            _refuse_fused_experts(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the tables from checkpoint names to vLLM's; ``re:`` patterns stay as they are."""
@@ -95,6 +99,8 @@ class MiLoConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer: MiLo's, or vLLM's unquantized one where ``ignore`` names it.
 
+        None leaves a layer to vLLM, whose routed experts are then its own unquantized ones.
+
         Raises:
             CheckpointError: ignore names only some parts of a fused layer.
         """
@@ -102,6 +108,8 @@ class MiLoConfig(QuantizationConfig):
         from vllm_milo.linear import MiLoLinearMethod
 
         if isinstance(layer, RoutedExperts):
+            if self.format.ignores(prefix):
+                return None
             return MiLoMoEMethod(self.format, layer.moe_config, prefix)
         if not isinstance(layer, LinearBase):
             return None
@@ -123,6 +131,18 @@ class MiLoConfig(QuantizationConfig):
                 f"quantization_config.ignore names {ignored[0]} but not all parts of {prefix}, which vLLM fuses"
             )
         return bool(ignored)
+
+
+def _refuse_fused_experts(folder: Path) -> None:
+    """Refuse unquantized experts in one tensor where vLLM would not load it and not say so."""
+    if compat.loads_fused_experts():
+        return
+    fused = next((name for name in read_tensors(folder) if is_fused_experts(name)), None)
+    if fused is not None:
+        raise CheckpointError(
+            f"{folder}: {fused}: this version of vLLM does not load fused unquantized experts; upgrade vLLM, or save "
+            f"the original with transformers' save_pretrained, which stores each expert by itself, and convert that"
+        )
 
 
 def register_config(config_class: type[MiLoConfig]) -> None:

@@ -29,6 +29,16 @@ from .values import shown_name
 _SHOWN_PROBLEMS = 5
 _MOST_MISSING = 100
 """Problems of one layer's experts."""
+FUSED_EXPERTS = ("gate_up_proj", "down_proj")
+"""Names of the 3-D tensors that hold all experts of a layer, in some checkpoints and where transformers runs them."""
+_UNFUSED_BLOCK = "block_sparse_moe"
+"""Block of families whose experts vLLM calls w1, w2 and w3. It passes over their fused tensors without a word."""
+_SIZES = (
+    ("num_experts", "num_local_experts"),
+    ("hidden_size",),
+    ("moe_intermediate_size", "intermediate_size"),
+)
+"""Keys of config.json, the first that is there, of the sizes of routed experts."""
 
 
 def read_format(folder: Path) -> tuple[MiLoFormat, Mapping[str, Any]]:
@@ -98,6 +108,7 @@ def find_problems(tensors: Mapping[str, TensorEntry], fmt: MiLoFormat, config: M
         *_expert_problems(modules, experts),
         *(p for name, found in modules.items() for p in _matrix_problems(name, found, fmt, experts, dtype)),
         *_unquantized_problems(tensors, modules, fmt),
+        *_kept_expert_problems(tensors, modules, fmt, config),
         *_fused_problems(modules, fmt),
         *_table_problems(modules, experts, fmt),
     ]
@@ -126,6 +137,28 @@ def count_experts(modules: Mapping[str, Any]) -> dict[str, int]:
         if expert is not None:
             counts[expert[0]] = max(counts[expert[0]], expert[1] + 1)
     return dict(counts)
+
+
+def is_fused_experts(tensor: str) -> bool:
+    """Return whether a tensor, by its name, holds one or two matrices of every expert of a layer."""
+    module, _, leaf = tensor.rpartition(".")
+    return leaf in FUSED_EXPERTS and leaf_of(module) == "experts"
+
+
+def kept_experts(tensors: Mapping[str, TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
+    """Return the tensors of routed experts that are stored unquantized, by the experts' module and the name in it.
+
+    The names are ``3.gate_proj.weight``, or ``gate_up_proj`` where the experts are fused.
+    """
+    kept: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    for name, entry in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        expert = split_expert_name(module) if leaf == "weight" else None
+        if expert is not None:
+            kept[expert[0]][f"{expert[1]}.{expert[2]}.weight"] = entry
+        elif is_fused_experts(name):
+            kept[module][leaf] = entry
+    return dict(kept)
 
 
 def _matrix_problems(
@@ -199,8 +232,87 @@ def _unquantized_problems(
                 yield f"{full_name}: extra, this matrix is quantized"
             continue
         is_matrix = tensor == "weight" and len(entry.shape) == 2 and ".layers." in module
-        if is_matrix and not fmt.ignores(module):
+        expert = split_expert_name(module)
+        if expert is not None or is_fused_experts(full_name):
+            experts = module if expert is None else expert[0]
+            if not fmt.ignores(experts):
+                yield f"{full_name}: stored unquantized, but ignore does not name {experts}"
+        elif is_matrix and not fmt.ignores(module):
             yield f"{full_name}: stored unquantized, but ignore does not name it"
+
+
+def _kept_expert_problems(
+    tensors: Mapping[str, TensorEntry], modules: Mapping[str, Any], fmt: MiLoFormat, config: Mapping[str, Any]
+) -> Iterator[str]:
+    """Experts that ignore names must be there unquantized, whole, and of the model's sizes: vLLM would not say so."""
+    kept = kept_experts(tensors)
+    quantized = count_experts(modules)
+    yield from (f"{name}: is in ignore but has quantized experts" for name in quantized if fmt.ignores(name))
+    for name in tensors:
+        experts = f"{name.removesuffix('.gate.weight')}.experts"  # every layer with experts has a router
+        if name.endswith(".gate.weight") and fmt.ignores(experts) and experts not in kept and experts not in quantized:
+            yield f"{experts}: missing, neither quantized nor as ignore says"
+    for experts, found in kept.items():
+        if experts in quantized:
+            yield f"{experts}: some of its experts are quantized and some are not"
+            continue
+        yield from _fused_expert_problems(experts, found, config)
+        each = {f"{experts}.{name.removesuffix('.weight')}": entry for name, entry in found.items() if "." in name}
+        if each and len(each) < len(found):
+            yield f"{experts}: holds experts both fused and one by one"
+        if each:
+            yield from _expert_problems(each, count_experts(each))
+            yield from _each_expert_problems(experts, each, config)
+
+
+def _fused_expert_problems(experts: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> Iterator[str]:
+    """Fused experts are two tensors, [E, 2·I, H] and [E, H, I], in families where vLLM reads them."""
+    fused = {name: entry for name, entry in found.items() if "." not in name}
+    if fused and leaf_of(experts.rpartition(".")[0]) == _UNFUSED_BLOCK:
+        yield (
+            f"{experts}.{min(fused)}: vLLM does not read fused experts of this family; quantize them, or save the "
+            f"model with transformers' save_pretrained, which stores each expert by itself, and convert that"
+        )
+    for name in sorted(set(FUSED_EXPERTS) - set(fused)) if fused else ():
+        yield f"{experts}.{name}: missing"
+    number, hidden, inner = _stated_sizes(config)
+    for name, entry in fused.items():
+        expected = (
+            (number, 2 * inner if inner else None, hidden) if name == FUSED_EXPERTS[0] else (number, hidden, inner)
+        )
+        if not _has_shape(entry, expected):
+            yield _wrong_shape(f"{experts}.{name}", entry, expected)
+
+
+def _each_expert_problems(experts: str, each: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> Iterator[str]:
+    """Matrices of single experts are [I, H], those of down projections [H, I]."""
+    number, hidden, inner = _stated_sizes(config)
+    count = count_experts(each)[experts]
+    if number is not None and count != number:
+        yield f"{experts}: holds {count} experts, but config.json states {number}"
+    for name, entry in each.items():
+        is_down = EXPERT_PROJECTIONS.get(leaf_of(name)) == "down"
+        expected = (hidden, inner) if is_down else (inner, hidden)
+        if not _has_shape(entry, expected):
+            yield _wrong_shape(f"{name}.weight", entry, expected)
+
+
+def _stated_sizes(config: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """Return the number of experts, the hidden size and the experts' inner size by config.json; None where unknown."""
+    values = (next((config[key] for key in keys if isinstance(config.get(key), int)), None) for keys in _SIZES)
+    number, hidden, inner = values
+    return number, hidden, inner
+
+
+def _has_shape(entry: TensorEntry, expected: Sequence[int | None]) -> bool:
+    return len(entry.shape) == len(expected) and all(
+        size is None or size == found for found, size in zip(entry.shape, expected, strict=True)
+    )
+
+
+def _wrong_shape(name: str, entry: TensorEntry, expected: Sequence[int | None]) -> str:
+    sizes = ", ".join("?" if size is None else str(size) for size in expected)
+    return f"{name}: expected [{sizes}] by config.json, found {list(entry.shape)}"
 
 
 def _fused_problems(modules: Mapping[str, Any], fmt: MiLoFormat) -> Iterator[str]:

@@ -35,7 +35,7 @@ _TEXT = """\
 
 | | |
 |---|---|
-| stored bits a weight | {bits:.3f}: codes, scales, zero points and compensators of {weights:,} quantized weights |
+| stored bits a weight | {bits:.3f}: codes, scales, zero points and compensators of {weights} |
 | all tensors | {gib:.3f} GiB |
 | format | 3 bits, {groups}, compensators in {factor_bits} bits |
 | recipe | `{recipe}` |
@@ -115,7 +115,7 @@ def write_card(folder: Path, source: Path, notes: CardNotes) -> None:
         source=f"[{origin[0]}](https://huggingface.co/{origin[0]}) (commit `{origin[1]}`)" if origin else title,
         version=__version__,
         bits=report["bits_per_weight"],
-        weights=report["quantized_weights"],
+        weights=f"{report['quantized_weights']:,} quantized weights{_name_kept(report)}",
         gib=report["bytes"] / 2**30,
         groups=name_group_sizes(report),
         factor_bits=report["compensator_bits"],
@@ -124,6 +124,14 @@ def write_card(folder: Path, source: Path, notes: CardNotes) -> None:
         made=f"```bash\n{notes.command}\n```" if notes.command else "By vllm-milo's converter, called from Python.",
     )
     _write(folder / CARD_NAME, ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _name_kept(report: Mapping[str, Any]) -> str:
+    """Return what a card says of the matrices that are not quantized; nothing where all are."""
+    if not report["kept_weights"]:
+        return ""
+    bits = report["bits_per_weight_with_kept"]
+    return f"; {bits:.3f} with {report['kept_weights']:,} weights of layers that are kept as they were"
 
 
 def update_card(folder: Path, reference: Path, measured: Sequence[Measured]) -> None:

@@ -23,6 +23,7 @@ from vllm_milo.values import shown_name
 
 from ..source.config import check_numbers
 from ..source.families import find_family
+from ..source.family import Family
 from .report import REPORT_NAME
 
 
@@ -31,7 +32,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
     ``group_sizes`` is the number of matrices by their group size, the most frequent first. ``bits_per_weight`` counts
     codes, scales, zero points and factors over the quantized matrices; ``bytes`` is all tensors of the checkpoint,
-    ``quantized_bytes`` those of quantized matrices.
+    ``quantized_bytes`` those of quantized matrices. ``kept_weights`` and ``kept_bytes`` are of the matrices that could
+    be quantized and are not, because ``ignore`` names them; ``bits_per_weight_with_kept`` counts them too.
 
     Raises:
         CheckpointError, ShardError: the folder is no valid MiLo checkpoint.
@@ -44,6 +46,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     weights = sum(math.prod(matrix_shape(found)) for found in modules.values())
     base = sum(_bytes(found, BASE_TENSORS) for found in modules.values())
     factors = sum(_bytes(found, FACTOR_TENSORS) for found in modules.values())
+    kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, find_family(config))]
+    kept_weights, kept_bytes = sum(math.prod(entry.shape) for entry in kept), sum(map(_tensor_bytes, kept))
     errors = _recorded_errors(folder)
     return {
         "format_version": fmt.to_dict()["format_version"],
@@ -53,6 +57,9 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": dict(fmt.recipe),
         "quantized_weights": weights,
         "bits_per_weight": 8 * (base + factors) / weights,
+        "kept_weights": kept_weights,
+        "kept_bytes": kept_bytes,
+        "bits_per_weight_with_kept": 8 * (base + factors + kept_bytes) / (weights + kept_weights),
         "bytes": sum(_tensor_bytes(entry) for entry in tensors.values()),
         "quantized_bytes": base + factors,
         "factor_bytes": factors,
@@ -72,6 +79,11 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"  compensators   {report['factor_bytes'] / gib:.3f} GiB",
         f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors)",
     ]
+    if report["kept_weights"]:
+        lines.append(
+            f"kept as they are {report['kept_bytes'] / gib:.3f} GiB for {report['kept_weights']:,} weights (ignore); "
+            f"{report['bits_per_weight_with_kept']:.3f} bits a weight with them"
+        )
     for title, table in (("rank", report["ranks"]), ("relative error", report["relative_error"])):
         for kind, row in (table or {}).items():
             lines.append(
@@ -85,6 +97,13 @@ def name_group_sizes(report: Mapping[str, Any]) -> str:
     """Return the group sizes of a report: ``group size 128``, or each with its number of matrices."""
     counts = [f"{size} ({count} matrices)" for size, count in report["group_sizes"].items()]
     return f"group size {report['group_size']}" if len(counts) == 1 else f"group sizes {' and '.join(counts)}"
+
+
+def _is_kept(tensor: str, modules: Mapping[str, Any], family: Family) -> bool:
+    """Return whether a tensor holds matrices that could be quantized and are not."""
+    module, _, leaf = tensor.rpartition(".")
+    could = family.kind(module) is not None if leaf == "weight" else family.fused(tensor) is not None
+    return could and module not in modules
 
 
 def _group_sizes(modules: Iterable[str], fmt: MiLoFormat) -> dict[str, int]:

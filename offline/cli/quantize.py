@@ -68,6 +68,8 @@ preset fast): the text that comes with the package, a layer of the model in memo
 Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
 takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
 
+_IGNORE_HELP = """module to keep as it is, by name or re:PATTERN; a layer's routed experts stay as a whole, by the name
+of their module (model.layers.0.mlp.experts) or a pattern that matches them all"""
 OVERWRITE_HELP = """replace an existing MiLo checkpoint, once the new one is whole; without --resume also delete the
 finished layers of a conversion that did not end, which are an error otherwise"""
 RESUME_HELP = """go on where the same conversion was interrupted or killed, for the same result; begins from the start
@@ -109,7 +111,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
     rounds = f"of the solver; default: {CALIBRATED_ROUNDS}, with --calibration {NONE} {PLAIN_ROUNDS}, else 20"
     parser.add_argument("--max-rounds", type=int, default=None, help=rounds)
-    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="layer to keep as it is")
+    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help=_IGNORE_HELP)
     parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--seed", type=int, default=0)

@@ -18,6 +18,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     the way, at most; ``quantized_bytes`` codes, scales, zero points and factors.
     ``exact`` is false where ranks take a pass over the weights: sizes are then as if all experts had the same kurtosis;
     or the calibration text: ranks are then those by kind, and sizes may grow up to the budget.
+    ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
+    ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
     ``calibration`` holds the most windows and tokens that the text is cut into; it is not read.
     """
@@ -30,6 +32,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         "by_kind": _by_kind(plan),
         "quantized_weights": plan.weights,
         "bits_per_weight": plan.bits_per_weight,
+        "bits_per_weight_with_kept": plan.kept.bits_with(plan.weights, plan.quantized_bytes),
+        "kept": plan.kept.to_dict(),
         "exact": plan.exact and not plan.conversion.measures_ranks,
         "bytes": plan.tensor_bytes,
         "quantized_bytes": plan.quantized_bytes,
@@ -64,6 +68,8 @@ def format_description(plan: Plan) -> str:
             f"  {kind:<15}{row['matrices']} matrices, groups of {groups}, rank {about}{row['min_rank']} to "
             f"{row['max_rank']}, mean {row['mean_rank']:.1f}"
         )
+    if plan.kept.matrices:
+        lines.append(_kept_line(plan, about))
     lines.append(plan.memory.line(plan.conversion.device).replace("memory: ", f"{'memory':<17}"))
     text = said["calibration"]
     if text is not None:
@@ -88,6 +94,18 @@ def _by_kind(plan: Plan) -> dict[str, dict[str, Any]]:
             "mean_rank": sum(ranks) / len(ranks),
         }
     return found
+
+
+def _kept_line(plan: Plan, about: str) -> str:
+    """Return the line of what ``--ignore`` keeps."""
+    kept = plan.kept
+    number = f"{len(kept.experts)} layer{'s' if len(kept.experts) > 1 else ''}"
+    layers = f", all routed experts of {number} among them" if kept.experts else ""
+    bits = kept.bits_with(plan.weights, plan.quantized_bytes)
+    return (
+        f"kept             {len(kept.matrices)} matrices as they are (--ignore){layers}: {size_text(kept.bytes)}; "
+        f"{about}{bits:.3f} bits a weight with them"
+    )
 
 
 def _calibration(plan: Plan) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 from vllm_milo import __version__
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.dtypes import MODEL_DTYPES, safetensors_name
+from vllm_milo.names import find_key
 from vllm_milo.shards import TensorEntry
 
 from ..batches import batch_elements
@@ -24,11 +25,12 @@ from ..conversion import Conversion
 from ..errors import ConversionError
 from ..nouns import Matrix
 from ..ranks.plan import Pass, RankChoice, assume_ranks, known_from_headers, plan_ranks
-from ..source.ignore import check_ignore, refuse_unknown, unknown_modules, without_ignored
+from ..source.ignore import check_ignore, kept_experts, refuse_unknown, unknown_modules, without_ignored
 from ..source.layers import Layer
 from ..source.reader import ModelReader
 from . import disk
 from .devices import find_device
+from .kept import Kept, find_kept
 from .splits import allowed_splits
 from .tensors import bytes_of, bytes_of_json, planned_tensors, refuse_broken_plan
 
@@ -137,7 +139,12 @@ class Plan:
     @cached_property
     def splits(self) -> list[int]:
         """Return the tensor parallel sizes that the checkpoint can be served with."""
-        return allowed_splits(self.matrices, self.format(), self.ranks, self.reader.config)
+        return allowed_splits(self.matrices, self.kept.matrices, self.format(), self.ranks, self.reader.config)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Return the matrices that ``--ignore`` keeps out."""
+        return find_kept(self.reader, self.layers)
 
     @property
     def memory(self) -> memory.Need:
@@ -244,12 +251,15 @@ def _format(
     reader: ModelReader, matrices: Sequence[Matrix], conversion: Conversion, ranks: Mapping[str, int]
 ) -> MiLoFormat:
     group_size, exceptions = group_table(matrices, conversion.recipe)
+    ignore = (*reader.family.ignore, *conversion.ignore)
+    # the plugin looks experts up by the name of their module alone, whichever names the user gave
+    unnamed = [name for name in kept_experts(reader.matrices, matrices) if find_key(ignore, name) is None]
     return MiLoFormat(
         group_size=group_size,
         groups=exceptions,
         compensator=CompensatorFormat(conversion.recipe.factor_bits),
         ranks=rank_table(matrices, ranks),
-        ignore=(*reader.family.ignore, *conversion.ignore),
+        ignore=(*ignore, *unnamed),
         recipe=_recipe_record(conversion),
     )
 

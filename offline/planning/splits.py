@@ -19,12 +19,17 @@ LARGEST = 64
 
 
 def allowed_splits(
-    matrices: Sequence[Matrix], fmt: MiLoFormat, ranks: Mapping[str, int], config: Mapping[str, Any]
+    matrices: Sequence[Matrix],
+    kept: Sequence[Matrix],
+    fmt: MiLoFormat,
+    ranks: Mapping[str, int],
+    config: Mapping[str, Any],
 ) -> list[int]:
     """Return the tensor parallel sizes that the plugin and vLLM take, without expert parallelism; always with 1.
 
     Args:
         matrices: all that are quantized.
+        kept: those that are not, which vLLM cuts anywhere.
         fmt: group sizes and factor bits.
         ranks: of these matrices, by name.
         config: the model's, for the heads of attention.
@@ -39,6 +44,7 @@ def allowed_splits(
         )
         for matrix in matrices
     }
+    shapes |= {(leaf_of(matrix.name), matrix.n, matrix.k, (1, 1)) for matrix in kept}
     key_heads = int(config.get("num_key_value_heads") or heads)
     return [
         size

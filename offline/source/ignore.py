@@ -1,11 +1,16 @@
-"""Which matrices of a source model stay unquantized because ``--ignore`` names them."""
+"""Which matrices of a source model stay unquantized because ``--ignore`` names them.
+
+Routed experts of a layer stay as a whole or not at all, since vLLM computes them together: by the name of their module
+(``….mlp.experts``), or where all their matrices are named.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from vllm_milo.checkpoint import CheckpointError
-from vllm_milo.names import FUSED_LAYERS, find_key
+from vllm_milo.names import FUSED_LAYERS, Keys, find_key
 
 from ..errors import ConversionError
 from ..nouns import Matrix
@@ -14,15 +19,31 @@ from .reader import ModelReader
 
 
 def without_ignored(layer: Layer, ignore: Sequence[str]) -> Layer:
-    """Move the matrices that are not to be quantized to the tensors that are copied."""
-    kept = [source for source in layer.matrices if find_key(ignore, source.matrix.name) is None]
-    dropped = [source for source in layer.matrices if find_key(ignore, source.matrix.name) is not None]
-    for source in dropped:
-        if source.matrix.experts is not None:
-            raise ConversionError(
-                f"--ignore matches {source.matrix.name}: routed experts of a layer cannot be left out one by one"
-            )
-    return Layer(layer.name, kept, layer.others + [source.tensor for source in dropped])
+    """Move the matrices that are not to be quantized to the tensors that are copied, each tensor once.
+
+    A tensor that holds matrices of both kinds would be in neither: :func:`check_ignore` refuses that before.
+    """
+    keys = Keys(ignore)
+    ignored = [_is_ignored(source.matrix, keys) for source in layer.matrices]
+    kept = [source for source, out in zip(layer.matrices, ignored, strict=True) if not out]
+    copied = dict.fromkeys(source.tensor for source, out in zip(layer.matrices, ignored, strict=True) if out)
+    return Layer(layer.name, kept, [*layer.others, *copied])
+
+
+def kept_experts(matrices: Sequence[Matrix], quantized: Sequence[Matrix]) -> list[str]:
+    """Return the names of the experts' modules of which no matrix is quantized, in the order of the layers.
+
+    Args:
+        matrices: all that the family quantizes.
+        quantized: those of them that are not ignored.
+    """
+    used = {matrix.experts for matrix in quantized}
+    return [name for name in dict.fromkeys(m.experts for m in matrices) if name is not None and name not in used]
+
+
+def _is_ignored(matrix: Matrix, keys: Keys) -> bool:
+    """Return whether a matrix or the routed experts that it belongs to are named."""
+    return any(name is not None and keys.find(name) is not None for name in (matrix.experts, matrix.name))
 
 
 def unknown_modules(reader: ModelReader) -> dict[str, str]:
@@ -62,7 +83,7 @@ def refuse_unknown(unknown: Mapping[str, str], ignore: Sequence[str], family: st
 
 
 def check_ignore(ignore: Sequence[str], matrices: Sequence[Matrix], unknown: Sequence[str] = ()) -> None:
-    """Refuse keys of ``--ignore`` that match nothing, or only some parts of a layer that vLLM fuses.
+    """Refuse keys of ``--ignore`` that match nothing, or only some parts of what vLLM computes as one.
 
     Args:
         ignore: what the user wants to keep unquantized.
@@ -72,22 +93,47 @@ def check_ignore(ignore: Sequence[str], matrices: Sequence[Matrix], unknown: Seq
     Raises:
         ConversionError: names the key, or the parts.
     """
+    names = dict.fromkeys(name for matrix in matrices for name in (matrix.name, matrix.experts) if name is not None)
     for key in ignore:
         try:
-            used = any(find_key([key], name) is not None for name in (*(m.name for m in matrices), *unknown))
+            one = Keys([key])
         except CheckpointError as error:
             raise ConversionError(f"--ignore {key!r}: {str(error).removeprefix('quantization_config: ')}") from None
-        if not used:
+        if all(one.find(name) is None for name in (*names, *unknown)):
             raise ConversionError(f"--ignore {key!r} matches no layer; names look like {matrices[0].name!r}")
-    names = {matrix.name for matrix in matrices if matrix.experts is None}
+    keys = Keys(ignore)
+    _refuse_parts_of_layers(keys, {matrix.name for matrix in matrices if matrix.experts is None})
+    _refuse_parts_of_experts(keys, matrices)
+
+
+def _refuse_parts_of_layers(keys: Keys, names: set[str]) -> None:
+    """Refuse keys that name some of the linear layers that vLLM fuses into one, and not the others."""
     for group in FUSED_LAYERS.values():
         for name in names:
             parent, _, leaf = name.rpartition(".")
             if leaf == group[0]:
                 parts = [part for part in (f"{parent}.{leaf}" for leaf in group) if part in names]
-                ignored = [part for part in parts if find_key(ignore, part) is not None]
+                ignored = [part for part in parts if keys.find(part) is not None]
                 if ignored and len(ignored) < len(parts):
                     kept = next(part for part in parts if part not in ignored)
                     raise ConversionError(
                         f"--ignore matches {ignored[0]} but not {kept}: vLLM fuses these layers, ignore both"
                     )
+
+
+def _refuse_parts_of_experts(keys: Keys, matrices: Sequence[Matrix]) -> None:
+    """Refuse keys that name some of the matrices of a layer's routed experts, and not the others."""
+    by_experts: dict[str, list[str]] = defaultdict(list)
+    for matrix in matrices:
+        if matrix.experts is not None:
+            by_experts[matrix.experts].append(matrix.name)
+    for experts, names in by_experts.items():
+        if keys.find(experts) is not None:
+            continue
+        ignored = {name for name in names if keys.find(name) is not None}
+        if ignored and len(ignored) < len(names):
+            first, other = (next(name for name in names if (name in ignored) is is_in) for is_in in (True, False))
+            raise ConversionError(
+                f"--ignore matches {first} but not {other}: the routed experts of a layer are kept as a whole; name "
+                f"them all with --ignore '{experts}', or none of them"
+            )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from plugin_layers import PREFIX
+from tiny_models import fuse_experts, make_model
 
 from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.nouns import Recipe
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
@@ -38,6 +43,57 @@ def test_ignored_layers_are_not_quantized():
     assert isinstance(quant_method(fmt, f"{PREFIX}.o_proj"), MiLoLinearMethod)
     with pytest.raises(CheckpointError, match=r"ignore names .*q_proj but not all parts of .*qkv_proj"):
         quant_method(MiLoFormat(ignore=("re:.*q_proj",)), f"{PREFIX}.qkv_proj")
+
+
+def routed_experts():
+    """A layer of experts, without weights: it asks for its method before it makes any."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    layer = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(layer)
+    layer.moe_config = SimpleNamespace()
+    return layer
+
+
+@pytest.mark.parametrize("key", ["model.layers.0.mlp.experts", r"re:.*layers\.0\..*experts.*", r"re:.*\.experts"])
+def test_ignored_experts_are_left_to_vllm(key: str):
+    from vllm_milo.config import MiLoConfig
+    from vllm_milo.fused_moe import MiLoMoEMethod
+
+    config = MiLoConfig(MiLoFormat(ignore=(key,)))
+    assert config.get_quant_method(routed_experts(), "model.layers.0.mlp.experts") is None
+    other = config.get_quant_method(routed_experts(), "model.layers.1.mlp.experts")
+    assert other is None if key == r"re:.*\.experts" else isinstance(other, MiLoMoEMethod)
+
+
+def test_ignored_experts_follow_vllms_mapper():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from vllm_milo.config import MiLoConfig
+    from vllm_milo.fused_moe import MiLoMoEMethod
+
+    config = MiLoConfig(MiLoFormat(ignore=("model.layers.0.mlp.experts",)))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.get_quant_method(routed_experts(), "language_model.model.layers.0.mlp.experts") is None
+    other = config.get_quant_method(routed_experts(), "model.layers.0.mlp.experts")
+    assert isinstance(other, MiLoMoEMethod)
+
+
+def test_fused_experts_that_vllm_would_pass_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from vllm_milo import compat
+    from vllm_milo.config import MiLoConfig
+
+    source = fuse_experts(make_model("olmoe", tmp_path / "source"), tmp_path / "fused")
+    conversion = Conversion(Recipe("rtn"), ignore=["model.layers.1.mlp.experts"])
+    out = convert(source, tmp_path / "out", conversion, progress=False).out
+    config = MiLoConfig(MiLoFormat())
+    monkeypatch.setattr(compat, "loads_fused_experts", lambda: True)
+    config.maybe_update_config(str(out))
+    monkeypatch.setattr(compat, "loads_fused_experts", lambda: False)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.experts\.\w+: this version of vLLM does not load fused"
+    ):
+        config.maybe_update_config(str(out))
 
 
 def test_other_layers_are_left_to_vllm():

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_runner
+from tiny_models import fuse_experts
 from vllm_jobs import DEVICE, DTYPE, MODELS, assert_matches, job
+
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 TOGETHER = MODELS if DEVICE == "cpu" else []
@@ -38,6 +44,35 @@ def served(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_dequantized_model(name: str, checkpoints: dict[str, Path], served: Served):
     assert_matches(name, checkpoints, served, DTYPE)
+
+
+KEPT = {
+    "mixtral": ["model.layers.1.block_sparse_moe.experts"],
+    "qwen2_moe": [r"re:.*experts\.\d+\..*"],  # all that there are
+    "qwen3_moe": [r"re:.*layers\.0\..*experts.*"],
+    "fused": ["model.layers.0.mlp.experts"],
+}
+"""What checkpoints of these families keep of their experts, for vLLM's own unquantized method."""
+
+
+@pytest.fixture(scope="session")
+def kept(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints some of whose experts are not quantized."""
+    root = tmp_path_factory.mktemp("kept")
+    models = {**sources, "fused": fuse_experts(sources["olmoe"], root / "olmoe")}
+    ranks = parse_policies("dense=16,sparse=8")
+    return {
+        name: convert(
+            models[name], root / name, Conversion(Recipe(max_rounds=1), ranks, ignore=ignore), progress=False
+        ).out
+        for name, ignore in KEPT.items()
+    }
+
+
+def test_kept_experts_equal_the_dequantized_model(kept: dict[str, Path], tmp_path: Path):
+    outputs = vllm_runner.run(job(kept, dtype=DTYPE, quantization="milo"), tmp_path)
+    for name in KEPT:
+        assert_matches(name, kept, outputs, DTYPE)
 
 
 def test_tensor_parallel_equals_single(checkpoints: dict[str, Path], served: Served, tmp_path: Path):

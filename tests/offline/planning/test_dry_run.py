@@ -111,4 +111,10 @@ MIXTRAL = [
 def test_tensor_parallel_sizes(matrices, group_size, rank, heads, sizes):
     config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     ranks = {matrix.name: rank for matrix in matrices}
-    assert allowed_splits(matrices, MiLoFormat(group_size, CompensatorFormat(3)), ranks, config) == sizes
+    assert allowed_splits(matrices, [], MiLoFormat(group_size, CompensatorFormat(3)), ranks, config) == sizes
+
+
+def test_kept_matrices_are_cut_anywhere():
+    kept = [Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 96, 64)]
+    config = {"num_attention_heads": 24, "num_key_value_heads": 24}
+    assert allowed_splits([], kept, MiLoFormat(), {}, config) == [1, 2, 3, 4, 6, 8, 12, 24]
