@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -43,22 +44,22 @@ class EventLog:
                 self._file.write(line + "\n")
                 self._file.flush()
             except OSError as error:
-                self._stop()
                 print(f"warning: --log-json {self._path}: {error.strerror}; the log ends here", file=sys.stderr)
+                with contextlib.suppress(OSError):  # the same again, of what is still to be written
+                    self._stop()
 
     def close(self) -> None:
         """End the log."""
         with self._lock:
-            self._stop()
+            try:
+                self._stop()
+            except OSError as error:
+                print(f"warning: --log-json {self._path}: {error.strerror}", file=sys.stderr)
 
     def _stop(self) -> None:
         file, self._file = self._file, None
-        if file is None:
-            return
-        try:
+        if file is not None:
             file.close()
-        except OSError as error:  # of what could not be written before, on a full disk
-            print(f"warning: --log-json {self._path}: {error.strerror}", file=sys.stderr)
 
 
 @contextmanager

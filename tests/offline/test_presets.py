@@ -16,7 +16,7 @@ from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.presets import PRESETS
 from vllm_milo.offline.ranks.policies import Policy, parse_policies
 
-FEW = ("--max-rounds", "1", "--quiet")
+FEW = ("--max-rounds", "1")
 LITTLE = ("--calibration-windows", "2", "--learn-steps", "2")
 NONE = ("--calibration", "none")
 
