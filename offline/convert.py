@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from .learn.layer import learn_layer
 from .need import NeedMeter
 from .nouns import Matrix, Recipe
 from .planning.plan import Plan, make_plan
-from .progress import progress_bar
+from .progress import doing, progress_bar
 from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
 from .solve.methods import Quantized, Solved, quantize_matrices
@@ -59,6 +59,7 @@ class Summary(NamedTuple):
     peak_host_bytes: int
     peak_device_bytes: int
     warnings: list[str]
+    worst: Mapping[str, MatrixReport]
 
 
 def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
@@ -149,6 +150,7 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         warnings=warnings,
+        worst=report.worst(),
     )
 
 
@@ -163,10 +165,15 @@ def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], re
         tuned = _tuned(reader, held, conversion.recipe, conversion.text, device, report, progress)
         add_layers(writer, reader, tuned)
     got = {name: entry.rank for name, entry in report.matrices.items()}
-    writer.seal(planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()})
-    validate_checkpoint(writer.folder)
-    write_card(writer.folder, reader.folder, conversion.card)
-    writer.publish()
+    todo: dict[str, Callable[[], object]] = {
+        "seal": partial(writer.seal, planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()}),
+        "check": partial(validate_checkpoint, writer.folder),
+        "write the card": partial(write_card, writer.folder, reader.folder, conversion.card),
+        "publish": writer.publish,
+    }
+    for name in progress_bar(list(todo), "finish", progress, unit="step"):
+        doing(name)
+        todo[name]()
 
 
 def quantize_layers(
@@ -283,10 +290,12 @@ def _learned(
         if index is None:
             yield iter([(layer, ())])
             continue
+        doing("run the original")
         visit = stream.visit(index)
         matrices = [source.matrix for source in layer.matrices]
         own = {matrix.name: ranks[matrix.name] for matrix in matrices}
         if meter is not None:
+            doing("measure needs")
             own, needs = meter.share(stream, visit, matrices, own)
             report.note_needs(layer.name, needs)
         loaded = batches(visit.loaded(matrices), visit.moments, own)
@@ -299,6 +308,7 @@ def _learned(
                 model, index, visit.module, solved, *states, tokens, recipe.factor_bits, text.learn
             )
             report.layers[layer.name] = said._asdict()
+        doing("run quantized")
         visit.leave({matrix: one.dequantize() for matrix, one in solved.items()})
         yield iter([(layer, solved.items())])
 
@@ -340,6 +350,7 @@ def _solve(
 ) -> Iterator[tuple[Matrix, Solved]]:
     """Yield the solved matrices of a layer, and put what there is to say of each into the report."""
     for batch in layer:
+        doing("solve", batch.matrices[0].name)
         theirs = [ranks[matrix.name] for matrix in batch.matrices]
         result = _quantize_named(batch, theirs, recipe, dtype)
         report.note_sizes(batch.matrices, batch.weights, result.base.scale)

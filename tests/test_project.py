@@ -69,7 +69,8 @@ PURE = ("checkpoint", "dtypes", "names", "patterns", "shards", "validation", "va
 
 FLOORS = {
     "errors": set(),
-    "progress": set(),
+    "threads": set(),
+    "progress": {"errors"},
     "nouns": set(),
     "durable": {"errors"},
     "solve": {"errors", "nouns"},
@@ -91,7 +92,7 @@ FLOORS = {
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
     | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
-    | {"conversion", "planning", "convert", "hub_names", "hub"},
+    | {"conversion", "planning", "convert", "hub_names", "hub", "progress", "threads"},
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 

@@ -64,9 +64,10 @@ def calibration_windows(reader: ModelReader, how: str, options: TextOptions) -> 
         return _own_text(reader, tokenizer, length, options)
     named = None if how == PACKAGED else hub_name(how)
     if named is not None:
-        return fill_windows(hub_documents(named, options.seed), tokenizer, options.windows, length)
+        rows = hub_documents(named, options.seed)
+        return fill_windows(rows, tokenizer, options.windows, length, options.progress)
     documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
-    return cut_windows(documents, tokenizer, options.windows, length, options.seed)
+    return cut_windows(documents, tokenizer, options.windows, length, options.seed, options.progress)
 
 
 def planned_windows(reader: ModelReader, how: str, options: TextOptions) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ConversionError
+from ..progress import progress_bar
 from ..source.tokens import read_text
 
 KINDS = ("english", "code", "math", "multilingual", "chat")
@@ -105,7 +106,9 @@ def render(document: Document, tokenizer: Any) -> str:
     return "\n\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in document)
 
 
-def cut_windows(documents: Iterable[Document], tokenizer: Any, number: int, length: int, seed: int = 0) -> torch.Tensor:
+def cut_windows(
+    documents: Iterable[Document], tokenizer: Any, number: int, length: int, seed: int = 0, progress: bool = False
+) -> torch.Tensor:
     """Return up to ``number`` windows of token ids, int64 [number, length], of documents in a shuffled order.
 
     Raises:
@@ -113,10 +116,12 @@ def cut_windows(documents: Iterable[Document], tokenizer: Any, number: int, leng
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
-    return fill_windows(order, tokenizer, number, length)
+    return fill_windows(order, tokenizer, number, length, progress)
 
 
-def fill_windows(documents: Iterable[Document], tokenizer: Any, number: int, length: int) -> torch.Tensor:
+def fill_windows(
+    documents: Iterable[Document], tokenizer: Any, number: int, length: int, progress: bool = False
+) -> torch.Tensor:
     """Return up to ``number`` windows of token ids, int64 [number, length], of as many documents as it takes.
 
     Raises:
@@ -124,11 +129,14 @@ def fill_windows(documents: Iterable[Document], tokenizer: Any, number: int, len
     """
     ids: list[int] = []
     end = tokenizer.eos_token_id
-    for document in documents:
-        ids += tokenizer(render(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [] if end is None else [end]
-        if len(ids) >= number * length:
-            break
+    reading = iter(documents)
+    for window in progress_bar(range(number), "read text", progress, unit="window"):
+        while len(ids) < (window + 1) * length:
+            document = next(reading, None)
+            if document is None:
+                return _windows(ids, number, length)
+            ids += tokenizer(render(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+            ids += [] if end is None else [end]
     return _windows(ids, number, length)
 
 

@@ -13,26 +13,18 @@ from ..errors import ConversionError
 from ..source.config import stated
 from ..source.layers import Layer
 from ..source.reader import ModelReader
+from .generated_text import BATCH, OPENING_LENGTHS
+from .step_memory import WINDOW, logit_bytes, number_size, passing_bytes, saved_bytes, shape_of, step_tokens
 
 SLACK = 1.2
 """What activations and the allocator take beside what is counted."""
-LATENT_BYTES = 22
-"""Of each weight of a layer whose codes are learned: the weight and its gradient in 16 bits, the latent with Adam's two
-moments and the float32 copy that it begins from."""
+LATENT_BYTES = 18
+"""Of each weight of a layer whose codes are learned: the latent with Adam's two moments, the float32 copy that it
+begins from, and the solver's codes and factors; beside the weight and its gradient."""
 STREAMS = 3
-"""Hidden states that are held of every token: before a layer in both streams, and after it in the original one."""
+"""Hidden states that are held of every token: before a layer in both streams, and after it in one of them."""
 DEFAULT_STATES = 6 * 2**30
 """Bytes of hidden states that a calibration takes where nobody says how many windows it may have."""
-STEP_TOKENS = 8 * 512
-"""Of a training step."""
-STEP_STATES = 60
-"""Tensors of the size of the hidden states that a layer's backward pass reads of a step; experts that are routed to
-count as often as a token has them."""
-LOGITS = 8 * 4 * 4 * 512
-"""Bytes of each word of the vocabulary in a step that trains the whole model: eight float32 tensors of four windows."""
-SCORES = 3 * 4
-"""Bytes of each score of attention in a step: float32, the scores, their softmax and its gradient. CUDA alone, see
-:mod:`..learn.repeatable`."""
 PLAIN_BYTES = 10 * 4
 """Of each weight of a batch in the solver: ten float32 copies."""
 WRITTEN_BYTES = 2
@@ -56,8 +48,15 @@ def available(device: str) -> int:
 
 def streamed_need(reader: ModelReader, tokens: int, device: str) -> int:
     """Return the bytes that converting with a calibration text of so many tokens takes on a device."""
-    fixed = _largest(reader) * LATENT_BYTES + _step_need(reader, device)
-    return int(SLACK * (fixed + tokens * _token_need(reader, device)))
+    trained = _largest(reader) * (LATENT_BYTES + 2 * number_size(device)) + _step_need(reader, device)
+    return int(SLACK * (trained + tokens * _token_need(reader, device)))
+
+
+def solving_need(reader: ModelReader, tokens: int, batch: int, device: str) -> int:
+    """Return the bytes that the solver takes beside such a text, where it gets ``batch`` weights at once."""
+    largest = _largest(reader)
+    solved = largest * number_size(device) + PLAIN_BYTES * min(batch, largest)
+    return int(SLACK * (solved + tokens * _token_need(reader, device)))
 
 
 def windows_that_fit(reader: ModelReader, length: int, have: int, device: str) -> int:
@@ -77,15 +76,29 @@ def windows_within(size: int, reader: ModelReader, length: int, device: str) -> 
     return max(1, size // (length * _token_need(reader, device)))
 
 
-def whole_model_need(reader: ModelReader) -> int:
-    """Return the bytes that a model takes in 16 bits."""
-    return int(SLACK * 2 * _all(reader))
+def writing_need(reader: ModelReader, device: str) -> int:
+    """Return the bytes that a whole model takes that writes a text, with keys and values of all windows at once."""
+    config, size = reader.config, number_size(device)
+    heads = stated(config, "num_attention_heads", reader.folder)
+    shapes = [shape_of(reader, layer) for layer in reader.layers if layer.matrices]
+    kept = int(config.get("num_key_value_heads") or heads) / heads
+    keys = sum(2 * size * WINDOW * kept * shape.attention for shape in shapes)
+    first = max(size * (8 * s.hidden + 2 * s.chosen * s.hidden + 3 * s.inner) for s in shapes) * max(OPENING_LENGTHS)
+    words = (size + 5 * 4) * stated(config, "vocab_size", reader.folder)
+    return int(SLACK * (size * _all(reader) + BATCH * (keys + first + words)))
 
 
 def tuning_need(reader: ModelReader, device: str) -> int:
     """Return the bytes that training a whole model against the original takes."""
-    step = len(reader.layers) * _step_need(reader, device) + LOGITS * stated(reader.config, "vocab_size", reader.folder)
-    return int(SLACK * ((2 + LATENT_BYTES) * _all(reader) + step))
+    size, tokens = reader.dtype.itemsize, step_tokens(device)
+    shapes = [shape_of(reader, layer) for layer in reader.layers if layer.matrices]
+    logits = logit_bytes(device, size) * stated(reader.config, "vocab_size", reader.folder)
+    # logits are gone when the backward pass comes to the layers
+    step = max(logits, *(passing_bytes(shape, device, size) for shape in shapes))
+    step += sum(saved_bytes(shape, device, size) for shape in shapes)
+    quantized = sum(layer.weights for layer in reader.layers)
+    weights = 2 * size * _all(reader) + (LATENT_BYTES + size) * quantized
+    return int(SLACK * (weights + tokens * step))
 
 
 class Need(NamedTuple):
@@ -159,7 +172,7 @@ def refuse_to_write_what_does_not_fit(reader: ModelReader, device: str) -> None:
     Raises:
         ConversionError: with the need, what there is, and what to do.
     """
-    need, have = whole_model_need(reader), available(device)
+    need, have = writing_need(reader, device), available(device)
     if need > have:
         raise ConversionError(
             f"--calibration self: the model writes its text as a whole, which takes {gib(need)} on {device}, and "
@@ -174,19 +187,16 @@ def gib(size: int) -> str:
 
 def _token_need(reader: ModelReader, device: str) -> int:
     """Return the bytes of each token's hidden states."""
-    return STREAMS * stated(reader.config, "hidden_size", reader.folder) * _size(device)
+    return STREAMS * stated(reader.config, "hidden_size", reader.folder) * number_size(device)
 
 
 def _step_need(reader: ModelReader, device: str) -> int:
     """Return the bytes that a training step of one layer takes beside its weights."""
-    states = STEP_STATES * STEP_TOKENS * stated(reader.config, "hidden_size", reader.folder) * _size(device)
-    if torch.device(device).type != "cuda":
-        return states
-    return states + SCORES * STEP_TOKENS * 512 * stated(reader.config, "num_attention_heads", reader.folder)
-
-
-def _size(device: str) -> int:
-    return 2 if torch.device(device).type == "cuda" else 4
+    size = number_size(device)
+    shapes = [shape_of(reader, layer) for layer in reader.layers if layer.matrices]
+    return step_tokens(device) * max(
+        saved_bytes(shape, device, size) + passing_bytes(shape, device, size) for shape in shapes
+    )
 
 
 def _largest(reader: ModelReader) -> int:

@@ -92,12 +92,13 @@ class SequentialPass:
         Raises:
             ConversionError: it puts out NaN or Inf.
         """
+        self.original = target  # before there is one more stream: what it was is needed no more
         held = self.parameters(index, module)
         for matrix, values in weights.items():
             self.model.place(f"{matrix.name}.weight", held)[1].copy_(values)
         after = self.model.advance(index, module, self.quantized, self._batch)
         refuse_broken(self.model, self._family, index, module, self.quantized, after, quantized=True)
-        self.quantized, self.original = after, target
+        self.quantized = after
         self.model.drop(module)
 
 

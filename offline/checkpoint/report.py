@@ -84,6 +84,10 @@ class Report:
         if needs:
             self.needs[layer] = needs
 
+    def worst(self, number: int = 5) -> dict[str, MatrixReport]:
+        """Return the matrices with the largest relative errors, these first."""
+        return dict(sorted(self.matrices.items(), key=lambda held: -held[1].error)[:number])
+
     def mark(self) -> Mark:
         """Return how much there is, for :meth:`since`."""
         return Mark(*(len(getattr(self, name)) for name in Mark._fields))

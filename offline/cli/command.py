@@ -15,6 +15,7 @@ from vllm_milo.shards import ShardError
 from vllm_milo.values import one_line
 
 from ..errors import ConversionError
+from ..progress import recording
 from . import evaluate, hub, inspect, quantize, stats, verify
 
 
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     arguments.words = list(sys.argv[1:] if argv is None else argv)
     try:
-        hub.run(arguments)
+        with recording(getattr(arguments, "log_json", None)):
+            hub.run(arguments)
     except (ConversionError, CheckpointError, ShardError) as error:
         print("; ".join([f"milo {arguments.command}: error: {error}", *_notes(error)]), file=sys.stderr)
         return 1

@@ -11,6 +11,8 @@ from ..checkpoint.card import OUT
 
 NOT_SAID = ("--resume", "--overwrite", "--quiet")
 """Options that do not decide the result."""
+NOT_SAID_VALUE = "--log-json"
+"""One with a value."""
 
 
 def command_of(arguments: argparse.Namespace) -> str:
@@ -21,7 +23,16 @@ def command_of(arguments: argparse.Namespace) -> str:
     words = getattr(arguments, "words", None)
     if not words:
         return ""
-    return shlex.join(["milo", *(_without_folder(word, arguments.output) for word in words if word not in NOT_SAID)])
+    return shlex.join(["milo", *(_without_folder(word, arguments.output) for word in _deciding(words))])
+
+
+def _deciding(words: list[str]) -> list[str]:
+    """Return the words without options that do not decide the result."""
+    kept = [word for word in words if word not in NOT_SAID and not word.startswith(f"{NOT_SAID_VALUE}=")]
+    if NOT_SAID_VALUE in kept:
+        place = kept.index(NOT_SAID_VALUE)
+        del kept[place : place + 2]
+    return kept
 
 
 def _without_folder(word: str, output: Path) -> str:

@@ -27,9 +27,8 @@ from ..calibration.choose import (
 from ..calibration.generated_text import OWN_TEXT
 from ..checkpoint.card import CardNotes
 from ..checkpoint.claim import Claim
-from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
 from ..conversion import Conversion, Text
-from ..convert import Summary, carry_out
+from ..convert import carry_out
 from ..errors import ConversionError
 from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
@@ -39,12 +38,15 @@ from ..planning.describe import describe, format_description
 from ..planning.devices import find_device
 from ..planning.plan import Plan, make_plan
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
+from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, parse_policies
 from ..source.reader import ModelReader
+from ..threads import threads_for
 from .arguments import OR_HUB, default_device
 from .command_line import command_of
 from .effort import CPU_EFFORT, GPU_EFFORT, TUNE_STEPS, Effort, default_windows, effort_on, steps_of_pass
 from .hub import model_place, target_repository
+from .summary import print_summary
 
 LARGEST_SEED = 2**32
 """Above what every library takes that draws random numbers here."""
@@ -75,6 +77,9 @@ finished layers of a conversion that did not end, which are an error otherwise""
 RESUME_HELP = """go on where the same conversion was interrupted or killed, for the same result; begins from the start
 where there is nothing to go on with. Model, options and version must be the same as before. Along a calibration text
 the finished layers run once more, forward only, which takes a small part of the time that quantizing them took"""
+
+LOG_HELP = """append to this file what happens, as JSON lines with time and event: plan; begin, progress and end of each
+stage, with its seconds and those that are left; at last summary, or error"""
 
 PUSH_HELP = """upload the checkpoint to this repository of the Hugging Face Hub, which is created where there is none.
 Whether the token may do that is checked before the conversion."""
@@ -117,7 +122,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument("--resume", action="store_true", help=RESUME_HELP)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="say no more than warnings and the result")
+    parser.add_argument("--log-json", type=Path, metavar="FILE", help=LOG_HELP)
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, alone on stdout")
     parser.add_argument("--push-to", type=target_repository, metavar="ORG/NAME", help=PUSH_HELP)
@@ -147,15 +153,18 @@ def _run(arguments: argparse.Namespace) -> Path | None:
     claim = _claim(arguments)
     if arguments.dry_run:
         claim.check()
-        _describe(claim, plan_conversion(arguments, claim), arguments.json)
+        _describe(claim, plan_conversion(arguments, claim), arguments)
         return None
     with claim:  # before a calibration that takes long
-        _print_notes(claim)
-        plan = plan_conversion(arguments, claim)
-        if not arguments.quiet:
-            print(plan.memory.line(arguments.device), file=sys.stderr)
-        summary = carry_out(plan, not arguments.quiet, claim)
-    return _print_summary(summary)
+        _print_notes(claim, arguments.quiet)
+        largest = max((matrix.n * matrix.k for matrix in ModelReader(arguments.model).matrices), default=0)
+        with threads_for(largest):
+            plan = plan_conversion(arguments, claim)
+            log_event("plan", **describe(plan))
+            if not arguments.quiet:
+                print(plan.memory.line(arguments.device), file=sys.stderr)
+            summary = carry_out(plan, not arguments.quiet, claim)
+    return print_summary(summary)
 
 
 def _claim(arguments: argparse.Namespace) -> Claim:
@@ -164,15 +173,16 @@ def _claim(arguments: argparse.Namespace) -> Claim:
     return Claim(arguments.output, arguments.model, arguments.overwrite, arguments.resume)
 
 
-def _describe(claim: Claim, plan: Plan, as_json: bool) -> None:
-    _print_notes(claim)
+def _describe(claim: Claim, plan: Plan, arguments: argparse.Namespace) -> None:
+    log_event("plan", **describe(plan))
+    _print_notes(claim, arguments.quiet)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(json.dumps(describe(plan), indent=2) if as_json else format_description(plan))
+    print(json.dumps(describe(plan), indent=2) if arguments.json else format_description(plan))
 
 
-def _print_notes(claim: Claim) -> None:
-    for note in claim.notes:
+def _print_notes(claim: Claim, quiet: bool) -> None:
+    for note in [] if quiet else claim.notes:
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -193,7 +203,8 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim) -> Plan:
     method = preset.method if preset else arguments.method or Recipe.method
     reader = ModelReader(arguments.model)
     plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method), claim)
-    _note_groups(plan)
+    if not arguments.quiet:
+        _note_groups(plan)
     text = _text(arguments, reader, preset, method)
     recipe = _recipe(arguments, preset, method, text)
     return plan.along(replace(plan.conversion, recipe=recipe, text=text), claim)
@@ -296,7 +307,8 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
         )
         return None
     for remark in [] if arguments.dry_run else remarks(arguments.model, wanted, windows, number):
-        print(remark, file=sys.stderr)
+        if not (arguments.quiet and remark.startswith("note: ")):
+            print(remark, file=sys.stderr)
     if not arguments.quiet and not arguments.dry_run:
         print(f"calibration: {len(windows)} windows of {windows.shape[1]} tokens", file=sys.stderr)
     steps = arguments.learn_steps
@@ -339,20 +351,3 @@ def _policies(arguments: argparse.Namespace, method: str) -> list[Policy]:
     if arguments.ranks is None:
         return [] if method == "milo" and arguments.budget_bits is not None else parse_policies(DEFAULT_RANKS)
     return parse_policies(arguments.ranks)
-
-
-def _print_summary(summary: Summary) -> Path:
-    """Print what a conversion did; return where its checkpoint is."""
-    for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    peak = f"{summary.peak_host_bytes / 2**30:.2f} GiB of host memory"
-    if summary.peak_device_bytes:
-        peak += f", {summary.peak_device_bytes / 2**30:.2f} GiB of device memory"
-    report = inspect_checkpoint(summary.out)
-    groups = f" in {name_group_sizes(report)}" if len(report["group_sizes"]) > 1 else ""
-    print(
-        f"{summary.out}: {summary.matrices} matrices in {summary.seconds:.1f} s, "
-        f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight{groups}, "
-        f"mean relative error {summary.mean_error:.4f}; peak {peak}"
-    )
-    return summary.out

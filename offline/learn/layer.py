@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..nouns import Matrix
+from ..progress import within
 from ..solve.methods import Solved
 from ..source.streamed_model import StreamedModel
 from .groups import make_groups, step_groups
@@ -97,7 +98,7 @@ def learn_layer(
             step_groups(groups, batch.loss, options.rates, pace)
 
     step = Repeat(body, states.device)
-    for number in range(options.steps):
+    for number in within(range(options.steps), "learn"):
         batch.fill(train[torch.randperm(len(train), generator=generator)[: len(batch)]])
         pace.set(number, options.steps)
         step()

@@ -18,6 +18,7 @@ from vllm_milo.shards import TensorEntry
 
 from ..batches import batch_elements
 from ..calibration import memory
+from ..calibration.generated_text import OWN_TEXT
 from ..checkpoint.claim import Claim
 from ..checkpoint.companions import Companions, check_objects, find_companions
 from ..checkpoint.matrices import group_table, rank_table
@@ -235,7 +236,10 @@ def predict_memory(reader: ModelReader, conversion: Conversion) -> memory.Need:
         working = memory.plain_need(reader, batch_elements(find_device(device)))
     else:
         working = memory.streamed_need(reader, text.windows.numel(), device)
+        tokens, batch = text.windows.numel(), batch_elements(find_device(device))
+        working = max(working, memory.solving_need(reader, tokens, batch, device))
         working = max(working, memory.tuning_need(reader, device)) if text.tune else working
+        working = max(working, memory.writing_need(reader, device)) if text.name == OWN_TEXT else working
     return memory.whole_need(reader, working, device, conversion.shard_bytes)
 
 

@@ -137,7 +137,10 @@ class StreamedModel:
     @torch.no_grad()
     def advance(self, index: int, module: torch.nn.Module, states: torch.Tensor, batch: int) -> torch.Tensor:
         """Return the hidden states [W, T, H] of all windows after a layer, ``batch`` windows at a time."""
-        return torch.cat([self.run(index, module, part) for part in states.split(batch)])
+        after = torch.empty_like(states)
+        for part, place in zip(states.split(batch), after.split(batch), strict=True):
+            place.copy_(self.run(index, module, part))
+        return after
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return what makes logits, float32 [.., V], of hidden states [.., H] after the last layer.

@@ -240,7 +240,7 @@ def test_contenders_are_calls_that_the_command_line_takes(
         return windows
 
     monkeypatch.setattr(quantize, "calibration_windows", choose)
-    monkeypatch.setattr(quantize, "_print_summary", lambda summary: None)
+    monkeypatch.setattr(quantize, "print_summary", lambda summary: None)
     values = {COUNTS: str(counts), CALIBRATION: str(TEXT), WINDOWS: "3"}
     for contender in SECTIONS[section](Shape(1024, ModelReader(bundled_model).matrices), 20):
         arguments = [values.get(argument, argument) for argument in contender.arguments]

@@ -16,7 +16,7 @@ from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.presets import PRESETS
 from vllm_milo.offline.ranks.policies import Policy, parse_policies
 
-FEW = ("--max-rounds", "1", "--quiet")
+FEW = ("--max-rounds", "1")
 LITTLE = ("--calibration-windows", "2", "--learn-steps", "2")
 NONE = ("--calibration", "none")
 
@@ -57,7 +57,7 @@ def test_best_trains_the_whole_model(bundled_model: Path, tmp_path: Path, monkey
 def test_best_uses_more_of_the_text(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.carry_out", lambda plan, *_: seen.append(plan.conversion))
-    monkeypatch.setattr("vllm_milo.offline.cli.quantize._print_summary", lambda summary: None)
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.print_summary", lambda summary: None)
     for name in ("balanced", "best", "small", "fast"):
         assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--preset", name]) == 0
     balanced, best, small, fast = (conversion.text for conversion in seen)

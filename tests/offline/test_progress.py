@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_milo.offline import progress
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.cli.effort import Effort
-from vllm_milo.offline.progress import Stage, progress_bar
+from vllm_milo.offline.progress import Stage, doing, progress_bar, recording, views, within
 
 
 class Terminal(io.StringIO):
@@ -22,7 +23,7 @@ class Terminal(io.StringIO):
 
 
 def test_elsewhere_a_line_every_so_often_while_an_item_takes_long(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(progress, "EVERY", 0.05)
+    monkeypatch.setattr(views, "EVERY", 0.05)
     seen = []
     for item in progress_bar("ab", "quantize", True):
         seen.append(item)
@@ -44,7 +45,7 @@ def test_a_short_stage_has_one_line(capsys):
 
 
 def test_a_stage_that_fails_falls_silent(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(progress, "EVERY", 0.02)
+    monkeypatch.setattr(views, "EVERY", 0.02)
     before = threading.active_count()
 
     def fail() -> None:
@@ -107,3 +108,79 @@ def test_every_stage_of_a_conversion_says_how_far_it_is(bundled_model: Path, tmp
     assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
     said = capsys.readouterr().err
     assert all(line.startswith("warning: ") for line in said.splitlines())
+
+
+def test_what_is_worked_on_is_told_with_its_own_time(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(views, "EVERY", 0.05)
+    for _ in progress_bar([SimpleNamespace(name="model.layers.0")], "quantize", True):
+        doing("solve", "model.layers.0.q_proj")
+        time.sleep(0.2)
+        for _ in within(range(2), "learn"):
+            time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.endswith("elapsed; model.layers.0: solve model.layers.0.q_proj") for line in lines)
+    assert any("; model.layers.0: learn 1 of 2 steps, about 0:0" in line for line in lines)
+    assert lines[-1].startswith("quantize: 1 of 1 layers")
+    assert list(within(range(2), "learn")) == [0, 1]  # no stage runs
+    doing("nothing")
+    assert not capsys.readouterr().err
+
+
+def test_a_terminal_shows_what_is_worked_on(monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(views, "REDRAWN", 0.02)
+    for _ in progress_bar([SimpleNamespace(name="model.layers.0")], "quantize", True):
+        doing("solve", "q_proj")
+        time.sleep(0.2)
+    assert "model.layers.0: solve q_proj" in terminal.getvalue()
+
+
+def events(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_log_for_machines(bundled_model: Path, tmp_path: Path, capsys):
+    log, out = tmp_path / "log.jsonl", tmp_path / "a folder"
+    options = ["--calibration-windows", "2", "--learn-steps", "1", "--max-rounds", "1", "--device", "cpu", "--quiet"]
+    command = ["quantize", str(bundled_model), "-o", str(out), *options]
+    assert main([*command, "--log-json", str(log)]) == 0
+    told = events(log)
+    assert all(one["time"] >= told[0]["time"] > 1e9 for one in told)
+    stages = [one["stage"] for one in told if one["event"] == "begin"]
+    assert stages == ["read text", "check weights", "quantize", "finish"]
+    assert [one["stage"] for one in told if one["event"] == "end"] == stages
+    layers = [one for one in told if one["event"] == "progress" and one["stage"] == "quantize"]
+    assert [one["layer"] for one in layers][1:] == [f"model.layers.{index}" for index in range(4)]
+    assert layers[-1]["seconds"] > 0
+    assert layers[-1]["seconds_left"] == 0
+    assert layers[2]["seconds_left"] > 0
+    assert next(one for one in told if one["event"] != "begin" and one.get("stage") != "read text")["event"] == "plan"
+    summary, said = told[-1], capsys.readouterr()
+    assert summary["event"] == "summary"
+    assert summary["serve"] == f"vllm serve '{out}' --quantization milo"
+    assert summary["serve"] in said.out
+    report = json.loads((out / "milo_report.json").read_text(encoding="utf-8"))["matrices"]
+    worst = sorted(report, key=lambda name: -report[name]["error"])[:5]
+    assert [one["matrix"] for one in summary["worst"]] == worst
+    for name in worst:
+        assert f"{report[name]['error']:.4f}  rank {report[name]['rank']:<4}  {name}\n" in said.out
+    assert "--log-json" not in (out / "README.md").read_text(encoding="utf-8")
+    assert "log.jsonl" not in (out / "README.md").read_text(encoding="utf-8")
+    assert main([*command, f"--log-json={log}"]) == 1  # the output exists
+    assert events(log)[: len(told)] == told
+    assert events(log)[-1]["event"] == "error"
+    assert events(log)[-1]["message"] in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written(bundled_model: Path, tmp_path: Path, capsys):
+    log = tmp_path / "none" / "log.jsonl"
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--log-json", str(log)]) == 1
+    assert (
+        f"--log-json {log}: cannot be written: No such file or directory; name another file" in capsys.readouterr().err
+    )
+    full = Path("/dev/full")
+    if full.exists():
+        with recording(full):
+            assert list(progress_bar([1, 2], "quantize", False)) == [1, 2]
+        assert capsys.readouterr().err == "warning: --log-json /dev/full: No space left on device; the log ends here\n"

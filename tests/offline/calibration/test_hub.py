@@ -263,7 +263,7 @@ def test_names_of_files_that_are_not_there(bundled_model: Path, tmp_path: Path, 
 def test_a_file_that_is_there_asks_no_hub(hub: Hub, bundled_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path):
     asked: list[Conversion] = []
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.carry_out", lambda plan, *_: asked.append(plan.conversion))
-    monkeypatch.setattr("vllm_milo.offline.cli.quantize._print_summary", lambda summary: None)
+    monkeypatch.setattr("vllm_milo.offline.cli.quantize.print_summary", lambda summary: None)
     monkeypatch.setattr(choose, "WINDOW", 32)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text(TEXT.read_text(encoding="utf-8"), encoding="utf-8")

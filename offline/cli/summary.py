@@ -1,0 +1,46 @@
+"""What is said at the end of a conversion: its result, its weakest places, and how to serve it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
+from ..convert import Summary
+from ..progress import log_event
+
+
+def serve_command(folder: Path) -> str:
+    """Return the command that serves a checkpoint, for a shell."""
+    return f"vllm serve {shlex.quote(str(folder))} --quantization milo"
+
+
+def print_summary(summary: Summary) -> Path:
+    """Print what a conversion did, and log it; return where its checkpoint is."""
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    peak = f"{summary.peak_host_bytes / 2**30:.2f} GiB of host memory"
+    if summary.peak_device_bytes:
+        peak += f", {summary.peak_device_bytes / 2**30:.2f} GiB of device memory"
+    report = inspect_checkpoint(summary.out)
+    groups = f" in {name_group_sizes(report)}" if len(report["group_sizes"]) > 1 else ""
+    print(
+        f"{summary.out}: {summary.matrices} matrices in {summary.seconds:.1f} s, "
+        f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight{groups}, "
+        f"mean relative error {summary.mean_error:.4f}; peak {peak}"
+    )
+    print("largest relative errors, before codes are learned:")
+    for name, entry in summary.worst.items():
+        print(f"  {entry.error:.4f}  rank {entry.rank:<4}  {name}")
+    print(f"serve it: {serve_command(summary.out)}")
+    log_event("summary", **_describe(summary, report))
+    return summary.out
+
+
+def _describe(summary: Summary, report: dict[str, Any]) -> dict[str, Any]:
+    """Return a summary as JSON, with what the checkpoint's headers tell."""
+    worst = [{"matrix": name, "error": entry.error, "rank": entry.rank} for name, entry in summary.worst.items()]
+    said = {"bits_per_weight": report["bits_per_weight"], "serve": serve_command(summary.out)}
+    return summary._asdict() | {"out": str(summary.out), "worst": worst} | said
