@@ -47,6 +47,8 @@ class Conversion:
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
         device: where the arithmetic runs.
+        more_devices: others of its kind, which solve a part of the matrices; the result is the same without.
+        device_memory: most bytes to take on each device; None for what is free.
         shard_bytes: size of an output shard.
         overwrite: replace an existing MiLo checkpoint, and without ``resume`` the finished layers of a conversion that
             did not end.
@@ -62,6 +64,8 @@ class Conversion:
     ignore: Sequence[str] = ()
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     device: str = "cpu"
+    more_devices: Sequence[str] = ()
+    device_memory: int | None = None
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
     resume: bool = False
