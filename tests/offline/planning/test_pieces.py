@@ -83,19 +83,20 @@ def test_devices_of_two_kinds_or_named_twice(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("method", "ranks"), [("milo", 16), ("milo", 256), ("paper", 16), ("hqq", 0)])
 def test_the_solver_keeps_to_the_memory_that_it_is_given(method: str, ranks: int):
-    """Of many times that much: 20 matrices of 8 MiB in float32, in 200 MiB."""
-    limit = 200 * 2**20
+    """Two matrices of 32 MiB in float32 at a time, in 800 MiB; cuBLAS has some tens of MiB of that for itself."""
+    limit = 800 * 2**20
+    matrices = [Matrix(f"experts.{index}.up_proj", Kind.ROUTED_EXPERT, 2048, 4096) for index in range(8)]
     recipe = Recipe(method, 64, max_rounds=3, base="hqq")
     rule = Rule(solver_weights([torch.device("cuda")], limit))
 
     def jobs():
-        for batch in plan_batches(EXPERTS, NoMoments(), {}, rule):
-            weights = torch.randn(len(batch), 1024, 2048, pin_memory=True).mul_(0.05)
+        for batch in plan_batches(matrices, NoMoments(), {}, rule):
+            weights = torch.randn(len(batch), 2048, 4096, pin_memory=True).mul_(0.05)
             yield Job(batch, weights, Moments(), [ranks] * len(batch), recipe, torch.bfloat16)
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for done in Devices([torch.device("cuda")]).solve(jobs()):
-        assert len(done.solved) == rule.elements // 2**21
+        assert len(done.solved) == 2
     assert torch.cuda.max_memory_allocated() - before <= limit

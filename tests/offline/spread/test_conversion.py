@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +184,17 @@ def test_interrupts_end_all_processes(number: int, status: int, bundled_model: P
     with pytest.raises(ProcessLookupError):
         os.kill(int(process), 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kill_ends_all_processes(bundled_model: Path, tmp_path: Path):
+    command = [sys.executable, "-c", _INTERRUPTED, str(bundled_model), str(tmp_path / "out"), str(int(signal.SIGKILL))]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (process,) = set(re.findall(r"process (\d+)", done.stderr))
+    status, end = Path(f"/proc/{process}/status"), time.monotonic() + 60
+    while status.exists() and "State:\tZ" not in status.read_text():  # nobody may be there to wait for it
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.gpu
