@@ -36,10 +36,11 @@ import torch
 from benchmarks.divergence import HQQ, add_arguments, record
 from benchmarks.records import markdown_table, write_json
 from vllm_milo.names import leaf_of
+from vllm_milo.offline.batches import batch_elements
 from vllm_milo.offline.checkpoint.report import Report
 from vllm_milo.offline.cli import quantize
 from vllm_milo.offline.conversion import Conversion
-from vllm_milo.offline.convert import quantize_layers
+from vllm_milo.offline.convert import Bench, quantize_layers
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.divergence import divergences, open_streamed, text_windows
 from vllm_milo.offline.nouns import Kind, Matrix
@@ -49,6 +50,7 @@ from vllm_milo.offline.source.family import Family
 from vllm_milo.offline.source.layers import Layer, Source
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.streamed_model import StreamedModel, Tensors
+from vllm_milo.offline.spread.devices import Devices
 
 PAPER, FAST, BALANCED = "paper", "fast", "balanced"
 OPTIONS = {
@@ -181,7 +183,8 @@ def run(
     start = time.monotonic()
     plan, ranks = plan_role(reader, matrices, conversion, budget)
     by_kind = replace(conversion, measure_ranks=False)  # there is one role, with its own budget
-    layers = quantize_layers(reader, plan, ranks, by_kind, device, Report(), progress=False)
+    bench = Bench(reader, Devices([device]), batch_elements(device), Report(), progress=False)
+    layers = quantize_layers(bench, plan, ranks, by_kind)
     values = {matrix: one.dequantize().to("cpu", dtype) for _, solved in layers for matrix, one in solved}
     seconds = time.monotonic() - start
     scores = measure(with_matrices(reader, values, device, dtype), reader.folder, texts)

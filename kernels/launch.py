@@ -113,6 +113,20 @@ def launch(kernel: Any, grid: tuple[int, ...], mode: LaunchMode, *arguments: Any
     noted.setdefault(made.key(), made)
 
 
+_HERE = contextlib.nullcontext()
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the device of ``tensor`` is the current one, which Triton launches on.
+
+    Without it a kernel for tensors of ``cuda:1`` runs on whatever GPU is current. Where the current one is right
+    already, nothing is switched: serving enters this once a layer, also while a CUDA graph is captured.
+    """
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
+
+
 @cache
 def launch_mode(device: torch.device, few_tokens: bool) -> LaunchMode:
     """Return what a device allows (early launches: Hopper and later), and what helps for so many tokens."""

@@ -118,9 +118,11 @@ def _linear(
 ) -> torch.Tensor:
     spec = LinearSpec(widths, ranks, group_size, factor_bits)
     if backend == "triton":
+        from .launch import device_of
         from .serving import linear as triton_linear
 
-        return triton_linear.linear(x, weights, spec)
+        with device_of(x):
+            return triton_linear.linear(x, weights, spec)
     return reference.linear(x, LinearWeights(*weights), spec)
 
 
@@ -143,9 +145,11 @@ def _fused_moe(
 ) -> torch.Tensor:
     spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks)
     if backend == "triton":
+        from .launch import device_of
         from .serving import fused_moe as triton_moe
 
-        return triton_moe.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
+        with device_of(x):
+            return triton_moe.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
     return reference.fused_moe(x, topk_weights, topk_ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)
 
 

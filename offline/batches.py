@@ -11,7 +11,6 @@ import torch
 from .calibration.layer_moments import LayerMoments
 from .nouns import LoadedMatrix, Matrix, Moments
 from .source.layers import Layer
-from .source.reader import ModelReader
 
 BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
 """Most weights that the solver takes at once: on a CPU what its cache holds, on a GPU what fills it. The solver
@@ -31,53 +30,64 @@ class Batch(NamedTuple):
     moments: Moments
 
 
+class Rule(NamedTuple):
+    """What decides which matrices are solved together, beside their shapes. Results may depend on it, so nothing that
+    changes from one run to the next may be part of it.
+
+    Attributes:
+        elements: most weights of a batch, but for one that is larger by itself; numbers of its moments count too.
+        mixed: whether a batch may hold several ranks above 0.
+    """
+
+    elements: int
+    mixed: bool = True
+
+
+def plan_batches(
+    matrices: Iterable[Matrix], moments: LayerMoments, ranks: Mapping[str, int], rule: Rule
+) -> Iterator[list[Matrix]]:
+    """Group matrices by shape, in order of rank, so that the solver works on many at once.
+
+    Args:
+        matrices: of one layer or several.
+        moments: of these.
+        ranks: of every matrix, by name; those that it lacks count as one rank.
+        rule: how many go together.
+    """
+    groups: dict[tuple[int, int, int, str], list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        rank = ranks.get(matrix.name, 0)
+        groups[matrix.n, matrix.k, min(rank, 1) if rule.mixed else rank, moments.group(matrix)].append(matrix)
+    for members in groups.values():
+        members.sort(key=lambda member: ranks.get(member.name, 0))
+        footprint = members[0].n * members[0].k + moments.numbers(members[0])
+        size = max(1, rule.elements // footprint)
+        yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
 def batches(
     loaded: Sequence[LoadedMatrix], moments: LayerMoments, ranks: Mapping[str, int], mixed: bool = True
 ) -> Iterator[Batch]:
-    """Group a layer's matrices by shape, in order of rank, so that the solver works on many at once.
-
-    Args:
-        loaded: the layer's matrices with their weights.
-        moments: of the layer.
-        ranks: of every matrix, by name; those that it lacks count as one rank.
-        mixed: whether a batch may hold several ranks above 0.
-    """
-    groups: dict[tuple[int, int, int, str], list[LoadedMatrix]] = defaultdict(list)
-    for matrix, weights in loaded:
-        rank = ranks.get(matrix.name, 0)
-        groups[matrix.n, matrix.k, min(rank, 1) if mixed else rank, moments.group(matrix)].append((matrix, weights))
-    for members in groups.values():
-        members.sort(key=lambda member: ranks.get(member[0].name, 0))
-        first, device = members[0][0], members[0][1].device
-        footprint = first.n * first.k + moments.numbers(first)
-        size = max(1, batch_elements(device) // footprint)
-        for start in range(0, len(members), size):
-            chunk = members[start : start + size]
-            matrices = [matrix for matrix, _ in chunk]
-            weights = torch.stack([weights for _, weights in chunk]).float()
-            yield Batch(matrices, weights, moments.of(matrices, device))
+    """Yield the batches of a layer's matrices that are in memory, in float32; see :func:`plan_batches`."""
+    held = dict(loaded)
+    for _, first in loaded[:1]:
+        rule = Rule(batch_elements(first.device), mixed)
+        for matrices in plan_batches(held, moments, ranks, rule):
+            weights = torch.stack([held[matrix] for matrix in matrices]).float()
+            yield Batch(matrices, weights, moments.of(matrices, weights.device))
 
 
-def load_batches(
-    reader: ModelReader,
-    layers: Sequence[Layer],
-    moments: LayerMoments,
-    ranks: Mapping[str, int],
-    device: torch.device,
-    mixed: bool = True,
-) -> Iterator[Batch]:
-    """Load layers and yield the :func:`batches` of their matrices; their weights are gone after the last."""
-    loaded = [member for layer in layers for member in reader.load_layer(layer, device)]
-    if loaded:
-        yield from batches(loaded, moments, ranks, mixed)
-
-
-def gather_layers(layers: Iterable[Layer], device: torch.device) -> Iterator[list[Layer]]:
+def gather_layers(layers: Iterable[Layer], device: torch.device, elements: int) -> Iterator[list[Layer]]:
     """Put layers together that follow each other, so that the solver's batches are full where layers are small.
 
     A GPU works as long on a few small matrices as on many. A CPU gets one layer at a time.
+
+    Args:
+        layers: of the model.
+        device: where they are solved.
+        elements: most weights of a batch.
     """
-    most = batch_elements(device) if device.type == "cuda" else 0
+    most = elements if device.type == "cuda" else 0
     together: list[Layer] = []
     for layer in layers:
         if together and sum(one.weights for one in [*together, layer]) > most:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .checkpoint.card import CardNotes
+from .checkpoint.report import MatrixReport
 from .checkpoint.writer import SHARD_BYTES
 from .learn.end_to_end import TuneOptions
 from .learn.layer import LearnOptions
@@ -47,6 +50,8 @@ class Conversion:
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
         device: where the arithmetic runs.
+        more_devices: others of its kind, which solve a part of the matrices; the result is the same without.
+        device_memory: most bytes to take on each device; None for what is free.
         shard_bytes: size of an output shard.
         overwrite: replace an existing MiLo checkpoint, and without ``resume`` the finished layers of a conversion that
             did not end.
@@ -62,6 +67,8 @@ class Conversion:
     ignore: Sequence[str] = ()
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     device: str = "cpu"
+    more_devices: Sequence[str] = ()
+    device_memory: int | None = None
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
     resume: bool = False
@@ -71,3 +78,17 @@ class Conversion:
     def measures_ranks(self) -> bool:
         """Whether ranks are shared by what the layers turn out to need."""
         return self.measure_ranks and self.text is not None and self.budget_bits is not None and not self.policies
+
+
+class Summary(NamedTuple):
+    """What a conversion did."""
+
+    out: Path
+    seconds: float
+    matrices: int
+    bytes_written: int
+    mean_error: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+    warnings: list[str]
+    worst: Mapping[str, MatrixReport]

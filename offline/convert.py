@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,18 +17,17 @@ import torch
 from vllm_milo.shards import INDEX_NAME, read_json
 from vllm_milo.validation import validate_checkpoint
 
-from .batches import Batch, batches, gather_layers, load_batches
+from .batches import Rule, gather_layers, plan_batches
 from .calibration import memory
-from .calibration.layer_moments import NoMoments
-from .calibration.sequential import SequentialPass
+from .calibration.sequential import SequentialPass, Visit
 from .calibration.weights import refuse_broken_weights
 from .checkpoint.card import write_card
 from .checkpoint.claim import Claim
-from .checkpoint.report import REPORT_NAME, MatrixReport, Report
+from .checkpoint.report import REPORT_NAME, Report
 from .checkpoint.writer import CheckpointWriter
-from .conversion import Conversion, Text
+from .conversion import Conversion, Summary, Text
 from .errors import ConversionError
-from .fingerprint import fingerprint, refuse_other_layers
+from .fingerprint import BATCH_WEIGHTS, fingerprint, refuse_other_layers
 from .learn.end_to_end import tune
 from .learn.layer import learn_layer
 from .need import NeedMeter
@@ -35,11 +36,15 @@ from .planning.plan import Plan, make_plan
 from .progress import doing, progress_bar
 from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
-from .solve.methods import Quantized, Solved, quantize_matrices
+from .solve.methods import Solved
 from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
 from .source.whole_model import load_source_model
+from .spread.ahead import ahead
+from .spread.devices import Devices
+from .spread.job import Done, Job
+from .spread.load import load_batches
 from .steps import BEGINNING, Layers, Start, add_layers, finished_layers, keep_steps
 
 FULL_MOMENTS_BELOW = 100
@@ -48,18 +53,31 @@ learning begins: on a real model of 0.5 B parameters, KL 0.078 from diagonals an
 2026-11-27), and diagonals need no factorizations."""
 
 
-class Summary(NamedTuple):
-    """What a conversion did."""
+class Bench(NamedTuple):
+    """What a conversion works with.
 
-    out: Path
-    seconds: float
-    matrices: int
-    bytes_written: int
-    mean_error: float
-    peak_host_bytes: int
-    peak_device_bytes: int
-    warnings: list[str]
-    worst: Mapping[str, MatrixReport]
+    Attributes:
+        reader: the source model.
+        devices: where the arithmetic runs.
+        batch_weights: most weights that the solver gets at once.
+        report: takes what there is to say of each matrix, with the rank that it got.
+        progress: show progress bars.
+    """
+
+    reader: ModelReader
+    devices: Devices
+    batch_weights: int
+    report: Report
+    progress: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of everything that is not spread."""
+        return self.devices.first
+
+    def rule(self, recipe: Recipe) -> Rule:
+        """Return which matrices a recipe's solver gets together."""
+        return Rule(self.batch_weights, recipe.method == "milo")
 
 
 def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
@@ -106,7 +124,11 @@ def carry_out(plan: Plan, progress: bool = True, claim: Claim | None = None) -> 
         if not memory.is_out_of_memory(error):
             raise
         text = conversion.text
-        todo = memory.advice(plan.reader, text.windows, conversion.device) if text else "use another --device"
+        todo = (
+            memory.advice(plan.reader, text.windows, conversion.device)
+            if text
+            else "use another --device, or less --device-memory"
+        )
         described = ConversionError(f"{conversion.device}: out of memory; {todo}")
         for note in getattr(error, "__notes__", ()):
             described.add_note(note)
@@ -116,7 +138,8 @@ def carry_out(plan: Plan, progress: bool = True, claim: Claim | None = None) -> 
 def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     start = time.monotonic()
     out, conversion, device = planned.out, planned.conversion, planned.device
-    decided_by = fingerprint(planned.reader, conversion, planned.format().recipe)
+    elements = _batch_weights(planned, claim)
+    decided_by = fingerprint(planned.reader, conversion, planned.format().recipe, elements)
     if claim.resume and claim.journal.quantized:
         refuse_other_layers(claim.partial, claim.journal.fingerprint or {}, decided_by)
     ranks, warnings = planned.ranks, list(planned.warnings)
@@ -130,11 +153,12 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     final = conversion.text is None or conversion.text.tune is None
     durable = (claim, decided_by, layers, final)
     folder = planned.reader.folder
-    with CheckpointWriter(out, folder, conversion.overwrite, conversion.shard_bytes, *durable) as writer:
+    output = CheckpointWriter(out, folder, conversion.overwrite, conversion.shard_bytes, *durable)
+    with output as writer, Devices(planned.devices) as devices:
         for record in writer.journal.records:
             report.restore(record.said)
         if claim.published is None:
-            _write(writer, planned, ranks, report, progress)
+            _write(writer, planned, ranks, Bench(planned.reader, devices, elements, report, progress))
     assert claim.published is not None
     published = claim.published
     if published != writer.out:
@@ -148,104 +172,96 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
         bytes_written=read_json(published / INDEX_NAME)["metadata"]["total_size"],
         mean_error=sum(errors) / len(errors),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        peak_device_bytes=max(devices.peak, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0),
         warnings=warnings,
         worst=report.worst(),
     )
 
 
-def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], report: Report, progress: bool) -> None:
+def _batch_weights(planned: Plan, claim: Claim) -> int:
+    """Return the most weights that the solver gets at once: those of the finished layers, if memory allows them."""
+    before = (claim.journal.fingerprint or {}).get(BATCH_WEIGHTS) if claim.resume and claim.journal.quantized else None
+    return min(planned.batch_weights, before) if isinstance(before, int) else planned.batch_weights
+
+
+def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], bench: Bench) -> None:
     """Quantize the layers that are not finished, and publish the checkpoint."""
-    reader, conversion, device, layers = planned.reader, planned.conversion, planned.device, planned.layers
-    at = Start(writer.journal.layers, finished_layers(writer.journal, layers, device))
-    steps = quantize_steps(reader, layers, ranks, conversion, device, report, progress, at)
-    keep_steps(writer, reader, report, steps)
+    conversion, layers, report = planned.conversion, planned.layers, bench.report
+    at = Start(writer.journal.layers, finished_layers(writer.journal, layers, bench.device))
+    with closing(quantize_steps(bench, layers, ranks, conversion, at)) as steps:
+        keep_steps(writer, bench.reader, report, steps)
     if conversion.text is not None and conversion.text.tune is not None:
-        held = list(finished_layers(writer.journal, layers, device))
-        tuned = _tuned(reader, held, conversion.recipe, conversion.text, device, report, progress)
-        add_layers(writer, reader, tuned)
+        held = list(finished_layers(writer.journal, layers, bench.device))
+        add_layers(writer, bench.reader, _tuned(bench, held, conversion.recipe, conversion.text))
     got = {name: entry.rank for name, entry in report.matrices.items()}
     todo: dict[str, Callable[[], object]] = {
         "seal": partial(writer.seal, planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()}),
         "check": partial(validate_checkpoint, writer.folder),
-        "write the card": partial(write_card, writer.folder, reader.folder, conversion.card),
+        "write the card": partial(write_card, writer.folder, bench.reader.folder, conversion.card),
         "publish": writer.publish,
     }
-    for name in progress_bar(list(todo), "finish", progress, unit="step"):
+    for name in progress_bar(list(todo), "finish", bench.progress, unit="step"):
         doing(name)
         todo[name]()
 
 
-def quantize_layers(
-    reader: ModelReader,
-    plan: Sequence[Layer],
-    ranks: Mapping[str, int],
-    conversion: Conversion,
-    device: torch.device,
-    report: Report,
-    progress: bool,
-) -> Layers:
+def quantize_layers(bench: Bench, plan: Sequence[Layer], ranks: Mapping[str, int], conversion: Conversion) -> Layers:
     """Yield the layers of a model, quantized: each by itself, or along a calibration text.
 
     Args:
-        reader: the model.
-        plan: its layers, with the matrices to quantize in each.
+        bench: the model, the devices and the report.
+        plan: the model's layers, with the matrices to quantize in each.
         ranks: of these matrices, by name; where ranks are measured, the bits of a layer's count.
         conversion: the recipe and the text, and whether ranks are measured; what is ignored is not decided here.
-        device: where the arithmetic runs.
-        report: takes what there is to say of each matrix, with the rank that it got.
-        progress: show a progress bar.
 
     Raises:
         ConversionError: a matrix cannot be quantized, or there is too little memory.
     """
     text = conversion.text
-    steps = quantize_steps(reader, plan, ranks, conversion, device, report, progress)
-    layers = (one for step in steps for one in step)
-    if text is None or text.tune is None:
-        yield from layers
-    else:
-        held = [(layer, list(solved)) for layer, solved in layers]
-        yield from _tuned(reader, held, conversion.recipe, text, device, report, progress)
+    with closing(quantize_steps(bench, plan, ranks, conversion)) as steps:
+        layers = (one for step in steps for one in step)
+        if text is None or text.tune is None:
+            yield from layers
+        else:
+            held = [(layer, list(solved)) for layer, solved in layers]
+            yield from _tuned(bench, held, conversion.recipe, text)
 
 
 def quantize_steps(
-    reader: ModelReader,
-    plan: Sequence[Layer],
-    ranks: Mapping[str, int],
-    conversion: Conversion,
-    device: torch.device,
-    report: Report,
-    progress: bool,
-    start: Start = BEGINNING,
-) -> Iterator[Layers]:
+    bench: Bench, plan: Sequence[Layer], ranks: Mapping[str, int], conversion: Conversion, start: Start = BEGINNING
+) -> Generator[Layers, None, None]:
     """Yield the layers of a model, quantized, before they are trained together; see :func:`quantize_layers`.
 
-    Each step must be used up before the next.
+    Each step must be used up before the next, and the whole be used up or closed.
 
     Args:
-        reader, plan, ranks, conversion, device, report, progress: as there.
+        bench, plan, ranks, conversion: as there.
         start: the first layers, which were quantized before.
 
     Raises:
         ConversionError: a matrix cannot be quantized, or there is too little memory.
     """
-    recipe, text = conversion.recipe, conversion.text
-    if text is not None:
-        meter = None
-        if conversion.measures_ranks and conversion.budget_bits is not None:
-            matrices = [source.matrix for layer in plan for source in layer.matrices]
-            spare = conversion.budget_bits - stored_bits(matrices, ranks, recipe)
-            meter = NeedMeter(recipe, reader.dtype, text.learn.batch, max(0.0, spare))
-        yield from _learned(reader, plan, ranks, meter, recipe, text, device, report, progress, start)
-        return
-    left = plan[start.layers :]
-    for layers in gather_layers(
-        progress_bar(left, "quantize", progress, sizes=[layer.weights for layer in left]), device
-    ):
-        loaded = load_batches(reader, layers, NoMoments(), ranks, device, recipe.method == "milo")
-        solved = _solve(loaded, ranks, recipe, reader.dtype, report)
-        yield _by_layer(layers, solved)
+    if conversion.text is None:
+        yield from _plain(bench, plan[start.layers :], ranks, conversion.recipe)
+    else:
+        yield from _learned(bench, plan, ranks, conversion, conversion.text, start)
+
+
+def _plain(
+    bench: Bench, layers: Sequence[Layer], ranks: Mapping[str, int], recipe: Recipe
+) -> Generator[Layers, None, None]:
+    """Quantize layers each by itself; the next batch is read while one is solved, also across layers."""
+    device, rule = bench.device, bench.rule(recipe)
+    jobs = (
+        job
+        for together in gather_layers(layers, device, rule.elements)
+        for job in load_batches(bench.reader, together, ranks, recipe, rule, device.type == "cuda")
+    )
+    shown = progress_bar(layers, "quantize", bench.progress, sizes=[layer.weights for layer in layers])
+    with closing(ahead(jobs)) as ready, closing(bench.devices.solve(ready)) as done:
+        solved = _noted(done, bench.report)
+        for together in gather_layers(shown, device, rule.elements):
+            yield _by_layer(together, islice(solved, sum(len(layer.matrices) for layer in together)))
 
 
 def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Solved]]) -> Layers:
@@ -258,34 +274,47 @@ def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Solved]]) 
         yield layer, [(source.matrix, found.pop(source.matrix)) for source in layer.matrices]
 
 
+def _meter(
+    bench: Bench, plan: Sequence[Layer], ranks: Mapping[str, int], conversion: Conversion, text: Text
+) -> NeedMeter | None:
+    """Return what measures how ranks are shared, where they are."""
+    if not conversion.measures_ranks or conversion.budget_bits is None:
+        return None
+    matrices = [source.matrix for layer in plan for source in layer.matrices]
+    spare = conversion.budget_bits - stored_bits(matrices, ranks, conversion.recipe)
+    return NeedMeter(conversion.recipe, bench.reader.dtype, text.learn.batch, max(0.0, spare))
+
+
 def _learned(
-    reader: ModelReader,
+    bench: Bench,
     plan: Sequence[Layer],
     ranks: Mapping[str, int],
-    meter: NeedMeter | None,
-    recipe: Recipe,
+    conversion: Conversion,
     text: Text,
-    device: torch.device,
-    report: Report,
-    progress: bool,
     start: Start,
 ) -> Iterator[Layers]:
-    """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each."""
+    """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each.
+
+    The text goes through the model on the first device, which also measures needs and learns: experts of one layer
+    share the layer's loss, so their steps would wait for each other across devices. What is spread is solving.
+    """
+    reader, device, report, recipe = bench.reader, bench.device, bench.report, conversion.recipe
     left = plan[start.layers :]
     if all(layer_index(layer.name) is None for layer in left):
         yield from (iter([(layer, ())]) for layer in left)  # no hidden states are needed any more
         return
-    memory.refuse_what_does_not_fit(reader, text.windows, str(device))
+    memory.refuse_what_does_not_fit(reader, text.windows, str(device), conversion.device_memory)
+    meter = _meter(bench, plan, ranks, conversion, text)
     dtype = reader.dtype if device.type == "cuda" else torch.float32
     tensors = reader_tensors(reader.load, reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
     if start.layers:
-        _replay(stream, plan[: start.layers], start.finished, progress)
+        _replay(stream, plan[: start.layers], start.finished, bench.progress)
     else:
-        refuse_broken_weights(reader, progress)
-    for layer in progress_bar(left, "quantize", progress, sizes=[layer.weights for layer in left]):
+        refuse_broken_weights(reader, bench.progress)
+    for layer in progress_bar(left, "quantize", bench.progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
         if index is None:
             yield iter([(layer, ())])
@@ -298,8 +327,8 @@ def _learned(
             doing("measure needs")
             own, needs = meter.share(stream, visit, matrices, own)
             report.note_needs(layer.name, needs)
-        loaded = batches(visit.loaded(matrices), visit.moments, own)
-        solved = dict(_solve(loaded, own, recipe, reader.dtype, report))
+        with closing(bench.devices.solve(_jobs(bench, visit, matrices, own, recipe))) as done:
+            solved = {matrix: one.to(device) for matrix, one in _noted(done, report)}
         report.note_tokens(solved, visit.moments.tokens)
         if solved and text.learn.steps:
             states = (stream.quantized, visit.target)
@@ -313,6 +342,18 @@ def _learned(
         yield iter([(layer, solved.items())])
 
 
+def _jobs(
+    bench: Bench, visit: Visit, matrices: Sequence[Matrix], ranks: Mapping[str, int], recipe: Recipe
+) -> Iterator[Job]:
+    """Yield the batches of a layer that is in memory, with what errors in them cost."""
+    held = dict(visit.loaded(matrices))
+    for batch in plan_batches(held, visit.moments, ranks, bench.rule(recipe)):
+        weights = torch.stack([held[matrix] for matrix in batch])
+        moments = visit.moments.of(batch, weights.device)
+        yield Job(batch, weights, moments, [ranks[matrix.name] for matrix in batch], recipe, bench.reader.dtype)
+        del weights
+
+
 def _replay(stream: SequentialPass, plan: Sequence[Layer], finished: Layers, progress: bool) -> None:
     """Let both streams go through layers that were quantized before; their weights were looked at then."""
     sizes = [layer.weights for layer in plan]
@@ -323,53 +364,28 @@ def _replay(stream: SequentialPass, plan: Sequence[Layer], finished: Layers, pro
 
 
 def _tuned(
-    reader: ModelReader,
-    layers: Sequence[tuple[Layer, Iterable[tuple[Matrix, Solved]]]],
-    recipe: Recipe,
-    text: Text,
-    device: torch.device,
-    report: Report,
-    progress: bool,
+    bench: Bench, layers: Sequence[tuple[Layer, Iterable[tuple[Matrix, Solved]]]], recipe: Recipe, text: Text
 ) -> Layers:
     """Train all layers together on the original's predictions."""
     assert text.tune is not None
-    model, original = (load_source_model(reader.folder, reader.dtype, str(device)).requires_grad_(False) for _ in "ab")
+    reader = bench.reader
+    model, original = (
+        load_source_model(reader.folder, reader.dtype, str(bench.device)).requires_grad_(False) for _ in "ab"
+    )
     for one in (model, original):
         use_grouped_experts(one)
     place = partial(place_tensor, reader.family)
     solved = {matrix: one for _, held in layers for matrix, one in held}
     what = (model, original, place, reader.family, solved, text.windows)
-    trained, said = tune(*what, recipe.factor_bits, text.tune, progress)
-    report.tuning = {"first_kl": said.first, "last_kl": said.last}
+    trained, said = tune(*what, recipe.factor_bits, text.tune, bench.progress)
+    bench.report.tuning = {"first_kl": said.first, "last_kl": said.last}
     for layer, held in layers:
         yield layer, [(matrix, trained[matrix]) for matrix, _ in held]
 
 
-def _solve(
-    layer: Iterable[Batch], ranks: Mapping[str, int], recipe: Recipe, dtype: torch.dtype, report: Report
-) -> Iterator[tuple[Matrix, Solved]]:
-    """Yield the solved matrices of a layer, and put what there is to say of each into the report."""
-    for batch in layer:
-        doing("solve", batch.matrices[0].name)
-        theirs = [ranks[matrix.name] for matrix in batch.matrices]
-        result = _quantize_named(batch, theirs, recipe, dtype)
-        report.note_sizes(batch.matrices, batch.weights, result.base.scale)
-        for place, (matrix, rank) in enumerate(zip(batch.matrices, theirs, strict=True)):
-            entry = MatrixReport(float(result.errors[place]), rank, int(result.rounds[place]))
-            report.matrices[matrix.name] = entry
-            yield matrix, result.one(place, rank)
-
-
-def _quantize_named(batch: Batch, ranks: Sequence[int], recipe: Recipe, dtype: torch.dtype) -> Quantized:
-    """Quantize a batch; on failure find the matrix that fails and name it."""
-    rank = ranks[0] if len(set(ranks)) == 1 else ranks
-    try:
-        return quantize_matrices(batch.weights, rank, recipe, dtype, batch.moments)
-    except ConversionError as error:
-        for index, matrix in enumerate(batch.matrices):
-            one = slice(index, index + 1)
-            try:
-                quantize_matrices(batch.weights[one], ranks[index], recipe, dtype, batch.moments.select(one))
-            except ConversionError as single_error:
-                raise type(error)(f"{matrix.name}: {single_error}") from error
-        raise
+def _noted(results: Iterable[Done], report: Report) -> Iterator[tuple[Matrix, Solved]]:
+    """Yield the solved matrices, and put what there is to say of each into the report when its batch's turn comes."""
+    for done in results:
+        doing("solve", done.solved[-1][0].name)
+        report.add(done.report)
+        yield from done.solved

@@ -16,8 +16,13 @@ from .durable.journal import START_OVER
 from .errors import ConversionError
 from .source.reader import ModelReader
 
+BATCH_WEIGHTS = "batch_weights"
+"""Names the most weights that the solver got at once, which a conversion that goes on keeps to."""
 
-def fingerprint(reader: ModelReader, conversion: Conversion, recipe: Mapping[str, Any]) -> dict[str, Any]:
+
+def fingerprint(
+    reader: ModelReader, conversion: Conversion, recipe: Mapping[str, Any], batch_weights: int
+) -> dict[str, Any]:
     """Return what decides a conversion's result, as JSON.
 
     The weights count by their files' names, sizes, times of change and headers, not by their content, which takes long
@@ -27,12 +32,14 @@ def fingerprint(reader: ModelReader, conversion: Conversion, recipe: Mapping[str
         reader: the source model.
         conversion: what is done with it.
         recipe: what the checkpoint records of that, the version among it.
+        batch_weights: most weights that the solver gets at once.
     """
     content = {
         "recipe": dict(recipe),
         "ignore": list(conversion.ignore),
         "expert_counts": _digest(json.dumps(dict(conversion.expert_counts), sort_keys=True).encode()),
         "device": torch.device(conversion.device).type,
+        BATCH_WEIGHTS: batch_weights,
         "shard_bytes": conversion.shard_bytes,
         "text": None if conversion.text is None else _text(conversion.text),
         "source": {

@@ -83,6 +83,7 @@ FLOORS = {
     "presets": {"errors", "nouns", "ranks"},
     "checkpoint": {"errors", "nouns", "durable", "solve", "source"},
     "evaluation": {"errors", "progress", "durable", "source", "checkpoint"},
+    "spread": {"errors", "nouns", "solve", "source", "calibration", "batches", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
     "fingerprint": {"errors", "durable", "source", "conversion"},
     "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
@@ -90,7 +91,7 @@ FLOORS = {
     "planning": {"errors", "nouns", "source", "calibration", "batches", "ranks", "checkpoint", "conversion"},
     "hub": {"errors", "hub_names", "planning"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning"},
+    | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning", "spread"},
     "cli": {"errors", "nouns", "source", "calibration", "learn", "ranks", "presets", "checkpoint", "evaluation"}
     | {"conversion", "planning", "convert", "hub_names", "hub", "progress", "threads"},
 }

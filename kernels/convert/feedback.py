@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import device_of
 from ..packing import MAX_CODE
 from .grid_fit import nearest_code
 
@@ -32,26 +33,27 @@ def quantize_group(
     batch, rows, size = group.shape
     errors = torch.empty(batch, rows, size, dtype=torch.float32, device=group.device)
     grid = (triton.cdiv(rows, _ROWS), batch)
-    _feed_back[grid](
-        group,
-        factor,
-        scale.contiguous(),
-        zero.contiguous(),
-        codes,
-        errors,
-        rows,
-        group.stride(0),
-        group.stride(1),
-        factor.stride(0) if len(factor) > 1 else 0,
-        factor.stride(1),
-        factor.stride(2),
-        codes.stride(0),
-        codes.stride(1),
-        GROUP=size,
-        ROWS=_ROWS,
-        LAST=MAX_CODE,
-        num_warps=_WARPS,
-    )
+    with device_of(group):
+        _feed_back[grid](
+            group,
+            factor,
+            scale.contiguous(),
+            zero.contiguous(),
+            codes,
+            errors,
+            rows,
+            group.stride(0),
+            group.stride(1),
+            factor.stride(0) if len(factor) > 1 else 0,
+            factor.stride(1),
+            factor.stride(2),
+            codes.stride(0),
+            codes.stride(1),
+            GROUP=size,
+            ROWS=_ROWS,
+            LAST=MAX_CODE,
+            num_warps=_WARPS,
+        )
     return errors
 
 

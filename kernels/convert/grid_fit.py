@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import device_of
 from ..packing import MAX_CODE
 
 _ELEMENTS = 4096
@@ -77,22 +78,23 @@ def _launch(
     groups = scale.shape[-1]
     size = weights.shape[-1] // groups
     block = _ELEMENTS // size
-    kernel[(triton.cdiv(scale.numel(), block),)](
-        weights,
-        weights.shape[1],
-        weights.stride(0),
-        weights.stride(1),
-        scale.contiguous(),
-        zero.contiguous(),
-        scale.numel(),
-        *own,
-        GROUPS=groups,
-        GROUP=size,
-        BLOCK=block,
-        LAST=MAX_CODE,
-        num_warps=_WARPS,
-        **constants,
-    )
+    with device_of(weights):
+        kernel[(triton.cdiv(scale.numel(), block),)](
+            weights,
+            weights.shape[1],
+            weights.stride(0),
+            weights.stride(1),
+            scale.contiguous(),
+            zero.contiguous(),
+            scale.numel(),
+            *own,
+            GROUPS=groups,
+            GROUP=size,
+            BLOCK=block,
+            LAST=MAX_CODE,
+            num_warps=_WARPS,
+            **constants,
+        )
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import device_of
+
 ROWS = 8
 """Rows of a program."""
 
@@ -110,31 +112,32 @@ def step_base(
         if tensor.stride()[1:] != (k, 1):
             raise ValueError(f"rows must be contiguous and K = {k} apart, found strides {tensor.stride()}")
     groups = latents.change.shape[-1]
-    _step_kernel[(groups, triton.cdiv(n, ROWS), batch)](
-        gradient,
-        out,
-        latents.latent,
-        latents.adam_latent.first,
-        latents.adam_latent.second,
-        latents.begin_scale,
-        latents.change,
-        latents.adam_change.first,
-        latents.adam_change.second,
-        latents.zero,
-        latents.adam_zero.first,
-        latents.adam_zero.second,
-        latents.active,
-        pace,
-        n,
-        k,
-        gradient.stride(0),
-        out.stride(0),
-        *rates,
-        GROUP=k // groups,
-        ROWS=ROWS,
-        BETA1=betas[0],
-        BETA2=betas[1],
-        MIN_SCALE=limits[0],
-        MAX_SCALE=limits[1],
-        num_warps=4,
-    )
+    with device_of(gradient):
+        _step_kernel[(groups, triton.cdiv(n, ROWS), batch)](
+            gradient,
+            out,
+            latents.latent,
+            latents.adam_latent.first,
+            latents.adam_latent.second,
+            latents.begin_scale,
+            latents.change,
+            latents.adam_change.first,
+            latents.adam_change.second,
+            latents.zero,
+            latents.adam_zero.first,
+            latents.adam_zero.second,
+            latents.active,
+            pace,
+            n,
+            k,
+            gradient.stride(0),
+            out.stride(0),
+            *rates,
+            GROUP=k // groups,
+            ROWS=ROWS,
+            BETA1=betas[0],
+            BETA2=betas[1],
+            MIN_SCALE=limits[0],
+            MAX_SCALE=limits[1],
+            num_warps=4,
+        )

@@ -46,6 +46,11 @@ def available(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def room(device: str, limit: int | None) -> int:
+    """Return the bytes that a conversion has on a device: what is free, but no more than ``limit``."""
+    return available(device) if limit is None else min(available(device), limit)
+
+
 def streamed_need(reader: ModelReader, tokens: int, device: str) -> int:
     """Return the bytes that converting with a calibration text of so many tokens takes on a device."""
     trained = _largest(reader) * (LATENT_BYTES + 2 * number_size(device)) + _step_need(reader, device)
@@ -67,8 +72,13 @@ def windows_that_fit(reader: ModelReader, length: int, have: int, device: str) -
 
 def plain_need(reader: ModelReader, batch: int) -> int:
     """Return the bytes that converting without a text takes, where the solver gets ``batch`` weights at once."""
-    largest = _largest(reader)
-    return int(SLACK * (4 * largest + PLAIN_BYTES * min(batch, largest)))
+    largest = max(source.matrix.n * source.matrix.k for layer in reader.layers for source in layer.matrices)
+    return solver_need(max(largest, min(batch, _largest(reader))))
+
+
+def solver_need(weights: int) -> int:
+    """Return the bytes that the solver takes for so many weights at once."""
+    return int(SLACK * PLAIN_BYTES * weights)
 
 
 def windows_within(size: int, reader: ModelReader, length: int, device: str) -> int:
@@ -131,16 +141,17 @@ def whole_need(reader: ModelReader, working: int, device: str, shard_bytes: int)
     return Need(working, host) if kind == "cuda" else Need(0, host + working)
 
 
-def refuse_what_does_not_fit(reader: ModelReader, windows: torch.Tensor, device: str) -> None:
-    """Raise where converting with these windows [W, T] does not fit.
+def refuse_what_does_not_fit(reader: ModelReader, windows: torch.Tensor, device: str, limit: int | None = None) -> None:
+    """Raise where converting with these windows [W, T] does not fit into what is free, or into ``limit`` bytes.
 
     Raises:
         ConversionError: with the need, what there is, and what would fit.
     """
-    need, have = streamed_need(reader, windows.numel(), device), available(device)
+    need, have = streamed_need(reader, windows.numel(), device), room(device, limit)
     if need > have:
+        free = "are free; free some" if limit is None or have < limit else "are allowed (--device-memory); allow more"
         raise ConversionError(
-            f"converting with a calibration text takes {gib(need)} on {device}, and {gib(have)} are free; free some, "
+            f"converting with a calibration text takes {gib(need)} on {device}, and {gib(have)} {free}, "
             f"or {_what_fits(windows_that_fit(reader, windows.shape[1], have, device))}"
         )
 

@@ -91,11 +91,11 @@ def tensors_on_host(solved: Iterable[tuple[Matrix, Solved]]) -> dict[str, torch.
 
 def _moved_together(solved: Sequence[tuple[Matrix, Solved]]) -> dict[str, torch.Tensor]:
     parts = [part for matrix, one in solved for part in _parts(matrix.name, one)]
-    alike: dict[tuple[torch.Size, torch.dtype, bool], list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[tuple[str, torch.Tensor]]] = defaultdict(list)
     for name, tensor, packed in parts:
-        alike[tensor.shape, tensor.dtype, packed].append((name, tensor))
+        alike[tensor.shape, tensor.dtype, tensor.device, packed].append((name, tensor))
     found: dict[str, torch.Tensor] = {}
-    for (_, _, packed), members in alike.items():
+    for (*_, packed), members in alike.items():
         together = torch.stack([tensor for _, tensor in members])
         moved = (pack_codes(together) if packed else together).cpu()
         # a view would keep all of them in memory until the last is written

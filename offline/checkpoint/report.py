@@ -74,6 +74,10 @@ class Report:
             if is_zero or is_small:
                 (self.zero if is_zero else self.tiny).append(matrix.name)
 
+    def add(self, other: Report) -> None:
+        """Take all that another report says, after what this one does."""
+        self.restore(other.since(Report().mark()))
+
     def note_tokens(self, matrices: Iterable[Matrix], tokens: Mapping[str, int]) -> None:
         """Note which experts of a layer no token reached, by the tokens that each of their matrices saw."""
         names = [matrix.name for matrix in matrices if tokens.get(matrix.name) == 0]

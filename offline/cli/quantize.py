@@ -35,7 +35,7 @@ from ..learn.end_to_end import TuneOptions
 from ..learn.layer import LearnOptions
 from ..nouns import METHODS, PLAIN_METHODS, RANK_MULTIPLE, Recipe
 from ..planning.describe import describe, format_description
-from ..planning.devices import find_device
+from ..planning.devices import find_devices
 from ..planning.plan import Plan, make_plan
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..progress import log_event
@@ -83,6 +83,10 @@ stage, with its seconds and those that are left; at last summary, or error"""
 
 PUSH_HELP = """upload the checkpoint to this repository of the Hugging Face Hub, which is created where there is none.
 Whether the token may do that is checked before the conversion."""
+DEVICES_HELP = """several GPUs, as in cuda:0,cuda:1: the first does what it would alone, the others solve a part of
+the matrices of each layer; the result is the same to the byte"""
+MEMORY_HELP = """most memory to take on each device; default: what is free, on a CPU no limit. With less than 12 GiB the
+solver takes fewer matrices at once, but never less than one, and single codes may come out otherwise"""
 DRY_RUN_HELP = """check everything that can be known before the work, print what would be done, and write nothing: size
 on disk, stored bits a weight, memory, tensor parallel sizes. The calibration text is neither cut nor written by the
 model, so windows are the most that there can be."""
@@ -118,7 +122,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-rounds", type=int, default=None, help=rounds)
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help=_IGNORE_HELP)
     parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
-    parser.add_argument("--device", default=default_device())
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--device", default=default_device())
+    where.add_argument("--devices", type=_names, default=[], metavar="D,D,…", help=DEVICES_HELP)
+    parser.add_argument("--device-memory", type=float, metavar="GIB", help=MEMORY_HELP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument("--resume", action="store_true", help=RESUME_HELP)
@@ -135,6 +142,10 @@ def _folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; is a shell variable unset?")
     return Path(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -168,7 +179,8 @@ def _run(arguments: argparse.Namespace) -> Path | None:
 
 
 def _claim(arguments: argparse.Namespace) -> Claim:
-    find_device(arguments.device)
+    arguments.device = (arguments.devices or [arguments.device])[0]
+    find_devices([arguments.device, *arguments.devices[1:]])
     _check_numbers(arguments)
     return Claim(arguments.output, arguments.model, arguments.overwrite, arguments.resume)
 
@@ -232,6 +244,8 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         ignore=arguments.ignore,
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,
+        more_devices=arguments.devices[1:],
+        device_memory=None if arguments.device_memory is None else int(arguments.device_memory * 2**30),
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         card=CardNotes(command_of(arguments), arguments.push_to),
@@ -243,7 +257,9 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConversionError(f"--{name.replace('_', '-')} must be at least {least}")
-    budget, seed = arguments.budget_bits, arguments.seed
+    budget, seed, memory_limit = arguments.budget_bits, arguments.seed, arguments.device_memory
+    if memory_limit is not None and not 0 < memory_limit < float("inf"):
+        raise ConversionError(f"--device-memory {memory_limit:g}: must be a number of GiB above 0, such as 20")
     if budget is not None and not 0 < budget < float("inf"):
         raise ConversionError(f"--budget-bits {budget:g}: must be a number of bits above 0, such as 3.6")
     if not 0 <= seed < LARGEST_SEED:

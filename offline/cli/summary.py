@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
-from ..convert import Summary
+from ..conversion import Summary
 from ..progress import log_event
 
 

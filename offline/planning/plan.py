@@ -16,7 +16,6 @@ from vllm_milo.dtypes import MODEL_DTYPES, safetensors_name
 from vllm_milo.names import find_key
 from vllm_milo.shards import TensorEntry
 
-from ..batches import batch_elements
 from ..calibration import memory
 from ..calibration.generated_text import OWN_TEXT
 from ..checkpoint.claim import Claim
@@ -30,8 +29,9 @@ from ..source.ignore import check_ignore, kept_experts, refuse_unknown, unknown_
 from ..source.layers import Layer
 from ..source.reader import ModelReader
 from . import disk
-from .devices import find_device
+from .devices import find_device, find_devices
 from .kept import Kept, find_kept
+from .pieces import refuse_large_matrices, solver_weights
 from .splits import allowed_splits
 from .tensors import bytes_of, bytes_of_json, planned_tensors, refuse_broken_plan
 
@@ -51,6 +51,7 @@ class Plan:
         ranks: of these matrices, by name; where ``exact`` is false, an even share of what their policies give in all.
         exact: whether headers decide the ranks; kurtosis takes a pass over the weights. Along a calibration text the
             ranks of a layer are shared anew by what its roles turn out to need, within its bits.
+        batch_weights: most weights that the solver gets at once, by the memory of the devices.
         tensors: what will be written, by name, by these ranks.
         companions: the source's other files that come along.
         warnings: what the user should know.
@@ -62,6 +63,7 @@ class Plan:
     layers: list[Layer]
     ranks: Mapping[str, int]
     exact: bool
+    batch_weights: int
     tensors: Mapping[str, TensorEntry]
     companions: Companions
     warnings: list[str]
@@ -72,9 +74,14 @@ class Plan:
         return [source.matrix for layer in self.layers for source in layer.matrices]
 
     @property
-    def device(self) -> torch.device:
+    def devices(self) -> list[torch.device]:
         """Return where the arithmetic will run."""
-        return find_device(self.conversion.device)
+        return _devices(self.conversion)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where all of it will run that is not spread."""
+        return self.devices[0]
 
     def format(self, ranks: Mapping[str, int] | None = None) -> MiLoFormat:
         """Return the checkpoint's format with these ranks, or with the planned ones."""
@@ -189,7 +196,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     if claim is None:
         claim = Claim(out, reader.folder, conversion.overwrite, conversion.resume)
         claim.check()
-    find_device(conversion.device)
+    devices = _devices(conversion)
     _check_text(reader, conversion)
     ignore = (*reader.family.ignore, *conversion.ignore)
     unknown = unknown_modules(reader)
@@ -199,6 +206,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     matrices = [source.matrix for layer in layers for source in layer.matrices]
     if not matrices:
         raise ConversionError("--ignore leaves no matrix to quantize")
+    refuse_large_matrices(matrices, devices, conversion.device_memory)
     unranked = _format(reader, matrices, conversion, dict.fromkeys((matrix.name for matrix in matrices), 0))
     for matrix in matrices:
         unranked.check_matrix(matrix.name, matrix.n, matrix.k, unranked.module_group_size(matrix.name))
@@ -220,7 +228,8 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
             f"{next(iter(unknown))} and the like are copied as they are; vLLM may refuse to load what "
             f"{reader.family.model_type} does not have"
         )
-    plan = Plan(reader, out, conversion, layers, ranks, exact, tensors, companions, warnings)
+    elements = solver_weights(devices, conversion.device_memory)
+    plan = Plan(reader, out, conversion, layers, ranks, exact, elements, tensors, companions, warnings)
     plan.refuse_full_disk(claim)
     return plan
 
@@ -233,10 +242,10 @@ def predict_memory(reader: ModelReader, conversion: Conversion) -> memory.Need:
     """
     text, device = conversion.text, conversion.device
     if text is None:
-        working = memory.plain_need(reader, batch_elements(find_device(device)))
+        working = memory.plain_need(reader, solver_weights(_devices(conversion), conversion.device_memory))
     else:
         working = memory.streamed_need(reader, text.windows.numel(), device)
-        tokens, batch = text.windows.numel(), batch_elements(find_device(device))
+        tokens, batch = text.windows.numel(), solver_weights(_devices(conversion), conversion.device_memory)
         working = max(working, memory.solving_need(reader, tokens, batch, device))
         working = max(working, memory.tuning_need(reader, device)) if text.tune else working
         working = max(working, memory.writing_need(reader, device)) if text.name == OWN_TEXT else working
@@ -248,7 +257,12 @@ def _check_text(reader: ModelReader, conversion: Conversion) -> None:
         return
     if conversion.recipe.method != "milo":
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
-    memory.refuse_what_does_not_fit(reader, conversion.text.windows, conversion.device)
+    limit = conversion.device_memory
+    memory.refuse_what_does_not_fit(reader, conversion.text.windows, conversion.device, limit)
+
+
+def _devices(conversion: Conversion) -> list[torch.device]:
+    return find_devices([conversion.device, *conversion.more_devices])
 
 
 def _format(

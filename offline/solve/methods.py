@@ -29,6 +29,13 @@ class Solved(NamedTuple):
         """The rank of the compensator."""
         return 0 if self.pair is None else self.pair.u.values.shape[-2]
 
+    def to(self, device: torch.device) -> Solved:
+        """Return the matrix on a device: itself where it is there."""
+        if self.base.codes.device == device or (device.index is None and self.base.codes.device.type == device.type):
+            return self
+        pair = None if self.pair is None else StoredPair(*(factor.to(device) for factor in self.pair))
+        return Solved(GroupQuantized(*(part.to(device) for part in self.base)), pair)
+
     def dequantize(self) -> torch.Tensor:
         """Return s·(q - z) + UᵀV in float32, [N, K]."""
         base = self.base.dequantize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,21 @@ from .finite import is_finite
 from .layers import BROKEN, Layer, Source, plan_layers
 
 
+class _Opened(threading.local):
+    """The shard that a thread has open."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Path, Any] | None = None
+
+    def shard(self, path: Path) -> Any:
+        """Return a shard, which stays open until another is wanted: thousands of tensors lie in one."""
+        if self._last is None or self._last[0] != path:
+            self._last = (path, safe_open(path, framework="pt"))
+        return self._last[1]
+
+
 class ModelReader:
-    """A source model: its config, what of it will be quantized, and its tensors on demand.
+    """A source model: its config, what of it will be quantized, and its tensors on demand, in any thread.
 
     Raises:
         ConversionError: no model, an unknown family, or tensors that do not fit the config.
@@ -36,7 +50,7 @@ class ModelReader:
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder
-        self._shard: tuple[Path, Any] | None = None
+        self._opened = _Opened()
         self.config: dict[str, Any] = read_config(folder)
         self.family: Family = find_family(self.config)
         self.tensors = read_tensors(folder)
@@ -64,15 +78,20 @@ class ModelReader:
         """Return a tensor as it is stored, on the CPU."""
         entry = self.tensors[tensor]
         try:
-            return self._opened(entry.file).get_tensor(tensor)
+            return self._opened.shard(entry.file).get_tensor(tensor)
         except (OSError, SafetensorError) as error:
             raise PassingError(f"{entry.file}: cannot read tensor {tensor}: {one_line(error)}") from error
 
-    def _opened(self, path: Path) -> Any:
-        """Return a shard, which stays open until another is wanted: thousands of tensors lie in one."""
-        if self._shard is None or self._shard[0] != path:
-            self._shard = (path, safe_open(path, framework="pt"))
-        return self._shard[1]
+    def load_matrix(self, source: Source) -> torch.Tensor:
+        """Return a matrix as it is stored, on the CPU; of a tensor that holds several, no more is read."""
+        if source.expert is None:
+            return self.load(source.tensor)
+        entry, expert = self.tensors[source.tensor], source.expert
+        try:
+            part = self._opened.shard(entry.file).get_slice(source.tensor)[expert : expert + 1, source.rows]
+        except (OSError, SafetensorError) as error:
+            raise PassingError(f"{entry.file}: cannot read tensor {source.tensor}: {one_line(error)}") from error
+        return part[0]
 
     def load_finite(self, tensor: str) -> torch.Tensor:
         """Return a tensor as it is stored, on the CPU.

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_milo.offline import batches
 from vllm_milo.offline import convert as converter
 from vllm_milo.offline.batches import gather_layers
 from vllm_milo.offline.checkpoint.dequantize import DequantizedTensors
@@ -22,19 +21,17 @@ from vllm_milo.validation import validate_checkpoint
 
 
 @pytest.mark.parametrize(("room", "expected"), [(0.5, [1] * 5), (1, [1, 1, 1, 2]), (2, [2, 3]), (100, [5])])
-def test_a_gpu_gets_as_many_layers_as_fill_it(
-    bundled_model: Path, monkeypatch: pytest.MonkeyPatch, room: float, expected: list[int]
-):
+def test_a_gpu_gets_as_many_layers_as_fill_it(bundled_model: Path, room: float, expected: list[int]):
     layers = ModelReader(bundled_model).layers  # four of a size, and one without matrices
     weights = max(sum(s.matrix.n * s.matrix.k for s in layer.matrices) for layer in layers)
-    monkeypatch.setitem(batches.BATCH_ELEMENTS, "cuda", int(room * weights))
-    together = list(gather_layers(layers, torch.device("cuda")))
+    elements = int(room * weights)
+    together = list(gather_layers(layers, torch.device("cuda"), elements))
     assert [layer for part in together for layer in part] == layers
     assert sorted(map(len, together)) == sorted(expected)
     for part in together:
         found = sum(s.matrix.n * s.matrix.k for layer in part for s in layer.matrices)
         assert len(part) == 1 or found <= room * weights
-    assert [len(part) for part in gather_layers(layers, torch.device("cpu"))] == [1] * len(layers)
+    assert [len(part) for part in gather_layers(layers, torch.device("cpu"), elements)] == [1] * len(layers)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
@@ -44,7 +41,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 def test_layers_solved_together_are_what_they_are_alone(
     bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def all_of_them(layers: Iterable[Layer], _: torch.device) -> list[list[Layer]]:
+    def all_of_them(layers: Iterable[Layer], *_: object) -> list[list[Layer]]:
         return [list(layers)]
 
     conversion = Conversion(Recipe("milo", 64, max_rounds=2, base="hqq"), parse_policies("dense=16,sparse=8"))

@@ -78,14 +78,22 @@ def test_shards_are_indexed_and_streamed(sources: dict[str, Path], tmp_path: Pat
     )
 
 
-def test_streaming_loads_one_layer_at_a_time(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_streaming_reads_each_tensor_once_and_a_batch_ahead(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """What is copied is read when its layer is written, the matrices of the next layer's first batch before that."""
     order = []
     load = ModelReader.load
     monkeypatch.setattr(ModelReader, "load", lambda self, tensor: order.append(tensor) or load(self, tensor))
     convert(sources["olmoe"], tmp_path / "out", Conversion(FAST), progress=False)
-    layers = [name.split(".")[2] for name in order if name.startswith("model.layers.")]
-    assert layers == sorted(layers)
     assert len(order) == len(set(order))
+    quantized = {source.tensor for layer in ModelReader(sources["olmoe"]).layers for source in layer.matrices}
+    for kept in (True, False):
+        layers = [
+            name.split(".")[2] for name in order if name.startswith("model.layers.") and (name in quantized) == kept
+        ]
+        assert len(set(layers)) == 2
+        assert layers == sorted(layers)
 
 
 ODD_GROUPS = {

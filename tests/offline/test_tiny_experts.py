@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny_models import VOCABULARY
 
 from vllm_milo.offline.checkpoint.dequantize import DequantizedTensors
-from vllm_milo.offline.conversion import Conversion, Text
-from vllm_milo.offline.convert import Summary, convert
+from vllm_milo.offline.conversion import Conversion, Summary, Text
+from vllm_milo.offline.convert import convert
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies

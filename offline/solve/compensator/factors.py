@@ -33,6 +33,10 @@ class StoredFactor(NamedTuple):
         scale = None if self.scale is None else self.scale[index, :rank]
         return StoredFactor(self.values[index, :rank], scale)
 
+    def to(self, device: torch.device) -> StoredFactor:
+        """Return the factor on a device."""
+        return StoredFactor(self.values.to(device), None if self.scale is None else self.scale.to(device))
+
     def dequantize(self) -> torch.Tensor:
         """Return the factor's values in float32, [..., r, C]."""
         if self.scale is None:

@@ -31,6 +31,7 @@ from vllm_milo.offline.learn.end_to_end import TuneOptions
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
+from vllm_milo.offline.spread import job
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -132,8 +133,8 @@ def test_finished_layers_run_again_and_are_not_solved_again(
     layers = tmp_path / ".out.partial" / "layers"
     assert {path.suffix for path in layers.iterdir()} <= {".json", ".safetensors"}
     assert len(list(layers.glob("*.safetensors"))) <= len(list(layers.glob("*.json")))
-    real = converter.quantize_matrices
-    monkeypatch.setattr(converter, "quantize_matrices", lambda *a: solved.append(1) or real(*a))
+    real = job.quantize_matrices
+    monkeypatch.setattr(job, "quantize_matrices", lambda *a: solved.append(1) or real(*a))
     end_at(monkeypatch, "learn_layer", 1, KeyboardInterrupt())
     monkeypatch.setattr("vllm_milo.offline.convert.refuse_broken_weights", lambda *_: pytest.fail("looked at again"))
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +143,7 @@ def test_finished_layers_run_again_and_are_not_solved_again(
     only_the_second = len(solved)
     solved.clear()
     monkeypatch.undo()
-    monkeypatch.setattr(converter, "quantize_matrices", lambda *a: solved.append(1) or real(*a))
+    monkeypatch.setattr(job, "quantize_matrices", lambda *a: solved.append(1) or real(*a))
     convert(sources["qwen2_moe"], tmp_path / "whole", conversion, progress=False)
     assert 0 < only_the_second < len(solved)
 
@@ -347,9 +348,9 @@ from vllm_milo.offline import convert
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.durable import files
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
-real = convert.load_batches
+real = convert._by_layer  # at the beginning of each step, in the main thread; batches are read ahead in another
 calls = []
-def load(*arguments):
+def step(*arguments):
     calls.append(1)
     if len(calls) == int(sys.argv[4]):
         threading.Timer(0.3, os.kill, [os.getpid(), int(sys.argv[3])]).start()
@@ -358,7 +359,7 @@ def load(*arguments):
 def save(*arguments, save_file=files.save_file, **options):
     time.sleep(1)
     save_file(*arguments, **options)
-convert.load_batches, files.save_file = load, save
+convert._by_layer, files.save_file = step, save
 sys.exit(main(["quantize", sys.argv[1], "-o", sys.argv[2], "--calibration", "none", "--quiet", "--device", "cpu"]))
 """
 

@@ -32,6 +32,7 @@ MTP = "mtp.layers.0.self_attn.q_proj.weight"
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weight may be read."""
     monkeypatch.setattr(ModelReader, "load", lambda self, tensor: pytest.fail(f"{tensor} was read"))
+    monkeypatch.setattr(ModelReader, "load_matrix", lambda self, source: pytest.fail(f"{source.tensor} was read"))
 
 
 def refused_unread(source: Path, out: Path, message: str, conversion: Conversion | None = None) -> None:

@@ -1,0 +1,217 @@
+"""Conversions in pieces of any size and on several devices: the same files, and the same ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCABULARY
+
+from vllm_milo.offline.cli import main as milo
+from vllm_milo.offline.conversion import Conversion, Text
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.errors import ConversionError, PassingError
+from vllm_milo.offline.learn.layer import LearnOptions
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
+from vllm_milo.offline.source.reader import ModelReader
+from vllm_milo.offline.spread import job
+from vllm_milo.offline.spread.remote import Remote
+
+WINDOWS = torch.randint(0, VOCABULARY, (6, 48), generator=torch.Generator().manual_seed(0))
+TEXT = Text("random", WINDOWS, LearnOptions(steps=2, batch=2))
+WAYS = {
+    "hqq": Conversion(Recipe("hqq", 64)),
+    "paper": Conversion(Recipe("paper", 64, max_rounds=2), parse_policies("uniform=16")),
+    "fast": Conversion(Recipe("milo", 64, max_rounds=3, base="hqq"), parse_policies("dense=16,sparse=8")),
+    "text": Conversion(Recipe("milo", 64, max_rounds=1, feedback_rounds=1), budget_bits=4.2, text=TEXT),
+}
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def converted(source: Path, out: Path, conversion: Conversion, **changes) -> dict[str, bytes]:
+    return content(convert(source, out, replace(conversion, **changes), progress=False).out)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_devices_give_the_bytes_of_one(
+    way: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    elsewhere, real = [], Remote.receive
+    monkeypatch.setattr(Remote, "receive", lambda self: elsewhere.append(self) or real(self))
+    alone = converted(sources["qwen2_moe"], tmp_path / "alone", WAYS[way])
+    assert not elsewhere
+    assert converted(sources["qwen2_moe"], tmp_path / "spread", WAYS[way], more_devices=("cpu", "cpu")) == alone
+    assert len(set(elsewhere)) == 2
+
+
+@pytest.mark.parametrize("way", ["hqq", "paper", "fast"])
+def test_pieces_of_any_size_give_the_bytes_of_the_whole(way: str, bundled_model: Path, tmp_path: Path):
+    """On CPUs, where a matrix alone is solved as it is among others."""
+    conversion = replace(WAYS[way], recipe=replace(WAYS[way].recipe, max_rounds=1))
+    whole = converted(bundled_model, tmp_path / "whole", conversion)
+    for size in (5, 7, 12):  # MiB; the largest matrix takes 3
+        assert converted(bundled_model, tmp_path / str(size), conversion, device_memory=size * 2**20) == whole
+
+
+@pytest.mark.parametrize("more", [(), ("cpu",)])
+def test_an_error_in_the_last_layer_leaves_what_errors_leave(
+    more: tuple[str, ...], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the thread that reads: finished layers stay where trying again may help, and the rest gives the same bytes."""
+    source, conversion = sources["qwen3_moe"], replace(WAYS["fast"], more_devices=more)
+    last = next(s.tensor for layer in ModelReader(source).layers[::-1] for s in layer.matrices)
+    whole = converted(source, tmp_path / "whole", conversion)
+    real = ModelReader.load_matrix
+    for kind, kept in ((PassingError, True), (ConversionError, False)):
+
+        def fail(self, of, kind=kind):
+            if of.tensor == last:
+                raise kind(f"cannot read {of.tensor}")
+            return real(self, of)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelReader, "load_matrix", fail)
+            with pytest.raises(kind, match=f"cannot read {re.escape(last)}"):
+                convert(source, tmp_path / "out", replace(conversion, resume=False), progress=False)
+        assert (tmp_path / ".out.partial").is_dir() == kept
+        if kept:
+            assert converted(source, tmp_path / "out", conversion, resume=True) == whole
+            (tmp_path / "out").rename(tmp_path / "resumed")
+
+
+def test_less_memory_goes_on_with_the_batches_of_before_where_they_fit(
+    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    conversion = replace(WAYS["hqq"], device_memory=7 * 2**20, shard_bytes=100_000)
+    real, sizes = job.quantize_matrices, []
+    monkeypatch.setattr(job, "quantize_matrices", lambda w, *a: sizes.append(w.numel()) or real(w, *a))
+    whole = converted(bundled_model, tmp_path / "whole", conversion)
+    left = len(sizes)
+
+    def fail(*arguments):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise RuntimeError("a defect")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "quantize_matrices", fail)
+        with pytest.raises(RuntimeError, match="a defect"):
+            convert(bundled_model, tmp_path / "out", conversion, progress=False)
+    with pytest.raises(ConversionError, match=r"batch_weights was 131072 and is 65536"):
+        convert(bundled_model, tmp_path / "out", replace(conversion, resume=True, device_memory=2**22), progress=False)
+    sizes.clear()
+    assert converted(bundled_model, tmp_path / "out", conversion, resume=True, device_memory=None) == whole
+    assert max(sizes) == 131072
+
+
+def test_too_little_memory_is_said_before_the_work(
+    bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ModelReader, "load", lambda self, tensor: pytest.fail(f"{tensor} was read"))
+    command = ["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--preset", "fast", "--device", "cpu"]
+    assert milo([*command, "--device-memory", "0.001"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(
+        r"model\.layers\.\d\.\S+: quantizing its \[\d+, \d+\] weights takes 0\.\d\d GiB of memory, and --device-memory "
+        r"allows 0\.00 GiB; allow more, use another device, or keep this layer unquantized \(--ignore\)",
+        said,
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices", "cpu,cuda:0"], "--devices cpu,cuda:0|--device cuda:0"),
+        (["--devices", "cpu,,cpu"], "--device : torch knows no such device"),
+        (["--devices", "cpu", "--device", "cpu:0"], "not allowed with argument"),
+        (["--device-memory", "0"], "--device-memory 0: must be a number of GiB above 0"),
+        (["--device-memory", "nan"], "--device-memory nan: must be a number of GiB above 0"),
+        (["--devices", "cpu,tpu"], "--device tpu: torch knows no such device"),
+    ],
+)
+def test_bad_options(
+    options: list[str], message: str, bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    try:
+        status = milo(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options])
+    except SystemExit as end:
+        status = end.code
+    assert status in (1, 2)
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+_INTERRUPTED = """
+import os, signal, sys, threading
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.spread import remote
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
+real = remote.Remote.receive
+def receive(self):
+    print("process", self._process.pid, file=sys.stderr, flush=True)
+    threading.Timer(0.05, os.kill, [os.getpid(), int(sys.argv[3])]).start()
+    return real(self)
+remote.Remote.receive = receive
+command = ["quantize", sys.argv[1], "-o", sys.argv[2], "--preset", "fast", "--max-rounds", "40", "--quiet"]
+sys.exit(main([*command, "--devices", "cpu,cpu"]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupts_end_all_processes(number: int, status: int, bundled_model: Path, tmp_path: Path):
+    command = [sys.executable, "-c", _INTERRUPTED, str(bundled_model), str(tmp_path / "out"), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("milo quantize: interrupted; ")
+    assert "Traceback" not in done.stderr
+    (process,) = set(re.findall(r"process (\d+)", done.stderr))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process), 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kill_ends_all_processes(bundled_model: Path, tmp_path: Path):
+    command = [sys.executable, "-c", _INTERRUPTED, str(bundled_model), str(tmp_path / "out"), str(int(signal.SIGKILL))]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (process,) = set(re.findall(r"process (\d+)", done.stderr))
+    status, end = Path(f"/proc/{process}/status"), time.monotonic() + 60
+    while status.exists() and "State:\tZ" not in status.read_text():  # nobody may be there to wait for it
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("way", WAYS)
+def test_two_gpus_give_the_bytes_of_one(way: str, sources: dict[str, Path], tmp_path: Path):
+    first = converted(sources["qwen2_moe"], tmp_path / "first", WAYS[way], device="cuda:0")
+    both = converted(sources["qwen2_moe"], tmp_path / "both", WAYS[way], device="cuda:0", more_devices=("cuda:1",))
+    assert both == first
+    assert converted(sources["qwen2_moe"], tmp_path / "second", WAYS[way], device="cuda:1") == first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["hqq", "paper", "fast"])
+def test_memory_that_suffices_changes_nothing_on_a_gpu(way: str, bundled_model: Path, tmp_path: Path):
+    whole = converted(bundled_model, tmp_path / "whole", WAYS[way], device="cuda")
+    assert converted(bundled_model, tmp_path / "less", WAYS[way], device="cuda", device_memory=13 * 2**30) == whole
+    small = converted(bundled_model, tmp_path / "small", WAYS[way], device="cuda", device_memory=2**25)
+    again = converted(bundled_model, tmp_path / "again", WAYS[way], device="cuda", device_memory=2**25)
+    assert small == again
