@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TEXT
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.learn import end_to_end, layer
+from vllm_milo.offline.learn import repeatable as repeatable_module
 from vllm_milo.offline.learn.repeatable import repeatable
 
 
@@ -93,15 +95,40 @@ def test_attention_is_differentiated_the_same_each_time():
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_attention_is_not_fused_on_a_gpu_alone():
-    states = []
-    for device in ("cuda", "cpu"):
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_repeatable_attention_is_attention(causal: bool, groups: int):
+    """Its result and its gradients are those of plain products in float32; keys and values of several heads shared."""
+    shape = [(2, 8, 96, 64), *[(2, 8 // groups, 96, 64)] * 2]
+    inputs = [torch.randn(each, device="cuda", dtype=torch.bfloat16) for each in shape]
+    weight = torch.randn(shape[0], device="cuda")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (values.to(dtype).requires_grad_(True) for values in inputs)
+        with repeatable(torch.device("cuda")):
+            out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.2, enable_gqa=groups > 1)
+        found.append([out.float(), *(part.float() for part in torch.autograd.grad((out * weight).sum(), (q, k, v)))])
+    for mine, right in zip(*found, strict=True):
+        assert mine.shape == right.shape
+        assert (mine - right).norm() < 0.01 * right.norm()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_flash_attention_cannot_do_is_plain_products(monkeypatch: pytest.MonkeyPatch, masked: bool):
+    """A mask, or float32; and only where a GPU trains."""
+    chosen: list[Any] = []
+    real = repeatable_module.sdpa_kernel
+    monkeypatch.setattr(repeatable_module, "sdpa_kernel", lambda backend: chosen.append(backend) or real(backend))
+    q, k, v = torch.randn(3, 1, 2, 8, 16).bfloat16() if masked else torch.randn(3, 1, 2, 8, 16)
+    mask = torch.ones(8, 8, dtype=torch.bool).tril() if masked else None
+    results = []
+    for device, expected in (("cuda", [SDPBackend.MATH]), ("cpu", [])):
         with repeatable(torch.device(device)):
-            backends = torch.backends.cuda
-            fused = backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled()
-            states.append((any(fused), backends.math_sdp_enabled()))
-    assert states == [(False, True), (True, True)]
-    assert torch.backends.cuda.flash_sdp_enabled()
+            results.append(scaled_dot_product_attention(q, k, v, attn_mask=mask).float())
+        assert chosen == expected
+        chosen.clear()
+    assert torch.allclose(*results, atol=2e-2)
 
 
 def test_steps_of_both_trainings_are_repeatable(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
