@@ -1,7 +1,7 @@
 """Over how many GPUs vLLM can split a checkpoint's layers (``--tensor-parallel-size``).
 
-The rule of a matrix is the plugin's own, :meth:`vllm_milo.checkpoint.CompensatorFormat.split_multiples` and
-:class:`vllm_milo.parameters.Cut`; which side of a matrix is cut is vLLM's.
+The rule of a matrix is the plugin's own, :meth:`vllm_milo.checkpoint.CompensatorFormat.split_multiples`; which side of
+a matrix is cut is vLLM's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any
 
 from vllm_milo.checkpoint import MiLoFormat
 from vllm_milo.names import EXPERT_PROJECTIONS, FUSED_LAYERS, QKV_PARTS, leaf_of
-from vllm_milo.parameters import MOST_PROCESSES, Cut
 
 from ..nouns import Matrix
+
+LARGEST = 64
+"""Ranks beyond which nobody splits one layer."""
 
 WHOLE = FUSED_LAYERS["fused_qkv_a_proj"]
 """Down-projections of latent attention, which every process holds whole."""
@@ -49,7 +51,7 @@ def allowed_splits(
     key_heads = int(config.get("num_key_value_heads") or heads)
     return [
         size
-        for size in range(1, min(heads, MOST_PROCESSES) + 1)
+        for size in range(1, min(heads, LARGEST) + 1)
         if size == 1
         or (
             _heads_split(heads, key_heads, size)
@@ -69,6 +71,6 @@ def _splits(leaf: str, n: int, k: int, multiples: tuple[int, int], size: int, ke
     if leaf in WHOLE:
         return True
     if leaf == "o_proj" or EXPERT_PROJECTIONS.get(leaf) == "down":
-        return Cut(leaf, "input size", k, of_k).allows(size)
-    most = key_heads if leaf in QKV_PARTS[1:] else None
-    return Cut(leaf, "output size", n, of_n, most).allows(size)
+        return k % (size * of_k) == 0 and n % of_n == 0
+    parts = min(size, key_heads) if leaf in QKV_PARTS[1:] else size
+    return n % (parts * of_n) == 0 and k % of_k == 0
