@@ -126,6 +126,9 @@ def _linear_up_factors(weights: LinearWeights, spec: LinearSpec, dtype: torch.dt
     scale_starts = offsets([rank * (width // 64) for rank, width in zip(spec.ranks, spec.widths, strict=True)])
     factors = []
     for part, rank in enumerate(spec.ranks):
+        if rank == 0:  # such a part may have widths that fill no words or groups
+            factors.append(torch.zeros(0, spec.widths[part], dtype=dtype, device=weights.u.device))
+            continue
         u = weights.u[starts[part] : starts[part + 1]].view(rank, elements[part])
         scale = None
         if spec.factor_bits != 16:

@@ -30,7 +30,7 @@ def file_name(experts: int, intermediate: int, device_name: str) -> str:
 
     Args:
         experts: local experts.
-        intermediate: this process's share of an expert's intermediate size.
+        intermediate: this process's share of an expert's intermediate size, padded to a multiple of 64.
         device_name: as PyTorch gives it; all H200s share one name, as in vLLM.
     """
     device = device_name.replace(" ", "_").replace("/", "_")

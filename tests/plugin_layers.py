@@ -1,6 +1,8 @@
-"""Linear layers of vLLM with the plugin's method, and the tensors that fill them."""
+"""Layers of vLLM with the plugin's methods, and the tensors that fill linear ones."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from vllm_milo.kernels.weights import LinearSpec, LinearWeights, factor_elements
 
 K = 256
 PREFIX = "model.layers.0.self_attn"
+EXPERTS = "model.layers.0.mlp.experts"
 
 
 def make_format(modules: dict[str, int] | None = None, bits: int = 3, **options) -> MiLoFormat:
@@ -75,3 +78,24 @@ def load(layer, kind: str, tensors: list[dict[str, torch.Tensor]]) -> None:
             parameter = getattr(layer, name)
             extra = () if shard_id is None else (shard_id,)
             parameter.weight_loader(parameter, tensor, *extra)
+
+
+def moe_layer(**options):
+    """What MiLoMoEMethod reads of a RoutedExperts layer."""
+    layer = torch.nn.Module()
+    layer.moe_config = SimpleNamespace(tp_rank=0, tp_size=options.pop("tp_size", 1))
+    defaults = {"activation": SimpleNamespace(value="silu"), "apply_router_weight_on_input": False}
+    layer.global_num_experts = 4
+    layer._map_global_expert_id_to_local_expert_id = lambda expert: expert
+    for name, value in {**defaults, **options}.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def create_experts(layer, fmt: MiLoFormat | None = None, intermediate: int = 128, **moe):
+    from vllm_milo.fused_moe import MiLoMoEMethod
+
+    config = SimpleNamespace(**{"has_bias": False, "is_act_and_mul": True, "is_lora_enabled": False, **moe})
+    method = MiLoMoEMethod(fmt or MiLoFormat(ranks=RankTable(8)), config, EXPERTS)
+    method.create_weights(layer, 4, 128, intermediate, torch.float32, weight_loader=None)
+    return method

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 
 from vllm_milo.kernels.packing import pack_codes
 from vllm_milo.kernels.reference import ACTIVATIONS, expert_gemm
-from vllm_milo.kernels.weights import ExpertWeights, LinearSpec, LinearWeights, MoESpec, largest_rank, offsets
+from vllm_milo.kernels.weights import (
+    ExpertWeights,
+    LinearSpec,
+    LinearWeights,
+    MoESpec,
+    factor_elements,
+    largest_rank,
+    offsets,
+)
 
 
 def random_base(shape: Sequence[int], n: int, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,6 +35,8 @@ def random_factor(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, tor
     if bits == 16:
         return torch.randn(rows, columns).bfloat16() * 0.1, torch.empty(0, 0, dtype=torch.float16)
     scale = (torch.rand(rows, columns // 64) * 0.02 + 0.01).half()
+    if rows == 0:  # of a size that may fill no words
+        return torch.zeros(0, factor_elements(columns, bits), dtype=torch.int8 if bits == 8 else torch.int32), scale
     if bits == 8:
         return torch.randint(-127, 128, (rows, columns), dtype=torch.int8), (scale / 30).half()
     return pack_codes(torch.randint(0, 8, (rows, columns), dtype=torch.uint8)), scale

@@ -32,7 +32,7 @@ from vllm_milo.kernels.reference import ACTIVATIONS
 from vllm_milo.kernels.warm_up import warm_up_moe
 from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
 from vllm_milo.names import EXPERT_PROJECTIONS, find_key
-from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
+from vllm_milo.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
 _SHARDS = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}
@@ -86,7 +86,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype, moe_parallel_config: Any
     ) -> tuple[int, int]:
-        """Return the sizes unchanged: the kernels need no padding."""
+        """Return the sizes unchanged: the kernels pad their weights themselves."""
         return hidden_size, intermediate_size_per_partition
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
@@ -211,19 +211,17 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         return roles.get(EXPERT_PROJECTIONS[shard], shard)
 
     def _check_sizes(self) -> None:
+        cuts = []
+        full = self.intermediate * self.tp_size
         for gemm in self.gemms:
-            full_n = gemm.n * (self.tp_size if gemm.name == "w13" else 1) // gemm.parts
-            full_k = gemm.k * (self.tp_size if gemm.name == "w2" else 1)
-            self.format.check_matrix(f"{self.prefix} {gemm.name}", full_n, full_k, gemm.group_size)
-            require_split(
-                f"{self.prefix} {gemm.name}",
-                gemm.n // gemm.parts,
-                gemm.k,
-                gemm.group_size,
-                self.format.compensator,
-                any(map(any, gemm.ranks)),
-                self.tp_size,
+            name = f"{self.prefix} {gemm.name}"
+            n, k = (full, gemm.k) if gemm.name == "w13" else (gemm.n, full)
+            self.format.check_matrix(name, n, k, gemm.group_size)
+            of_n, of_k = self.format.compensator.split_multiples(gemm.group_size, any(map(any, gemm.ranks)))
+            cuts.append(
+                Cut(name, "output size", full, of_n) if gemm.name == "w13" else Cut(name, "input size", full, of_k)
             )
+        require_split(cuts, self.tp_size, ", and with --enable-expert-parallel, which cuts no expert")
 
     def _expected_pieces(self) -> Iterator[tuple[str, TensorSpec]]:
         full = self.intermediate * self.tp_size

@@ -30,7 +30,7 @@ from vllm_milo.kernels import ops
 from vllm_milo.kernels.warm_up import warm_up_linear
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
 from vllm_milo.names import QKV_PARTS
-from vllm_milo.parameters import ANY_FLOAT, FactorSlice, FillGuard, factor_dtype, require_split
+from vllm_milo.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
 
 _QKV = {part[0]: index for index, part in enumerate(QKV_PARTS)}
 """Index of a part by vLLM's shard ids: q, k, v."""
@@ -77,7 +77,7 @@ class MiLoLinearMethod(LinearMethodBase):
             raise CheckpointError(f"{self.prefix}: vLLM fuses {len(widths)} matrices here, MiLo knows {self.parts}")
         self.spec = LinearSpec(widths, self.ranks, self.group_size, self.format.compensator.bits)
         self.split = _Split(layer, input_size_per_partition, widths, input_size, output_size)
-        self._check_sizes(input_size, input_size_per_partition)
+        self._check_sizes(input_size)
         self.dummy = compat.loads_dummy_weights()
         self.dtype, self.max_tokens = params_dtype, compat.max_tokens()
         self.guard = FillGuard(self.prefix)
@@ -115,18 +115,17 @@ class MiLoLinearMethod(LinearMethodBase):
         out = ops.linear(x, weights, self.spec, self.backend)
         return out if bias is None else out + bias
 
-    def _check_sizes(self, input_size: int, k: int) -> None:
+    def _check_sizes(self, input_size: int) -> None:
+        cuts = []
         for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
-            self.format.check_matrix(name, self.split.full_width(part), input_size, self.group_size)
-            require_split(
-                name,
-                self.spec.widths[part],
-                k,
-                self.group_size,
-                self.format.compensator,
-                rank > 0,
-                max(self.split.column_tp, self.split.row_tp),
-            )
+            n = self.split.full_width(part)
+            self.format.check_matrix(name, n, input_size, self.group_size)
+            of_n, of_k = self.format.compensator.split_multiples(self.group_size, rank > 0)
+            if self.split.row_tp > 1:
+                cuts.append(Cut(name, "input size", input_size, of_k))
+            if self.split.column_tp > 1:
+                cuts.append(Cut(name, "output size", n, of_n, self.split.most_parts(part)))
+        require_split(cuts, max(self.split.column_tp, self.split.row_tp))
 
     def _register_base(self, layer: torch.nn.Module, n: int, k: int, loader: _Loader) -> None:
         dims: dict[str, Any] = {"input_dim": 1, "output_dim": 0}
@@ -209,10 +208,15 @@ class _Split:
         self.row_tp = input_size // k
         # K and V heads fewer than ranks are replicated: rank r holds slice r // replicas
         self.replicas = getattr(layer, "num_kv_head_replicas", 1)
+        self.key_heads: int | None = getattr(layer, "total_num_kv_heads", None)
 
     def full_width(self, part: int) -> int:
         """Return the unsharded output size of a part."""
         return self.widths[part] * self.column_tp // self._replicas(part)
+
+    def most_parts(self, part: int) -> int | None:
+        """Return over how many parts the outputs can be cut at most; None for no limit."""
+        return self.key_heads if part > 0 else None
 
     def output_slice(self, part: int, tp_rank: int) -> FactorSlice:
         """Return which outputs of a part a rank holds."""

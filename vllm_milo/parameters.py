@@ -6,7 +6,7 @@ every piece of every parameter must arrive once, with exactly the shape that the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from vllm_milo.dtypes import MODEL_DTYPES, safetensors_name
 ANY_FLOAT = "floating point"
 """Expected dtype of 16-bit factors: the model may be served in another dtype than it was stored in."""
 _SHOWN_PIECES = 4
+MOST_PROCESSES = 64
+"""Beyond so many nobody cuts one layer."""
 
 
 class FillGuard:
@@ -91,33 +93,49 @@ class FactorSlice(NamedTuple):
         return tensor.narrow(1, begin, size)
 
 
-def require_multiple(layer: str, what: str, size: int, multiple: int, tp_size: int) -> None:
-    """Refuse a split of a layer over ranks that cuts a packed word or a scale group.
+class Cut(NamedTuple):
+    """A dimension of a matrix that tensor parallelism cuts into equal parts.
+
+    Attributes:
+        matrix: its name, for messages.
+        what: "input size" or "output size".
+        size: of the whole matrix.
+        multiple: what a part's size must be a multiple of.
+        most: most parts; more processes share them. None for no limit.
+    """
+
+    matrix: str
+    what: str
+    size: int
+    multiple: int
+    most: int | None = None
+
+    def parts(self, processes: int) -> int:
+        """Return over how many parts so many processes cut it."""
+        return processes if self.most is None else min(processes, self.most)
+
+    def allows(self, processes: int) -> bool:
+        """Return whether so many processes can hold equal parts of it."""
+        return self.size % (self.parts(processes) * self.multiple) == 0
+
+
+def require_split(cuts: Sequence[Cut], tp_size: int, advice: str = "") -> None:
+    """Refuse a tensor parallel size that cuts a packed word or a scale group of a layer.
+
+    Args:
+        cuts: all dimensions of the layer's matrices that are cut.
+        tp_size: the processes.
+        advice: what else may help, for the message.
 
     Raises:
-        CheckpointError: ``size`` is not a multiple of ``multiple``.
+        CheckpointError: a part is no multiple of what it must be; the message names the first such matrix, the part's
+            size and the tensor parallel sizes that the whole layer allows.
     """
-    if size % multiple:
-        raise CheckpointError(
-            f"{layer}: tensor parallel size {tp_size} leaves {what} {size}, which is not a multiple of "
-            f"{multiple}; use a smaller -tp, or --enable-expert-parallel for experts"
-        )
-
-
-def require_split(
-    layer: str,
-    n: int,
-    k: int,
-    group_size: int,
-    compensator: CompensatorFormat,
-    has_rank: bool,
-    tp_size: int,
-) -> None:
-    """Refuse tensor parallelism that the layout of one rank's [n, k] part of a matrix does not allow.
-
-    Raises:
-        CheckpointError: k cuts a group, a packed word or a scale of V; or n a scale of U.
-    """
-    of_n, of_k = compensator.split_multiples(group_size, has_rank)
-    require_multiple(layer, "input size", k, of_k, tp_size)
-    require_multiple(layer, "output size", n, of_n, tp_size)
+    for cut in cuts:
+        if not cut.allows(tp_size):
+            works = (size for size in range(1, MOST_PROCESSES + 1) if all(each.allows(size) for each in cuts))
+            sizes = ", ".join(map(str, works))
+            raise CheckpointError(
+                f"{cut.matrix}: tensor parallel size {tp_size} leaves {cut.what} {cut.size // cut.parts(tp_size)}, "
+                f"which is not a multiple of {cut.multiple}; this layer can be served with -tp {sizes}{advice}"
+            )

@@ -37,6 +37,7 @@ from vllm_milo.kernels.serving import fused_moe
 from vllm_milo.kernels.serving.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
 from vllm_milo.kernels.serving.dispatch import MoEShape as LocalShape
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
+from vllm_milo.kernels.serving.padding import padded
 
 Configs = tuple[GemmConfig, GemmConfig]
 """The tiles of a layer's two GEMMs, gate/up first."""
@@ -223,7 +224,7 @@ def as_entry(configs: Configs) -> dict[str, Any]:
 def write_results(folder: Path, shape: MoEShape, device: torch.device, results: Mapping[int, Sequence[Result]]) -> Path:
     """Write the configuration file of the best candidates, and all times beside it; return the file."""
     about = environment(device)
-    path = folder / tuned.file_name(shape.experts, shape.intermediate, about["device"])
+    path = folder / tuned.file_name(shape.experts, padded(shape.intermediate), about["device"])
     chosen = {tokens: winner for tokens, rows in results.items() if (winner := best(rows)) is not None}
     if chosen:
         configs = {tokens: as_entry(winner.config) for tokens, winner in chosen.items()}

@@ -23,6 +23,7 @@ from .dispatch import MoEShape, moe_configs
 from .gemm.config import GemmConfig
 from .gemm.launcher import gemm, gemm_gated
 from .layout import KernelWeights
+from .padding import cut_outputs, pad_inputs
 from .prepare import MAX_ROW, prepare
 from .projection.launcher import Projected, project
 from .projection.plan import DownShape
@@ -59,6 +60,8 @@ def fused_moe(
     if spec.router_weight_on_input:
         x = (x.unsqueeze(1) * topk_weights.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
         pairs_per_row = 1
+    hidden_size = x.shape[1]
+    x = pad_inputs(x)
     num_experts = gate_up.packed.shape[0]
     shape = MoEShape(num_experts, down.columns, gate_up.columns // 2, gate_up.group_size, down.group_size)
     first, second = configs or moe_configs(tokens, top_k, shape, x.device)
@@ -84,7 +87,8 @@ def fused_moe(
     down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)
-    return weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
+    out = weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
+    return cut_outputs(out, [hidden_size])
 
 
 def _is_fast(

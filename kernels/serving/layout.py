@@ -15,7 +15,8 @@ Rows come in blocks, so that what a tile loads is contiguous:
 
 :data:`EXAMPLE` follows some codes of a unit into the bits of its words; :mod:`.gemm.dequant` takes them out again.
 
-K is padded to 128 with codes 0 (no waste unless K is an odd multiple of 64), ranks of each part to 16.
+K is padded to 128 with codes 0 (no waste unless K is an odd multiple of 64), N of each part to 64 with rows 0, ranks of
+each part to 16. :mod:`.padding` says what that asks of the activations.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import torch
 from torch.nn.functional import pad
 
 from ..bounds import largest_row_norms
-from ..packing import FACTOR_ZERO, unpack_codes
+from ..packing import CODES_PER_UNIT, FACTOR_ZERO, WORDS_PER_UNIT, unpack_codes
 from ..weights import RANK_BLOCK, ExpertWeights, LinearSpec, LinearWeights, factor_elements, offsets, rank_blocks
+from .padding import check_factors, pad_rows, padded
 
 UNIT = 128
 ROW_BLOCK = 64
@@ -71,8 +73,8 @@ EXAMPLE = {
 class KernelWeights(NamedTuple):
     """3-bit matrices of E experts (a dense layer is one) of P parts, and their compensators.
 
-    With R blocks of 16 ranks over all experts and parts, G = 128/group_size, and factors of 3 bits (8 and 16
-    bits: one element a value):
+    With R blocks of 16 ranks over all experts and parts, G = 128/group_size, Nᵢ padded to 64, N their sum, and factors
+    of 3 bits (8 and 16 bits: one element a value):
 
     packed int32 [E, K/128, N/64, 3, 64, 4]; scale_zero int32 [E, K/128, N, G], fp16 scale in the low half and
     zero point in the high half; u int16, 1-D, the parts' [rᵢ/16, Nᵢ, 4] ([rᵢ/16, Nᵢ, 16]) one after another;
@@ -95,7 +97,7 @@ class KernelWeights(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """N, the outputs of all parts."""
+        """N, the outputs of all parts, each padded to a multiple of 64."""
         return self.scale_zero.shape[2]
 
     @property
@@ -151,24 +153,37 @@ def join_scale_zero(scale: torch.Tensor, zero: torch.Tensor, group_size: int) ->
 
 
 def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
-    """Bring one expert GEMM's tensors from the checkpoint layout to the kernel layout."""
+    """Bring one expert GEMM's tensors from the checkpoint layout to the kernel layout.
+
+    Raises:
+        ValueError: the factors are integers with a scale for 64 values, and a size is no multiple of 64.
+    """
     experts, n = weights.packed.shape[:2]
     bounds = weights.rank_offsets.tolist()
     parts = (len(bounds) - 1) // experts
+    widths = [n // parts] * parts
     rows = [slice(*bound) for bound in pairwise(bounds)]
+    ranks = [r.stop - r.start for r in rows]
+    check_factors(widths * experts, ranks, _columns(weights.packed), factor_bits)
     scale = factor_bits != 16
     return KernelWeights(
-        _repack_experts(weights.packed),
-        join_scale_zero(weights.scale, weights.zero, weights.group_size),
+        _repack_experts(pad_rows(weights.packed, widths)),
+        join_scale_zero(pad_rows(weights.scale, widths), pad_rows(weights.zero, widths), weights.group_size),
         *_up_factors([(weights.u[r], weights.u_scale[r] if scale else None, n // parts) for r in rows], factor_bits),
-        *_down_factors(weights.v, weights.v_scale, rows, factor_bits),
-        *_tables([r.stop - r.start for r in rows], [n // parts] * len(rows), weights.packed.device),
+        *_down_factors(weights.v, weights.v_scale, rows, _columns(weights.packed), factor_bits),
+        *_tables(ranks, widths * experts, weights.packed.device),
         largest_row_norms(weights, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
     )
 
 
 def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:
-    """Bring a dense layer's tensors from the checkpoint layout to the kernel layout: one expert."""
+    """Bring a dense layer's tensors from the checkpoint layout to the kernel layout: one expert.
+
+    Raises:
+        ValueError: the factors are integers with a scale for 64 values, and a size is no multiple of 64.
+    """
+    k = _columns(weights.packed)
+    check_factors(spec.widths, spec.ranks, k, spec.factor_bits)
     elements = [factor_elements(width, spec.factor_bits) for width in spec.widths]
     starts = offsets([rank * row for rank, row in zip(spec.ranks, elements, strict=True)])
     scale_starts = offsets([rank * (width // 64) for rank, width in zip(spec.ranks, spec.widths, strict=True)])
@@ -182,13 +197,20 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:
         factors.append((u, scale, width))
     rows = [slice(*bound) for bound in pairwise(bounds)]
     return KernelWeights(
-        repack_matrix(weights.packed).unsqueeze(0),
-        join_scale_zero(weights.scale, weights.zero, spec.group_size).unsqueeze(0),
+        repack_matrix(pad_rows(weights.packed, spec.widths)).unsqueeze(0),
+        join_scale_zero(
+            pad_rows(weights.scale, spec.widths), pad_rows(weights.zero, spec.widths), spec.group_size
+        ).unsqueeze(0),
         *_up_factors(factors, spec.factor_bits),
-        *_down_factors(weights.v, weights.v_scale, rows, spec.factor_bits),
+        *_down_factors(weights.v, weights.v_scale, rows, k, spec.factor_bits),
         *_tables(spec.ranks, spec.widths, weights.packed.device),
         weights.scale.new_empty(0).float(),
     )
+
+
+def _columns(packed: torch.Tensor) -> int:
+    """Return K of packed codes [.., N, 3K/32]."""
+    return packed.shape[-1] * CODES_PER_UNIT // WORDS_PER_UNIT
 
 
 def _repack_experts(packed: torch.Tensor) -> torch.Tensor:
@@ -201,13 +223,17 @@ def _repack_experts(packed: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _values(factor: torch.Tensor, bits: int) -> torch.Tensor:
-    return unpack_codes(factor) if bits == 3 else factor
+def _values(factor: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
+    """Return the codes or values [r, columns] of a factor, whose ``columns`` fill whole words unless r is 0."""
+    if bits != 3:
+        return factor
+    return unpack_codes(factor) if len(factor) else factor.new_zeros(0, columns, dtype=torch.uint8)
 
 
-def _pad_rank(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pad [r, C] to whole blocks of 16 rows with what stands for 0."""
-    return pad(values, (0, 0, 0, -values.shape[0] % RANK_BLOCK), value=FACTOR_ZERO if bits == 3 else 0)
+def _pad_factor(values: torch.Tensor, multiple: int, bits: int) -> torch.Tensor:
+    """Pad [r, C] to whole blocks of 16 rows, and C to a multiple, with what stands for 0."""
+    missing = (0, -values.shape[1] % multiple, 0, -values.shape[0] % RANK_BLOCK)
+    return pad(values, missing, value=FACTOR_ZERO if bits == 3 else 0)
 
 
 def _up_factors(
@@ -216,11 +242,12 @@ def _up_factors(
     """Return u and u_scale of (U [r, N], its scales, N) of every part."""
     us, scales = [], []
     for u, scale, width in factors:
-        blocks = _pad_rank(_values(u, bits), bits).unflatten(0, (-1, RANK_BLOCK)).mT  # [r/16, N, 16]
-        us.append((_nibbles(blocks) if bits == 3 else blocks).reshape(-1))
-        padded = torch.ones(u.shape[0], width // 64) if scale is None else scale
-        padded = pad(padded.to(u.device, torch.float16), (0, 0, 0, -u.shape[0] % RANK_BLOCK))
-        scales.append(padded.unflatten(0, (-1, RANK_BLOCK)).mT.reshape(-1))
+        blocks = _pad_factor(_values(u, width, bits), ROW_BLOCK, bits).unflatten(0, (-1, RANK_BLOCK)).mT
+        us.append((_nibbles(blocks) if bits == 3 else blocks).reshape(-1))  # of [r/16, N, 16]
+        groups = padded(width) // 64
+        each = torch.ones(u.shape[0], groups) if scale is None or not len(scale) else scale
+        each = pad(each.to(u.device, torch.float16), (0, 0, 0, -u.shape[0] % RANK_BLOCK))
+        scales.append(each.unflatten(0, (-1, RANK_BLOCK)).mT.reshape(-1))
     return torch.cat(us).contiguous(), torch.cat(scales).contiguous()
 
 
@@ -232,18 +259,18 @@ def _nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _down_factors(
-    v: torch.Tensor, v_scale: torch.Tensor, rows: list[slice], bits: int
+    v: torch.Tensor, v_scale: torch.Tensor, rows: list[slice], k: int, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return v and v_scale of V [R, K], each part's rows padded to blocks of 16."""
-    values = _values(v, bits)
-    k = values.shape[-1]
-    values = torch.cat([_pad_rank(values[r], bits) for r in rows])
+    values = _values(v, k, bits)
+    values = torch.cat([_pad_factor(values[r], 1, bits) for r in rows])
     values = pad(values, (0, -k % UNIT)).unflatten(0, (-1, RANK_BLOCK))
     units = values.shape[-1] // UNIT
     if bits == 3:
         values = to_units(values, RANK_BLOCK).squeeze(1) if values.numel() else values.new_zeros(0, dtype=torch.int32)
-    scale = torch.ones(v.shape[0], k // 64, device=v.device) if bits == 16 else v_scale
-    scale = torch.cat([pad(scale[r], (0, -(k // 64) % 2, 0, -(r.stop - r.start) % RANK_BLOCK)) for r in rows])
+    halves = padded(k) // 64
+    scale = torch.ones(v.shape[0], halves, device=v.device) if bits == 16 or not len(v) else v_scale
+    scale = torch.cat([pad(scale[r], (0, halves % 2, 0, -(r.stop - r.start) % RANK_BLOCK)) for r in rows])
     scale = scale.to(torch.float16).view(-1, RANK_BLOCK, units, 2).contiguous().view(torch.int32).squeeze(-1)
     return values.contiguous(), scale.mT.contiguous()
 
@@ -251,6 +278,6 @@ def _down_factors(
 def _tables(ranks: list[int], widths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rank_blocks and u_starts."""
     blocks = [rank_blocks(rank) for rank in ranks]
-    sizes = [count * (width // 64) * RANK_BLOCK for count, width in zip(blocks, widths, strict=True)]
+    sizes = [count * (padded(width) // 64) * RANK_BLOCK for count, width in zip(blocks, widths, strict=True)]
     table = torch.tensor(offsets(blocks), dtype=torch.int32, device=device)
     return table, torch.tensor(offsets(sizes)[:-1], dtype=torch.int64, device=device)

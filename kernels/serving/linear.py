@@ -10,6 +10,7 @@ from .dispatch import linear_config
 from .gemm.config import GemmConfig
 from .gemm.launcher import gemm
 from .layout import KernelWeights
+from .padding import cut_outputs, pad_inputs, padded
 from .prepare import MAX_ROW, prepare
 from .projection.launcher import project
 from .projection.plan import DownShape
@@ -27,9 +28,9 @@ def linear(
     ``weights`` are :class:`.layout.KernelWeights`; ``config`` forces the tile.
     """
     layer = KernelWeights(*weights)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = pad_inputs(x.reshape(-1, x.shape[-1]).contiguous())
     if rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], layer.columns)
+        return x.new_empty(*x.shape[:-1], sum(spec.widths))
     config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
     needs_sums = config.needs_sums(spec.group_size)
@@ -40,5 +41,6 @@ def linear(
     )
     down = project(source.x, layer, blocks, None, 1, spec.factor_bits, planned, mode)
     source = source._replace(down=down)
-    y = gemm(source, layer, spec.widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
-    return sum_splits(y, x.dtype, mode).view(*x.shape[:-1], layer.columns)
+    widths = [padded(width) for width in spec.widths]
+    y = gemm(source, layer, widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
+    return cut_outputs(sum_splits(y, x.dtype, mode), spec.widths).view(*x.shape[:-1], sum(spec.widths))

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_milo.checkpoint import MiLoFormat
-from vllm_milo.names import EXPERT_PROJECTIONS, QKV_PARTS, leaf_of
+from vllm_milo.names import EXPERT_PROJECTIONS, FUSED_LAYERS, QKV_PARTS, leaf_of
 
 from ..nouns import Matrix
 
 LARGEST = 64
 """Ranks beyond which nobody splits one layer."""
+
+WHOLE = FUSED_LAYERS["fused_qkv_a_proj"]
+"""Down-projections of latent attention, which every process holds whole."""
 
 
 def allowed_splits(
@@ -65,6 +68,8 @@ def _heads_split(heads: int, key_heads: int, size: int) -> bool:
 def _splits(leaf: str, n: int, k: int, multiples: tuple[int, int], size: int, key_heads: int) -> bool:
     """Return whether a matrix [n, k] can be cut over ``size`` ranks; parts must be multiples of ``multiples``."""
     of_n, of_k = multiples
+    if leaf in WHOLE:
+        return True
     if leaf == "o_proj" or EXPERT_PROJECTIONS.get(leaf) == "down":
         return k % (size * of_k) == 0 and n % of_n == 0
     parts = min(size, key_heads) if leaf in QKV_PARTS[1:] else size

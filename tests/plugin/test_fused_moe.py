@@ -6,31 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plugin_layers import EXPERTS, create_experts, moe_layer
 
 from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
-
-
-def moe_layer(**options):
-    """What MiLoMoEMethod reads of a RoutedExperts layer."""
-    layer = torch.nn.Module()
-    layer.moe_config = SimpleNamespace(tp_rank=0, tp_size=options.pop("tp_size", 1))
-    defaults = {"activation": SimpleNamespace(value="silu"), "apply_router_weight_on_input": False}
-    layer.global_num_experts = 4
-    layer._map_global_expert_id_to_local_expert_id = lambda expert: expert
-    for name, value in {**defaults, **options}.items():
-        setattr(layer, name, value)
-    return layer
-
-
-def create_experts(layer, fmt: MiLoFormat | None = None, intermediate: int = 128, **moe):
-    from vllm_milo.fused_moe import MiLoMoEMethod
-
-    config = SimpleNamespace(**{"has_bias": False, "is_act_and_mul": True, "is_lora_enabled": False, **moe})
-    method = MiLoMoEMethod(fmt or MiLoFormat(ranks=RankTable(8)), config, "model.layers.0.mlp.experts")
-    method.create_weights(layer, 4, 128, intermediate, torch.float32, weight_loader=None)
-    return method
 
 
 @pytest.mark.parametrize(
@@ -63,9 +43,6 @@ def test_routing_choice_can_be_traced(routes: bool, monkeypatch: pytest.MonkeyPa
 def test_expert_split_that_cuts_a_group_is_refused():
     with pytest.raises(CheckpointError, match=r"tensor parallel size 2 leaves .* 96, .* --enable-expert-parallel"):
         create_experts(moe_layer(tp_size=2), intermediate=96)
-
-
-EXPERTS = "model.layers.0.mlp.experts"
 
 
 @pytest.mark.parametrize(

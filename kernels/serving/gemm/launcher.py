@@ -10,6 +10,7 @@ import triton
 from ...launch import LaunchMode, launch
 from ..blocks import block_kind, make_blocks
 from ..layout import KernelWeights
+from ..padding import MULTIPLE
 from ..projection.launcher import Projected
 from ..routing import Routes, TokenBlocks
 from .arguments import Activations, Compensators, Output, RowScales, Shape, Tile, Weights
@@ -42,7 +43,8 @@ def gemm(
     """Launch the GEMM.
 
     Args:
-        source: activations, fp16 or bf16 [rows, K], contiguous, with their sums and V·x; pair p reads row p // top_k.
+        source: activations, fp16 or bf16 [rows, K], contiguous, with their sums and V·x; K a multiple of 64; pair p
+            reads row p // top_k.
         weights: the experts, or the dense layer, in the kernel layout.
         widths: outputs of each part, at most four, multiples of 64.
         blocks: the pairs in blocks of ``config.block_m``.
@@ -208,6 +210,10 @@ def _check(
     if sum(widths) != weights.columns or not 1 <= len(widths) <= MAX_PARTS:
         raise ValueError(
             f"parts of {widths} outputs (at most {MAX_PARTS} parts), but the weights have {weights.columns}"
+        )
+    if k % MULTIPLE or any(width % MULTIPLE for width in widths):
+        raise ValueError(
+            f"found {k} inputs and parts of {widths} outputs, no multiples of {MULTIPLE}; pad both (serving/padding.py)"
         )
     if config.block_n % 64:
         raise ValueError(f"block_n must be a multiple of 64, found {config.block_n}")
