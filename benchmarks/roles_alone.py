@@ -185,7 +185,7 @@ def run(
     by_kind = replace(conversion, measure_ranks=False)  # there is one role, with its own budget
     bench = Bench(reader, Devices([device]), batch_elements(device), Report(), progress=False)
     layers = quantize_layers(bench, plan, ranks, by_kind)
-    values = {matrix: one.dequantize().to("cpu", dtype) for _, solved in layers for matrix, one in solved}
+    values = {matrix: one.to(device).dequantize().to("cpu", dtype) for _, solved in layers for matrix, one in solved}
     seconds = time.monotonic() - start
     scores = measure(with_matrices(reader, values, device, dtype), reader.folder, texts)
     return {

@@ -23,6 +23,7 @@ from .calibration.sequential import SequentialPass, Visit
 from .calibration.weights import refuse_broken_weights
 from .checkpoint.card import write_card
 from .checkpoint.claim import Claim
+from .checkpoint.matrices import Result
 from .checkpoint.report import REPORT_NAME, Report
 from .checkpoint.writer import CheckpointWriter
 from .conversion import Conversion, Summary, Text
@@ -36,7 +37,6 @@ from .planning.plan import Plan, make_plan
 from .progress import doing, progress_bar
 from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
-from .solve.methods import Solved
 from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
@@ -264,7 +264,7 @@ def _plain(
             yield _by_layer(together, islice(solved, sum(len(layer.matrices) for layer in together)))
 
 
-def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Solved]]) -> Layers:
+def _by_layer(layers: Sequence[Layer], solved: Iterable[tuple[Matrix, Result]]) -> Layers:
     """Yield layers that were solved together with the matrices of each."""
     if len(layers) == 1:
         yield layers[0], solved
@@ -360,11 +360,11 @@ def _replay(stream: SequentialPass, plan: Sequence[Layer], finished: Layers, pro
     for layer, (_, solved) in zip(progress_bar(plan, "replay", progress, sizes=sizes), finished, strict=True):
         index = layer_index(layer.name)
         if index is not None:
-            stream.replay(index, {matrix: one.dequantize() for matrix, one in solved})
+            stream.replay(index, {matrix: one.to(stream.model.device).dequantize() for matrix, one in solved})
 
 
 def _tuned(
-    bench: Bench, layers: Sequence[tuple[Layer, Iterable[tuple[Matrix, Solved]]]], recipe: Recipe, text: Text
+    bench: Bench, layers: Sequence[tuple[Layer, Iterable[tuple[Matrix, Result]]]], recipe: Recipe, text: Text
 ) -> Layers:
     """Train all layers together on the original's predictions."""
     assert text.tune is not None
@@ -375,7 +375,7 @@ def _tuned(
     for one in (model, original):
         use_grouped_experts(one)
     place = partial(place_tensor, reader.family)
-    solved = {matrix: one for _, held in layers for matrix, one in held}
+    solved = {matrix: one.to(bench.device) for _, held in layers for matrix, one in held}
     what = (model, original, place, reader.family, solved, text.windows)
     trained, said = tune(*what, recipe.factor_bits, text.tune, bench.progress)
     bench.report.tuning = {"first_kl": said.first, "last_kl": said.last}
@@ -383,7 +383,7 @@ def _tuned(
         yield layer, [(matrix, trained[matrix]) for matrix, _ in held]
 
 
-def _noted(results: Iterable[Done], report: Report) -> Iterator[tuple[Matrix, Solved]]:
+def _noted(results: Iterable[Done], report: Report) -> Iterator[tuple[Matrix, Result]]:
     """Yield the solved matrices, and put what there is to say of each into the report when its batch's turn comes."""
     for done in results:
         doing("solve", done.solved[-1][0].name)

@@ -7,16 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint.matrices import read_matrix, tensors_on_host
+from .checkpoint.matrices import Result, read_matrix, tensors_on_host
 from .checkpoint.report import Report
 from .checkpoint.writer import CheckpointWriter
 from .durable.journal import Journal
 from .nouns import Matrix
-from .solve.methods import Solved
 from .source.layers import Layer
 from .source.reader import ModelReader
 
-Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Solved]]]]
+Layers = Iterator[tuple[Layer, Iterable[tuple[Matrix, Result]]]]
 """Layers with their quantized matrices."""
 
 
@@ -55,7 +54,7 @@ def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, st
     writer.wait()
 
 
-def _noting_ranks(solved: Iterable[tuple[Matrix, Solved]], ranks: dict[str, int]) -> Iterator[tuple[Matrix, Solved]]:
+def _noting_ranks(solved: Iterable[tuple[Matrix, Result]], ranks: dict[str, int]) -> Iterator[tuple[Matrix, Result]]:
     for matrix, one in solved:
         ranks[matrix.name] = one.rank
         yield matrix, one

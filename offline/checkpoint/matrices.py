@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -74,7 +74,32 @@ def _without(values: Mapping[str, Value], usual: Value) -> dict[str, Value]:
     return table
 
 
-def tensors_on_host(solved: Iterable[tuple[Matrix, Solved]]) -> dict[str, torch.Tensor]:
+class Stored(NamedTuple):
+    """A quantized matrix as the checkpoint's tensors by name, on the CPU: a fraction of the bytes of its codes."""
+
+    name: str
+    rank: int
+    tensors: Mapping[str, torch.Tensor]
+
+    def to(self, device: torch.device) -> Solved:
+        """Return the matrix on a device, to the bit as it was."""
+        return read_matrix(self.name, self.tensors, device)
+
+
+Result = Solved | Stored
+"""A quantized matrix, where it was solved or on its way to the disk."""
+
+
+def store_matrices(solved: Sequence[tuple[Matrix, Solved]]) -> list[tuple[Matrix, Stored]]:
+    """Return matrices as they are stored."""
+    tensors = tensors_on_host(solved)
+    own = [(matrix, one, [name for name, *_ in _parts(matrix.name, one)]) for matrix, one in solved]
+    return [
+        (matrix, Stored(matrix.name, one.rank, {name: tensors[name] for name in names})) for matrix, one, names in own
+    ]
+
+
+def tensors_on_host(solved: Iterable[tuple[Matrix, Result]]) -> dict[str, torch.Tensor]:
     """Return the checkpoint's tensors of quantized matrices by name, on the CPU, each with its memory for itself.
 
     Those of one shape are packed and moved together: a layer of many experts has thousands.
@@ -82,6 +107,10 @@ def tensors_on_host(solved: Iterable[tuple[Matrix, Solved]]) -> dict[str, torch.
     found: dict[str, torch.Tensor] = {}
     held: list[tuple[Matrix, Solved]] = []
     for matrix, one in solved:
+        if isinstance(one, Stored):
+            found |= _moved_together(held) | dict(one.tensors)
+            held = []
+            continue
         held.append((matrix, one))
         if sum(matrix.n * matrix.k for matrix, _ in held) >= TOGETHER:
             found |= _moved_together(held)

@@ -46,7 +46,7 @@ class Devices:
         """Yield what comes of jobs, in their order; must be used up or closed, and closed only at the end of all work.
 
         Which device solves a job makes no difference to its result where the devices are alike. Results lie on the
-        first device, or on the CPU where another has solved them.
+        first device, or are as they will be stored, on the CPU, where another has solved them.
 
         Raises:
             ConversionError: a matrix cannot be quantized, or a process has ended; all jobs before it were yielded.

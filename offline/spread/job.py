@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..checkpoint.matrices import Result, store_matrices
 from ..checkpoint.report import MatrixReport, Report
 from ..errors import ConversionError
 from ..nouns import Matrix, Moments, Recipe
@@ -41,7 +42,7 @@ class Job:
 class Done(NamedTuple):
     """A solved job: its matrices in their order, what there is to say of them, and the most device memory it took."""
 
-    solved: list[tuple[Matrix, Solved]]
+    solved: Sequence[tuple[Matrix, Result]]
     report: Report
     peak: int
 
@@ -52,6 +53,16 @@ def solve(job: Job, device: torch.device) -> Done:
     Raises:
         ConversionError: a matrix holds NaN or Inf or cannot be quantized; it is named.
     """
+    return Done(*_solve(job, device))
+
+
+def solve_to_send(job: Job, device: torch.device) -> Done:
+    """Solve a job as :func:`solve` does, for another process: the result is as it will be stored."""
+    solved, report, peak = _solve(job, device)
+    return Done(store_matrices(solved), report, peak)
+
+
+def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]], Report, int]:
     weights = job.weights.to(device).float()  # in this order: the host would take longer to convert than to copy
     _refuse_broken(job, weights)
     result = _quantize_named(job, weights, _on(job.moments, device))
@@ -61,7 +72,7 @@ def solve(job: Job, device: torch.device) -> Done:
     for place, (matrix, rank, error, rounds) in enumerate(numbers):
         report.matrices[matrix.name] = MatrixReport(error, rank, rounds)
         solved.append((matrix, result.one(place, rank)))
-    return Done(solved, report, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+    return solved, report, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _on(moments: Moments, device: torch.device) -> Moments:

@@ -19,7 +19,7 @@ import torch
 from ..errors import ConversionError
 from . import pipe
 from .ahead import ahead
-from .job import Job, solve
+from .job import Job, solve_to_send
 
 
 def main(device: torch.device, threads: int) -> None:
@@ -49,7 +49,7 @@ def _jobs(file: BinaryIO) -> Iterator[Job]:
 def _result(job: Job, device: torch.device) -> Any:
     """Return what comes of a job, or the error that did."""
     try:
-        return solve(job, device)
+        return solve_to_send(job, device)
     except (ConversionError, torch.OutOfMemoryError, MemoryError) as error:
         return error
     except Exception as error:

@@ -34,7 +34,8 @@ def job(number: int, largest: float = 0.0, places: tuple[str, ...] = ()) -> Job:
 
 def content(done: Done) -> list[tuple[str, list[torch.Tensor], object]]:
     found = []
-    for matrix, one in done.solved:
+    for matrix, result in done.solved:
+        one = result.to(CPU)
         assert one.pair is not None
         tensors = [*one.base, *one.pair.u, *one.pair.v]
         found.append((matrix.name, tensors, done.report.matrices[matrix.name]))
