@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -42,6 +44,16 @@ def make_layer(kind: str, fmt: MiLoFormat, widths: list[int], prefix: str, heads
     if kind == "row":
         return linear.RowParallelLinear(k, widths[0], **options)
     return linear.ColumnParallelLinear(k, widths[0], **options)
+
+
+def routed_experts():
+    """A layer of experts, without weights: it asks for its method before it makes any."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    layer = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(layer)
+    layer.moe_config = SimpleNamespace()
+    return layer
 
 
 def checkpoint_tensors(weights: LinearWeights, spec: LinearSpec) -> list[dict[str, torch.Tensor]]:

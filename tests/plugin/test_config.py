@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from plugin_layers import PREFIX
+from plugin_layers import PREFIX, routed_experts
 from tiny_models import fuse_experts, make_model
 
 from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
@@ -43,16 +42,6 @@ def test_ignored_layers_are_not_quantized():
     assert isinstance(quant_method(fmt, f"{PREFIX}.o_proj"), MiLoLinearMethod)
     with pytest.raises(CheckpointError, match=r"ignore names .*q_proj but not all parts of .*qkv_proj"):
         quant_method(MiLoFormat(ignore=("re:.*q_proj",)), f"{PREFIX}.qkv_proj")
-
-
-def routed_experts():
-    """A layer of experts, without weights: it asks for its method before it makes any."""
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    layer = RoutedExperts.__new__(RoutedExperts)
-    torch.nn.Module.__init__(layer)
-    layer.moe_config = SimpleNamespace()
-    return layer
 
 
 @pytest.mark.parametrize("key", ["model.layers.0.mlp.experts", r"re:.*layers\.0\..*experts.*", r"re:.*\.experts"])
