@@ -124,6 +124,26 @@ def _randomize(name: str, tensor: torch.Tensor) -> None:
         tensor.normal_(std=0.6 / tensor.shape[-1] ** 0.5)
 
 
+def make_llama4(folder: Path) -> Path:
+    """Save a random Llama-4 whose experts are stored one by one."""
+    return _edit(make_source("llama4_text", folder), _apart)
+
+
+def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cut the experts of fused tensors [E, H, 2·I] and [E, I, H]."""
+    apart: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        experts, _, leaf = name.rpartition(".")
+        if tensor.dim() != 3:
+            apart[name] = tensor
+            continue
+        leaves = ["down_proj"] if leaf == "down_proj" else ["gate_proj", "up_proj"]
+        for index, expert in enumerate(tensor):
+            for own, matrix in zip(leaves, expert.T.chunk(len(leaves)), strict=True):
+                apart[f"{experts}.{index}.{own}.weight"] = matrix.contiguous()
+    return apart
+
+
 def make_deepseek(folder: Path) -> Path:
     """Save a random DeepSeek-MoE, as the 16B model is: transformers has no class for it."""
     config = _COMMON | _DEEPSEEK | {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}

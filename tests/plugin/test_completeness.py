@@ -26,6 +26,7 @@ class Model(torch.nn.Module):
         self.gate = self.runner.gate
         self.o_proj = make_layer("column", make_format({f"{PREFIX}.o_proj": 8}), [128], f"{PREFIX}.o_proj")
         self.bias = torch.nn.Parameter(torch.empty(4))
+        self.o_proj.also_here = self.bias  # as a layer of experts has its router's
         self.register_buffer("rotary", torch.empty(4))
         self.nothing = torch.nn.Parameter(torch.empty(0))
 

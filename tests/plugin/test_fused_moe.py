@@ -60,7 +60,7 @@ def test_every_activation_of_vllm_is_computed_or_refused():
         if name in ("silu", "gelu", "gelu_tanh"):
             assert create_experts(layer).spec.activation == name
             continue
-        with pytest.raises(CheckpointError, match="does not support (experts without a gate|the activation)"):
+        with pytest.raises(CheckpointError, match=r"does not support (experts without a gate|the activation)"):
             create_experts(layer, is_act_and_mul=activation.is_gated)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_milo.checkpoint import TENSOR_NAMES
 from vllm_milo.values import CheckpointError
 
 _SHOWN = 5
@@ -41,8 +42,8 @@ def check_loaded(model: torch.nn.Module, loaded: set[str] | None, **_: Any) -> N
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise CheckpointError(
             f"{type(model).__name__}: the checkpoint has no tensor that vLLM loads as "
-            f"{', '.join(missing[:_SHOWN])}{more}; convert the model from its publisher's files. If vLLM fills these by "
-            f"other means, {_WITHOUT} serves it without this check"
+            f"{', '.join(missing[:_SHOWN])}{more}; convert the model from its publisher's files. If vLLM fills them "
+            f"by other means, {_WITHOUT} serves it without this check"
         )
 
 
@@ -59,5 +60,6 @@ def _excused(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
         if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
             yield from module.parameters()
         for name, parameter in module.named_parameters(recurse=False):
-            if (own and name != "bias") or not parameter.numel():
+            # a layer of experts holds its router's bias too, which is not the method's
+            if (own and name.endswith(TENSOR_NAMES)) or not parameter.numel():
                 yield parameter
