@@ -11,7 +11,6 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
 _LAYERS = "vllm.model_executor.layers.fused_moe"
@@ -98,6 +97,8 @@ def check_after_loading(check: Callable[..., None]) -> None:
     Args:
         check: takes the model and the names of what was loaded, or None.
     """
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
     frame = inspect.currentframe()
     while frame is not None:
         loader = frame.f_locals.get("self")

@@ -85,7 +85,26 @@ def test_name_may_come_from_further_up():
     assert attention.o_proj.quant_method.ranks == [24]
 
 
-@pytest.mark.parametrize("beside", [None, "something.else"])
+def test_layers_of_the_whole_model_are_named_too():
+    """Beside the decoder's layers, where no name ends with the path to it: the path is the name."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from vllm_milo.config import MiLoConfig
+
+    model = Decoder(torch.nn.Module())
+    config = MiLoConfig(make_format({"adapter.0": 8}))
+    model.adapter = torch.nn.ModuleList([ReplicatedLinear(K, 64, bias=False, quant_config=config)])
+    model.attn = Named("attn")
+    assert model.adapter[0].prefix == ""
+    model.model = Decoder(torch.nn.Module())
+    model.model.layers = torch.nn.ModuleList([torch.nn.Module()])
+    model.model.layers[0].attn = Named("model.layers.0.attn")
+    model.lm_head = torch.nn.Module()
+    assert model.adapter[0].prefix == "adapter.0"
+    assert model.adapter[0].quant_method.ranks == [8]
+
+
+@pytest.mark.parametrize("beside", [None, "something.else", ".attn"])
 def test_layer_without_a_named_neighbour_is_refused(beside: str | None):
     decoder = Decoder(Attention(make_format(RANKS), beside=beside))
     message = r"vLLM builds a QKVParallelLinear of Decoder without a name, and none is to be found"

@@ -73,8 +73,8 @@ def _find_names(parent: torch.nn.Module, leaf: str, child: torch.nn.Module) -> N
     for path, layer in layers:
         if prefix is not None:
             _nameless.discard(layer)
-            layer.quant_method.settle(layer, f"{prefix}.{path}")
-        elif leaf.isdigit():  # of a list of layers
+            layer.quant_method.settle(layer, f"{prefix}{path}")
+        elif isinstance(parent, torch.nn.ModuleList) and layer is not child:
             raise _refusal(layer, type(child).__name__)
 
 
@@ -84,11 +84,16 @@ def _modules_below(parent: torch.nn.Module, leaf: str, child: torch.nn.Module) -
 
 
 def _prefix_of_parent(below: Iterable[tuple[str, torch.nn.Module]]) -> str | None:
-    """Return a module's name by one below it that knows its own: ``a.b`` where ``attn`` is called ``a.b.attn``."""
+    """Return what names below a module begin with: ``a.b.`` where the module at ``attn`` knows that it is ``a.b.attn``.
+
+    That is nothing below the whole model; a name without its layer's number is not trusted to be whole.
+    """
     for path, module in below:
         for name in (getattr(module, "layer_name", None), getattr(module, "prefix", None)):
-            if isinstance(name, str) and name.endswith(f".{path}"):
-                return name.removesuffix(f".{path}")
+            if not isinstance(name, str) or name.startswith("."):
+                continue
+            if name.endswith(f".{path}") or (name == path and ".layers." in name):
+                return name.removesuffix(path)
     return None
 
 
