@@ -47,6 +47,16 @@ def make_layer(kind: str, fmt: MiLoFormat, widths: list[int], prefix: str, heads
     return linear.ColumnParallelLinear(k, widths[0], **options)
 
 
+def routed_experts():
+    """A layer of experts, without weights: it asks for its method before it makes any."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    layer = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(layer)
+    layer.moe_config = SimpleNamespace()
+    return layer
+
+
 def checkpoint_tensors(weights: LinearWeights, spec: LinearSpec) -> list[dict[str, torch.Tensor]]:
     """The tensors of each part as a checkpoint holds them."""
     rows, ranks = offsets(spec.widths), offsets(spec.ranks)

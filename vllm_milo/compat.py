@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.platforms import current_platform
 
 _LAYERS = "vllm.model_executor.layers.fused_moe"
+_CHECK = "track_weights_loading"
+"""Of a loader: how it checks that a model is complete."""
 
 
 def routes_inside_method() -> bool:
@@ -56,3 +60,52 @@ def loads_dummy_weights() -> bool:
 def max_tokens() -> int:
     """Return the most tokens that the model under construction gets in a step."""
     return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)
+
+
+def architectures() -> tuple[str, ...]:
+    """Return the architectures of the model under construction, by its config.json."""
+    model = get_current_vllm_config().model_config
+    return () if model is None else tuple(getattr(model.hf_config, "architectures", None) or ())
+
+
+def has_checkpoint_mapper() -> bool:
+    """Return whether vLLM asks a quantization how to rename a checkpoint's tensors."""
+    return hasattr(QuantizationConfig, "get_checkpoint_weight_mapper")
+
+
+def extended_mapper(getter: str, suffixes: Mapping[str, str]) -> Any:
+    """Return the mapper that quantizations inherit, with further ends of names.
+
+    Args:
+        getter: of ``QuantizationConfig``; some versions have none, or an instance method that returns None.
+        suffixes: new ends by old ones.
+    """
+    from vllm.model_executor.models.utils import WeightsMapper  # which imports all that models need
+
+    inherited = inspect.getattr_static(QuantizationConfig, getter, None)
+    own = WeightsMapper(orig_to_new_suffix=dict(suffixes))
+    return inherited.__func__() | own if isinstance(inherited, staticmethod) else own
+
+
+def check_after_loading(check: Callable[..., None]) -> None:
+    """Let vLLM's loader of the model under construction call ``check`` in place of its own check of completeness.
+
+    vLLM decides whether to check when it makes a loader, before any quantization is asked, and hands the loader to
+    nobody; the one that builds this model is on the stack. Loaders that have no such check are left alone, also where
+    the user decided about it, and those of draft models, which share parameters with the model they draft for.
+
+    Args:
+        check: takes the model and the names of what was loaded, or None.
+    """
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        loader = frame.f_locals.get("self")
+        if isinstance(loader, DefaultModelLoader):
+            is_draft = getattr(frame.f_locals.get("model_config"), "runner_type", None) == "draft"
+            if getattr(loader, "enable_weights_track", False) is None and not is_draft:
+                loader.enable_weights_track = True
+                setattr(loader, _CHECK, check)
+            return
+        frame = frame.f_back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_milo import compat
 from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, GroupTable, MiLoFormat, RankTable
+from vllm_milo.models.checkpoint_names import experts_in_checkpoint, names_in_checkpoint
+from vllm_milo.models.completeness import check_loaded
+from vllm_milo.models.refused import refuse_permuted
 from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
-from vllm_milo.shards import read_tensors
-from vllm_milo.validation import is_fused_experts, validate_checkpoint
+from vllm_milo.shards import TensorEntry, read_tensors
+from vllm_milo.validation import experts_of, is_fused_experts, validate_checkpoint
+
+_WEIGHT_NORM = {".parametrizations.weight.original1": ".weight_v"}
 
 
 class MiLoConfig(QuantizationConfig):
@@ -29,6 +35,8 @@ class MiLoConfig(QuantizationConfig):
     def __init__(self, fmt: MiLoFormat) -> None:
         super().__init__()
         self.format = fmt
+        self._mappers: list[Any] = []
+        self._stored_experts: set[str] = set()
 
     def __repr__(self) -> str:
         fmt = self.format
@@ -72,15 +80,30 @@ class MiLoConfig(QuantizationConfig):
         folder = Path(model_name)
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             validate_checkpoint(folder)
-            _refuse_fused_experts(folder)
+            tensors = read_tensors(folder)
+            _refuse_fused_experts(folder, tensors)
+            self._stored_experts = experts_of(tensors)
+
+    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
+        """Return the mapper of tensor names that vLLM applies after the model's own.
+
+        transformers takes a ``weight_v`` for that of its weight norm, and vLLM follows it where it runs a model of
+        transformers; here the name becomes what it was.
+        """
+        return compat.extended_mapper("get_checkpoint_weight_mapper", _WEIGHT_NORM)
+
+    def get_cache_scale_mapper(self) -> Any:  # type: ignore[override]
+        """Return the mapper of names of KV-cache scales, the only one that older versions of vLLM ask for."""
+        extra = {} if compat.has_checkpoint_mapper() else _WEIGHT_NORM
+        return compat.extended_mapper("get_cache_scale_mapper", extra)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the tables from checkpoint names to vLLM's; ``re:`` patterns stay as they are."""
-        fmt, apply = self.format, hf_to_vllm_mapper.apply_list
+        fmt = self.format
+        self._mappers.append(hf_to_vllm_mapper)
 
         def rename(name: str) -> str:
-            renamed = [] if name.startswith("re:") else apply([name])
-            return renamed[0] if renamed else name
+            return _renamed(name, hf_to_vllm_mapper)
 
         self.format = replace(
             fmt,
@@ -102,20 +125,25 @@ class MiLoConfig(QuantizationConfig):
         None leaves a layer to vLLM, whose routed experts are then its own unquantized ones.
 
         Raises:
-            CheckpointError: ignore names only some parts of a fused layer.
+            CheckpointError: ignore names only some parts of a fused layer, the checkpoint has several layers that
+                this might be, or vLLM would load it wrongly.
         """
         from vllm_milo.fused_moe import MiLoMoEMethod
         from vllm_milo.linear import MiLoLinearMethod
+        from vllm_milo.models.nameless import NamelessLinearMethod
 
         if isinstance(layer, RoutedExperts):
-            if self.format.ignores(prefix):
-                return None
-            return MiLoMoEMethod(self.format, layer.moe_config, prefix)
+            compat.check_after_loading(check_loaded)
+            name = experts_in_checkpoint(prefix, self._experts())
+            return None if self._is_ignored(name) else MiLoMoEMethod(self.format, layer.moe_config, name)
         if not isinstance(layer, LinearBase):
             return None
+        if not prefix:
+            return NamelessLinearMethod(self)
         parts = self.parts(prefix)
         if leaf_of(prefix) in ROUTERS or self._ignores(prefix, parts):
             return UnquantizedLinearMethod()
+        refuse_permuted(parts, compat.architectures())
         return MiLoLinearMethod(self.format, prefix, parts)
 
     def parts(self, prefix: str) -> list[str]:
@@ -124,8 +152,21 @@ class MiLoConfig(QuantizationConfig):
         names = (FUSED_LAYERS | self.packed_modules_mapping).get(leaf, [leaf])
         return [f"{parent}{dot}{name}" for name in names]
 
+    def _experts(self) -> set[str]:
+        """Return vLLM's names of the experts' modules that the checkpoint is known to have."""
+        fmt, known = self.format, self._stored_experts
+        for mapper in self._mappers:
+            known = {_renamed(name, mapper) for name in known}
+        kept = (name for name in fmt.ignore if leaf_of(name) == "experts")
+        exact = (name for name in (*fmt.ranks.experts, *fmt.groups.experts, *kept) if not name.startswith("re:"))
+        return known | set(exact)
+
+    def _is_ignored(self, name: str) -> bool:
+        """Return whether ``ignore`` has a module by vLLM's name or, in a pattern, by the checkpoint's."""
+        return any(map(self.format.ignores, names_in_checkpoint(name, self._mappers)))
+
     def _ignores(self, prefix: str, parts: list[str]) -> bool:
-        ignored = [part for part in parts if self.format.ignores(part)]
+        ignored = [part for part in parts if self._is_ignored(part)]
         if ignored and len(ignored) < len(parts):
             raise CheckpointError(
                 f"quantization_config.ignore names {ignored[0]} but not all parts of {prefix}, which vLLM fuses"
@@ -133,11 +174,16 @@ class MiLoConfig(QuantizationConfig):
         return bool(ignored)
 
 
-def _refuse_fused_experts(folder: Path) -> None:
+def _renamed(name: str, mapper: Any) -> str:
+    renamed = [] if name.startswith("re:") else mapper.apply_list([name])
+    return renamed[0] if renamed else name
+
+
+def _refuse_fused_experts(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
     """Refuse unquantized experts in one tensor where vLLM would not load it and not say so."""
     if compat.loads_fused_experts():
         return
-    fused = next((name for name in read_tensors(folder) if is_fused_experts(name)), None)
+    fused = next((name for name in tensors if is_fused_experts(name)), None)
     if fused is not None:
         raise CheckpointError(
             f"{folder}: {fused}: this version of vLLM does not load fused unquantized experts; upgrade vLLM, or save "

@@ -318,6 +318,14 @@ class _LocalExperts:
         return self._index.get(expert)
 
 
+_ACTIVATION_CHANGES = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+"""What vLLM passes, with the layer or with its description, where the activation is not what its name says."""
+
+
+def _is_set(owner: Any, key: str) -> bool:
+    return getattr(owner, key, None) is not None
+
+
 def _activation(layer: Any, moe: FusedMoEConfig, prefix: str) -> str:
     """Return the layer's activation by name, or refuse the layer.
 
@@ -332,8 +340,8 @@ def _activation(layer: Any, moe: FusedMoEConfig, prefix: str) -> str:
         reason = "experts without a gate"
     elif name not in ACTIVATIONS:
         reason = f"the activation {name!r} (known are {', '.join(ACTIVATIONS)})"
-    elif getattr(layer, "swiglu_limit", None):
-        reason = "a clamped activation (swiglu_limit)"
+    elif changed := [key for key in _ACTIVATION_CHANGES if any(_is_set(owner, key) for owner in (layer, moe))]:
+        reason = f"a clamped or scaled activation ({', '.join(changed)})"
     elif moe.is_lora_enabled:
         reason = "LoRA on experts"
     if reason is not None:

@@ -29,11 +29,9 @@ from vllm_milo.checkpoint import (
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.warm_up import warm_up_linear
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
-from vllm_milo.names import QKV_PARTS
-from vllm_milo.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
+from vllm_milo.models.partitions import Split, keep_unquantized, spans_of
+from vllm_milo.parameters import ANY_FLOAT, Cut, FillGuard, factor_dtype, require_split
 
-_QKV = {part[0]: index for index, part in enumerate(QKV_PARTS)}
-"""Index of a part by vLLM's shard ids: q, k, v."""
 _Loader = Callable[..., None]
 
 
@@ -72,17 +70,16 @@ class MiLoLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: the layer's sizes, or its split over ranks, do not fit the format.
         """
-        widths = output_partition_sizes
-        if len(widths) != len(self.parts):
-            raise CheckpointError(f"{self.prefix}: vLLM fuses {len(widths)} matrices here, MiLo knows {self.parts}")
+        self.split = Split(layer, input_size_per_partition, output_partition_sizes, input_size, output_size)
+        self.spans = spans_of(self.prefix, self.parts, len(output_partition_sizes))
+        widths = [sum(output_partition_sizes[partition] for partition in span) for span in self.spans]
         self.spec = LinearSpec(widths, self.ranks, self.group_size, self.format.compensator.bits)
-        self.split = _Split(layer, input_size_per_partition, widths, input_size, output_size)
         self._check_sizes(input_size)
         self.dummy = compat.loads_dummy_weights()
         self.dtype, self.max_tokens = params_dtype, compat.max_tokens()
         self.guard = FillGuard(self.prefix)
         for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
-            n = self.split.full_width(part)
+            n = self.split.full_width(self.spans[part])
             specs = self.format.base_tensors(n, input_size, self.group_size)
             specs |= self.format.factor_tensors(n, input_size, rank, ANY_FLOAT)
             self.guard.expect((f"{name}.{tensor}", spec) for tensor, spec in specs.items())
@@ -116,16 +113,16 @@ class MiLoLinearMethod(LinearMethodBase):
         return out if bias is None else out + bias
 
     def _check_sizes(self, input_size: int) -> None:
-        cuts = []
-        for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
-            n = self.split.full_width(part)
-            self.format.check_matrix(name, n, input_size, self.group_size)
+        split, cuts = self.split, []
+        for name, rank, span in zip(self.parts, self.ranks, self.spans, strict=True):
+            self.format.check_matrix(name, split.full_width(span), input_size, self.group_size)
             of_n, of_k = self.format.compensator.split_multiples(self.group_size, rank > 0)
-            if self.split.row_tp > 1:
+            if split.row_tp > 1:
                 cuts.append(Cut(name, "input size", input_size, of_k))
-            if self.split.column_tp > 1:
-                cuts.append(Cut(name, "output size", n, of_n, self.split.most_parts(part)))
-        require_split(cuts, max(self.split.column_tp, self.split.row_tp))
+            for partition in span if split.column_tp > 1 else ():
+                width = split.full_width(range(partition, partition + 1))
+                cuts.append(Cut(name, "output size", width, of_n, split.most_parts(partition)))
+        require_split(cuts, max(split.column_tp, split.row_tp))
 
     def _register_base(self, layer: torch.nn.Module, n: int, k: int, loader: _Loader) -> None:
         dims: dict[str, Any] = {"input_dim": 1, "output_dim": 0}
@@ -173,62 +170,35 @@ class MiLoLinearMethod(LinearMethodBase):
             self.guard.fill(f"{self.parts[part]}.{tensor}", loaded_weight)
             if base is None:
                 self._load_factor(param, loaded_weight, tensor, part)
-            elif shard_id is None:
+            elif shard_id is None and self.split.only:
                 base(param, loaded_weight)
             else:
-                base(param, loaded_weight, shard_id)
+                for partition, rows in self.split.rows(self.spans[part]):
+                    base(param, loaded_weight[rows], self.split.shard_id(partition))
 
         return load
 
     def _load_factor(self, param: BasevLLMParameter, loaded: torch.Tensor, tensor: str, part: int) -> None:
         compensator, is_scale = self.format.compensator, tensor in (U_SCALE, V_SCALE)
         if tensor in (U, U_SCALE):
-            cut = self.split.output_slice(part, param.tp_rank)
+            cuts = self.split.output_slices(self.spans[part], param.tp_rank)
             starts = self.u_starts[tensor]
             target = param.data[starts[part] : starts[part + 1]].view(self.ranks[part], -1)
         else:
-            cut = self.split.input_slice(param.tp_rank)
+            cuts = [self.split.input_slice(param.tp_rank)]
             rows = offsets(self.ranks)
             target = param.data[rows[part] : rows[part + 1]]
-        target.copy_(cut.elements(compensator, loaded, is_scale))
+        target.copy_(torch.cat([cut.elements(compensator, loaded, is_scale) for cut in cuts], 1))
 
     def _part(self, shard_id: Any) -> int:
-        if shard_id is None and len(self.parts) > 1:
-            raise CheckpointError(f"{self.prefix}: MiLo checkpoints store {self.parts} apart, found one tensor")
-        return _QKV.get(shard_id, 0 if shard_id is None else shard_id)
-
-
-class _Split:
-    """How a layer's sizes are cut over tensor-parallel ranks."""
-
-    def __init__(self, layer: torch.nn.Module, k: int, widths: list[int], input_size: int, output_size: int) -> None:
-        self.k = k
-        self.widths = widths
-        self.column_tp = output_size // sum(widths)
-        self.row_tp = input_size // k
-        # K and V heads fewer than ranks are replicated: rank r holds slice r // replicas
-        self.replicas = getattr(layer, "num_kv_head_replicas", 1)
-        self.key_heads: int | None = getattr(layer, "total_num_kv_heads", None)
-
-    def full_width(self, part: int) -> int:
-        """Return the unsharded output size of a part."""
-        return self.widths[part] * self.column_tp // self._replicas(part)
-
-    def most_parts(self, part: int) -> int | None:
-        """Return over how many parts the outputs can be cut at most; None for no limit."""
-        return self.key_heads if part > 0 else None
-
-    def output_slice(self, part: int, tp_rank: int) -> FactorSlice:
-        """Return which outputs of a part a rank holds."""
-        index = tp_rank // self._replicas(part) if self.column_tp > 1 else 0
-        return FactorSlice(index * self.widths[part], self.widths[part])
-
-    def input_slice(self, tp_rank: int) -> FactorSlice:
-        """Return which inputs a rank holds."""
-        return FactorSlice(tp_rank * self.k if self.row_tp > 1 else 0, self.k)
-
-    def _replicas(self, part: int) -> int:
-        return self.replicas if part > 0 else 1
+        """Return which part a tensor is, by the partitions that vLLM means it for."""
+        span = self.split.span(shard_id)
+        if span not in self.spans:
+            raise CheckpointError(
+                f"{self.prefix}: MiLo expects the tensors {self.parts} here, but vLLM loads one for partitions "
+                f"{list(span)} of {len(self.split.widths)}; {keep_unquantized(self.prefix, self.parts)}"
+            )
+        return self.spans.index(span)
 
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)

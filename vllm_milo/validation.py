@@ -139,6 +139,11 @@ def count_experts(modules: Mapping[str, Any]) -> dict[str, int]:
     return dict(counts)
 
 
+def experts_of(tensors: Mapping[str, TensorEntry]) -> set[str]:
+    """Return the names of all modules of routed experts, quantized or not."""
+    return {*count_experts(quantized_modules(tensors)), *kept_experts(tensors)}
+
+
 def is_fused_experts(tensor: str) -> bool:
     """Return whether a tensor, by its name, holds one or two matrices of every expert of a layer."""
     module, _, leaf = tensor.rpartition(".")

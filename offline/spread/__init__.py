@@ -2,8 +2,8 @@
 
 :mod:`.job` is a batch with all that solving it takes, and what comes of it. :mod:`.ahead` makes the next one while this
 one is solved. :mod:`.devices` solves jobs in their order: on its first device in this process, on each further one in a
-process of its own (:mod:`.remote` is this end of it, :mod:`.process` the other, :mod:`.pipe` what lies between), whose results come
-packed as they will be stored.
+process of its own (:mod:`.remote` is this end of it, :mod:`.process` the other, :mod:`.pipe` what lies between), whose
+results come packed as they will be stored.
 
 Why processes and not threads: the precision of float32 products (:mod:`..solve.precision`) is one setting of the whole
 process, which the solver changes many times a round, so threads would change each other's results; and a round launches

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from plugin_layers import PREFIX
+from plugin_layers import PREFIX, routed_experts
 from tiny_models import fuse_experts, make_model
 
 from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
@@ -43,16 +42,6 @@ def test_ignored_layers_are_not_quantized():
     assert isinstance(quant_method(fmt, f"{PREFIX}.o_proj"), MiLoLinearMethod)
     with pytest.raises(CheckpointError, match=r"ignore names .*q_proj but not all parts of .*qkv_proj"):
         quant_method(MiLoFormat(ignore=("re:.*q_proj",)), f"{PREFIX}.qkv_proj")
-
-
-def routed_experts():
-    """A layer of experts, without weights: it asks for its method before it makes any."""
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    layer = RoutedExperts.__new__(RoutedExperts)
-    torch.nn.Module.__init__(layer)
-    layer.moe_config = SimpleNamespace()
-    return layer
 
 
 @pytest.mark.parametrize("key", ["model.layers.0.mlp.experts", r"re:.*layers\.0\..*experts.*", r"re:.*\.experts"])
@@ -136,3 +125,25 @@ def test_checkpoint_is_checked_before_anything_is_allocated(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ShardError, match=r"model\.safetensors: truncated"):
         config.maybe_update_config(str(tmp_path), hf_config=None, revision=None)
+
+
+def test_weight_v_keeps_its_name():
+    """transformers takes it for its weight norm's, and vLLM renames what transformers does."""
+    from vllm_milo.config import MiLoConfig
+
+    config, names = MiLoConfig(MiLoFormat()), ["a.q_proj.parametrizations.weight.original1", "a.q_proj.weight_v"]
+    assert config.get_checkpoint_weight_mapper().apply_list(names) == ["a.q_proj.weight_v"] * 2
+    assert config.get_checkpoint_weight_mapper().apply_list(["a.g_idx"]) == []  # as vLLM has it
+    assert config.get_cache_scale_mapper().apply_list([names[0], "a.k_scale"]) == [names[0], "a.attn.k_scale"]
+
+
+def test_weight_v_keeps_its_name_in_versions_with_one_mapper(monkeypatch: pytest.MonkeyPatch):
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from vllm_milo.config import MiLoConfig
+
+    monkeypatch.delattr(QuantizationConfig, "get_checkpoint_weight_mapper")
+    config, name = MiLoConfig(MiLoFormat()), "a.q_proj.parametrizations.weight.original1"
+    assert config.get_cache_scale_mapper().apply_list([name, "a.k_scale"]) == ["a.q_proj.weight_v", "a.attn.k_scale"]
+    monkeypatch.setattr(QuantizationConfig, "get_cache_scale_mapper", lambda self: None)
+    assert config.get_cache_scale_mapper().apply_list([name, "a.k_scale"]) == ["a.q_proj.weight_v", "a.k_scale"]

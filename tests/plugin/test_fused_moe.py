@@ -21,11 +21,32 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
         ({}, {"is_lora_enabled": True}, "LoRA on experts"),
         ({"activation": SimpleNamespace(value="relu2")}, {}, "the activation 'relu2'"),
         ({"swiglu_limit": 7.0}, {}, "swiglu_limit"),
+        ({"swiglu_limit": 0.0}, {}, "swiglu_limit"),
+        ({}, {"swiglu_limit": 7.0}, "swiglu_limit"),
+        ({"swiglu_alpha": 1.702, "swiglu_beta": 1.0}, {}, r"swiglu_alpha, swiglu_beta"),
+        ({}, {"swiglu_beta": 1.0}, "swiglu_beta"),
     ],
 )
 def test_unsupported_experts_are_refused(layer, moe, message):
     with pytest.raises(CheckpointError, match=rf"model\.layers\.0\.mlp\.experts: MiLo does not support .*{message}"):
         create_experts(moe_layer(**layer), **moe)
+
+
+def test_every_activation_of_vllm_is_computed_or_refused():
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    for activation in MoEActivation:
+        layer, name = moe_layer(activation=activation), activation.value
+        if name in ("silu", "gelu", "gelu_tanh"):
+            assert create_experts(layer).spec.activation == name
+            continue
+        with pytest.raises(CheckpointError, match=r"does not support (experts without a gate|the activation)"):
+            create_experts(layer, is_act_and_mul=activation.is_gated)
+
+
+@pytest.mark.parametrize("on_input", [True, False])
+def test_routers_weight_may_be_on_the_input(on_input: bool):
+    assert create_experts(moe_layer(apply_router_weight_on_input=on_input)).spec.router_weight_on_input is on_input
 
 
 @pytest.mark.parametrize("routes", [True, False])

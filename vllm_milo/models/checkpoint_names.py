@@ -1,0 +1,66 @@
+"""The checkpoint's names of modules that vLLM calls otherwise. Nothing of vLLM is imported here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from vllm_milo.values import CheckpointError
+
+_LAYER = re.compile(r"(?:.+\.)?layers\.[0-9]+(?=\.)")
+
+
+def names_in_checkpoint(name: str, mappers: Iterable[Any]) -> list[str]:
+    """Return a module's name and all others that vLLM's mappers turn into it.
+
+    Args:
+        name: vLLM's.
+        mappers: vLLM's ``WeightsMapper`` objects from the checkpoint's names, in the order they apply.
+    """
+    names = [name]
+    for mapper in reversed(list(mappers)):
+        names += [found for known in list(names) for found in _undone(known, mapper) if found not in names]
+    return names
+
+
+def _undone(name: str, mapper: Any) -> list[str]:
+    """Return the names that a mapper turns into this one, as far as its tables can be read backwards."""
+    steps: list[tuple[str, Callable[[str, str, str], str]]] = [
+        ("suffix", lambda text, new, old: text[: len(text) - len(new)] + old if text.endswith(new) else text),
+        ("prefix", lambda text, new, old: old + text[len(new) :] if text.startswith(new) else text),
+        ("substr", lambda text, new, old: text.replace(new, old, 1)),
+    ]
+    found = [name]
+    for kind, undo in steps:
+        table = getattr(mapper, f"orig_to_new_{kind}", None) or {}
+        found += [undo(text, new, old) for text in list(found) for old, new in table.items() if new is not None]
+    return [text for text in dict.fromkeys(found) if text != name and mapper.apply_list([text]) == [name]]
+
+
+def experts_in_checkpoint(name: str, known: Collection[str]) -> str:
+    """Return the checkpoint's name of a layer's routed experts: vLLM's, or that of the layer's only experts.
+
+    Args:
+        name: vLLM's, which may name another block of the layer than checkpoints do.
+        known: names of experts in the checkpoint, which may lack some.
+
+    Raises:
+        CheckpointError: the checkpoint has two blocks of experts in that layer, and neither has vLLM's name.
+    """
+    layer = _layer_of(name)
+    if name in known or layer is None:
+        return name
+    same = sorted(other for other in known if _layer_of(other) == layer)
+    if len(same) > 1:
+        raise CheckpointError(
+            f"{name}: the checkpoint has {' and '.join(same)}, and MiLo cannot tell which of them "
+            f"vLLM means; name these experts in --ignore and convert the model again"
+        )
+    return same[0] if same else name
+
+
+def _layer_of(name: str) -> str | None:
+    """Return the name of the decoder layer that a module belongs to."""
+    found = _LAYER.match(name)
+    return found[0] if found else None
