@@ -24,10 +24,14 @@ _MOST = {
     "max_position_embeddings": 2**53,
     "num_experts": 2**16,
     "num_local_experts": 2**16,
+    "n_routed_experts": 2**16,
+    "moe_num_experts": 2**16,
     "num_experts_per_tok": 2**16,
     "decoder_sparse_step": 2**31,
 }
 """The most that no model comes near, of what the converter or transformers make so many of; each may be missing."""
+_BY_LAYER = ("moe_intermediate_size", "shared_expert_intermediate_size")
+"""Keys that may hold a list, with a number for each layer."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -54,7 +58,9 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
         return ConversionError(f"{path}: {message}; copy the file again")
 
     for key, most in _MOST.items():
-        require_int(config, key, 0, most, error)
+        value = config.get(key)
+        for one in value if isinstance(value, list) and key in _BY_LAYER else [value]:
+            require_int({key: one}, key, 0, most, error)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
