@@ -108,6 +108,8 @@ def fuse_experts(source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     assert any(tensor.dim() == 3 for tensor in state.values())
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -15,6 +15,7 @@ from vllm_milo.values import shown, shown_name
 from ..errors import ConversionError
 from ..families.family import Family
 from ..nouns import Matrix
+from .config import unquantized
 from .layers import BROKEN, Layer, layer_index
 
 _QUANTIZED = {
@@ -39,7 +40,7 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
         if method is not None:
             raise ConversionError(
                 f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; "
-                f"convert the original"
+                f"{unquantized(method)}"
             )
     for name in tensors:
         number = re.match(r"model\.layers\.([^.]*)", name)

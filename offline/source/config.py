@@ -34,6 +34,10 @@ _BY_LAYER = ("moe_intermediate_size", "shared_expert_intermediate_size")
 """Keys that may hold a list, with a number for each layer."""
 
 
+_PUBLISHED = ("fp8", "fp4", "compressed-tensors")
+"""Methods in which makers publish models, as DeepSeek-V3 and Kimi-K2."""
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the config.json of a model folder or of a checkpoint.
 
@@ -78,10 +82,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         method = method if isinstance(method, str) and method.isidentifier() else shown(method)
-        raise ConversionError(f"{path}: the model is quantized already ({method}); convert the original")
+        raise ConversionError(f"{path}: the model is quantized already ({method}); {unquantized(method)}")
     config.pop("quantization_config", None)
     check_numbers(config, path)
     return config
+
+
+def unquantized(method: str) -> str:
+    """Return what to do with a model that is quantized by a method; some are published in no other form."""
+    often = any(name in method.casefold() for name in _PUBLISHED)
+    more = ", or a copy in bfloat16 where its makers publish none: MiLo reads 16-bit and float32 weights alone"
+    return "convert the original" + (more if often else "")
 
 
 def stated(config: Mapping[str, Any], key: str, folder: Path) -> int:
