@@ -88,7 +88,9 @@ TINY = {
         without=("q_norm", "k_norm", "e_score_correction_bias"),
         architecture="DeepseekForCausalLM",
     ),
-    "deepseek_v2": Tiny(LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v2": Tiny(
+        LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}
+    ),
     "deepseek_v3": Tiny(
         LATENT | ROUTED | GROUPED | QUERIES | NO_AHEAD | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     ),

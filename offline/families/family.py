@@ -187,8 +187,9 @@ class Family:
             ConversionError: it states none.
         """
         for key in self.num_experts_keys:
-            if config.get(key):
-                return int(config[key])
+            value = config.get(key)
+            if type(value) is int and value > 0:
+                return value
         raise ConversionError(
             f"config.json: no {' or '.join(self.num_experts_keys)}; is this {self.model_type} model a MoE?"
         )

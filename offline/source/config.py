@@ -26,12 +26,13 @@ _MOST = {
     "num_local_experts": 2**16,
     "n_routed_experts": 2**16,
     "moe_num_experts": 2**16,
+    "moe_topk": 2**16,
     "num_experts_per_tok": 2**16,
     "decoder_sparse_step": 2**31,
 }
 """The most that no model comes near, of what the converter or transformers make so many of; each may be missing."""
-_BY_LAYER = ("moe_intermediate_size", "shared_expert_intermediate_size")
-"""Keys that may hold a list, with a number for each layer."""
+_LISTS = ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_num_experts", "moe_topk")
+"""Keys that may hold a list, with a number for each layer or kind of expert."""
 
 
 _PUBLISHED = ("fp8", "fp4", "compressed-tensors")
@@ -63,7 +64,7 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
 
     for key, most in _MOST.items():
         value = config.get(key)
-        for one in value if isinstance(value, list) and key in _BY_LAYER else [value]:
+        for one in value if isinstance(value, list) and key in _LISTS else [value]:
             require_int({key: one}, key, 0, most, error)
 
 
