@@ -69,7 +69,9 @@ class Tiny(NamedTuple):
 
 TINY = {
     **{name: Tiny(config) for name, config in FAMILIES.items()},
-    "minimax_m2": Tiny(HEADS | PLAIN | {"rotary_dim": 32, "use_qk_norm": True, "num_mtp_modules": 0}),
+    "minimax_m2": Tiny(
+        HEADS | PLAIN | {"rotary_dim": 32, "use_qk_norm": True, "num_mtp_modules": 0, "scoring_func": "sigmoid"}
+    ),
     "phimoe": Tiny(
         HEADS | PLAIN | {"head_dim": 32, "attention_bias": True, "lm_head_bias": True},
         architecture="PhiMoEForCausalLM",
@@ -116,7 +118,12 @@ TINY = {
         | EXPERTS
         | NO_AHEAD
         | {"num_experts": 4, "num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"], "qk_norm": True}
-        | {"expert_hidden_dim": 192, "moe_router_enable_expert_bias": True, "moe_router_use_sigmoid": True}
+        | {
+            "first_k_dense_replace": 1,
+            "expert_hidden_dim": 192,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_use_sigmoid": True,
+        }
         | {"route_norm": True, "enable_moe_fp32_combine": False, "enable_lm_head_fp32": False}
     ),
     "hunyuan_v1_moe": Tiny(HEADS | {"intermediate_size": 192, "num_experts": 4, "moe_topk": 2}),
@@ -127,7 +134,10 @@ TINY = {
         | {"layer_types": ["sliding_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]}
     ),
     "afmoe": Tiny(
-        HEADS | EXPERTS | {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 64}
+        HEADS
+        | EXPERTS
+        | {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 64}
+        | {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
     ),
     "granitemoe": Tiny(GRANITE),
     "granitemoeshared": Tiny(GRANITE | {"shared_intermediate_size": 256}),

@@ -53,7 +53,7 @@ class Family:
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
         runs_as: ``model_type`` under which transformers runs the family, where it has no class for its own.
         note: what a user should know of it.
-        status: how far it has been proven, beyond the tests of the converter.
+        status: ``served`` where vLLM has served a tiny checkpoint of it like the dequantized model, else ``converts``.
     """
 
     model_type: str

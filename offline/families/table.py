@@ -9,6 +9,7 @@ from ..nouns import Kind
 from .family import LATER_LAYERS, Family
 from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, attention, dense, latent_attention, shared
 
+_SERVED = "served"
 _ROUTED = ("n_routed_experts",)
 _LOCAL = ("num_local_experts",)
 _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
@@ -35,6 +36,7 @@ _MIXTRAL_LIKE = (
         projections=MIXTRAL,
         num_experts_keys=_LOCAL,
         renames=_MIXTRAL_NAMES,
+        status=_SERVED,
     ),
     Family(
         "minimax_m2",
@@ -57,6 +59,7 @@ _MIXTRAL_LIKE = (
         projections=MIXTRAL,
         num_experts_keys=_LOCAL,
         renames=(Rename("mlp.router.", "block_sparse_moe.gate."), *_MIXTRAL_NAMES),
+        status=_SERVED,
     ),
 )
 
@@ -66,12 +69,14 @@ _QWEN_LIKE = (
         "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
         (*attention(), *shared("mlp.shared_expert"), *dense()),
         kept=("mlp.gate", "mlp.shared_expert_gate"),
+        status=_SERVED,
     ),
     Family(
         "qwen3_moe",
         "Qwen3-30B-A3B, Qwen3-235B-A22B",
         (*attention(), *dense()),
         num_experts_keys=("num_experts", "num_local_experts"),
+        status=_SERVED,
     ),
     Family(
         "qwen3_next",
@@ -105,7 +110,7 @@ _QWEN_LIKE = (
         mixers=("self_attn", "linear_attn"),
         note=_KEEPS_IN_PROJ,
     ),
-    Family("olmoe", "OLMoE-1B-7B", attention(), num_experts_keys=("num_experts", "num_local_experts")),
+    Family("olmoe", "OLMoE-1B-7B", attention(), num_experts_keys=("num_experts", "num_local_experts"), status=_SERVED),
     Family("flex_olmo", "FlexOlmo-7x7B", attention()),
     Family("mellum", "Mellum", (*attention(), *dense()), num_experts_keys=("num_experts", "num_local_experts")),
 )
@@ -123,6 +128,7 @@ _DEEPSEEK_LIKE = (
         "DeepSeek-V2, V2-Lite",
         (*latent_attention(), *shared(), *dense()),
         num_experts_keys=_ROUTED,
+        status=_SERVED,
     ),
     Family(
         "deepseek_v3",
@@ -131,6 +137,7 @@ _DEEPSEEK_LIKE = (
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
         note=_FROM_BF16,
+        status=_SERVED,
     ),
     Family(
         "kimi_k2",
@@ -140,6 +147,7 @@ _DEEPSEEK_LIKE = (
         ahead=(LATER_LAYERS,),
         runs_as="deepseek_v3",
         note=_FROM_BF16,
+        status=_SERVED,
     ),
     Family(
         "axk1",
@@ -148,6 +156,7 @@ _DEEPSEEK_LIKE = (
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
         renames=(Rename("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
+        status=_SERVED,
     ),
     Family(
         "glm4_moe_lite",
@@ -155,6 +164,7 @@ _DEEPSEEK_LIKE = (
         (*latent_attention(), *shared(), *dense()),
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
+        status=_SERVED,
     ),
     Family(
         "glm4_moe",
@@ -162,6 +172,7 @@ _DEEPSEEK_LIKE = (
         (*attention(), *shared(), *dense()),
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
+        status=_SERVED,
     ),
     Family("dots1", "dots.llm1", (*attention(), *shared(), *dense()), num_experts_keys=_ROUTED),
     Family(
@@ -193,6 +204,7 @@ _OTHERS = (
             Rename("mlp.e_score_correction_bias", "mlp.expert_bias"),
             Rename("mlp.shared_experts.", "mlp.shared_mlp."),
         ),
+        status=_SERVED,
     ),
     Family(
         "hunyuan_v1_moe",
@@ -206,12 +218,14 @@ _OTHERS = (
         (*attention(), *shared(), *dense()),
         ahead=("mtp.",),
         renames=(Rename("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
+        status=_SERVED,
     ),
     Family(
         "afmoe",
         "Trinity-Nano, Mini, Large",
         (*attention(), Slot("self_attn.gate_proj", Kind.ATTENTION), *shared(), *dense()),
         kept=("mlp.router.gate",),
+        status=_SERVED,
     ),
     Family(
         "granitemoe",
@@ -219,11 +233,11 @@ _OTHERS = (
         attention(),
         kept=("block_sparse_moe.router.layer",),
         block="block_sparse_moe",
-        projections=MIXTRAL,
         fused=_GRANITE_FUSED,
         num_experts_keys=_LOCAL,
         renames=_GRANITE_NAMES,
         logits_divisor_key="logits_scaling",
+        status=_SERVED,
     ),
     Family(
         "granitemoeshared",
@@ -231,11 +245,11 @@ _OTHERS = (
         (*attention(), *_GRANITE_SHARED),
         kept=("block_sparse_moe.router.layer", "shared_mlp.input_linear"),
         block="block_sparse_moe",
-        projections=MIXTRAL,
         fused=_GRANITE_FUSED,
         num_experts_keys=_LOCAL,
         renames=_GRANITE_NAMES,
         logits_divisor_key="logits_scaling",
+        status=_SERVED,
     ),
     Family(
         "lfm2_moe",
