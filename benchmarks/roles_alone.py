@@ -43,10 +43,10 @@ from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import Bench, quantize_layers
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.divergence import divergences, open_streamed, text_windows
+from vllm_milo.offline.families.family import Family
 from vllm_milo.offline.nouns import Kind, Matrix
 from vllm_milo.offline.ranks.budget import least_bits, stored_bits
 from vllm_milo.offline.ranks.plan import Pass, RankChoice, plan_ranks
-from vllm_milo.offline.source.family import Family
 from vllm_milo.offline.source.layers import Layer, Source
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.streamed_model import StreamedModel, Tensors

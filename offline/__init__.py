@@ -2,7 +2,8 @@
 
 What happens to a model on its way (:mod:`.convert` is the flow, :mod:`.cli` the command that starts it):
 
-1. :mod:`.source` reads config.json and the tensors' headers, finds the family, and plans the layers.
+1. :mod:`.source` reads config.json and the tensors' headers, finds the family (:mod:`.families`, a table of data), and
+   plans the layers.
 2. :mod:`.calibration` lets a text go through the model a layer at a time, and gathers what errors of a matrix cost.
 3. :mod:`.ranks` gives every matrix the rank of its compensator, by policies or within a byte budget.
 4. :mod:`.batches` puts matrices of one shape together; :mod:`.spread` reads them when their turn comes, and deals them
@@ -12,6 +13,4 @@ What happens to a model on its way (:mod:`.convert` is the flow, :mod:`.cli` the
 7. :mod:`.checkpoint` writes them, and publishes the folder whole or not at all.
 8. :mod:`.evaluation` measures and verifies what was written.
 
-:mod:`.nouns` holds what all of these speak of. One resident is to come: the families as a table of data
-(``source/families``).
-"""
+:mod:`.nouns` holds what all of these speak of."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 VOCABULARY = 256
 TEXT = Path(__file__).parent / "assets" / "valid.txt"
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -74,21 +74,33 @@ def make_model(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
 
     ``changes`` are of its configuration.
     """
-    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changes})
+    config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.3)
-            else:
-                parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1)
-        model.get_input_embeddings().weight.normal_(std=1.0)
-        model.get_output_embeddings().weight.normal_(std=0.25)
+    fill(model)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def fill(model: Any) -> None:
+    """Fill a model at random, with weights, biases and norms large enough that every part of it matters."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.5, 1.5)
+        elif name.endswith("A_log"):
+            parameter.uniform_(1.0, 2.0)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.3)
+        else:
+            parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):  # of routers
+            buffer.normal_(std=0.1)
+    tied = model.config.tie_word_embeddings
+    model.get_input_embeddings().weight.normal_(std=0.25 if tied else 1.0)
+    if not tied:
+        model.get_output_embeddings().weight.normal_(std=0.25)
 
 
 def fuse_experts(source: Path, folder: Path) -> Path:
@@ -96,6 +108,8 @@ def fuse_experts(source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     assert any(tensor.dim() == 3 for tensor in state.values())
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

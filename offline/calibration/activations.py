@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import ConversionError
-from ..source.family import Family
+from ..families.family import Family
 from ..source.finite import is_finite
 from ..source.streamed_model import StreamedModel
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import ConversionError
+from ..families.family import Family
 from ..nouns import Matrix, Moments
-from ..source.family import Family
 
 MAX_FULL_SIZE = 8192
 """Sides up to this get full second moments, larger ones their diagonal."""

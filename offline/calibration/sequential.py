@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..families.family import Family
 from ..nouns import LoadedMatrix, Matrix
-from ..source.family import Family
 from ..source.streamed_model import StreamedModel
 from .activations import refuse_broken
 from .input_moments import InputMoments

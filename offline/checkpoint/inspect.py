@@ -21,9 +21,9 @@ from vllm_milo.validation import (
 )
 from vllm_milo.values import shown_name
 
+from ..families.family import Family
+from ..families.find import find_family
 from ..source.config import check_numbers
-from ..source.families import find_family
-from ..source.family import Family
 from .report import REPORT_NAME
 
 
@@ -46,7 +46,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     weights = sum(math.prod(matrix_shape(found)) for found in modules.values())
     base = sum(_bytes(found, BASE_TENSORS) for found in modules.values())
     factors = sum(_bytes(found, FACTOR_TENSORS) for found in modules.values())
-    kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, find_family(config))]
+    number = config.get("num_hidden_layers")
+    kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, find_family(config), number)]
     kept_weights, kept_bytes = sum(math.prod(entry.shape) for entry in kept), sum(map(_tensor_bytes, kept))
     errors = _recorded_errors(folder)
     return {
@@ -99,10 +100,12 @@ def name_group_sizes(report: Mapping[str, Any]) -> str:
     return f"group size {report['group_size']}" if len(counts) == 1 else f"group sizes {' and '.join(counts)}"
 
 
-def _is_kept(tensor: str, modules: Mapping[str, Any], family: Family) -> bool:
+def _is_kept(tensor: str, modules: Mapping[str, Any], family: Family, layers: int | None) -> bool:
     """Return whether a tensor holds matrices that could be quantized and are not."""
+    if family.ahead_pattern(tensor, layers) is not None:
+        return False
     module, _, leaf = tensor.rpartition(".")
-    could = family.kind(module) is not None if leaf == "weight" else family.fused(tensor) is not None
+    could = family.kind(module) is not None if leaf == "weight" else family.fused_experts(tensor) is not None
     return could and module not in modules
 
 

@@ -20,9 +20,9 @@ from vllm_milo.values import shown
 from ..checkpoint.dequantize import DequantizedTensors
 from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
+from ..families.find import find_family
 from ..progress import progress_bar
 from ..source.config import read_settings
-from ..source.families import find_family
 from ..source.reader import ModelReader
 from ..source.streamed_model import StreamedModel, reader_tensors
 from ..source.tokens import load_tokenizer, read_text

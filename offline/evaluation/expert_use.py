@@ -11,7 +11,7 @@ import torch
 from vllm_milo.shards import read_json
 
 from ..errors import ConversionError
-from ..source.families import find_family
+from ..families.find import find_family
 from .perplexity import WINDOW, perplexity
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_milo.names import split_expert_name
 from vllm_milo.validation import validate_checkpoint
 
 from ..checkpoint.dequantize import DequantizedTensors
 from ..errors import ConversionError
+from ..families.family import Family
+from ..families.find import find_family
+from ..families.slots import FUSED
+from ..source.config import read_settings
 from ..source.foreign import load_config
 from ..source.whole_model import fill_model, load_source_model, model_class
 
@@ -31,4 +38,29 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     fmt = validate_checkpoint(folder)
     del config.quantization_config
     state = dict(DequantizedTensors(folder, fmt, dtype).load())
+    family = find_family(read_settings(folder))
+    if family.fused != FUSED:
+        state = _fuse(state, family)
     return fill_model(found, folder, config, state, dtype).to(device).eval()
+
+
+def _fuse(state: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """Return a model's tensors with the experts of each layer in the 3-D tensors that its makers publish.
+
+    Transformers reads some families in no other layout.
+    """
+    fused: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[tuple[int, int], torch.Tensor]] = defaultdict(dict)
+    for name, values in state.items():
+        expert = split_expert_name(name.removesuffix(".weight"))
+        if expert is None:
+            fused[name] = values
+            continue
+        experts, index, projection = expert
+        tensor, part, _ = family.fused_places(experts, projection)[0]
+        parts[tensor][index, part] = values
+    for tensor, held in parts.items():
+        number = 1 + max(index for index, _ in held)
+        each = (torch.cat([held[index, part] for one, part in sorted(held) if one == index]) for index in range(number))
+        fused[tensor] = torch.stack(list(each))
+    return fused

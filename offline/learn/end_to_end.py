@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..families.family import Family
 from ..nouns import Matrix
 from ..progress import progress_bar
 from ..solve.methods import Solved
-from ..source.family import Family
 from .groups import Place, make_groups, step_groups
 from .latents import Pace, Rates
 from .repeat import Repeat

@@ -147,7 +147,9 @@ class Plan:
     @cached_property
     def splits(self) -> list[int]:
         """Return the tensor parallel sizes that the checkpoint can be served with."""
-        return allowed_splits(self.matrices, self.kept.matrices, self.format(), self.ranks, self.reader.config)
+        return allowed_splits(
+            self.matrices, self.kept.matrices, self.format(), self.ranks, self.reader.config, self.reader.family
+        )
 
     @cached_property
     def kept(self) -> Kept:
@@ -198,7 +200,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
         claim.check()
     devices = _devices(conversion)
     _check_text(reader, conversion)
-    ignore = (*reader.family.ignore, *conversion.ignore)
+    ignore = (*reader.ignore, *conversion.ignore)
     unknown = unknown_modules(reader)
     check_ignore(conversion.ignore, reader.matrices, list(unknown))
     refuse_unknown(unknown, conversion.ignore, reader.family.model_type)
@@ -269,7 +271,7 @@ def _format(
     reader: ModelReader, matrices: Sequence[Matrix], conversion: Conversion, ranks: Mapping[str, int]
 ) -> MiLoFormat:
     group_size, exceptions = group_table(matrices, conversion.recipe)
-    ignore = (*reader.family.ignore, *conversion.ignore)
+    ignore = (*reader.ignore, *conversion.ignore)
     # the plugin looks experts up by the name of their module alone, whichever names the user gave
     unnamed = [name for name in kept_experts(reader.matrices, matrices) if find_key(ignore, name) is None]
     return MiLoFormat(

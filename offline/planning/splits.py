@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_milo.checkpoint import MiLoFormat
-from vllm_milo.names import EXPERT_PROJECTIONS, FUSED_LAYERS, QKV_PARTS, leaf_of
 
+from ..families.family import Family
+from ..families.slots import Cut
 from ..nouns import Matrix
 
 LARGEST = 64
 """Ranks beyond which nobody splits one layer."""
-
-WHOLE = FUSED_LAYERS["fused_qkv_a_proj"]
-"""Down-projections of latent attention, which every process holds whole."""
 
 
 def allowed_splits(
@@ -27,6 +25,7 @@ def allowed_splits(
     fmt: MiLoFormat,
     ranks: Mapping[str, int],
     config: Mapping[str, Any],
+    family: Family,
 ) -> list[int]:
     """Return the tensor parallel sizes that the plugin and vLLM take, without expert parallelism; always with 1.
 
@@ -36,18 +35,19 @@ def allowed_splits(
         fmt: group sizes and factor bits.
         ranks: of these matrices, by name.
         config: the model's, for the heads of attention.
+        family: of the model, which knows how each matrix is cut.
     """
     heads = int(config.get("num_attention_heads") or 1)
     shapes = {
         (
-            leaf_of(matrix.name),
+            family.cut(matrix.name),
             matrix.n,
             matrix.k,
             fmt.compensator.split_multiples(fmt.module_group_size(matrix.name), ranks[matrix.name] > 0),
         )
         for matrix in matrices
     }
-    shapes |= {(leaf_of(matrix.name), matrix.n, matrix.k, (1, 1)) for matrix in kept}
+    shapes |= {(family.cut(matrix.name), matrix.n, matrix.k, (1, 1)) for matrix in kept}
     key_heads = int(config.get("num_key_value_heads") or heads)
     return [
         size
@@ -55,7 +55,7 @@ def allowed_splits(
         if size == 1
         or (
             _heads_split(heads, key_heads, size)
-            and all(_splits(leaf, n, k, multiples, size, key_heads) for leaf, n, k, multiples in shapes)
+            and all(_splits(cut, n, k, multiples, size, key_heads) for cut, n, k, multiples in shapes)
         )
     ]
 
@@ -65,12 +65,12 @@ def _heads_split(heads: int, key_heads: int, size: int) -> bool:
     return heads % size == 0 and (key_heads % size == 0 or size % key_heads == 0)
 
 
-def _splits(leaf: str, n: int, k: int, multiples: tuple[int, int], size: int, key_heads: int) -> bool:
+def _splits(cut: Cut, n: int, k: int, multiples: tuple[int, int], size: int, key_heads: int) -> bool:
     """Return whether a matrix [n, k] can be cut over ``size`` ranks; parts must be multiples of ``multiples``."""
     of_n, of_k = multiples
-    if leaf in WHOLE:
+    if cut is Cut.WHOLE:
         return True
-    if leaf == "o_proj" or EXPERT_PROJECTIONS.get(leaf) == "down":
+    if cut is Cut.INPUTS:
         return k % (size * of_k) == 0 and n % of_n == 0
-    parts = min(size, key_heads) if leaf in QKV_PARTS[1:] else size
+    parts = min(size, key_heads) if cut is Cut.KEYS else size
     return n % (parts * of_n) == 0 and k % of_k == 0

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 from vllm_milo.shards import TensorEntry
 from vllm_milo.values import shown, shown_name
 
 from ..errors import ConversionError
+from ..families.family import Family
 from ..nouns import Matrix
-from .layers import BROKEN, OUTSIDE, Layer
+from .config import unquantized
+from .layers import BROKEN, Layer, layer_index
 
 _QUANTIZED = {
     "qweight": "GPTQ or AWQ",
@@ -37,7 +40,7 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
         if method is not None:
             raise ConversionError(
                 f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; "
-                f"convert the original"
+                f"{unquantized(method)}"
             )
     for name in tensors:
         number = re.match(r"model\.layers\.([^.]*)", name)
@@ -55,9 +58,9 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
     )
 
 
-def check_complete(layers: list[Layer], config: Mapping[str, Any]) -> None:
+def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Family) -> None:
     """Refuse a folder that lacks a layer, or a tensor that the other layers of its kind have."""
-    numbers = {int(layer.name.rpartition(".")[2]) for layer in layers if layer.name != OUTSIDE}
+    numbers = {number for layer in layers if (number := layer_index(layer.name)) is not None}
     stated = int(config.get("num_hidden_layers") or len(numbers))
     for number in range(stated):
         if number not in numbers:
@@ -68,31 +71,33 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any]) -> None:
             f"model.layers.{extra[0]}: extra, config.json states num_hidden_layers {stated}; is it another model's, or "
             f"a layer that predicts more tokens, which this family does not have? Leave it out of the files"
         )
-    contents = {layer.name: _contents(layer) for layer in layers if layer.name != OUTSIDE}
-    for has_experts in (True, False):
-        alike = {name: held for name, held in contents.items() if any(".experts" in n for n in held) is has_experts}
+    contents = {layer.name: _contents(layer, family) for layer in layers if layer_index(layer.name) is not None}
+    kinds: dict[tuple[bool, str], dict[str, frozenset[str]]] = defaultdict(dict)
+    for name, held in contents.items():
+        kinds[_kind(name, held, family)][name] = held
+    for _, alike in sorted(kinds.items(), reverse=True):
         for name in sorted(frozenset().union(*alike.values())):
             for layer_name, held in alike.items():
                 if name not in held:
                     raise ConversionError(f"{layer_name}.{name}: missing; are the model's files complete?")
-    outside = {tensor for layer in layers if layer.name == OUTSIDE for tensor in layer.others}
-    for tensor in ("model.embed_tokens.weight", "model.norm.weight"):
+    outside = {tensor for layer in layers if layer_index(layer.name) is None for tensor in layer.others}
+    for tensor in ("model.embed_tokens.weight", f"{family.norm}.weight"):
         if tensor not in outside:
             raise ConversionError(f"{tensor}: missing; are the model's files complete?")
     if not config.get("tie_word_embeddings") and "lm_head.weight" not in outside:
         raise ConversionError("lm_head.weight: missing, and config.json does not tie it to the embeddings")
 
 
-def check_shapes(layers: list[Layer], tensors: Mapping[str, TensorEntry]) -> None:
-    """Refuse a tensor whose shape differs from its like in another layer: the layers of these families are alike."""
-    first: dict[tuple[bool, str], str] = {}
+def check_shapes(layers: list[Layer], tensors: Mapping[str, TensorEntry], family: Family) -> None:
+    """Refuse a tensor whose shape differs from its like in another layer of its kind."""
+    first: dict[tuple[tuple[bool, str], str], str] = {}
     for layer in layers:
-        if layer.name == OUTSIDE:
+        if layer_index(layer.name) is None:
             continue
         names = sorted({source.tensor for source in layer.matrices} | set(layer.others))
-        has_experts = any(".experts" in name for name in names)
+        kind = _kind(layer.name, _contents(layer, family), family)
         for name in names:
-            like = first.setdefault((has_experts, name.removeprefix(layer.name)), name)
+            like = first.setdefault((kind, name.removeprefix(layer.name)), name)
             if tensors[name].shape != tensors[like].shape:
                 raise ConversionError(
                     f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)}, "
@@ -100,9 +105,38 @@ def check_shapes(layers: list[Layer], tensors: Mapping[str, TensorEntry]) -> Non
                 )
 
 
-def _contents(layer: Layer) -> frozenset[str]:
-    """Return the names a layer holds, relative to it, experts counted as one."""
-    names = {source.matrix.name + ".weight" for source in layer.matrices} | set(layer.others)
+def check_fused(layers: list[Layer], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
+    """Refuse fused experts whose sides are not those of [E, N, K], as some families store them the other way round.
+
+    Raises:
+        ConversionError: names the tensor, its shape and the hidden size.
+    """
+    hidden = config.get("hidden_size")
+    for source in (source for layer in layers for source in layer.matrices if source.expert is not None):
+        role = EXPERT_PROJECTIONS[leaf_of(source.matrix.name)]
+        side = source.matrix.n if role == "down" else source.matrix.k
+        if hidden and side != hidden:
+            entry = tensors[source.tensor]
+            raise ConversionError(
+                f"{entry.file}: fused experts {source.tensor} have shape {list(entry.shape)}, but the hidden size "
+                f"{hidden} must be the {'second' if role == 'down' else 'last'} of their sizes: are they transposed? "
+                f"Save the model with transformers' save_pretrained first"
+            )
+
+
+def _kind(name: str, held: frozenset[str], family: Family) -> tuple[bool, str]:
+    """Return what a layer has in common with those that hold the same tensors: experts, and what mixes tokens."""
+    mixers = [mixer for mixer in family.mixers if any(part.startswith(f"{mixer}.") for part in held)]
+    if len(family.mixers) > 1 and len(mixers) != 1:
+        found = " and ".join(mixers) or "neither"
+        raise ConversionError(f"{name}: must have one of {' and '.join(family.mixers)}, has {found}; {BROKEN}")
+    return any(".experts" in part for part in held), mixers[0] if mixers else ""
+
+
+def _contents(layer: Layer, family: Family) -> frozenset[str]:
+    """Return the names a layer holds in checkpoints, relative to it, experts counted as one."""
+    copied = {family.checkpoint_name(tensor) for tensor in layer.others}
+    names = {source.matrix.name + ".weight" for source in layer.matrices} | copied
     relative = (name.removeprefix(layer.name + ".") for name in names)
     return frozenset(re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in relative)
 

@@ -24,10 +24,19 @@ _MOST = {
     "max_position_embeddings": 2**53,
     "num_experts": 2**16,
     "num_local_experts": 2**16,
+    "n_routed_experts": 2**16,
+    "moe_num_experts": 2**16,
+    "moe_topk": 2**16,
     "num_experts_per_tok": 2**16,
     "decoder_sparse_step": 2**31,
 }
 """The most that no model comes near, of what the converter or transformers make so many of; each may be missing."""
+_LISTS = ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_num_experts", "moe_topk")
+"""Keys that may hold a list, with a number for each layer or kind of expert."""
+
+
+_PUBLISHED = ("fp8", "fp4", "compressed-tensors")
+"""Methods in which makers publish models, as DeepSeek-V3 and Kimi-K2."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -54,7 +63,9 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
         return ConversionError(f"{path}: {message}; copy the file again")
 
     for key, most in _MOST.items():
-        require_int(config, key, 0, most, error)
+        value = config.get(key)
+        for one in value if isinstance(value, list) and key in _LISTS else [value]:
+            require_int({key: one}, key, 0, most, error)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -72,10 +83,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         method = method if isinstance(method, str) and method.isidentifier() else shown(method)
-        raise ConversionError(f"{path}: the model is quantized already ({method}); convert the original")
+        raise ConversionError(f"{path}: the model is quantized already ({method}); {unquantized(method)}")
     config.pop("quantization_config", None)
     check_numbers(config, path)
     return config
+
+
+def unquantized(method: str) -> str:
+    """Return what to do with a model that is quantized by a method; some are published in no other form."""
+    often = any(name in method.casefold() for name in _PUBLISHED)
+    more = ", or a copy in bfloat16 where its makers publish none: MiLo reads 16-bit and float32 weights alone"
+    return "convert the original" + (more if often else "")
 
 
 def stated(config: Mapping[str, Any], key: str, folder: Path) -> int:

@@ -19,6 +19,7 @@ from vllm_milo.shards import LARGEST_JSON, ShardError, read_object
 from vllm_milo.values import one_line
 
 from ..errors import ConversionError
+from ..families.table import FAMILIES
 from .config import read_settings
 
 SETTINGS = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "generation_config.json")
@@ -91,10 +92,22 @@ def load_config(folder: Path) -> Any:
     """
     import transformers
 
-    read_settings(folder)
+    settings = read_settings(folder)
     check_settings(folder)
+    family = FAMILIES.get(str(settings.get("model_type")))
     with transformers_errors(folder, "read config.json"):
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if family is None or family.runs_as is None:
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.for_model(**{**settings, "model_type": family.runs_as})
+        config.architectures = [class_name(config)]
+        return config
+
+
+def class_name(config: Any) -> str:
+    """Return the name of transformers' class of language models with such a config; empty where it has none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return str(getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", ""))
 
 
 def empty_model(found: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -49,7 +49,7 @@ def _is_ignored(matrix: Matrix, keys: Keys) -> bool:
 def unknown_modules(reader: ModelReader) -> dict[str, str]:
     """Return the 2-D weights that a family does not know in what looks like a layer: tensors by their modules' names.
 
-    Routers are none of them: the family says that they are never quantized.
+    What the family keeps is none of them: routers, and what predicts further tokens.
     """
     names = ((reader.family.checkpoint_name(tensor), tensor) for layer in reader.layers for tensor in layer.others)
     modules = {
@@ -57,7 +57,7 @@ def unknown_modules(reader: ModelReader) -> dict[str, str]:
         for name, tensor in names
         if name.endswith(".weight") and ".layers." in name and len(reader.tensors[tensor].shape) == 2
     }
-    return {name: tensor for name, tensor in modules.items() if find_key(reader.family.ignore, name) is None}
+    return {name: tensor for name, tensor in modules.items() if find_key(reader.ignore, name) is None}
 
 
 def refuse_unknown(unknown: Mapping[str, str], ignore: Sequence[str], family: str) -> None:

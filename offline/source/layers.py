@@ -10,11 +10,13 @@ from vllm_milo.dtypes import MODEL_DTYPES
 from vllm_milo.shards import TensorEntry
 
 from ..errors import ConversionError
+from ..families.family import Family
 from ..nouns import Kind, Matrix
-from .family import Family
 
 OUTSIDE = "outside the layers"
 """Name of what belongs to no decoder layer."""
+AHEAD = "predicts further tokens: "
+"""Begins the names of what predicts further tokens, which is copied and no decoder layer that the model runs."""
 BROKEN = "the source model is broken"
 """What errors say where a source's tensors contradict each other or hold no numbers."""
 
@@ -42,12 +44,17 @@ class Layer(NamedTuple):
 
 
 def layer_index(name: str) -> int | None:
-    """Return the number of a decoder layer by its name; None for what belongs to none."""
-    return None if name == OUTSIDE else int(name.rpartition(".")[2])
+    """Return the number of a decoder layer by its name; None for what belongs to none that the model runs."""
+    return None if name == OUTSIDE or name.startswith(AHEAD) else int(name.rpartition(".")[2])
 
 
-def plan_layers(tensors: Mapping[str, TensorEntry], family: Family) -> list[Layer]:
+def plan_layers(tensors: Mapping[str, TensorEntry], family: Family, number: int | None) -> list[Layer]:
     """Return the layers of a model in order, by the names and shapes of its tensors.
+
+    Args:
+        tensors: all of the model, by name.
+        family: of the model.
+        number: of decoder layers, by config.json; None where it does not say.
 
     Raises:
         ConversionError: a tensor that a matrix should come from has another shape or dtype.
@@ -56,8 +63,11 @@ def plan_layers(tensors: Mapping[str, TensorEntry], family: Family) -> list[Laye
     for tensor, entry in sorted(tensors.items(), key=lambda item: _natural_key(item[0])):
         match = re.match(r"model\.layers\.\d+", tensor)
         name = match[0] if match else OUTSIDE
+        ahead = family.ahead_pattern(tensor, number)
+        if ahead is not None:
+            name = AHEAD + ahead.removeprefix("re:")
         layer = layers.setdefault(name, Layer(name, [], []))
-        sources = _sources(tensor, entry, family)
+        sources = [] if ahead is not None else _sources(tensor, entry, family)
         layer.matrices.extend(sources)
         if not sources:
             layer.others.append(tensor)
@@ -73,7 +83,7 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
 
 def _sources(tensor: str, entry: TensorEntry, family: Family) -> list[Source]:
     """Return the matrices to quantize that a tensor holds; none for a tensor that is copied."""
-    fused = family.fused(tensor)
+    fused = family.fused_experts(tensor)
     if fused is not None:
         return _fused_sources(tensor, entry, fused.experts, fused.projections)
     module, _, leaf = family.checkpoint_name(tensor).rpartition(".")

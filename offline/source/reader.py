@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_milo.dtypes import DTYPES, MODEL_DTYPES, safetensors_name
+from vllm_milo.names import find_key
 from vllm_milo.shards import read_tensors
 from vllm_milo.values import one_line
 
 from ..errors import ConversionError, PassingError
+from ..families.family import Family
+from ..families.find import find_family
 from ..nouns import Matrix
-from .completeness import check_complete, check_experts, check_names, check_shapes
+from .completeness import check_complete, check_experts, check_fused, check_names, check_shapes
 from .config import read_config
-from .families import find_family
-from .family import Family
 from .finite import is_finite
 from .layers import BROKEN, Layer, Source, plan_layers
 
@@ -55,15 +57,30 @@ class ModelReader:
         self.family: Family = find_family(self.config)
         self.tensors = read_tensors(folder)
         check_names(self.tensors, folder)
-        self.layers = plan_layers(self.tensors, self.family)
-        check_complete(self.layers, self.config)
-        check_shapes(self.layers, self.tensors)
+        self.layers = plan_layers(self.tensors, self.family, self.config.get("num_hidden_layers"))
+        check_complete(self.layers, self.config, self.family)
+        check_shapes(self.layers, self.tensors, self.family)
+        check_fused(self.layers, self.tensors, self.config)
         check_experts(self.matrices, self.family.num_experts(self.config))
 
     @property
     def matrices(self) -> list[Matrix]:
         """Return all matrices that the family quantizes, in the order of the layers."""
         return [source.matrix for layer in self.layers for source in layer.matrices]
+
+    @cached_property
+    def ignore(self) -> tuple[str, ...]:
+        """Return names and patterns of what the family never quantizes, as the checkpoint's ``ignore`` lists them.
+
+        Beside the family's patterns these are exact names, which vLLM renames along with its modules.
+        """
+        family, patterns = self.family, self.family.ignore
+        names = (family.checkpoint_name(tensor) for layer in self.layers for tensor in layer.others)
+        kept = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        exact = [name for name in kept if family.is_kept(name) and find_key(patterns, name) is None]
+        number = self.config.get("num_hidden_layers")
+        ahead = dict.fromkeys(family.ahead_pattern(tensor, number) for tensor in self.tensors)
+        return (*patterns, *exact, *(pattern for pattern in ahead if pattern is not None))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_milo.names import leaf_of, split_expert_name
+
 from ..errors import ConversionError
-from .family import Family
+from ..families.family import Family
 from .foreign import empty_model, load_config
 from .layers import BROKEN
 
@@ -19,6 +20,13 @@ Tensors = Iterable[tuple[str, torch.Tensor]]
 
 Load = Callable[[str], Tensors]
 """Returns the tensors whose names begin with a prefix."""
+
+_WINDOWS = 8
+"""Windows whose embeddings are made ready for the first layer at once."""
+_POSITIONS = ("rotary_emb", "pos_emb")
+"""Names of what makes a model's position embeddings, which has no weights in files."""
+_LAYER_KINDS = ("attention_type", "layer_type")
+"""Attributes of a layer by which models choose what they call it with."""
 
 
 class StreamedModel:
@@ -73,7 +81,8 @@ class StreamedModel:
         Raises:
             ConversionError: a token id lies outside the embedding.
         """
-        self._arguments = self._layer_arguments(windows.shape[1])
+        empty = torch.zeros(1, windows.shape[1], self.hidden_size, device=self.device, dtype=self.dtype)
+        self._arguments = self._enter(empty)[1]
         embedding = self._one("model.embed_tokens.weight")
         if windows.max() >= len(embedding):
             raise ConversionError(
@@ -81,7 +90,8 @@ class StreamedModel:
                 f"{len(embedding)} rows; do tokenizer and model belong together?"
             )
         states = torch.nn.functional.embedding(windows.to(embedding.device), embedding)
-        return states.to(home or self.device, self.dtype)
+        parts = (part.to(self.device, self.dtype) for part in states.split(_WINDOWS))
+        return torch.cat([self._enter(part)[0].to(home or self.device) for part in parts])
 
     def layer(self, index: int) -> torch.nn.Module:
         """Return a decoder layer with its weights; :meth:`drop` it after use.
@@ -93,9 +103,10 @@ class StreamedModel:
         module = self._model.model.layers[index]
         module.to_empty(device=self.device)
         name = f"model.layers.{index}."
-        parameters = {self._family.checkpoint_name(name + n): p.data for n, p in module.named_parameters()}
+        _widen_buffers(module)
+        held = (*module.named_parameters(), *module.named_buffers())
+        parameters = {self._family.checkpoint_name(name + n): values.data for n, values in held}
         needed = {p: values.numel() for p, values in parameters.items()}
-        needed |= {name + buffer: values.numel() for buffer, values in module.named_buffers()}
         finite = {}
         for tensor, values in self._load(name):
             target, place = self.place(tensor, parameters)
@@ -148,17 +159,22 @@ class StreamedModel:
         Raises:
             ConversionError: the files lack the output head, or it has another shape than config.json says.
         """
-        norm = self._model.model.norm.to_empty(device=self.device)
-        norm.weight.data.copy_(self._one("model.norm.weight"))
+        norm = getattr(self._model.model, leaf_of(self._family.norm)).to_empty(device=self.device)
+        for part, values in norm.named_parameters():
+            values.data.copy_(self._one(f"{self._family.norm}.{part}"))
         tied = self._model.config.tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         weight = self._one(name).to(self.device, self.dtype)
+        bias = None
+        if self._model.get_output_embeddings().bias is not None:
+            bias = self._one("lm_head.bias").to(self.device, self.dtype)
+        divisor = getattr(self._model.config, self._family.logits_divisor_key or "", 1)
         if weight.shape != (self.vocabulary, self.hidden_size):
             raise ConversionError(
                 f"{self.folder}: tensor {name} has shape {list(weight.shape)}, but by config.json it must have "
                 f"{[self.vocabulary, self.hidden_size]}; do they belong together?"
             )
-        return lambda states: torch.nn.functional.linear(norm(states), weight).float()
+        return lambda states: torch.nn.functional.linear(norm(states), weight, bias).float() / divisor
 
     def place(self, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
         """Return which of a layer's parameters a tensor belongs to, and its place in it; see :func:`place_tensor`."""
@@ -171,18 +187,23 @@ class StreamedModel:
         return found[name]
 
     @torch.no_grad()
-    def _layer_arguments(self, length: int) -> list[dict[str, Any]]:
-        """Return what the model calls each layer with beside hidden states: masks and positions of one window."""
-        body = self._model.model
-        layers, norm = body.layers, body.norm
-        body.rotary_emb = type(body.rotary_emb)(config=self._model.config).to(self.device)
+    def _enter(self, embedded: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """Return hidden states [b, T, H] before the first layer, and what each layer is called with beside them.
+
+        The latter are masks and positions. Some models multiply the embeddings before the first layer.
+        """
+        body, last = self._model.model, leaf_of(self._family.norm)
+        layers, norm = body.layers, getattr(body, last)
+        for name in _POSITIONS:
+            if getattr(body, name, None) is not None:
+                setattr(body, name, type(getattr(body, name))(config=self._model.config).to(self.device))
         body.layers = torch.nn.ModuleList(_Recorder(layer) for layer in layers)
-        body.norm = torch.nn.Identity()
-        states = torch.zeros(1, length, self.hidden_size, device=self.device, dtype=self.dtype)
-        body(inputs_embeds=states, use_cache=False)
-        calls = [recorder.arguments for recorder in body.layers]
-        body.layers, body.norm = layers, norm
-        return calls
+        setattr(body, last, torch.nn.Identity())
+        body(inputs_embeds=embedded, use_cache=False)
+        states, calls = body.layers[0].states, [recorder.arguments for recorder in body.layers]
+        body.layers = layers
+        setattr(body, last, norm)
+        return states, calls
 
 
 class _Recorder(torch.nn.Module):
@@ -190,13 +211,22 @@ class _Recorder(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
+        self.states = torch.empty(0)
         self.arguments: dict[str, Any] = {}
-        if hasattr(layer, "attention_type"):
-            self.attention_type = layer.attention_type
+        for name in _LAYER_KINDS:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.arguments = arguments
+        self.states, self.arguments = hidden_states, arguments
         return hidden_states
+
+
+def _widen_buffers(module: torch.nn.Module) -> None:
+    """Let a layer hold its buffers in float32: routers' biases are, and 16 bits would send tokens to other experts."""
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -225,18 +255,15 @@ def place_tensor(family: Family, tensor: str, parameters: Mapping[str, torch.Ten
         ConversionError: transformers holds the experts of this model otherwise.
     """
     name = family.checkpoint_name(tensor)
-    expert = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", name)
+    expert = split_expert_name(name.removesuffix(".weight"))
     if expert is None or name in parameters:
         return name, parameters.get(name, torch.empty(0))
-    role = family.role(expert[3])
-    fused = f"{expert[1]}.{'down_proj' if role == 'down' else 'gate_up_proj'}"
-    if fused not in parameters:
-        raise ConversionError(f"{fused}: transformers holds the experts of this model otherwise; use its version 5")
-    held = parameters[fused][int(expert[2])]
-    if role == "down":
-        return fused, held
-    half = held.shape[0] // 2
-    return fused, held[:half] if role == "gate" else held[half:]
+    experts, index, projection = expert
+    places = family.fused_places(experts, projection)
+    for fused, part, parts in places:
+        if fused in parameters:
+            return fused, parameters[fused][index].chunk(parts)[part]
+    raise ConversionError(f"{places[0][0]}: transformers holds the experts of this model otherwise; use its version 5")
 
 
 def use_grouped_experts(model: Any) -> None:

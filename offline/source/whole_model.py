@@ -13,7 +13,7 @@ from vllm_milo.shards import read_tensors
 from vllm_milo.values import shown_name
 
 from ..errors import ConversionError
-from .foreign import empty_model, load_config, transformers_errors
+from .foreign import class_name, empty_model, load_config, transformers_errors
 
 
 def model_class(config: Any, folder: Path) -> Any:
@@ -27,6 +27,9 @@ def model_class(config: Any, folder: Path) -> Any:
     names = config.architectures
     name = names[0] if isinstance(names, list) and names else "none"
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    by_type = class_name(config)
+    if found is None and by_type.casefold() == str(name).casefold():
+        found = getattr(transformers, by_type, None)  # models may write it otherwise, as in PhiMoEForCausalLM
     if not hasattr(found, "from_pretrained") or not hasattr(found, "forward"):
         raise ConversionError(f"{folder}: transformers {transformers.__version__} has no {shown_name(str(name))}")
     return found

@@ -21,6 +21,7 @@ from random_layers import random_linear
 
 from vllm_milo.checkpoint import CheckpointError, CompensatorFormat, MiLoFormat, RankTable
 from vllm_milo.kernels import reference
+from vllm_milo.offline.families.table import FAMILIES
 from vllm_milo.offline.nouns import Kind, Matrix
 from vllm_milo.offline.planning.splits import allowed_splits
 from vllm_milo.parameters import Cut, require_split
@@ -70,13 +71,13 @@ def test_odd_parts_together_give_the_whole_layer(name: str, monkeypatch: pytest.
 def test_the_plugin_takes_what_the_converter_says(size: int, group: int, rank: int, bits: int):
     """For experts of this intermediate size, over any number of processes that cut it at all."""
     fmt = MiLoFormat(group, CompensatorFormat(bits), RankTable(rank))
-    w1, w2 = (f"{EXPERTS}.0.{leaf}" for leaf in ("w1", "w2"))
+    w1, w2 = (f"{EXPERTS}.0.{leaf}" for leaf in ("gate_proj", "down_proj"))
     matrices = [
         Matrix(w1, Kind.ROUTED_EXPERT, size, 128, EXPERTS, 0),
         Matrix(w2, Kind.ROUTED_EXPERT, 128, size, EXPERTS, 0),
     ]
     heads = 2112  # which all these numbers divide
-    said = allowed_splits(matrices, [], fmt, {w1: rank, w2: rank}, {"num_attention_heads": heads})
+    said = allowed_splits(matrices, [], fmt, {w1: rank, w2: rank}, {"num_attention_heads": heads}, FAMILIES["qwen3_moe"])
     sizes = [tp for tp in range(1, 65) if size % tp == 0 and heads % tp == 0]
     if size % group:  # no such checkpoint
         sizes = []
@@ -118,9 +119,10 @@ def test_sizes_hold_for_all_of_a_layer():
 
 def test_down_projections_of_latent_attention_are_not_cut():
     matrices = [
-        Matrix("m.self_attn.kv_a_proj_with_mqa", Kind.ATTENTION, 576, 7168),
-        Matrix("m.self_attn.o_proj", Kind.ATTENTION, 7168, 16384),
+        Matrix("model.layers.0.self_attn.kv_a_proj_with_mqa", Kind.ATTENTION, 576, 7168),
+        Matrix("model.layers.0.self_attn.o_proj", Kind.ATTENTION, 7168, 16384),
     ]
     ranks = {matrix.name: 16 for matrix in matrices}
     fmt = MiLoFormat(128, CompensatorFormat(3))
-    assert allowed_splits(matrices, [], fmt, ranks, {"num_attention_heads": 128}) == [1, 2, 4, 8, 16, 32, 64]
+    family, heads = FAMILIES["deepseek_v3"], {"num_attention_heads": 128}
+    assert allowed_splits(matrices, [], fmt, ranks, heads, family) == [1, 2, 4, 8, 16, 32, 64]

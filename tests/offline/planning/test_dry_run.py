@@ -11,6 +11,7 @@ from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.offline.calibration import choose
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
+from vllm_milo.offline.families.table import FAMILIES
 from vllm_milo.offline.nouns import Kind, Matrix
 from vllm_milo.offline.planning.splits import allowed_splits
 from vllm_milo.offline.source.reader import ModelReader
@@ -88,12 +89,13 @@ def test_json_is_of_dry_runs_alone(bundled_model: Path, tmp_path: Path, capsys: 
     assert "--json is for --dry-run alone" in capsys.readouterr().err
 
 
+EXPERTS = "model.layers.0.block_sparse_moe.experts"
 MIXTRAL = [
-    Matrix("m.self_attn.q_proj", Kind.ATTENTION, 4096, 4096),
-    Matrix("m.self_attn.k_proj", Kind.ATTENTION, 1024, 4096),
-    Matrix("m.self_attn.o_proj", Kind.ATTENTION, 4096, 4096),
-    Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 14336, 4096, "m.experts", 0),
-    Matrix("m.experts.0.w2", Kind.ROUTED_EXPERT, 4096, 14336, "m.experts", 0),
+    Matrix("model.layers.0.self_attn.q_proj", Kind.ATTENTION, 4096, 4096),
+    Matrix("model.layers.0.self_attn.k_proj", Kind.ATTENTION, 1024, 4096),
+    Matrix("model.layers.0.self_attn.o_proj", Kind.ATTENTION, 4096, 4096),
+    Matrix(f"{EXPERTS}.0.w1", Kind.ROUTED_EXPERT, 14336, 4096, EXPERTS, 0),
+    Matrix(f"{EXPERTS}.0.w2", Kind.ROUTED_EXPERT, 4096, 14336, EXPERTS, 0),
 ]
 
 
@@ -103,18 +105,35 @@ MIXTRAL = [
         (MIXTRAL, 128, 16, (32, 8), [1, 2, 4, 8, 16]),  # over 32, the experts' 448 inputs are no groups of 128
         (MIXTRAL, 64, 16, (32, 8), [1, 2, 4, 8, 16, 32]),
         (MIXTRAL, 64, 16, (24, 8), [1, 2, 4, 8]),  # 24 heads over 3 and 6 do not cut 8 key heads
-        ([Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 96, 64)], 64, 16, (4, 4), [1]),  # a part of 48 cuts a scale of U
-        ([Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 96, 64)], 64, 0, (4, 4), [1, 2, 4]),
-        ([Matrix("m.experts.0.w2", Kind.ROUTED_EXPERT, 64, 192)], 64, 0, (6, 6), [1, 3]),
+        (
+            [Matrix(f"{EXPERTS}.0.w1", Kind.ROUTED_EXPERT, 96, 64)],
+            64,
+            16,
+            (4, 4),
+            [1],
+        ),  # 48 cut a scale of U
+        ([Matrix(f"{EXPERTS}.0.w1", Kind.ROUTED_EXPERT, 96, 64)], 64, 0, (4, 4), [1, 2, 4]),
+        ([Matrix(f"{EXPERTS}.0.w2", Kind.ROUTED_EXPERT, 64, 192)], 64, 0, (6, 6), [1, 3]),
     ],
 )
 def test_tensor_parallel_sizes(matrices, group_size, rank, heads, sizes):
     config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     ranks = {matrix.name: rank for matrix in matrices}
-    assert allowed_splits(matrices, [], MiLoFormat(group_size, CompensatorFormat(3)), ranks, config) == sizes
+    fmt = MiLoFormat(group_size, CompensatorFormat(3))
+    assert allowed_splits(matrices, [], fmt, ranks, config, FAMILIES["mixtral"]) == sizes
+
+
+def test_latents_are_not_cut():
+    name = "model.layers.0.self_attn"
+    latent = [Matrix(f"{name}.kv_a_proj_with_mqa", Kind.ATTENTION, 576, 2048)]  # 576 over 2 ranks would cut groups
+    config = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    fmt, ranks = MiLoFormat(128, CompensatorFormat(3)), {latent[0].name: 16}
+    assert allowed_splits(latent, [], fmt, ranks, config, FAMILIES["deepseek_v2"]) == [1, 2, 4, 8, 16]
+    cut = [latent[0]._replace(name=f"{name}.kv_b_proj")]
+    assert allowed_splits(cut, [], fmt, {cut[0].name: 16}, config, FAMILIES["deepseek_v2"]) == [1]
 
 
 def test_kept_matrices_are_cut_anywhere():
-    kept = [Matrix("m.experts.0.w1", Kind.ROUTED_EXPERT, 96, 64)]
+    kept = [Matrix(f"{EXPERTS}.0.w1", Kind.ROUTED_EXPERT, 96, 64)]
     config = {"num_attention_heads": 24, "num_key_value_heads": 24}
-    assert allowed_splits([], kept, MiLoFormat(), {}, config) == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert allowed_splits([], kept, MiLoFormat(), {}, config, FAMILIES["mixtral"]) == [1, 2, 3, 4, 6, 8, 12, 24]

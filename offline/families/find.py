@@ -1,0 +1,71 @@
+"""The family of a model by its config.json; for others, what is known of them and which family is nearest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_milo.values import shown
+
+from ..errors import ConversionError
+from .family import Family
+from .table import FAMILIES
+
+_EXPERT_COUNTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+    *("num_moe_experts", "ffn_num_experts"),
+)
+"""config.json keys that any model has its number of routed experts under."""
+_DEEPEST = 3
+"""Levels of configs within each other, as a text model's in one for images."""
+_LIST = "`milo families` lists those that it does"
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """Return the family of a model by its config.json.
+
+    Raises:
+        ConversionError: the family is unknown, or is known but this model has no experts.
+    """
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is not None:
+        family.num_experts(config)
+        return family
+    said = f"config.json: model_type {shown(model_type)}"
+    text = next((part for part in _configs(config) if any(_is_count(part.get(key)) for key in _EXPERT_COUNTS)), None)
+    if text is None:
+        raise ConversionError(
+            f"{said} is not a Mixture-of-Experts model: it states no number of experts; of MoE families MiLo does "
+            f"not convert all, {_LIST}"
+        )
+    own = text.get("model_type")
+    if text is not config and str(own) in FAMILIES:
+        raise ConversionError(
+            f"{said} is a larger model around the text model {shown(own)}; MiLo converts text models alone: save that "
+            f"part by itself first"
+        )
+    inner = "" if text is config or own is None else f" around a text model {shown(own)}"
+    raise ConversionError(f"{said}{inner} is a MoE family that MiLo does not know{_nearest(model_type, own)}; {_LIST}")
+
+
+def _configs(config: Mapping[str, Any], level: int = 0) -> Iterator[Mapping[str, Any]]:
+    """Yield a config and those within it, as models for images have one for their text model."""
+    yield config
+    for part in config.values() if level < _DEEPEST else ():
+        if isinstance(part, Mapping):
+            yield from _configs(part, level + 1)
+
+
+def _is_count(value: object) -> bool:
+    """Return whether a value counts experts; a list has a number for each layer or kind."""
+    return any(map(_is_count, value)) if isinstance(value, list) else type(value) is int and value > 1
+
+
+def _nearest(*names: object) -> str:
+    """Return what to say of the family whose name is most like one of these; nothing where none is."""
+    for name in names:
+        if near := difflib.get_close_matches(str(name), FAMILIES, n=1):
+            return f"; the nearest that it knows is {near[0]}"
+    return ""

@@ -1,0 +1,279 @@
+"""The table of model families that MiLo converts. To add a family, add an entry; CONTRIBUTING.md shows how.
+
+Names of projections that no family had before go to :mod:`vllm_milo.names` too, which says what role they have.
+"""
+
+from __future__ import annotations
+
+from ..nouns import Kind
+from .family import LATER_LAYERS, Family
+from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, attention, dense, latent_attention, shared
+
+_SERVED = "served"
+_ROUTED = ("n_routed_experts",)
+_LOCAL = ("num_local_experts",)
+_MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
+_FROM_BF16 = "from 16-bit copies: FP8 sources are refused"
+_KEEPS_IN_PROJ = "linear attention's inner projections stay as they are"
+_GRANITE_FUSED = (
+    FusedTensor("input_linear.weight", ("gate", "up")),
+    FusedTensor("output_linear.weight", ("down",)),
+)
+_GRANITE_NAMES = (
+    Rename("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.input_linear.weight"),
+    Rename("block_sparse_moe.experts.down_proj", "block_sparse_moe.output_linear.weight"),
+    Rename("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),
+)
+_GRANITE_SHARED = (Slot("shared_mlp.output_linear", Kind.SHARED_EXPERT, Cut.INPUTS),)
+
+_MIXTRAL_LIKE = (
+    Family(
+        "mixtral",
+        "Mixtral-8x7B, 8x22B",
+        attention(),
+        kept=("block_sparse_moe.gate",),
+        block="block_sparse_moe",
+        projections=MIXTRAL,
+        num_experts_keys=_LOCAL,
+        renames=_MIXTRAL_NAMES,
+        status=_SERVED,
+    ),
+    Family(
+        "minimax_m2",
+        "MiniMax-M2, M2.1",
+        attention(),
+        kept=("block_sparse_moe.gate",),
+        block="block_sparse_moe",
+        projections=MIXTRAL,
+        num_experts_keys=_LOCAL,
+        ahead=(LATER_LAYERS,),
+        renames=_MIXTRAL_NAMES,
+        note=_FROM_BF16,
+    ),
+    Family(
+        "phimoe",
+        "Phi-3.5-MoE",
+        attention(),
+        kept=("block_sparse_moe.gate",),
+        block="block_sparse_moe",
+        projections=MIXTRAL,
+        num_experts_keys=_LOCAL,
+        renames=(Rename("mlp.router.", "block_sparse_moe.gate."), *_MIXTRAL_NAMES),
+        status=_SERVED,
+    ),
+)
+
+_QWEN_LIKE = (
+    Family(
+        "qwen2_moe",
+        "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+        (*attention(), *shared("mlp.shared_expert"), *dense()),
+        kept=("mlp.gate", "mlp.shared_expert_gate"),
+        status=_SERVED,
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3-30B-A3B, Qwen3-235B-A22B",
+        (*attention(), *dense()),
+        num_experts_keys=("num_experts", "num_local_experts"),
+        status=_SERVED,
+    ),
+    Family(
+        "qwen3_next",
+        "Qwen3-Next-80B-A3B",
+        (
+            *attention(),
+            Slot("linear_attn.in_proj_qkvz", Kind.ATTENTION),
+            Slot("linear_attn.out_proj", Kind.ATTENTION, Cut.INPUTS),
+            *shared("mlp.shared_expert"),
+            *dense(),
+        ),
+        kept=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
+        ahead=("mtp.",),
+        mixers=("self_attn", "linear_attn"),
+    ),
+    Family(
+        "qwen3_5_moe_text",
+        "text models of Qwen3.5, Qwen3.6 (35B-A3B, 122B-A10B)",
+        (
+            *attention(),
+            Slot("linear_attn.out_proj", Kind.ATTENTION, Cut.INPUTS),
+            *shared("mlp.shared_expert"),
+            *dense(),
+        ),
+        kept=(
+            "mlp.gate",
+            "mlp.shared_expert_gate",
+            *(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+        ),
+        ahead=("mtp.",),
+        mixers=("self_attn", "linear_attn"),
+        note=_KEEPS_IN_PROJ,
+    ),
+    Family("olmoe", "OLMoE-1B-7B", attention(), num_experts_keys=("num_experts", "num_local_experts"), status=_SERVED),
+    Family("flex_olmo", "FlexOlmo-7x7B", attention()),
+    Family("mellum", "Mellum", (*attention(), *dense()), num_experts_keys=("num_experts", "num_local_experts")),
+)
+
+_DEEPSEEK_LIKE = (
+    Family(
+        "deepseek",
+        "DeepSeek-MoE-16B",
+        (*attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        note="no calibration text: transformers has no class for it",
+    ),
+    Family(
+        "deepseek_v2",
+        "DeepSeek-V2, V2-Lite",
+        (*latent_attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        status=_SERVED,
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepSeek-V3, R1",
+        (*latent_attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        note=_FROM_BF16,
+        status=_SERVED,
+    ),
+    Family(
+        "kimi_k2",
+        "Kimi-K2",
+        (*latent_attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        runs_as="deepseek_v3",
+        note=_FROM_BF16,
+        status=_SERVED,
+    ),
+    Family(
+        "axk1",
+        "A.X-K1",
+        (*latent_attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        renames=(Rename("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
+        status=_SERVED,
+    ),
+    Family(
+        "glm4_moe_lite",
+        "GLM-4.7-Flash",
+        (*latent_attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        status=_SERVED,
+    ),
+    Family(
+        "glm4_moe",
+        "GLM-4.5, 4.6, 4.7, 4.5-Air",
+        (*attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        status=_SERVED,
+    ),
+    Family("dots1", "dots.llm1", (*attention(), *shared(), *dense()), num_experts_keys=_ROUTED),
+    Family(
+        "solar_open",
+        "Solar-Open-100B",
+        (*attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+    ),
+)
+
+_OTHERS = (
+    Family(
+        "ernie4_5_moe",
+        "ERNIE-4.5-21B-A3B-PT, 300B-A47B-PT",
+        (*attention(), *shared(), *dense()),
+        num_experts_keys=("moe_num_experts",),
+        ahead=("model.mtp_",),
+        renames=(Rename("mlp.gate.moe_statics.", "mlp.moe_statics."),),
+    ),
+    Family(
+        "hy_v3",
+        "Hy3",
+        (*attention(), *shared("mlp.shared_mlp"), *dense()),
+        kept=("mlp.router.gate",),
+        ahead=(LATER_LAYERS,),
+        renames=(
+            Rename("mlp.gate.", "mlp.router.gate."),
+            Rename("mlp.e_score_correction_bias", "mlp.expert_bias"),
+            Rename("mlp.shared_experts.", "mlp.shared_mlp."),
+        ),
+        status=_SERVED,
+    ),
+    Family(
+        "hunyuan_v1_moe",
+        "Hunyuan-A13B",
+        (*attention(), *shared("mlp.shared_mlp"), *dense()),
+        kept=("mlp.gate.wg",),
+    ),
+    Family(
+        "exaone_moe",
+        "K-EXAONE-236B-A23B",
+        (*attention(), *shared(), *dense()),
+        ahead=("mtp.",),
+        renames=(Rename("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
+        status=_SERVED,
+    ),
+    Family(
+        "afmoe",
+        "Trinity-Nano, Mini, Large",
+        (*attention(), Slot("self_attn.gate_proj", Kind.ATTENTION), *shared(), *dense()),
+        kept=("mlp.router.gate",),
+        status=_SERVED,
+    ),
+    Family(
+        "granitemoe",
+        "Granite-3.0-1B-A400M, 3B-A800M",
+        attention(),
+        kept=("block_sparse_moe.router.layer",),
+        block="block_sparse_moe",
+        fused=_GRANITE_FUSED,
+        num_experts_keys=_LOCAL,
+        renames=_GRANITE_NAMES,
+        logits_divisor_key="logits_scaling",
+        status=_SERVED,
+    ),
+    Family(
+        "granitemoeshared",
+        "Granite-MoE with shared experts",
+        (*attention(), *_GRANITE_SHARED),
+        kept=("block_sparse_moe.router.layer", "shared_mlp.input_linear"),
+        block="block_sparse_moe",
+        fused=_GRANITE_FUSED,
+        num_experts_keys=_LOCAL,
+        renames=_GRANITE_NAMES,
+        logits_divisor_key="logits_scaling",
+        status=_SERVED,
+    ),
+    Family(
+        "lfm2_moe",
+        "LFM2-8B-A1B",
+        (*attention(out="out_proj"), *dense("feed_forward", MIXTRAL)),
+        kept=("feed_forward.gate", "conv.in_proj", "conv.out_proj"),
+        block="feed_forward",
+        projections=MIXTRAL,
+        fused=FUSED,
+        mixers=("self_attn", "conv"),
+        norm="model.embedding_norm",
+        note="convolutions stay as they are",
+    ),
+    Family(
+        "jamba",
+        "Jamba-1.5-Mini, 1.5-Large",
+        (*attention(), *dense("feed_forward")),
+        kept=("feed_forward.router", *(f"mamba.{part}_proj" for part in ("in", "x", "dt", "out"))),
+        block="feed_forward",
+        mixers=("self_attn", "mamba"),
+        norm="model.final_layernorm",
+        note="Mamba layers stay as they are",
+    ),
+)
+
+FAMILIES = {family.model_type: family for family in (*_MIXTRAL_LIKE, *_QWEN_LIKE, *_DEEPSEEK_LIKE, *_OTHERS)}
+"""The families by ``model_type``."""

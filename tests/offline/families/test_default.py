@@ -1,0 +1,25 @@
+"""`milo quantize` without options on a family that transformers cannot run: no text, and a warning."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_families import make_family
+
+from vllm_milo.offline.cli import main
+from vllm_milo.validation import validate_checkpoint
+
+
+def test_without_a_class_there_is_no_text(bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, out = make_family("deepseek", tmp_path / "source"), tmp_path / "out"
+    for file in bundled_model.glob("tokenizer*"):
+        shutil.copy(file, source)
+    assert main(["quantize", str(source), "-o", str(out), "--max-rounds", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: no calibration: " in said
+    assert "model type `deepseek`" in said
+    assert "Quantizing without one (--calibration none), " in said
+    assert validate_checkpoint(out).recipe["calibration"] == "none"
+    assert "matrices get groups of 64 weights: 128 does not divide their input size (192, 704)" in said

@@ -1,0 +1,56 @@
+"""The family of a model by its config.json, and what is said of models that have none."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.families.find import find_family
+from vllm_milo.offline.families.table import FAMILIES
+
+MOE = {"num_experts": 8}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_known_families(family):
+    config = {"model_type": family.model_type, family.num_experts_keys[0]: 6}
+    assert find_family(config) is family
+    assert family.num_experts(config) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "'llama' is not a Mixture-of-Experts model: it states no number of experts"),
+        ({"model_type": "gemma4", "text_config": {"num_experts": None}}, "'gemma4' is not a Mixture-of-Experts model"),
+        ({"model_type": "x", "text_config": {"num_experts": 1}}, "'x' is not a Mixture-of-Experts model"),
+        (
+            {"model_type": "gpt_oss", "num_local_experts": 32},
+            "'gpt_oss' is a MoE family that MiLo does not know; ",
+        ),
+        ({"model_type": "qwen4_moe", **MOE}, "does not know; the nearest that it knows is qwen3_moe; `milo families`"),
+        ({"model_type": "glm4v_moe", "text_config": MOE}, "'glm4v_moe' is a MoE family .* nearest .* is glm4_moe;"),
+        (
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text", "num_local_experts": 16}},
+            "'llama4' around a text model 'llama4_text' is a MoE family that MiLo does not know",
+        ),
+        (
+            {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text", "num_experts": 256}},
+            "'qwen3_5_moe' is a larger model around the text model 'qwen3_5_moe_text'; MiLo converts text models alone",
+        ),
+        (
+            {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": {"model_type": "t", **MOE}}},
+            "'qwen3_omni_moe' around a text model 't' is a MoE family .*; the nearest that it knows is qwen3_moe",
+        ),
+        (
+            {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}},
+            "'dbrx' is a MoE family that MiLo does",
+        ),
+        ({"model_type": "ernie4_5_vl_moe", "moe_num_experts": [64, 64]}, "MoE family .* nearest .* is ernie4_5_moe;"),
+        ({"model_type": "mixtral"}, "no num_local_experts; is this mixtral model a MoE"),
+        ({"model_type": ["a"], **MOE}, "is a MoE family that MiLo does not know"),
+    ],
+)
+def test_others_are_told_apart(config: dict, message: str):
+    with pytest.raises(ConversionError, match=message):
+        find_family(config)

@@ -1,0 +1,174 @@
+"""Tiny random models of every family in the converter's table, in the layout that their makers publish.
+
+To add a family, add an entry to :data:`TINY`; CONTRIBUTING.md shows how.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import COMMON, FAMILIES, fill
+
+from vllm_milo.offline.families.table import FAMILIES as TABLE
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+LATENT = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,  # with the next, the only size that vLLM's latent attention takes on CPUs
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
+# groups of 128 divide the experts' inputs of no down projection, and the dense layer's of all but DeepSeek's
+EXPERTS = {"intermediate_size": 256, "moe_intermediate_size": 192, "num_experts_per_tok": 2}
+ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+GROUPED = {"n_group": 2, "topk_group": 1}
+QUERIES = {"q_lora_rank": 128}
+NO_AHEAD = {"num_nextn_predict_layers": 0}
+PLAIN = {"intermediate_size": 192, "num_experts_per_tok": 2, "num_local_experts": 4}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 192,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+GRANITE = PLAIN | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_multiplier": 0.1,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+
+
+class Tiny(NamedTuple):
+    """How a tiny model of a family is made.
+
+    Attributes:
+        config: beside what all have in common.
+        made_of: the ``model_type`` of transformers that makes its weights, where it has none for the family.
+        without: parts of names of weights that the family does not have.
+        architecture: in config.json, where it is not the name of transformers' class.
+    """
+
+    config: dict[str, Any]
+    made_of: str | None = None
+    without: tuple[str, ...] = ()
+    architecture: str | None = None
+
+
+TINY = {
+    **{name: Tiny(config) for name, config in FAMILIES.items()},
+    "minimax_m2": Tiny(
+        HEADS | PLAIN | {"rotary_dim": 32, "use_qk_norm": True, "num_mtp_modules": 0, "scoring_func": "sigmoid"}
+    ),
+    "phimoe": Tiny(
+        HEADS | PLAIN | {"head_dim": 32, "attention_bias": True, "lm_head_bias": True},
+        architecture="PhiMoEForCausalLM",
+    ),
+    "qwen3_next": Tiny(HEADS | EXPERTS | LINEAR),
+    "qwen3_5_moe_text": Tiny(HEADS | EXPERTS | LINEAR),
+    "flex_olmo": Tiny(
+        HEADS
+        | {"num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 192, "num_experts": 4}
+        | {"num_experts_per_tok": 2}
+    ),
+    "mellum": Tiny(HEADS | EXPERTS | {"num_experts": 4}),
+    "deepseek": Tiny(
+        HEADS | ROUTED | {"intermediate_size": 704, "head_dim": 32, "moe_layer_freq": 1, "scoring_func": "softmax"},
+        made_of="dots1",
+        without=("q_norm", "k_norm", "e_score_correction_bias"),
+        architecture="DeepseekForCausalLM",
+    ),
+    "deepseek_v2": Tiny(
+        LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}
+    ),
+    "deepseek_v3": Tiny(
+        LATENT | ROUTED | GROUPED | QUERIES | NO_AHEAD | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    ),
+    "kimi_k2": Tiny(
+        LATENT
+        | ROUTED
+        | QUERIES
+        | NO_AHEAD
+        | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1},
+        made_of="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+    ),
+    "axk1": Tiny(LATENT | ROUTED | GROUPED | QUERIES),
+    "glm4_moe_lite": Tiny(LATENT | ROUTED | QUERIES | NO_AHEAD),
+    "glm4_moe": Tiny(HEADS | ROUTED | NO_AHEAD | {"attention_bias": True, "use_qk_norm": True}),
+    "dots1": Tiny(HEADS | ROUTED),
+    "solar_open": Tiny(HEADS | ROUTED | {"first_k_dense_replace": 0}),
+    "ernie4_5_moe": Tiny(
+        HEADS | EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1}
+    ),
+    "hy_v3": Tiny(
+        HEADS
+        | EXPERTS
+        | NO_AHEAD
+        | {"num_experts": 4, "num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"], "qk_norm": True}
+        | {
+            "first_k_dense_replace": 1,
+            "expert_hidden_dim": 192,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_use_sigmoid": True,
+        }
+        | {"route_norm": True, "enable_moe_fp32_combine": False, "enable_lm_head_fp32": False}
+    ),
+    "hunyuan_v1_moe": Tiny(HEADS | {"intermediate_size": 192, "num_experts": 4, "moe_topk": 2}),
+    "exaone_moe": Tiny(
+        HEADS
+        | EXPERTS
+        | {"num_experts": 4, "num_shared_experts": 1, "sliding_window": 64}
+        | {"layer_types": ["sliding_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]}
+    ),
+    "afmoe": Tiny(
+        HEADS
+        | EXPERTS
+        | {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 64}
+        | {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+    ),
+    "granitemoe": Tiny(GRANITE),
+    "granitemoeshared": Tiny(GRANITE | {"shared_intermediate_size": 256}),
+    "lfm2_moe": Tiny(
+        EXPERTS
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_dense_layers": 1}
+        | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}
+    ),
+    "jamba": Tiny(
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "num_experts": 4}
+        | {"num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+    ),
+}
+assert TINY.keys() == TABLE.keys(), f"the table and the tiny models differ in {TINY.keys() ^ TABLE.keys()}"
+
+
+def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Save a tiny random model of a family, with all that its makers' checkpoints have."""
+    tiny = TINY[name]
+    config = transformers.AutoConfig.for_model(tiny.made_of or name, **{**COMMON, **tiny.config})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    fill(model)
+    model.to(dtype).save_pretrained(folder)
+    if tiny.without:
+        weights = folder / "model.safetensors"
+        held = load_file(weights)
+        for key in [key for key in held if any(part in key for part in tiny.without)]:
+            del held[key]
+        save_file(held, weights, metadata={"format": "pt"})
+    written = json.loads((folder / "config.json").read_text())
+    written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+    return folder
