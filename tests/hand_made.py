@@ -60,7 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dots1": {**_GQA, **_DEEPSEEK},
     "solar_open": {**_GQA, **_DEEPSEEK, "n_shared_experts": 1, "first_k_dense_replace": 0},
     "granitemoeshared": {
-        "num_attention_heads": 4,
+        "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
         "num_local_experts": 8,

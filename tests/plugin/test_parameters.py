@@ -55,5 +55,5 @@ class TestStrictLoading:
     def test_parts_fused_on_disk(self, tensors):
         layer = make_layer("merged", make_format(), [128, 128], "model.layers.0.mlp.gate_up_proj")
         parameter = layer.weight_packed
-        with pytest.raises(CheckpointError, match=r"MiLo checkpoints store .* apart, found one tensor"):
+        with pytest.raises(CheckpointError, match=r"MiLo expects the tensors .*, but vLLM loads one for partitions"):
             parameter.weight_loader(parameter, tensors["weight_packed"])

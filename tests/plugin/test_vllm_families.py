@@ -43,8 +43,8 @@ ENGINE = {
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """vLLM's output on the checkpoints, and on the unquantized models they stand for as ``… plain``."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The checkpoints, and the unquantized models they stand for as ``… plain``."""
     root = tmp_path_factory.mktemp("families")
     models: dict[str, Path] = {}
     for family, ignore in SERVED.items():
@@ -55,12 +55,16 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     renamed = hand_made.quantize(root / "exaone_moe source", root / "exaone_moe renamed")
     models["exaone_moe renamed"] = hand_made.rename(renamed, r"mlp\.e_score", "mlp.gate.e_score")
     models["llama4_text whole"] = hand_made.quantize(root / "llama4_text source", root / "llama4_text whole")
-    return vllm_runner.run(job(models, **ENGINE), root)
+    return models
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_equals_the_unquantized_model(family: str, outputs: dict[str, list[dict]]):
-    found, expected = outputs[family], outputs[f"{family} plain"]
+@pytest.fixture(scope="module")
+def outputs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """vLLM's output on all of them."""
+    return vllm_runner.run(job(models, **ENGINE), tmp_path_factory.mktemp("outputs"))
+
+
+def assert_equal(family: str, found, expected) -> None:
     assert "error" not in expected, expected
     assert "error" not in found, found
     differences = [
@@ -73,6 +77,19 @@ def test_equals_the_unquantized_model(family: str, outputs: dict[str, list[dict]
     assert sum(differences) / len(differences) < 1e-5
     assert max(differences) < 2e-3
     assert [one["generated"] for one in found] == [one["generated"] for one in expected]
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_equals_the_unquantized_model(family: str, outputs: dict[str, list[dict]]):
+    assert_equal(family, outputs[family], outputs[f"{family} plain"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek", "granitemoeshared"])
+def test_two_ranks_equal_the_unquantized_model(family: str, models: dict[str, Path], tmp_path: Path):
+    both = {name: models[name] for name in (family, f"{family} plain")}
+    outputs = vllm_runner.run(job(both, tensor_parallel_size=2, **ENGINE), tmp_path)
+    assert_equal(family, outputs[family], outputs[f"{family} plain"])
 
 
 @pytest.mark.parametrize("name", REFUSED)
