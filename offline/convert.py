@@ -20,7 +20,7 @@ from vllm_milo.validation import validate_checkpoint
 from .batches import Rule, gather_layers, plan_batches
 from .calibration import memory
 from .calibration.sequential import SequentialPass, Visit
-from .calibration.weights import refuse_broken_weights
+from .calibration.weights import refuse_broken_layer, refuse_broken_weights
 from .checkpoint.card import write_card
 from .checkpoint.claim import Claim
 from .checkpoint.matrices import Result
@@ -34,6 +34,7 @@ from .learn.layer import learn_layer
 from .need import NeedMeter
 from .nouns import Matrix, Recipe
 from .planning.plan import Plan, make_plan
+from .planning.shards import shard_uses
 from .progress import doing, progress_bar
 from .ranks.budget import stored_bits
 from .ranks.plan import Pass, RankChoice, plan_ranks
@@ -151,7 +152,7 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     report = Report()
     layers = sum(bool(layer.matrices) for layer in planned.layers)
     final = conversion.text is None or conversion.text.tune is None
-    durable = (claim, decided_by, layers, final)
+    durable = (claim, decided_by, layers, final, planned.reader.shards.used)
     folder = planned.reader.folder
     output = CheckpointWriter(out, folder, conversion.overwrite, conversion.shard_bytes, *durable)
     with output as writer, Devices(planned.devices) as devices:
@@ -188,7 +189,9 @@ def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], be
     """Quantize the layers that are not finished, and publish the checkpoint."""
     conversion, layers, report = planned.conversion, planned.layers, bench.report
     at = Start(writer.journal.layers, finished_layers(writer.journal, layers, bench.device))
-    with closing(quantize_steps(bench, layers, ranks, conversion, at)) as steps:
+    uses = shard_uses(bench.reader, layers, at.layers, conversion.text is not None)
+    coming = bench.reader.shards.coming(uses, writer.journal.source)
+    with coming, closing(quantize_steps(bench, layers, ranks, conversion, at)) as steps:
         keep_steps(writer, bench.reader, report, steps)
     if conversion.text is not None and conversion.text.tune is not None:
         held = list(finished_layers(writer.journal, layers, bench.device))
@@ -258,7 +261,7 @@ def _plain(
         for job in load_batches(bench.reader, together, ranks, recipe, rule, device.type == "cuda")
     )
     shown = progress_bar(layers, "quantize", bench.progress, sizes=[layer.weights for layer in layers])
-    with closing(ahead(jobs)) as ready, closing(bench.devices.solve(ready)) as done:
+    with closing(ahead(jobs)) as ready, closing(bench.devices.solve(ready)) as done, bench.reader.shards.stopping():
         solved = _noted(done, bench.report)
         for together in gather_layers(shown, device, rule.elements):
             yield _by_layer(together, islice(solved, sum(len(layer.matrices) for layer in together)))
@@ -311,14 +314,16 @@ def _learned(
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
     if start.layers:
-        _replay(stream, plan[: start.layers], start.finished, bench.progress)
-    else:
+        _replay(stream, bench, plan[: start.layers], start.finished)
+    elif not reader.shards.streamed:
         refuse_broken_weights(reader, bench.progress)
     for layer in progress_bar(left, "quantize", bench.progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
         if index is None:
             yield iter([(layer, ())])
             continue
+        if reader.shards.streamed:
+            refuse_broken_layer(reader, layer)
         doing("run the original")
         visit = stream.visit(index)
         matrices = [source.matrix for source in layer.matrices]
@@ -354,13 +359,14 @@ def _jobs(
         del weights
 
 
-def _replay(stream: SequentialPass, plan: Sequence[Layer], finished: Layers, progress: bool) -> None:
+def _replay(stream: SequentialPass, bench: Bench, plan: Sequence[Layer], finished: Layers) -> None:
     """Let both streams go through layers that were quantized before; their weights were looked at then."""
     sizes = [layer.weights for layer in plan]
-    for layer, (_, solved) in zip(progress_bar(plan, "replay", progress, sizes=sizes), finished, strict=True):
+    for layer, (_, solved) in zip(progress_bar(plan, "replay", bench.progress, sizes=sizes), finished, strict=True):
         index = layer_index(layer.name)
         if index is not None:
             stream.replay(index, {matrix: one.to(stream.model.device).dequantize() for matrix, one in solved})
+        bench.reader.shards.used([layer.name])
 
 
 def _tuned(

@@ -14,6 +14,7 @@ import torch
 from .conversion import Conversion, Text
 from .durable.journal import START_OVER
 from .errors import ConversionError
+from .hub_names import hub_origin
 from .source.reader import ModelReader
 
 BATCH_WEIGHTS = "batch_weights"
@@ -26,7 +27,8 @@ def fingerprint(
     """Return what decides a conversion's result, as JSON.
 
     The weights count by their files' names, sizes, times of change and headers, not by their content, which takes long
-    to read. The kind of device counts, not its model: on another GPU the rest is converted as this one does it.
+    to read; those of the Hub by their commit, whether they are in its cache or come when they are used. The kind of
+    device counts, not its model: on another GPU the rest is converted as this one does it.
 
     Args:
         reader: the source model.
@@ -42,10 +44,7 @@ def fingerprint(
         BATCH_WEIGHTS: batch_weights,
         "shard_bytes": conversion.shard_bytes,
         "text": None if conversion.text is None else _text(conversion.text),
-        "source": {
-            "config.json": _digest((reader.folder / "config.json").read_bytes()),
-            **{path.name: _shard(path) for path in sorted({entry.file for entry in reader.tensors.values()})},
-        },
+        "source": {"config.json": _digest((reader.folder / "config.json").read_bytes()), **_weights(reader)},
     }
     return json.loads(json.dumps(content))
 
@@ -80,6 +79,13 @@ def _text(text: Text) -> dict[str, Any]:
         "learn": asdict(text.learn),
         "tune": None if text.tune is None else asdict(text.tune),
     }
+
+
+def _weights(reader: ModelReader) -> dict[str, Any]:
+    origin = hub_origin(reader.folder)
+    if origin is not None:
+        return dict(zip(("repository", "commit"), origin, strict=True))
+    return {path.name: _shard(path) for path in sorted({entry.file for entry in reader.tensors.values()})}
 
 
 def _shard(path: Path) -> dict[str, Any]:

@@ -39,6 +39,15 @@ def is_file_name(repository: str) -> bool:
     return repository.lower().endswith(FILE_ENDS)
 
 
+def hub_origin(folder: Path) -> tuple[str, str] | None:
+    """Return the repository and commit of a folder in the Hub's cache; None for any other folder."""
+    root = folder.resolve()
+    home = root.parent.parent.name
+    if root.parent.name != "snapshots" or not home.startswith("models--"):
+        return None
+    return home.removeprefix("models--").replace("--", "/", 1), root.name
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line that an error of a library says, without its full stop."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -50,6 +50,8 @@ def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, st
             tensors |= tensors_on_host(_noting_ranks(solved, ranks))
             tensors |= _other_tensors(reader, layer)
         writer.keep(names, tensors, ranks, report.since(mark))
+        if reader.shards.streamed:
+            writer.wait()  # its shards go before more come
         mark = report.mark()
     writer.wait()
 
@@ -90,4 +92,7 @@ def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers) ->
 
 def _other_tensors(reader: ModelReader, layer: Layer) -> dict[str, torch.Tensor]:
     """Return the tensors of a layer that are copied, by their names in checkpoints."""
-    return {reader.family.checkpoint_name(tensor): reader.load_finite(tensor) for tensor in layer.others}
+    found = {reader.family.checkpoint_name(tensor): reader.load_finite(tensor) for tensor in layer.others}
+    if reader.shards.streamed:  # a tensor that lies in a file would keep its room on the disk until it is written
+        return {name: tensor.clone() for name, tensor in found.items()}
+    return found

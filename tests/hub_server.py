@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,7 +39,10 @@ def of_folder(folder: Path, **more: bytes) -> Repository:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves repositories; notes what is asked and what is committed."""
+    """Serves repositories; notes what is asked and what is committed.
+
+    Files may be broken (status 500) or withdrawn (404), but for ranges of them, or end before they begin (cut).
+    """
 
     daemon_threads = True
 
@@ -54,6 +58,9 @@ class HubServer(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.fail_commits = False
         self.broken_files: set[str] = set()
+        self.withdrawn_files: set[str] = set()
+        self.cut_files: set[str] = set()
+        self.before_weights: Callable[[str], None] = lambda file: None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -153,7 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         commit = repository.commit(revision)
         content = repository.commits[commit].get(file) if commit else None
-        if content is None:
+        withdrawn = file in self.server.withdrawn_files and not self.headers.get("Range")
+        if content is None or withdrawn:
             self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
         headers = {"X-Repo-Commit": str(commit), "ETag": f'"{_oid(content)}"', "X-Linked-Size": str(len(content))}
@@ -162,7 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
             part = content[int(asked[1]) : int(asked[2] or len(content)) + 1]
             self._send(206, part, headers)
         else:
-            self._send(200, content, headers)
+            if self.command == "GET" and file.endswith(".safetensors"):
+                self.server.before_weights(file)
+            self._send(200, content, headers, cut=file in self.server.cut_files)
 
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -198,13 +208,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and not cut:
             self.wfile.write(content)
 
 

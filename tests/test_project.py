@@ -82,11 +82,11 @@ FLOORS = {
     "learn": {"nouns", "progress", "solve", "families", "source"},
     "ranks": {"errors", "nouns", "progress", "source"},
     "presets": {"errors", "nouns", "ranks"},
-    "checkpoint": {"errors", "nouns", "durable", "solve", "families", "source"},
+    "checkpoint": {"errors", "nouns", "durable", "solve", "families", "source", "hub_names"},
     "evaluation": {"errors", "progress", "durable", "families", "source", "checkpoint"},
     "spread": {"errors", "nouns", "solve", "source", "calibration", "batches", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
-    "fingerprint": {"errors", "durable", "source", "conversion"},
+    "fingerprint": {"errors", "durable", "source", "hub_names", "conversion"},
     "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
     "need": {"nouns", "solve", "calibration", "batches", "learn", "ranks"},
     "planning": {
@@ -100,7 +100,7 @@ FLOORS = {
         "checkpoint",
         "conversion",
     },
-    "hub": {"errors", "hub_names", "planning"},
+    "hub": {"errors", "durable", "hub_names", "planning"},
     "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
     | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning", "spread"},
     "cli": {

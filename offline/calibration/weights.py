@@ -8,7 +8,7 @@ from vllm_milo.checkpoint import BITS, GROUP_SIZES
 
 from ..errors import ConversionError
 from ..progress import progress_bar
-from ..source.layers import BROKEN
+from ..source.layers import BROKEN, Layer
 from ..source.reader import ModelReader
 
 WIDEST = 65504.0 * (2**BITS - 1)
@@ -22,14 +22,19 @@ def refuse_broken_weights(reader: ModelReader, progress: bool = False) -> None:
         ConversionError: names the first that holds NaN or Inf, or is to be quantized and too large for that.
     """
     for layer in progress_bar(reader.layers, "check weights", progress):
-        quantized = {source.tensor for source in layer.matrices}
-        for tensor in dict.fromkeys([*(source.tensor for source in layer.matrices), *layer.others]):
-            values = reader.load_finite(tensor)
-            if tensor in quantized and _is_too_large(values):
-                raise ConversionError(
-                    f"{reader.tensors[tensor].file}: tensor {tensor} holds weights up to "
-                    f"{values.float().abs().max().item():.3g}, which 3 bits with fp16 scales cannot store; {BROKEN}"
-                )
+        refuse_broken_layer(reader, layer)
+
+
+def refuse_broken_layer(reader: ModelReader, layer: Layer) -> None:
+    """Read the tensors of a layer once; see :func:`refuse_broken_weights`."""
+    quantized = {source.tensor for source in layer.matrices}
+    for tensor in dict.fromkeys([*(source.tensor for source in layer.matrices), *layer.others]):
+        values = reader.load_finite(tensor)
+        if tensor in quantized and _is_too_large(values):
+            raise ConversionError(
+                f"{reader.tensors[tensor].file}: tensor {tensor} holds weights up to "
+                f"{values.float().abs().max().item():.3g}, which 3 bits with fp16 scales cannot store; {BROKEN}"
+            )
 
 
 def _is_too_large(values: torch.Tensor) -> bool:

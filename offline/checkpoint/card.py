@@ -17,6 +17,7 @@ from vllm_milo import __version__
 
 from ..durable.files import flush
 from ..errors import ConversionError
+from ..hub_names import hub_origin
 from .inspect import inspect_checkpoint, name_group_sizes
 from .manifest import CARD_NAME
 
@@ -75,15 +76,6 @@ class Measured(NamedTuple):
     perplexity: float
     reference_perplexity: float
     tokens: int
-
-
-def hub_origin(folder: Path) -> tuple[str, str] | None:
-    """Return the repository and commit of a folder in the Hub's cache; None for any other folder."""
-    root = folder.resolve()
-    home = root.parent.parent.name
-    if root.parent.name != "snapshots" or not home.startswith("models--"):
-        return None
-    return home.removeprefix("models--").replace("--", "/", 1), root.name
 
 
 def write_card(folder: Path, source: Path, notes: CardNotes) -> None:

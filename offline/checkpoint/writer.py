@@ -12,7 +12,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ class CheckpointWriter:
         fingerprint: what decides the result, so that finished layers can be kept; see :mod:`..fingerprint`.
         layers: how many have matrices to quantize.
         final: whether layers are what will be in the shards; False if they change after the last.
+        kept: is told, in another thread, the names of layers that :meth:`keep` has put on the disk.
 
     Raises:
         ConversionError: ``out`` is not safe to write, cannot be written, or holds damaged layers.
@@ -66,6 +67,7 @@ class CheckpointWriter:
         fingerprint: Mapping[str, Any] | None = None,
         layers: int = 0,
         final: bool = True,
+        kept: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
         self.out = out.resolve()
         self.source = source
@@ -74,7 +76,7 @@ class CheckpointWriter:
         self.bytes_written = 0
         self._claim = claim or Claim(out, source, overwrite)
         self._owned = claim is None
-        self._fingerprint, self._layers, self._final = fingerprint, layers, final
+        self._fingerprint, self._layers, self._final, self._kept = fingerprint, layers, final, kept
         self._stored: set[str] = set()
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
@@ -133,6 +135,7 @@ class CheckpointWriter:
             if path.name not in known:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.journal.forget()
+        discard(self.journal.source)
         if self._final:
             for record in self.journal.records:
                 for name, tensor in self.journal.tensors(record, without=self._stored).items():
@@ -201,6 +204,8 @@ class CheckpointWriter:
             self.journal.keep(layers, held, ranks, said)
         except (OSError, SafetensorError) as error:
             raise self._cannot_write(error, sum(tensor.nbytes for tensor in held.values())) from error
+        if self._kept is not None:
+            self._kept(layers)
         if self._final:
             for name, tensor in held.items():
                 self.add(name, tensor)

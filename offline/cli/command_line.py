@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.card import OUT
 
-NOT_SAID = ("--resume", "--overwrite", "--quiet")
+NOT_SAID = ("--resume", "--overwrite", "--quiet", "--delete-source-shards")
 """Options that do not decide the result."""
 NOT_SAID_VALUE = "--log-json"
 """One with a value."""

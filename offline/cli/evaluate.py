@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.card import Measured, hub_origin, update_card
+from ..checkpoint.card import Measured, update_card
 from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..evaluation.divergence import divergences, open_streamed, refuse_strangers, text_windows
 from ..evaluation.model import load_model
 from ..evaluation.perplexity import STRIDE, WINDOW, perplexity
+from ..hub_names import hub_origin
 from ..source.foreign import transformers_errors
 from ..source.tokens import read_tokens
 from .arguments import add_text_arguments, check_text_arguments

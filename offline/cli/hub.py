@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
@@ -18,6 +19,10 @@ from ..errors import ConversionError
 from ..evaluation.verify import verify_checkpoint
 from ..hub_names import REPOSITORY, ModelName, model_name
 from ..planning.disk import size_text
+
+if TYPE_CHECKING:
+    from ..hub.download import Listing
+    from ..source.reader import Shards
 
 PLACES = ("model", "checkpoint", "reference")
 """Arguments that name a folder, or a model of the Hub."""
@@ -51,6 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
         from ..hub.upload import check_target  # like all of hub/ only where it is needed: the library takes a second
 
         check_target(target)
+    if getattr(arguments, "delete_source_shards", False) and not isinstance(arguments.model, ModelName):
+        raise ConversionError(
+            f"--delete-source-shards: {arguments.model} is a folder, from which nothing is deleted; the option is for "
+            f"models of the Hugging Face Hub, org/name"
+        )
     with contextlib.ExitStack() as stack:
         names = {place: getattr(arguments, place, None) for place in PLACES}
         for place, name in names.items():
@@ -64,13 +74,19 @@ def run(arguments: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _folder(arguments: argparse.Namespace, place: str, name: ModelName) -> Iterator[Path]:
     """Yield the folder that stands for a model of the Hub."""
-    from ..hub import download, headers
+    from ..hub import download, headers, shards
 
     headers_only = getattr(arguments, "headers_only", False) or getattr(arguments, "dry_run", False)
+    streamed = getattr(arguments, "delete_source_shards", False)
     if download.is_offline():
+        if streamed:
+            raise ConversionError("--delete-source-shards downloads, and HF_HUB_OFFLINE is set; leave one of them out")
         yield download.cached(name)
         return
     listing = download.look_up(name)
+    if streamed and not headers_only:
+        yield _streamed(arguments, name, listing)
+        return
     if headers_only:
         if missing := listing.missing_bytes:
             print(
@@ -78,6 +94,8 @@ def _folder(arguments: argparse.Namespace, place: str, name: ModelName) -> Itera
                 file=sys.stderr,
             )
         with headers.stand_in(listing) as folder, _called(name, folder):
+            if streamed:
+                arguments.shards = shards.HubShards(listing, folder, folder)
             yield folder
         return
     check = getattr(arguments, "check", None)
@@ -87,6 +105,20 @@ def _folder(arguments: argparse.Namespace, place: str, name: ModelName) -> Itera
             setattr(trial, place, folder)
             check(trial)
     yield download.download(listing)
+
+
+def _streamed(arguments: argparse.Namespace, name: ModelName, listing: Listing) -> Path:
+    """Return the folder of a model's settings, and let the arguments hold its shards, which come when they are used.
+
+    The conversion's own checks need no weights, so nothing is to be tried before.
+    """
+    from ..hub import download, headers, shards
+
+    settings = download.download_settings(listing)
+    with headers.stand_in(listing) as folder, _called(name, folder):
+        held: Shards = shards.HubShards(listing, folder, settings)
+    arguments.shards = held
+    return settings
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from ..planning.devices import find_devices
 from ..planning.plan import Plan, make_plan
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..progress import log_event
-from ..ranks.policies import POLICIES, Policy, parse_policies
+from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.reader import ModelReader
 from ..threads import threads_for
 from .arguments import OR_HUB, default_device
@@ -87,6 +88,9 @@ DEVICES_HELP = """several GPUs, as in cuda:0,cuda:1: the first does what it woul
 the matrices of each layer; the result is the same to the byte"""
 MEMORY_HELP = """most memory to take on each device; default: what is free, on a CPU no limit. With less than 12 GiB the
 solver takes fewer matrices at once, but never less than one, and single codes may come out otherwise"""
+STREAM_HELP = """of a model of the Hub: download each file of weights when it is used, beside the output, and
+delete it when the layers in it are finished, so that two or three are there at once; what the Hub's cache held before
+stays"""
 DRY_RUN_HELP = """check everything that can be known before the work, print what would be done, and write nothing: size
 on disk, stored bits a weight, memory, tensor parallel sizes. The calibration text is neither cut nor written by the
 model, so windows are the most that there can be."""
@@ -135,7 +139,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, alone on stdout")
     parser.add_argument("--push-to", type=target_repository, metavar="ORG/NAME", help=PUSH_HELP)
     parser.add_argument("--private", action="store_true", help="with --push-to: a new repository is private")
-    parser.set_defaults(run=_run, check=_check)
+    parser.add_argument("--delete-source-shards", action="store_true", help=STREAM_HELP)
+    parser.set_defaults(run=_run, check=_check, shards=None)
 
 
 def _folder(text: str) -> Path:
@@ -168,12 +173,16 @@ def _run(arguments: argparse.Namespace) -> Path | None:
         return None
     with claim:  # before a calibration that takes long
         _print_notes(claim, arguments.quiet)
-        largest = max((matrix.n * matrix.k for matrix in ModelReader(arguments.model).matrices), default=0)
+        largest = max(
+            (matrix.n * matrix.k for matrix in ModelReader(arguments.model, arguments.shards).matrices), default=0
+        )
         with threads_for(largest):
             plan = plan_conversion(arguments, claim)
             log_event("plan", **describe(plan))
             if not arguments.quiet:
                 print(plan.memory.line(arguments.device), file=sys.stderr)
+                if arguments.shards and plan.conversion.text and claim.resume and claim.journal.quantized:
+                    print("note: finished layers run once more; their shards are downloaded again", file=sys.stderr)
             summary = carry_out(plan, not arguments.quiet, claim)
     return print_summary(summary)
 
@@ -213,7 +222,7 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim) -> Plan:
     """
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
-    reader = ModelReader(arguments.model)
+    reader = ModelReader(arguments.model, arguments.shards)
     plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method), claim)
     if not arguments.quiet:
         _note_groups(plan)
@@ -237,6 +246,8 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         budget = preset.budget_bits if budget is None else budget
     else:
         policies = _policies(arguments, method)
+    if arguments.delete_source_shards:
+        _refuse_whole_model(arguments, preset, policies)
     return Conversion(
         recipe=_recipe(arguments, preset, method, None),
         policies=policies,
@@ -250,6 +261,20 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         resume=arguments.resume,
         card=CardNotes(command_of(arguments), arguments.push_to),
     )
+
+
+def _refuse_whole_model(arguments: argparse.Namespace, preset: Preset | None, policies: Sequence[Policy]) -> None:
+    """Refuse what needs all weights at once, or before the first layer is converted."""
+    if preset is not None and preset.thorough and arguments.calibration != NONE:
+        what = f"--preset {arguments.preset} trains the model as a whole"
+    elif arguments.calibration == OWN_TEXT:
+        what = f"with --calibration {OWN_TEXT} the model writes as a whole"
+    elif needs_kurtosis(policies):
+        by = "--ranks" if preset is None else f"--preset {arguments.preset}"
+        what = f"{by} ranks experts by kurtosis, for which all weights are looked at first"
+    else:
+        return
+    raise ConversionError(f"--delete-source-shards: {what}; leave out one of the two")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@
         layers/00003.json            their record; written after that: without it the file does not count
         shards/00001.json            the names, size and sha256 of a shard of the checkpoint that is complete
         checkpoint/                  the checkpoint as it will be published, with its shards
+        source/                      shards of a source that is downloaded as it is used, while they are
         sealed.json                  where it is published and the sha256 of its manifest; written before that
 
 Every file is written beside its name, flushed and renamed, so after a kill or a power cut each is whole or absent.
@@ -77,7 +78,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._layers, self._shards = folder / "layers", folder / "shards"
-        self.checkpoint = folder / "checkpoint"
+        self.checkpoint, self.source = folder / "checkpoint", folder / "source"
         self.records: list[LayerRecord] = []
         self.shards: list[ShardRecord] = []
         self.total = 0

@@ -43,10 +43,12 @@ class Listing(NamedTuple):
     @property
     def missing_bytes(self) -> int:
         """Return the bytes that are not in the cache yet."""
-        return sum(size for name, size in self.sizes.items() if not self._is_cached(name))
+        return sum(size for name, size in self.sizes.items() if self.cached_path(name) is None)
 
-    def _is_cached(self, name: str) -> bool:
-        return isinstance(try_to_load_from_cache(self.name.repository, name, revision=self.commit), str)
+    def cached_path(self, name: str) -> Path | None:
+        """Return where a file is in the cache; None where it is not."""
+        path = try_to_load_from_cache(self.name.repository, name, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
 
 
 def is_offline() -> bool:

@@ -50,6 +50,8 @@ def _reason(error: BaseException) -> str:
         return f"there is neither such a folder nor such a model on the Hugging Face Hub; if it is private, {TOKEN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the model has no such revision; name a branch, a tag or a whole commit hash"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return "the Hugging Face Hub lists this file but does not have it (404); was the model changed? Try again later"
     if isinstance(error, errors.LocalTokenNotFoundError):
         return f"there is no token of the Hugging Face Hub; {TOKEN}"
     if isinstance(error, errors.OfflineModeIsEnabled):

@@ -18,7 +18,7 @@ def free_bytes(out: Path) -> int | None:
     return usage.free if usage is not None and usage.total else None
 
 
-def refuse_what_does_not_fit(out: Path, need: int, there: int = 0) -> None:
+def refuse_what_does_not_fit(out: Path, need: int, there: int = 0, shards: int = 0) -> None:
     """Refuse an output that its file system has no room for.
 
     What ``--overwrite`` replaces does not count as room: it stays until the new checkpoint is whole.
@@ -27,16 +27,18 @@ def refuse_what_does_not_fit(out: Path, need: int, there: int = 0) -> None:
         out: the output folder, existing or not.
         need: bytes that the conversion takes there at most.
         there: bytes of an earlier conversion that it goes on with, or deletes when it begins.
+        shards: how many of the needed bytes are the source's, which is downloaded shard by shard.
 
     Raises:
         ConversionError: with both numbers.
     """
     free = free_bytes(out)
     have = f" beside {size_text(there)} of unfinished layers" if there else ""
+    source = f" with {size_text(shards)} of the source's shards" if shards else ""
     if free is not None and need > free + there:
         raise ConversionError(
-            f"{out}: the checkpoint takes {size_text(need)}, and {size_text(free)} are free on its file system{have}; "
-            f"free space or choose another output"
+            f"{out}: the checkpoint takes {size_text(need)}{source}, and {size_text(free)} are free on its file "
+            f"system{have}; free space or choose another output"
         )
 
 

@@ -32,6 +32,7 @@ from . import disk
 from .devices import find_device, find_devices
 from .kept import Kept, find_kept
 from .pieces import refuse_large_matrices, solver_weights
+from .shards import shard_uses
 from .splits import allowed_splits
 from .tensors import bytes_of, bytes_of_json, planned_tensors, refuse_broken_plan
 
@@ -115,12 +116,16 @@ class Plan:
         """Return the most bytes that the conversion takes on the disk on its way.
 
         A layer is there twice until the shards with its tensors are complete; where the whole model is trained after
-        its layers, all are until the end.
+        its layers, all are until the end. Shards of a source that are downloaded as they are used count too.
         """
         text, twice = self.conversion.text, self.tensor_bytes + self._unspent_bytes
         if text is None or text.tune is None:
             twice = min(twice, self.conversion.shard_bytes + max(self._source_bytes(layer) for layer in self.layers))
-        return self.disk_bytes + twice
+        return self.disk_bytes + twice + self._shard_bytes
+
+    @property
+    def _shard_bytes(self) -> int:
+        return self.reader.shards.peak_bytes(shard_uses(self.reader, self.layers))
 
     def _source_bytes(self, layer: Layer) -> int:
         """Return the bytes of a layer in the source, which are more than it has quantized."""
@@ -179,7 +184,7 @@ class Plan:
             ConversionError: with what it takes on the way, and what there is.
         """
         if claim.published is None:
-            disk.refuse_what_does_not_fit(self.out, self.peak_disk_bytes, claim.held_bytes)
+            disk.refuse_what_does_not_fit(self.out, self.peak_disk_bytes, claim.held_bytes, self._shard_bytes)
 
 
 def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Claim | None = None) -> Plan:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_milo.dtypes import DTYPES, MODEL_DTYPES, safetensors_name
 from vllm_milo.names import find_key
-from vllm_milo.shards import read_tensors
+from vllm_milo.shards import TensorEntry, read_tensors
 from vllm_milo.values import one_line
 
 from ..errors import ConversionError, PassingError
@@ -25,6 +26,38 @@ from .completeness import check_complete, check_experts, check_fused, check_name
 from .config import read_config
 from .finite import is_finite
 from .layers import BROKEN, Layer, Source, plan_layers
+
+Uses = Mapping[str, Sequence[str]]
+"""The names of the shards that hold a layer, by the layer's name, in the order that layers are worked on."""
+
+
+class Shards(Protocol):
+    """A model's files of weights: of a folder (:class:`FolderShards`), or there while they are used and no longer.
+
+    Attributes:
+        streamed: whether they are not all there at once, so that nobody may look at all weights in advance.
+    """
+
+    streamed: bool
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Return the model's tensors by name, as headers have them."""
+
+    def shard(self, path: Path) -> Any:
+        """Return a shard, opened; a thread that asks for one that has to come waits for it."""
+
+    def coming(self, uses: Uses, folder: Path) -> AbstractContextManager[None]:
+        """Return a context within which shards that are not there come into ``folder``, for layers that use them."""
+
+    def used(self, layers: Iterable[str]) -> None:
+        """Note that some layers need their shards no more."""
+
+    def stopping(self) -> AbstractContextManager[None]:
+        """Return a context that, if it ends early, lets nobody wait for a shard any more."""
+
+    def peak_bytes(self, uses: Uses) -> int:
+        """Return the most bytes that shards take on the disk which were not there before."""
 
 
 class _Opened(threading.local):
@@ -40,22 +73,51 @@ class _Opened(threading.local):
         return self._last[1]
 
 
+class FolderShards:
+    """The files of a model folder, which are all there."""
+
+    streamed = False
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: Mapping[str, TensorEntry] = read_tensors(folder)
+        self.shard = _Opened().shard
+
+    def coming(self, uses: Uses, folder: Path) -> AbstractContextManager[None]:
+        """Return a context in which nothing happens: all is there."""
+        return nullcontext()
+
+    def used(self, layers: Iterable[str]) -> None:
+        """Do nothing: the files are the user's."""
+
+    def stopping(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing happens: nobody waits."""
+        return nullcontext()
+
+    def peak_bytes(self, uses: Uses) -> int:
+        """Return 0."""
+        return 0
+
+
 class ModelReader:
     """A source model: its config, what of it will be quantized, and its tensors on demand, in any thread.
+
+    Args:
+        folder: of the model.
+        shards: its files of weights, where they do not lie there.
 
     Raises:
         ConversionError: no model, an unknown family, or tensors that do not fit the config.
         ShardError: a file is missing, truncated or unreadable.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: Shards | None = None) -> None:
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder
-        self._opened = _Opened()
         self.config: dict[str, Any] = read_config(folder)
         self.family: Family = find_family(self.config)
-        self.tensors = read_tensors(folder)
+        self.shards: Shards = FolderShards(folder) if shards is None else shards
+        self.tensors = self.shards.tensors
         check_names(self.tensors, folder)
         self.layers = plan_layers(self.tensors, self.family, self.config.get("num_hidden_layers"))
         check_complete(self.layers, self.config, self.family)
@@ -95,7 +157,7 @@ class ModelReader:
         """Return a tensor as it is stored, on the CPU."""
         entry = self.tensors[tensor]
         try:
-            return self._opened.shard(entry.file).get_tensor(tensor)
+            return self.shards.shard(entry.file).get_tensor(tensor)
         except (OSError, SafetensorError) as error:
             raise PassingError(f"{entry.file}: cannot read tensor {tensor}: {one_line(error)}") from error
 
@@ -105,7 +167,7 @@ class ModelReader:
             return self.load(source.tensor)
         entry, expert = self.tensors[source.tensor], source.expert
         try:
-            part = self._opened.shard(entry.file).get_slice(source.tensor)[expert : expert + 1, source.rows]
+            part = self.shards.shard(entry.file).get_slice(source.tensor)[expert : expert + 1, source.rows]
         except (OSError, SafetensorError) as error:
             raise PassingError(f"{entry.file}: cannot read tensor {source.tensor}: {one_line(error)}") from error
         return part[0]

@@ -77,7 +77,9 @@ def test_the_plugin_takes_what_the_converter_says(size: int, group: int, rank: i
         Matrix(w2, Kind.ROUTED_EXPERT, 128, size, EXPERTS, 0),
     ]
     heads = 2112  # which all these numbers divide
-    said = allowed_splits(matrices, [], fmt, {w1: rank, w2: rank}, {"num_attention_heads": heads}, FAMILIES["qwen3_moe"])
+    said = allowed_splits(
+        matrices, [], fmt, {w1: rank, w2: rank}, {"num_attention_heads": heads}, FAMILIES["qwen3_moe"]
+    )
     sizes = [tp for tp in range(1, 65) if size % tp == 0 and heads % tp == 0]
     if size % group:  # no such checkpoint
         sizes = []

@@ -10,12 +10,13 @@ from huggingface_hub import ModelCard
 from refusals import FAST
 from tiny_models import TEXT
 
-from vllm_milo.offline.checkpoint.card import CardNotes, hub_origin
+from vllm_milo.offline.checkpoint.card import CardNotes
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.evaluation.verify import verify_checkpoint
+from vllm_milo.offline.hub_names import hub_origin
 
 
 def card_of(folder: Path) -> ModelCard:

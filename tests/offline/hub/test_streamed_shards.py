@@ -1,0 +1,357 @@
+"""`--delete-source-shards`: the same bytes from shards that come and go, and what is left when that ends early."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import COMMIT, OLD_COMMIT, HubServer, of_folder
+from huggingface_hub import constants, hf_hub_download
+from safetensors.torch import load_file, save
+
+from vllm_milo.offline.cli import main
+from vllm_milo.offline.hub import shards as streamed
+from vllm_milo.shards import INDEX_NAME
+
+NAME = "org/tiny"
+STREAM = "--delete-source-shards"
+PLAIN = ["--method", "rtn", "--quiet", "--device", "cpu"]
+ALONG = ["--calibration-windows", "2", "--learn-steps", "1", "--quiet", "--device", "cpu"]
+"""The default preset, in seconds."""
+
+
+def by_layer(tensor: str) -> int:
+    """The embedding, each of the four layers, and the rest."""
+    if "embed_tokens" in tensor:
+        return 0
+    return 1 + int(tensor.split(".")[2]) if ".layers." in tensor else 5
+
+
+def put(hub: HubServer, bundled_model: Path, shard_of: Callable[[str], int], **changed: torch.Tensor) -> list[str]:
+    """Put the bundled model into several shards on the Hub; return their names."""
+    shards: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in (load_file(bundled_model / "model.safetensors") | changed).items():
+        shards.setdefault(shard_of(name), {})[name] = tensor
+    names = {number: f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in sorted(shards)}
+    weight_map = {tensor: names[number] for number, held in shards.items() for tensor in held}
+    files = {names[number]: save(held, metadata={"format": "pt"}) for number, held in shards.items()}
+    files[INDEX_NAME] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    hub.repositories[NAME] = of_folder(bundled_model, **files)
+    del hub.repositories[NAME].commits[COMMIT]["model.safetensors"]
+    return list(names.values())
+
+
+@pytest.fixture
+def shards(hub: HubServer, bundled_model: Path) -> list[str]:
+    return put(hub, bundled_model, by_layer)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def local(hub: HubServer, tmp_path: Path, *options: str) -> dict[str, bytes]:
+    """What a conversion of the whole snapshot gives; the cache is emptied of weights after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "whole-cache"))
+        assert main(["quantize", NAME, "-o", str(tmp_path / "whole" / "out"), *options]) == 0
+    hub.asked.clear()
+    return content(tmp_path / "whole" / "out")
+
+
+def weights(hub: HubServer) -> list[str]:
+    """The shards that were asked for as a whole, in order."""
+    return [line.rpartition("/")[2] for line in hub.asked if line.startswith("GET") and line.endswith(".safetensors")]
+
+
+def cached_weights(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").rglob("*.safetensors"))
+
+
+def watch(hub: HubServer, tmp_path: Path) -> list[int]:
+    """Will hold how many shards took room on the disk at each download, that one counted.
+
+    A deleted file does as long as somebody has it in memory.
+    """
+    seen: list[int] = []
+    source = tmp_path / ".out.partial" / "source"
+
+    def before(_: str) -> None:
+        names = {path.name for path in source.glob("*.safetensors")}
+        if (maps := Path("/proc/self/maps")).exists():
+            names |= set(re.findall(rf"{re.escape(str(source))}/(\S+)", maps.read_text()))
+        seen.append(1 + len(names))
+
+    hub.before_weights = before
+    return seen
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def stream(tmp_path: Path, *options: str) -> int:
+    return main(["quantize", NAME, "-o", str(tmp_path / "out"), STREAM, *options])
+
+
+def failure(capsys: pytest.CaptureFixture[str], tmp_path: Path, *options: str) -> str:
+    """The one line that a conversion fails with."""
+    capsys.readouterr()
+    assert stream(tmp_path, *options) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        (PLAIN, 3),
+        (["--method", "hqq", *PLAIN[2:]], 3),
+        (["--method", "paper", "--ranks", "dense=8", "--max-rounds", "1", *PLAIN[2:]], 3),
+        (["--preset", "fast", "--max-rounds", "1", *PLAIN[2:]], 3),
+        (ALONG, 2),
+    ],
+    ids=["rtn", "hqq", "paper", "fast", "balanced"],
+)
+def test_the_same_bytes_from_few_shards(hub: HubServer, shards: list[str], options: list[str], most: int, tmp_path):
+    whole = local(hub, tmp_path, *options)
+    seen = watch(hub, tmp_path)
+    assert stream(tmp_path, *options) == 0
+    assert content(tmp_path / "out") == whole
+    assert f"commit `{COMMIT}`" in whole["README.md"].decode()
+    assert sorted(weights(hub)) == shards  # each once
+    assert max(seen[:3]) <= 3  # the two that hold what lies outside of layers, and the next one
+    assert max(seen[3:]) <= most < len(shards)
+    assert min(seen[3:]) > 1  # the next one comes ahead
+    assert hidden(tmp_path) == []
+    assert cached_weights(tmp_path) == []
+
+
+def test_layers_that_lie_in_several_shards(hub: HubServer, bundled_model: Path, tmp_path: Path):
+    """As shards of a size have them, of which the last holds layers and what lies outside of them."""
+    order = [f"model.layers.{layer}." for layer in range(4)]
+    places: dict[str, int] = {}
+    for name in load_file(bundled_model / "model.safetensors"):
+        layer = next((number for number, prefix in enumerate(order) if name.startswith(prefix)), None)
+        experts = ".experts." in name and int(name.split(".experts.")[1].split(".")[0]) >= 6
+        places[name] = 0 if "embed" in name else 4 if layer is None else layer + int(experts)
+    shards = put(hub, bundled_model, places.__getitem__)
+    whole = local(hub, tmp_path, *ALONG)
+    seen = watch(hub, tmp_path)
+    assert stream(tmp_path, *ALONG) == 0
+    assert content(tmp_path / "out") == whole
+    assert sorted(weights(hub)) == shards
+    assert max(seen) <= 4  # two of a layer, the next one, and the last
+
+
+def test_what_was_in_the_cache_stays(hub: HubServer, shards: list[str], tmp_path: Path):
+    whole = local(hub, tmp_path, *PLAIN)
+    before = shards[1], shards[3]
+    for name in before:
+        hf_hub_download(NAME, name, revision=COMMIT, cache_dir=constants.HF_HUB_CACHE)
+    hub.asked.clear()
+    assert stream(tmp_path, *PLAIN) == 0
+    assert content(tmp_path / "out") == whole
+    assert sorted(weights(hub)) == [name for name in shards if name not in before]
+    assert cached_weights(tmp_path) == sorted(before)
+
+
+def run(hub: HubServer, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    """A conversion in a process of its own."""
+    command = [sys.executable, "-m", "vllm_milo.offline.cli", "quantize", NAME, "-o", str(tmp_path / "out"), STREAM]
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    return subprocess.Popen([*command, *options], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def end_at(hub: HubServer, shard: str, number: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Let a signal end the process when it asks for a shard, which does not come before that."""
+
+    def before(file: str) -> None:
+        if file == shard:
+            processes[0].send_signal(number)
+            processes[0].wait(timeout=60)
+
+    hub.before_weights = before
+
+
+@pytest.mark.parametrize("options", [PLAIN, ALONG], ids=["plain", "along a text"])
+def test_a_killed_conversion_goes_on(hub: HubServer, shards: list[str], options: list[str], tmp_path: Path, capsys):
+    whole = local(hub, tmp_path, *options)
+    processes: list[subprocess.Popen[str]] = []
+    end_at(hub, shards[4], signal.SIGKILL, processes)
+    processes.append(run(hub, tmp_path, *options))
+    processes[0].communicate(timeout=120)
+    assert processes[0].returncode == -signal.SIGKILL
+    assert hidden(tmp_path) == [".out.milo-lock", ".out.partial"]
+    assert list((tmp_path / ".out.partial" / "source").glob("*.safetensors"))  # stale
+    finished = len(list((tmp_path / ".out.partial" / "layers").glob("*.json"))) - 1  # without what lies outside
+    assert 1 <= finished < 4
+    hub.asked.clear()
+    seen = watch(hub, tmp_path)
+    capsys.readouterr()
+    assert stream(tmp_path, *[option for option in options if option != "--quiet"], "--resume") == 0
+    assert content(tmp_path / "out") == whole
+    again = shards[1 + finished : 5] if options is PLAIN else shards[:5]
+    assert sorted(weights(hub)) == again
+    assert ("their shards are downloaded again" in capsys.readouterr().err) == (options is ALONG)
+    assert max(seen) <= 3
+    assert hidden(tmp_path) == []
+
+
+def test_an_interrupt_waits_for_no_download(hub: HubServer, shards: list[str], tmp_path: Path):
+    processes: list[subprocess.Popen[str]] = []
+    end_at(hub, shards[4], signal.SIGTERM, processes)
+    processes.append(run(hub, tmp_path, *PLAIN))
+    said = processes[0].communicate(timeout=120)[1].splitlines()[-1]
+    assert processes[0].returncode == 143
+    assert "layers are kept in" in said
+    assert hidden(tmp_path) == [".out.partial"]
+    assert not (tmp_path / ".out.partial" / "source").exists()
+    hub.before_weights = lambda _: None
+    assert stream(tmp_path, *PLAIN, "--resume") == 0
+
+
+def test_the_whole_snapshot_goes_on(hub: HubServer, shards: list[str], tmp_path: Path, capsys):
+    """A commit is the same model, whichever way its shards come."""
+    whole = local(hub, tmp_path, *PLAIN)
+    hub.withdrawn_files = {shards[4]}
+    failure(capsys, tmp_path, *PLAIN)
+    hub.withdrawn_files = set()
+    assert main(["quantize", NAME, "-o", str(tmp_path / "out"), *PLAIN, "--resume"]) == 0
+    assert content(tmp_path / "out") == whole
+    assert cached_weights(tmp_path) == shards
+
+
+def withdraw(hub: HubServer, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.withdrawn_files = {shard}
+
+
+def cut(hub: HubServer, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.cut_files = {shard}
+
+
+def fill(hub: HubServer, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(repository: str, name: str, **options) -> str:
+        if name == shard:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return hf_hub_download(repository, name, **options)
+
+    monkeypatch.setattr(streamed, "hf_hub_download", full)
+
+
+def exchange(hub: HubServer, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = hub.repositories[NAME].commits[COMMIT]
+    hub.before_weights = lambda _: files.__setitem__(shard, save({"other": torch.zeros(2)}))
+
+
+FAILURES: Mapping[str, tuple[Callable[[HubServer, str, pytest.MonkeyPatch], None], str]] = {
+    "missing": (withdraw, "the Hugging Face Hub lists this file but does not have it (404)"),
+    "interrupted": (cut, "cannot be reached: peer closed connection"),
+    "full disk": (fill, "the disk is full ({source}); free space or choose another output"),
+    "exchanged": (exchange, "is not the file whose header was read before; try again later"),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_downloads_that_fail(hub: HubServer, shards: list[str], what: str, tmp_path: Path, capsys, monkeypatch):
+    """Say what is wrong in a line, keep what is finished, and leave no shard."""
+    files = dict(hub.repositories[NAME].commits[COMMIT])
+    break_, message = FAILURES[what]
+    with monkeypatch.context() as patch:
+        break_(hub, shards[4], patch)
+        line = failure(capsys, tmp_path, *PLAIN)
+    assert line.startswith(f"milo quantize: error: {NAME}: {shards[4]}: ")
+    assert message.format(source=tmp_path / ".out.partial" / "source") in line
+    assert "layers are kept in" in line
+    assert line.endswith("go on with the same command and --resume")
+    assert hidden(tmp_path) == [".out.partial"]
+    assert not (tmp_path / ".out.partial" / "source").exists()
+    hub.withdrawn_files, hub.cut_files, hub.before_weights = set(), set(), lambda _: None
+    hub.repositories[NAME].commits[COMMIT] = files
+    assert stream(tmp_path, *PLAIN, "--resume") == 0
+
+
+def test_another_commit_is_another_model(hub: HubServer, shards: list[str], tmp_path: Path, capsys):
+    hub.withdrawn_files = {shards[4]}
+    failure(capsys, tmp_path, *PLAIN)
+    hub.withdrawn_files = set()
+    repository = hub.repositories[NAME]
+    repository.commits[OLD_COMMIT] = dict(repository.commits[COMMIT])
+    repository.revisions["main"] = OLD_COMMIT
+    asked = len(weights(hub))
+    line = failure(capsys, tmp_path, *PLAIN, "--resume")
+    assert f"source: commit was {COMMIT} and is {OLD_COMMIT}" in line
+    assert len(weights(hub)) == asked
+    assert main(["quantize", f"{NAME}@{COMMIT}", "-o", str(tmp_path / "out"), STREAM, *PLAIN, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "best"], "--preset best trains the model as a whole"),
+        (["--calibration", "self"], "with --calibration self the model writes as a whole"),
+        (["--ranks", "kurtosis=16"], "--ranks ranks experts by kurtosis"),
+        (["--preset", "paper-s1"], "--preset paper-s1 ranks experts by kurtosis"),
+    ],
+)
+def test_what_needs_the_whole_model(hub: HubServer, shards, options: list[str], message: str, tmp_path, capsys):
+    for more in ([], ["--dry-run"]):
+        line = failure(capsys, tmp_path, *options, *more, "--quiet", "--device", "cpu")
+        assert f"--delete-source-shards: {message}" in line
+    assert weights(hub) == []
+    assert hidden(tmp_path) == []
+
+
+def test_folders_are_refused(hub: HubServer, bundled_model: Path, tmp_path: Path, capsys):
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), STREAM, *PLAIN]) == 1
+    assert f"--delete-source-shards: {bundled_model} is a folder, from which nothing is deleted" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_hub_must_be_there(hub: HubServer, shards: list[str], tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set; leave one of them out" in failure(capsys, tmp_path, *PLAIN)
+
+
+def test_a_disk_without_room(hub: HubServer, shards: list[str], tmp_path: Path, monkeypatch, capsys):
+    words = ["quantize", NAME, "-o", str(tmp_path / "out"), "--dry-run", "--json", *PLAIN]
+    assert main(words) == 0
+    without = json.loads(capsys.readouterr().out)["disk_peak_bytes"]
+    assert main([*words, STREAM]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["model"] == NAME
+    sizes = [len(hub.repositories[NAME].commits[COMMIT][name]) for name in shards]
+    assert sum(sorted(sizes)[-2:]) <= said["disk_peak_bytes"] - without < sum(sizes)
+    monkeypatch.setattr("vllm_milo.offline.planning.disk.free_bytes", lambda _: said["disk_peak_bytes"] - 1)
+    line = failure(capsys, tmp_path, *PLAIN)
+    assert " of the source's shards, and " in line
+    assert weights(hub) == []
+    monkeypatch.setattr("vllm_milo.offline.planning.disk.free_bytes", lambda _: said["disk_peak_bytes"])
+    assert stream(tmp_path, *PLAIN) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(float("nan"), "holds NaN or Inf"), (1e6, "which 3 bits with fp16 scales cannot store")]
+)
+def test_broken_weights_are_found_when_they_come(
+    hub, bundled_model: Path, value: float, message: str, tmp_path, capsys
+):
+    name = "model.layers.2.self_attn.q_proj.weight"
+    broken = load_file(bundled_model / "model.safetensors")[name]
+    broken[3, 5] = value
+    shards = put(hub, bundled_model, by_layer, **{name: broken})
+    line = failure(capsys, tmp_path, *ALONG)
+    assert f"{shards[3]}: tensor {name} holds" in line
+    assert message in line
+    assert {*weights(hub)} <= {*shards}
+    assert hidden(tmp_path) == []
