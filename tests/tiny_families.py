@@ -70,7 +70,10 @@ class Tiny(NamedTuple):
 TINY = {
     **{name: Tiny(config) for name, config in FAMILIES.items()},
     "minimax_m2": Tiny(
-        HEADS | PLAIN | {"rotary_dim": 32, "use_qk_norm": True, "num_mtp_modules": 0, "scoring_func": "sigmoid"}
+        HEADS
+        | PLAIN
+        | {"rotary_dim": 32, "use_qk_norm": True, "num_mtp_modules": 0}
+        | {"scoring_func": "sigmoid", "use_routing_bias": True}
     ),
     "phimoe": Tiny(
         HEADS | PLAIN | {"head_dim": 32, "attention_bias": True, "lm_head_bias": True},

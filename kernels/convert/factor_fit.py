@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import device_of
+
 GROUP = 64
 """Values of a row that share one scale."""
 BLOCK = 16
@@ -101,24 +103,25 @@ def store_factor(
     weight = factor if importance is None else importance.contiguous()
     stride = columns if importance is not None and len(importance) > 1 else 0
     groups, in_row = scale.numel(), columns // GROUP
-    _store_kernel[(triton.cdiv(groups, BLOCK),)](
-        factor,
-        weight,
-        stride,
-        found,
-        scale,
-        groups,
-        in_row,
-        in_row * rows,
-        FIRST=clips[0],
-        SECOND=clips[1],
-        least=least,
-        FITS=fits,
-        ZERO=codes[0],
-        LAST=codes[1],
-        WEIGHED=weighed,
-        GROUP=GROUP,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    with device_of(factor):
+        _store_kernel[(triton.cdiv(groups, BLOCK),)](
+            factor,
+            weight,
+            stride,
+            found,
+            scale,
+            groups,
+            in_row,
+            in_row * rows,
+            FIRST=clips[0],
+            SECOND=clips[1],
+            least=least,
+            FITS=fits,
+            ZERO=codes[0],
+            LAST=codes[1],
+            WEIGHED=weighed,
+            GROUP=GROUP,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     return found, scale

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import device_of
 from .learn import adam
 
 GROUP = 64
@@ -109,30 +110,31 @@ def step_factor(
         moments, sizes = moments * 2, sizes * 2
     in_row = values.shape[-1] // GROUP
     groups = values.numel() // GROUP
-    _step_kernel[(triton.cdiv(groups, BLOCK),)](
-        gradient.contiguous(),
-        out,
-        values,
-        moments[0],
-        moments[1],
-        sizes[0],
-        state.scale if scaled else values,
-        moments[2],
-        moments[3],
-        sizes[1],
-        state.trained,
-        pace,
-        groups,
-        in_row,
-        in_row * values.shape[-2],
-        rate,
-        limits[2],
-        float(limits[0]),
-        float(limits[1]),
-        SCALED=scaled,
-        GROUP=GROUP,
-        BLOCK=BLOCK,
-        BETA1=betas[0],
-        BETA2=betas[1],
-        num_warps=4,
-    )
+    with device_of(values):
+        _step_kernel[(triton.cdiv(groups, BLOCK),)](
+            gradient.contiguous(),
+            out,
+            values,
+            moments[0],
+            moments[1],
+            sizes[0],
+            state.scale if scaled else values,
+            moments[2],
+            moments[3],
+            sizes[1],
+            state.trained,
+            pace,
+            groups,
+            in_row,
+            in_row * values.shape[-2],
+            rate,
+            limits[2],
+            float(limits[0]),
+            float(limits[1]),
+            SCALED=scaled,
+            GROUP=GROUP,
+            BLOCK=BLOCK,
+            BETA1=betas[0],
+            BETA2=betas[1],
+            num_warps=4,
+        )
