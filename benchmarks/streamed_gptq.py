@@ -17,7 +17,7 @@ from vllm_milo.names import EXPERT_PROJECTIONS, QKV_PARTS, leaf_of
 from vllm_milo.offline.calibration.choose import PACKAGED, TextOptions, calibration_windows
 from vllm_milo.offline.calibration.input_moments import InputMoments
 from vllm_milo.offline.checkpoint.writer import CheckpointWriter
-from vllm_milo.offline.cli.effort import default_windows
+from vllm_milo.offline.effort import default_windows
 from vllm_milo.offline.nouns import LoadedMatrix, Matrix
 from vllm_milo.offline.source.layers import Layer, layer_index
 from vllm_milo.offline.source.reader import ModelReader

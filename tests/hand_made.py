@@ -17,7 +17,7 @@ import torch
 import transformers
 from random_layers import random_factor
 from safetensors.torch import load_file, save_file
-from tiny_models import _COMMON
+from tiny_models import COMMON
 
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat, RankTable
 from vllm_milo.kernels.packing import pack_codes
@@ -100,7 +100,7 @@ class DeepseekConfig(PretrainedConfig):
 
 def make_source(family: str, folder: Path, **changes: Any) -> Path:
     """Save a random model of a family whose class transformers has."""
-    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
+    config = transformers.AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def make_deepseek(folder: Path) -> Path:
     """Save a random DeepSeek-MoE, as the 16B model is: transformers has no class for it."""
-    config = _COMMON | _DEEPSEEK | {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+    config = COMMON | _DEEPSEEK | {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
     config |= {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "hidden_act": "silu"}
     config |= {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"}}
     config |= {"moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax", "rope_theta": 10000.0}

@@ -78,6 +78,7 @@ FLOORS = {
     "source": {"errors", "nouns", "families"},
     "hub_names": set(),
     "calibration": {"errors", "nouns", "progress", "families", "source", "hub_names"},
+    "effort": {"source", "calibration"},
     "batches": {"nouns", "source", "calibration"},
     "learn": {"nouns", "progress", "solve", "families", "source"},
     "ranks": {"errors", "nouns", "progress", "source"},
@@ -115,7 +116,7 @@ FLOORS = {
         "checkpoint",
         "evaluation",
     }
-    | {"conversion", "planning", "convert", "hub_names", "hub", "progress", "threads"},
+    | {"conversion", "planning", "convert", "hub_names", "hub", "progress", "threads", "effort"},
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 

@@ -30,6 +30,7 @@ from ..checkpoint.card import CardNotes
 from ..checkpoint.claim import Claim
 from ..conversion import Conversion, Text
 from ..convert import carry_out
+from ..effort import CPU_EFFORT, GPU_EFFORT, TUNE_STEPS, Effort, default_windows, effort_on, steps_of_pass
 from ..errors import ConversionError
 from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
@@ -45,7 +46,6 @@ from ..source.reader import ModelReader
 from ..threads import threads_for
 from .arguments import OR_HUB, default_device
 from .command_line import command_of
-from .effort import CPU_EFFORT, GPU_EFFORT, TUNE_STEPS, Effort, default_windows, effort_on, steps_of_pass
 from .hub import model_place, target_repository
 from .summary import print_summary
 

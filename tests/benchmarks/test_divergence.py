@@ -15,7 +15,7 @@ from benchmarks import divergence, streamed_gptq
 from benchmarks.accuracy.gptq import Gptq
 from vllm_milo.names import leaf_of
 from vllm_milo.offline.calibration import memory
-from vllm_milo.offline.cli.effort import CPU_EFFORT, GPU_EFFORT
+from vllm_milo.offline.effort import CPU_EFFORT, GPU_EFFORT
 from vllm_milo.offline.evaluation.divergence import open_streamed
 from vllm_milo.offline.source.reader import ModelReader
 

@@ -14,7 +14,7 @@ from tiny_models import TEXT, make_model
 
 from benchmarks import roles_alone
 from benchmarks.divergence import HQQ
-from vllm_milo.offline.cli.effort import Effort
+from vllm_milo.offline.effort import Effort
 from vllm_milo.offline.source.reader import ModelReader
 
 FFN = ["gate", "up", "down"]
@@ -23,7 +23,7 @@ FFN = ["gate", "up", "down"]
 @pytest.fixture
 def run(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
     def command(*options: str) -> dict:
-        monkeypatch.setattr("vllm_milo.offline.cli.effort.CPU_EFFORT", Effort(4, 2, 2))
+        monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(4, 2, 2))
         always = [str(bundled_model), "--text", str(TEXT), "-o", str(tmp_path), "--device", "cpu", "--max-windows", "2"]
         monkeypatch.setattr(sys, "argv", ["roles_alone", *always, *options])
         roles_alone.main()

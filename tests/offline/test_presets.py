@@ -10,7 +10,7 @@ from tiny_models import TEXT
 
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
-from vllm_milo.offline.cli.effort import Effort
+from vllm_milo.offline.effort import Effort
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.presets import PRESETS
@@ -46,7 +46,7 @@ def test_without_options_it_is_balanced(bundled_model: Path, tmp_path: Path):
 
 
 def test_best_trains_the_whole_model(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vllm_milo.offline.cli.effort.CPU_EFFORT", Effort(windows=1, steps=3, batch=1))
+    monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(windows=1, steps=3, batch=1))
     report = quantize(bundled_model, tmp_path / "out", "--preset", "best")
     assert report["recipe"]["calibration_tokens"] == 2 * 512
     assert (report["recipe"]["learn_steps"], report["recipe"]["tune_steps"]) == (3, 6)

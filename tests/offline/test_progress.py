@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_milo.offline.cli import main
-from vllm_milo.offline.cli.effort import Effort
+from vllm_milo.offline.effort import Effort
 from vllm_milo.offline.progress import Stage, doing, progress_bar, recording, views, within
 
 
@@ -97,7 +97,7 @@ def test_the_time_left_goes_by_the_size_of_what_is_done():
 
 def test_every_stage_of_a_conversion_says_how_far_it_is(bundled_model: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr("vllm_milo.offline.calibration.choose.WINDOW", 32)
-    monkeypatch.setattr("vllm_milo.offline.cli.effort.CPU_EFFORT", Effort(2, 2, 2))
+    monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(2, 2, 2))
     options = ["--preset", "best", "--max-rounds", "1", "--calibration", "self", "--device", "cpu"]
     assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
     said = capsys.readouterr().err

@@ -15,9 +15,9 @@ from vllm_milo.offline.calibration import choose, memory
 from vllm_milo.offline.checkpoint.claim import Claim
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
-from vllm_milo.offline.cli.effort import Effort
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
+from vllm_milo.offline.effort import Effort
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.learn.end_to_end import TuneOptions
 from vllm_milo.offline.nouns import Recipe
@@ -159,7 +159,7 @@ def test_best_trains_the_whole_model_where_it_fits(
 
 def test_best_says_how_it_trained(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(choose, "WINDOW", 32)
-    monkeypatch.setattr("vllm_milo.offline.cli.effort.CPU_EFFORT", Effort(2, 2, 2))
+    monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(2, 2, 2))
     out = tmp_path / "out"
     assert quantize(bundled_model, out, "--preset", "best", "--max-rounds", "1") == 0
     recipe = inspect_checkpoint(out)["recipe"]

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..calibration import memory
-from ..calibration.choose import PACKAGED, WINDOW
-from ..calibration.generated_text import OWN_TEXT
-from ..source.reader import ModelReader
+from .calibration import memory
+from .calibration.choose import PACKAGED, WINDOW
+from .calibration.generated_text import OWN_TEXT
+from .source.reader import ModelReader
 
 
 class Effort(NamedTuple):
