@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def command(model: Path, out: Path, how: str) -> list[str]:
-    call = [sys.executable, "-m", "vllm_milo.offline.cli", "quantize", str(model), "-o", str(out), "--quiet"]
+    call = [sys.executable, "-m", "vllm_milo.offline.cli", "quantize", str(model), "-o", str(out)]
     return [*call, "--device", "cpu", *OPTIONS[how]]
 
 
@@ -69,6 +69,7 @@ def check(how: str, model: Path, folder: Path, kills: int) -> None:
     moments = random.Random(0)
     killed = resumed = conversions = 0
     while killed < kills:
+        assert conversions < 4 * kills, "runs end before they are killed"
         out = folder / f"out-{conversions}"
         call = command(model, out, how)
         for _ in range(min(4, kills - killed)):
