@@ -46,8 +46,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     weights = sum(math.prod(matrix_shape(found)) for found in modules.values())
     base = sum(_bytes(found, BASE_TENSORS) for found in modules.values())
     factors = sum(_bytes(found, FACTOR_TENSORS) for found in modules.values())
-    number = config.get("num_hidden_layers")
-    kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, find_family(config), number)]
+    family, number = find_family(config), config.get("num_hidden_layers")
+    kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, family, number)]
     kept_weights, kept_bytes = sum(math.prod(entry.shape) for entry in kept), sum(map(_tensor_bytes, kept))
     errors = _recorded_errors(folder)
     return {
@@ -105,8 +105,9 @@ def _is_kept(tensor: str, modules: Mapping[str, Any], family: Family, layers: in
     if family.ahead_pattern(tensor, layers) is not None:
         return False
     module, _, leaf = tensor.rpartition(".")
-    could = family.kind(module) is not None if leaf == "weight" else family.fused_experts(tensor) is not None
-    return could and module not in modules
+    if family.fused_experts(tensor) is not None:
+        return True
+    return leaf == "weight" and family.kind(module) is not None and module not in modules
 
 
 def _group_sizes(modules: Iterable[str], fmt: MiLoFormat) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from refusals import FAST, WEIGHTS, refused
 from safetensors.torch import load_file
+from tiny_families import make_family
 from tiny_models import FAMILIES, VOCABULARY, fuse_experts
 from transformers import AutoConfig
 
@@ -200,3 +201,13 @@ def test_an_ignored_layer_needs_no_counts(sources: dict[str, Path], tmp_path: Pa
         make_plan(ModelReader(sources["olmoe"]), tmp_path / "out", conversion)
     conversion = Conversion(FAST, policies, expert_counts=counts, ignore=[experts_name("olmoe")])
     assert make_plan(ModelReader(sources["olmoe"]), tmp_path / "out", conversion).kept.weights
+
+
+def test_experts_of_any_layout_are_counted(tmp_path: Path):
+    """Granite's lie in 3-D tensors whose names end as those of matrices do."""
+    source = make_family("granitemoe", tmp_path / "source")
+    experts = "model.layers.1.block_sparse_moe.experts"
+    out = convert(source, tmp_path / "out", keeping([experts]), progress=False).out
+    routed = [matrix for matrix in ModelReader(source).matrices if matrix.experts == experts]
+    assert len(routed) > 3
+    assert inspect_checkpoint(out)["kept_weights"] == sum(matrix.n * matrix.k for matrix in routed)
