@@ -17,7 +17,7 @@ import torch
 import transformers
 from random_layers import random_factor
 from safetensors.torch import load_file, save_file
-from tiny_models import COMMON
+from tiny_models import COMMON, fill, randomize
 
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat, RankTable
 from vllm_milo.kernels.packing import pack_codes
@@ -103,25 +103,11 @@ def make_source(family: str, folder: Path, **changes: Any) -> Path:
     config = transformers.AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            _randomize(name, tensor)
-        model.get_input_embeddings().weight.normal_(std=1.0)
+    fill(model)
     model.to(torch.bfloat16).save_pretrained(folder)
     if getattr(config, "use_routing_bias", True) is False:  # transformers saves it nevertheless
         _edit(folder, lambda state: {name: state[name] for name in state if not name.endswith("correction_bias")})
     return folder
-
-
-def _randomize(name: str, tensor: torch.Tensor) -> None:
-    if "norm" in name:
-        tensor.uniform_(0.5, 1.5)
-    elif name.endswith("A_log"):
-        tensor.uniform_(1.0, 2.0)
-    elif name.endswith("bias"):
-        tensor.normal_(std=0.1)
-    elif tensor.dim() > 1 and tensor.is_floating_point():
-        tensor.normal_(std=0.6 / tensor.shape[-1] ** 0.5)
 
 
 def make_llama4(folder: Path) -> Path:
@@ -165,7 +151,7 @@ def make_deepseek(folder: Path) -> Path:
     torch.manual_seed(0)
     state = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
     for name, tensor in state.items():
-        _randomize(name, tensor)
+        randomize(name, tensor)
     state["model.embed_tokens.weight"].normal_()
     folder.mkdir(parents=True)
     save_file({name: tensor.bfloat16() for name, tensor in state.items()}, folder / "model.safetensors")

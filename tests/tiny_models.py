@@ -83,17 +83,23 @@ def make_model(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
 
 
 @torch.no_grad()
+def randomize(name: str, parameter: torch.Tensor) -> None:
+    """Fill a parameter at random, by what its name says that it is."""
+    if "norm" in name:
+        parameter.uniform_(0.5, 1.5)
+    elif name.endswith("A_log"):
+        parameter.uniform_(1.0, 2.0)
+    elif name.endswith("bias"):
+        parameter.normal_(std=0.3)
+    else:
+        parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1)
+
+
+@torch.no_grad()
 def fill(model: Any) -> None:
     """Fill a model at random, with weights, biases and norms large enough that every part of it matters."""
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.uniform_(0.5, 1.5)
-        elif name.endswith("A_log"):
-            parameter.uniform_(1.0, 2.0)
-        elif name.endswith("bias"):
-            parameter.normal_(std=0.3)
-        else:
-            parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1)
+        randomize(name, parameter)
     for name, buffer in model.named_buffers():
         if name.endswith("bias"):  # of routers
             buffer.normal_(std=0.1)

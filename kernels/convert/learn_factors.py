@@ -14,12 +14,8 @@ import triton
 import triton.language as tl
 
 from ..launch import device_of
+from .factor_fit import BLOCK, GROUP
 from .learn import adam
-
-GROUP = 64
-"""Values of a row that share one scale."""
-BLOCK = 16
-"""Groups of a program."""
 
 
 class FactorState(NamedTuple):

@@ -70,7 +70,8 @@ def shape_of(reader: ModelReader, layer: Layer) -> Shape:
 def saved_bytes(shape: Shape, device: str, size: int) -> int:
     """Return what the forward pass of a layer keeps of a token for the backward pass, numbers of ``size`` bytes.
 
-    On GPUs attention is plain products (:mod:`..learn.repeatable`), which keep float32 scores.
+    On GPUs the float32 scores of attention count, which are kept where it is plain products; where it is FlashAttention
+    (:mod:`..learn.repeatable`), less is taken.
     """
     states = size * (5 * shape.hidden + 2 * shape.chosen * shape.hidden + 4 * shape.inner + 7 * shape.attention)
     return states + _scores(shape, device) + 16 * shape.experts

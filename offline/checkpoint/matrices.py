@@ -106,15 +106,17 @@ def tensors_on_host(solved: Iterable[tuple[Matrix, Result]]) -> dict[str, torch.
     """
     found: dict[str, torch.Tensor] = {}
     held: list[tuple[Matrix, Solved]] = []
+    weights = 0
     for matrix, one in solved:
         if isinstance(one, Stored):
             found |= _moved_together(held) | dict(one.tensors)
-            held = []
+            held, weights = [], 0
             continue
         held.append((matrix, one))
-        if sum(matrix.n * matrix.k for matrix, _ in held) >= TOGETHER:
+        weights += matrix.n * matrix.k
+        if weights >= TOGETHER:
             found |= _moved_together(held)
-            held = []
+            held, weights = [], 0
     return found | _moved_together(held)
 
 

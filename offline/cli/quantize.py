@@ -173,11 +173,9 @@ def _run(arguments: argparse.Namespace) -> Path | None:
         return None
     with claim:  # before a calibration that takes long
         _print_notes(claim, arguments.quiet)
-        largest = max(
-            (matrix.n * matrix.k for matrix in ModelReader(arguments.model, arguments.shards).matrices), default=0
-        )
-        with threads_for(largest):
-            plan = plan_conversion(arguments, claim)
+        reader = ModelReader(arguments.model, arguments.shards)
+        with threads_for(max((matrix.n * matrix.k for matrix in reader.matrices), default=0)):
+            plan = plan_conversion(arguments, claim, reader)
             log_event("plan", **describe(plan))
             if not arguments.quiet:
                 print(plan.memory.line(arguments.device), file=sys.stderr)
@@ -207,7 +205,7 @@ def _print_notes(claim: Claim, quiet: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def plan_conversion(arguments: argparse.Namespace, claim: Claim) -> Plan:
+def plan_conversion(arguments: argparse.Namespace, claim: Claim, reader: ModelReader | None = None) -> Plan:
     """Return what the options of the subcommand ask for, checked; prints what is to be noted.
 
     All that headers tell is checked first, then the calibration text is read.
@@ -215,6 +213,7 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim) -> Plan:
     Args:
         arguments: of the subcommand.
         claim: of the output, entered or checked.
+        reader: of the source model; by default its headers are read now.
 
     Raises:
         ConversionError, CheckpointError, ShardError: the options contradict each other or the model, there is no such
@@ -222,7 +221,7 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim) -> Plan:
     """
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
-    reader = ModelReader(arguments.model, arguments.shards)
+    reader = reader or ModelReader(arguments.model, arguments.shards)
     plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method), claim)
     if not arguments.quiet:
         _note_groups(plan)

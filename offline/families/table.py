@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..nouns import Kind
 from .family import LATER_LAYERS, Family
-from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, attention, dense, latent_attention, shared
+from .slots import MIXTRAL, Cut, FusedTensor, Rename, Slot, attention, dense, latent_attention, shared
 
 _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
@@ -258,7 +258,6 @@ _OTHERS = (
         kept=("feed_forward.gate", "conv.in_proj", "conv.out_proj"),
         block="feed_forward",
         projections=MIXTRAL,
-        fused=FUSED,
         mixers=("self_attn", "conv"),
         norm="model.embedding_norm",
         note="convolutions stay as they are",

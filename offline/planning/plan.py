@@ -248,11 +248,12 @@ def predict_memory(reader: ModelReader, conversion: Conversion) -> memory.Need:
         ConversionError: there is no such device.
     """
     text, device = conversion.text, conversion.device
+    batch = solver_weights(_devices(conversion), conversion.device_memory)
     if text is None:
-        working = memory.plain_need(reader, solver_weights(_devices(conversion), conversion.device_memory))
+        working = memory.plain_need(reader, batch)
     else:
-        working = memory.streamed_need(reader, text.windows.numel(), device)
-        tokens, batch = text.windows.numel(), solver_weights(_devices(conversion), conversion.device_memory)
+        tokens = text.windows.numel()
+        working = memory.streamed_need(reader, tokens, device)
         working = max(working, memory.solving_need(reader, tokens, batch, device))
         working = max(working, memory.tuning_need(reader, device)) if text.tune else working
         working = max(working, memory.writing_need(reader, device)) if text.name == OWN_TEXT else working
