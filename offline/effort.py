@@ -28,7 +28,9 @@ CPU_EFFORT = Effort(32, 16, 4)
 OWN_WINDOWS = 512
 """Most windows that a model writes by itself where none are asked for: writing takes longer than learning."""
 TUNE_STEPS = 2
-"""Steps that train the whole model, for each step of a layer."""
+"""Steps that train the whole model, for each step of a layer, at least."""
+TUNE_PASSES = 3
+"""Times that the whole model learns from each window of a text of the user's, at least."""
 BEST_WINDOWS = 4000
 """Most windows of preset ``best`` on a GPU, and each is learned from at least once. On a real model of 0.5 B parameters
 4000 windows, a quarter of them the packaged text and the others of the kinds that were scored, left a KL divergence of

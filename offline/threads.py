@@ -18,7 +18,7 @@ CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """A user who sets one of these has chosen the number of threads."""
 CHOSEN_WAITING = (WAITING, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SMALL = 2**18
-"""Weights of a matrix that one core's cache holds: below, a thread more costs as much as it brings."""
+"""Weights of a matrix that one core's cache holds: for fewer, a thread more costs as much as it brings."""
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -46,11 +46,10 @@ def sensible_threads(largest: int) -> int:
     Args:
         largest: weights of the model's largest matrix.
     """
-    if largest <= SMALL:
-        return 1
+    useful = max(1, largest // SMALL)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
-    return cores if quota is None else max(1, min(cores, round(quota)))
+    return min(useful, cores if quota is None else max(1, min(cores, round(quota))))
 
 
 @contextmanager

@@ -23,14 +23,15 @@ class DequantizedTensors:
         folder: the checkpoint.
         fmt: its format.
         dtype: of the weights of quantized matrices; other tensors stay as they are stored.
+        device: where codes become weights, and where these lie.
 
     Attributes:
         matrices: names of the quantized matrices.
         others: names of the tensors that are stored as they were in the source.
     """
 
-    def __init__(self, folder: Path, fmt: MiLoFormat, dtype: torch.dtype) -> None:
-        self._format, self._dtype = fmt, dtype
+    def __init__(self, folder: Path, fmt: MiLoFormat, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self._format, self._dtype, self._device = fmt, dtype, device
         self._entries = read_tensors(folder)
         self._modules = quantized_modules(self._entries)
         self.matrices = set(self._modules)
@@ -66,7 +67,7 @@ class DequantizedTensors:
         Raises:
             ShardError: they cannot be read.
         """
-        tensors = {name: self.stored(f"{module}.{name}") for name in self._modules[module]}
+        tensors = {name: self.stored(f"{module}.{name}").to(self._device) for name in self._modules[module]}
         packed, scale, zero = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
         weight = dequantize(packed, scale, zero, self._format.module_group_size(module))
         if U not in tensors:

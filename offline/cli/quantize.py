@@ -30,7 +30,7 @@ from ..checkpoint.card import CardNotes
 from ..checkpoint.claim import Claim
 from ..conversion import Conversion, Text
 from ..convert import carry_out
-from ..effort import CPU_EFFORT, GPU_EFFORT, TUNE_STEPS, Effort, default_windows, effort_on, steps_of_pass
+from ..effort import CPU_EFFORT, GPU_EFFORT, TUNE_PASSES, TUNE_STEPS, Effort, default_windows, effort_on, steps_of_pass
 from ..errors import ConversionError
 from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
@@ -368,7 +368,7 @@ def _tune(arguments: argparse.Namespace, reader: ModelReader, effort: Effort, wi
             file=sys.stderr,
         )
         return None
-    steps = max(TUNE_STEPS * effort.steps, steps_of_pass(windows, effort))
+    steps = max(TUNE_STEPS * effort.steps, TUNE_PASSES * steps_of_pass(windows, effort))
     return TuneOptions(steps=steps, batch=min(effort.batch, windows), seed=arguments.seed)
 
 

@@ -72,7 +72,7 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype) -> Str
         ConversionError, CheckpointError, ShardError: the folder holds no model, or a broken one.
     """
     if is_milo_checkpoint(folder):
-        tensors = DequantizedTensors(folder, validate_checkpoint(folder), dtype)
+        tensors = DequantizedTensors(folder, validate_checkpoint(folder), dtype, device)
         family = find_family(read_settings(folder))
         return StreamedModel(folder, family, tensors.load, device, dtype, _ADVICE)
     reader = ModelReader(folder)

@@ -28,7 +28,8 @@ def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_large_matrices_take_the_cores_that_are_allowed(cgroups: Path):
     assert threads.sensible_threads(threads.SMALL) == 1
-    assert threads.sensible_threads(threads.SMALL + 1) == 8
+    assert threads.sensible_threads(3 * threads.SMALL) == 3  # a core's share is worth a thread
+    assert threads.sensible_threads(2**24) == 8
     for quota, number in (("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("broken", 8)):
         (cgroups / "pod" / "cpu.max").write_text(quota, encoding="utf-8")  # of the group above the own
         assert threads.sensible_threads(2**24) == number

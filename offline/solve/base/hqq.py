@@ -50,18 +50,48 @@ def fit_zeros(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) ->
     step = _step_on_gpu(weights, scale) if weights.is_cuda else _step(groups, scale)
     current, best_zero = zero.float(), zero.float()
     best_error = torch.full(groups.shape[:-3], torch.inf, device=groups.device)
-    beta = BETA
+    beta, settled = BETA, _Settled()
     for _ in range(ROUNDS):
         sizes, update = step(current, beta)
         error = sizes.sum(dim=(-2, -1))
         improved = error < best_error
-        if not improved.any():
+        if settled.after(improved):
             break
         best_error = torch.where(improved, error, best_error)
         best_zero = torch.where(improved[..., None, None], current, best_zero)
         current = torch.where(improved[..., None, None] & ~constant, update, current)
         beta *= KAPPA
     return fit_zero(best_zero)
+
+
+class _Settled:
+    """Tells when a round improves no matrix any more.
+
+    A GPU is asked for the round before the last, so that it works on the last while the host waits: after a round that
+    improves nothing, another changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def after(self, improved: torch.Tensor) -> bool:
+        """Return whether no round is needed after those known of, with what the latest improved, bool [...]."""
+        if not improved.is_cuda:
+            return not improved.any()
+        asked, self._before = self._before, _sent_to_host(improved.any())
+        if asked is None:
+            return False
+        asked[1].synchronize()
+        return not asked[0].item()
+
+
+def _sent_to_host(value: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """Return where a value of the GPU will lie on the host, and what tells that it does."""
+    place = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    place.copy_(value, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return place, event
 
 
 def _step_on_gpu(weights: torch.Tensor, scale: torch.Tensor) -> _Step:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from random_matrices import heavy_tailed
 
+from vllm_milo.offline.solve.base import hqq
 from vllm_milo.offline.solve.base.group import quantize_rtn
 from vllm_milo.offline.solve.base.hqq import quantize_hqq
 
@@ -22,6 +23,22 @@ def test_tiny_groups_of_a_normal_matrix_are_kept():
     weights[0, 1, :64] = 3e-7
     result = quantize_hqq(weights, 64)
     assert (result.dequantize()[0, :2, :64] - weights[0, :2, :64]).abs().max() < 2.0**-14
+
+
+def test_a_round_after_the_last_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU the host hears of the round before the last."""
+    weights = heavy_tailed(3, 65, 384)
+    asked = []
+
+    def never(self: object, improved: torch.Tensor) -> bool:
+        asked.append(bool(improved.any()))
+        return False
+
+    expected = quantize_hqq(weights, 64)
+    monkeypatch.setattr(hqq._Settled, "after", never)
+    found = quantize_hqq(weights, 64)
+    assert not all(asked[:-2])  # it had settled before
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu
