@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,7 +81,13 @@ class Conversion:
 
 
 class Summary(NamedTuple):
-    """What a conversion did."""
+    """What a conversion did.
+
+    Attributes:
+        spent: seconds by what they were spent on, some beside each other: ``reading`` weights for the solver,
+            ``solving`` by device, ``writing``; in ``waiting_for_jobs`` the first device had none, in
+            ``waiting_for_the_disk`` finished layers had to wait.
+    """
 
     out: Path
     seconds: float
@@ -92,3 +98,4 @@ class Summary(NamedTuple):
     peak_device_bytes: int
     warnings: list[str]
     worst: Mapping[str, MatrixReport]
+    spent: Mapping[str, Any]

@@ -42,7 +42,6 @@ from .source.layers import Layer, layer_index
 from .source.reader import ModelReader
 from .source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
 from .source.whole_model import load_source_model
-from .spread.ahead import ahead
 from .spread.devices import Devices
 from .spread.job import Done, Job
 from .spread.load import load_batches
@@ -176,6 +175,7 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
         peak_device_bytes=max(devices.peak, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0),
         warnings=warnings,
         worst=report.worst(),
+        spent=devices.seconds | output.seconds,
     )
 
 
@@ -261,7 +261,7 @@ def _plain(
         for job in load_batches(bench.reader, together, ranks, recipe, rule, device.type == "cuda")
     )
     shown = progress_bar(layers, "quantize", bench.progress, sizes=[layer.weights for layer in layers])
-    with closing(ahead(jobs)) as ready, closing(bench.devices.solve(ready)) as done, bench.reader.shards.stopping():
+    with closing(bench.devices.solve(jobs, reading=True)) as done, bench.reader.shards.stopping():
         solved = _noted(done, bench.report)
         for together in gather_layers(shown, device, rule.elements):
             yield _by_layer(together, islice(solved, sum(len(layer.matrices) for layer in together)))

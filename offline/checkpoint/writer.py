@@ -82,7 +82,7 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._shards: list[ShardRecord] = []
         self._resumed = False
-        self._worker = Worker()
+        self._worker, self._shard_worker = Worker(), Worker()
         self._exit = ExitStack()
 
     @property
@@ -151,6 +151,7 @@ class CheckpointWriter:
         try:
             with deferred_signals():
                 self._worker.close()
+                self._shard_worker.close()
                 self._keep_or_delete(error)
         finally:
             self._exit.close()
@@ -161,8 +162,9 @@ class CheckpointWriter:
         if self._claim.published or hopeless or not self.journal.quantized:
             discard(self.journal.folder)
         elif error is not None:
-            if self._worker.error not in (None, error):
-                error.add_note(str(self._worker.error))
+            for worker in (self._worker, self._shard_worker):
+                if worker.error not in (None, error):
+                    error.add_note(str(worker.error))
             error.add_note(
                 f"{self.journal.progress} are kept in {self.journal.folder}; go on with the same command and --resume"
             )
@@ -177,7 +179,8 @@ class CheckpointWriter:
         """Take finished layers, which are put on the disk while the next ones are computed. See :meth:`.Journal.keep`.
 
         At most one such set of layers waits beside the one that is being written; both are on the CPU, so that they
-        take host memory alone. A kill loses these two at most. After :meth:`wait` all are on the disk.
+        take host memory alone. A kill loses these two at most. After :meth:`wait` all are on the disk. Shards are made
+        of the layers' files in yet another thread, since hashing their bytes takes as long again.
 
         Raises:
             ConversionError: the disk is full or the folder cannot be written, by layers before these.
@@ -201,17 +204,17 @@ class CheckpointWriter:
         said: Mapping[str, Any],
     ) -> None:
         try:
-            self.journal.keep(layers, held, ranks, said)
+            written = self.journal.keep(layers, held, ranks, said)
         except (OSError, SafetensorError) as error:
             raise self._cannot_write(error, sum(tensor.nbytes for tensor in held.values())) from error
         if self._kept is not None:
             self._kept(layers)
         if self._final:
-            for name, tensor in held.items():
+            for name, tensor in written.items():
                 self.add(name, tensor)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; full shards go to disk at once."""
+        """Take one tensor; a full shard goes to the disk while the next one fills."""
         tensor = on_host(tensor)
         if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
             self._write_shard()
@@ -226,6 +229,7 @@ class CheckpointWriter:
         """
         self.wait()
         self._write_shard()
+        self._shard_worker.wait()
         try:
             shards = self._name_shards()
             find_companions(self.source).copy(self.folder)
@@ -269,31 +273,42 @@ class CheckpointWriter:
         return True
 
     def _write_shard(self) -> None:
+        """Let what was taken become a shard, when the one before is on the disk: no more than two are in memory."""
         if not self._pending:
             return
+        self._shard_worker.wait()
+        self._shard_worker.hand_over(partial(self._store_shard, self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _store_shard(self, tensors: Mapping[str, torch.Tensor]) -> None:
         path = self.folder / shard_name(len(self._shards) + 1)
+        size = sum(tensor.nbytes for tensor in tensors.values())
         try:
-            entry = self._shard_of_one_layer(path)
+            entry = self._shard_of_one_layer(list(tensors), path)
             if entry is None:
-                save_file(self._pending, path, metadata={"format": "pt"})
+                save_file(dict(tensors), path, metadata={"format": "pt"})
                 entry = describe_file(path)  # while the system still has it in memory
-            shard = ShardRecord(list(self._pending), self._pending_bytes, entry)
+            shard = ShardRecord(list(tensors), size, entry)
             if self.journal.records and self._final:
                 flush(path)
                 self.journal.keep_shard(shard)
         except (OSError, SafetensorError) as error:
-            raise self._cannot_write(error, self._pending_bytes) from error
+            raise self._cannot_write(error, size) from error
         self._shards.append(shard)
-        self.bytes_written += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
+        self.bytes_written += size
 
-    def _shard_of_one_layer(self, path: Path) -> FileEntry | None:
+    def _shard_of_one_layer(self, names: Sequence[str], path: Path) -> FileEntry | None:
         """Let a layer's file become the shard if it holds the same tensors, and so the same bytes; else return None."""
-        names = list(self._pending)
         for record in reversed(self.journal.records if self._final else []):
             if record.tensors == names and self.journal.link(record, path):
                 return record.file
         return None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds that threads wrote so far, and those that finished layers waited for them."""
+        writing = self._worker.busy + self._shard_worker.busy
+        return {"writing": writing, "waiting_for_the_disk": self._worker.waited}
 
     def _name_shards(self) -> dict[str, FileEntry]:
         """Give the shards their final names, now that their number is known, and index them; return them by name."""

@@ -145,7 +145,7 @@ class Journal:
         tensors: Mapping[str, torch.Tensor],
         ranks: Mapping[str, int],
         said: Mapping[str, Any],
-    ) -> None:
+    ) -> dict[str, torch.Tensor]:
         """Put finished layers on the disk; when this returns, they survive.
 
         Args:
@@ -153,6 +153,9 @@ class Journal:
             tensors: of the checkpoint, on the CPU, by name, in the order of the shards.
             ranks: of their matrices.
             said: what the report says of them.
+
+        Returns:
+            The tensors as they lie in the file, which take no memory of this process.
 
         Raises:
             OSError, SafetensorError: the disk is full, or the folder cannot be written.
@@ -162,6 +165,8 @@ class Journal:
         record = LayerRecord(number, list(layers), list(tensors), file, dict(ranks), dict(said))
         write_json(self._layers / f"{number:05d}.json", record._asdict())
         self.records.append(record)
+        found = _read(self._layer(number), record.tensors)
+        return {name: found[name] for name in record.tensors}
 
     def tensors(self, record: LayerRecord, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """Return the tensors of finished layers, in order, on the CPU, without those that are not wanted.

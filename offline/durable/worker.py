@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 Job = Callable[[], None]
@@ -17,12 +18,15 @@ class Worker:
 
     Attributes:
         error: of the job that failed; None if none did.
+        busy: seconds that jobs took so far.
+        waited: seconds that others waited for it so far.
     """
 
     def __init__(self) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
         self.error: BaseException | None = None
+        self.busy = self.waited = 0.0
 
     def hand_over(self, job: Job) -> None:
         """Let a job be done after those before it.
@@ -34,7 +38,9 @@ class Worker:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="milo-writer")
             self._thread.start()
+        start = time.monotonic()
         self._jobs.put(job)
+        self.waited += time.monotonic() - start
 
     def wait(self) -> None:
         """Return when all jobs are done.
@@ -42,7 +48,9 @@ class Worker:
         Raises:
             BaseException: what a job raised.
         """
+        start = time.monotonic()
         self._jobs.join()
+        self.waited += time.monotonic() - start
         self._refuse_after_failure()
 
     def close(self) -> None:
@@ -58,11 +66,13 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            start = time.monotonic()
             try:
                 if self.error is None:
                     job()
             except BaseException as error:  # it is raised where the next job is handed over
                 self.error = error
             finally:
+                self.busy += time.monotonic() - start
                 del job  # what it holds may be large, and the next one may be long in coming
                 self._jobs.task_done()

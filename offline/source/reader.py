@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vllm_milo.dtypes import DTYPES, MODEL_DTYPES, safetensors_name
 from vllm_milo.names import find_key
 from vllm_milo.shards import TensorEntry, read_tensors
-from vllm_milo.values import one_line
 
-from ..errors import ConversionError, PassingError
+from ..errors import ConversionError
 from ..families.family import Family
 from ..families.find import find_family
 from ..nouns import Matrix
@@ -26,6 +23,7 @@ from .completeness import check_complete, check_experts, check_fused, check_name
 from .config import read_config
 from .finite import is_finite
 from .layers import BROKEN, Layer, Source, plan_layers
+from .parts import Opened, Part, read_part
 
 Uses = Mapping[str, Sequence[str]]
 """The names of the shards that hold a layer, by the layer's name, in the order that layers are worked on."""
@@ -60,19 +58,6 @@ class Shards(Protocol):
         """Return the most bytes that shards take on the disk which were not there before."""
 
 
-class _Opened(threading.local):
-    """The shard that a thread has open."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Path, Any] | None = None
-
-    def shard(self, path: Path) -> Any:
-        """Return a shard, which stays open until another is wanted: thousands of tensors lie in one."""
-        if self._last is None or self._last[0] != path:
-            self._last = (path, safe_open(path, framework="pt"))
-        return self._last[1]
-
-
 class FolderShards:
     """The files of a model folder, which are all there."""
 
@@ -80,7 +65,7 @@ class FolderShards:
 
     def __init__(self, folder: Path) -> None:
         self.tensors: Mapping[str, TensorEntry] = read_tensors(folder)
-        self.shard = _Opened().shard
+        self.shard = Opened().shard
 
     def coming(self, uses: Uses, folder: Path) -> AbstractContextManager[None]:
         """Return a context in which nothing happens: all is there."""
@@ -155,22 +140,15 @@ class ModelReader:
 
     def load(self, tensor: str) -> torch.Tensor:
         """Return a tensor as it is stored, on the CPU."""
-        entry = self.tensors[tensor]
-        try:
-            return self.shards.shard(entry.file).get_tensor(tensor)
-        except (OSError, SafetensorError) as error:
-            raise PassingError(f"{entry.file}: cannot read tensor {tensor}: {one_line(error)}") from error
+        return read_part(Part(self.tensors[tensor].file, tensor), self.shards.shard)
+
+    def part(self, source: Source) -> Part:
+        """Return where a matrix lies in the model's files."""
+        return Part(self.tensors[source.tensor].file, source.tensor, source.expert, source.rows)
 
     def load_matrix(self, source: Source) -> torch.Tensor:
         """Return a matrix as it is stored, on the CPU; of a tensor that holds several, no more is read."""
-        if source.expert is None:
-            return self.load(source.tensor)
-        entry, expert = self.tensors[source.tensor], source.expert
-        try:
-            part = self.shards.shard(entry.file).get_slice(source.tensor)[expert : expert + 1, source.rows]
-        except (OSError, SafetensorError) as error:
-            raise PassingError(f"{entry.file}: cannot read tensor {source.tensor}: {one_line(error)}") from error
-        return part[0]
+        return read_part(self.part(source), self.shards.shard)
 
     def load_finite(self, tensor: str) -> torch.Tensor:
         """Return a tensor as it is stored, on the CPU.

@@ -1,4 +1,7 @@
-"""Jobs that are dealt to several solvers, and their results, which leave in the jobs' order."""
+"""Jobs that are dealt to several solvers, and their results, which leave in the jobs' order.
+
+One of the solvers is the thread that wants the results, for which another reads ahead.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,23 @@ class Deal:
         self._changed = threading.Condition()
         self._results: dict[int, Done | BaseException] = {}
         self._taken = self._yielded = 0
-        self._no_more = False
+        self._no_more = self._closed = False
+        self._read: tuple[int, Job] | None = None
 
     @property
     def finished(self) -> bool:
         """Whether all jobs were taken, and their results too."""
         with self._changed:
-            return self._no_more and self._yielded == self._taken
+            return self._finished
+
+    @property
+    def _finished(self) -> bool:
+        return self._no_more and self._yielded == self._taken
 
     def take(self, wait: bool) -> tuple[int, Job] | None:
         """Return the next job and its index; None if there are no more, or now none where nobody waits.
 
-        What making a job raises counts as its result; of the main thread only errors do, interrupts pass.
+        What making a job raises counts as its result.
         """
         while self._has_room(wait):  # before the lock, which others want who do not wait
             with self._making:
@@ -58,8 +66,6 @@ class Deal:
         try:
             job = next(self._jobs, None)
         except BaseException as error:
-            if threading.current_thread() is threading.main_thread() and not isinstance(error, Exception):
-                raise
             self._taken += 1
             self._put(index, error)
             return None
@@ -83,26 +89,49 @@ class Deal:
             self._no_more |= isinstance(result, BaseException)  # what comes after a failure is not wanted
             self._changed.notify_all()
 
-    def next_result(self, wait: bool) -> Done | None:
-        """Return the next result in order; None if there will be none, or now is none and nobody waits.
+    def read_ahead(self, pinned: bool) -> None:
+        """Read jobs for who wants the results: each when the one before it was fetched, until there are no more.
+
+        Args:
+            pinned: see :meth:`.Job.read`.
+        """
+        while self._wants_another() and (taken := self.take(wait=True)) is not None:
+            index, job = taken
+            with self.result_of(index):
+                read = job.read(pinned)
+                with self._changed:
+                    self._read = index, read
+                    self._changed.notify_all()
+            del taken, job
+
+    def _wants_another(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._read is None or self._closed)
+            return not self._closed
+
+    def fetch(self) -> Done | tuple[int, Job] | None:
+        """Return the next result if it is there, else a job that was read, whichever comes first; None at the end.
 
         Raises:
             BaseException: the result is one.
         """
         with self._changed:
-            while self._yielded not in self._results:
-                if not wait or (self._no_more and self._yielded == self._taken):
-                    return None
-                self._changed.wait()
-            result = self._results.pop(self._yielded)
-            if isinstance(result, BaseException):
-                raise result
-            self._yielded += 1
+            self._changed.wait_for(lambda: self._yielded in self._results or self._read is not None or self._finished)
+            if self._yielded in self._results:
+                result = self._results.pop(self._yielded)
+                if isinstance(result, BaseException):
+                    raise result
+                self._yielded += 1
+            elif self._read is not None:
+                result, self._read = self._read, None
+            else:
+                return None
             self._changed.notify_all()
             return result
 
     def close(self) -> None:
         """Hand out no more jobs."""
         with self._changed:
-            self._no_more = True
+            self._no_more = self._closed = True
+            self._read = None
             self._changed.notify_all()

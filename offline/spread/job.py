@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,13 @@ from ..errors import ConversionError
 from ..nouns import Matrix, Moments, Recipe
 from ..solve.methods import Quantized, Solved, quantize_matrices
 from ..source.layers import BROKEN
+from ..source.parts import Part, read_part
+
+
+class Unread(NamedTuple):
+    """Weights of a batch that are still in files which stay there, so that whoever solves the batch may read them."""
+
+    parts: Sequence[Part]
 
 
 @dataclass(frozen=True)
@@ -22,29 +30,77 @@ class Job:
 
     Attributes:
         matrices: of the batch.
-        weights: theirs as the source stores them, [B, N, K], on any device.
+        weights: theirs as the source stores them, [B, N, K], on any device; or where they are to be read.
         moments: what errors in them cost, on any device.
         ranks: of their compensators.
         recipe: of the solver.
         dtype: the model's, in which 16-bit factors are stored.
         places: file and tensor that each is from, where nobody has looked yet whether its weights are finite.
+        reading: seconds that reading them took.
     """
 
     matrices: Sequence[Matrix]
-    weights: torch.Tensor
+    weights: torch.Tensor | Unread
     moments: Moments
     ranks: Sequence[int]
     recipe: Recipe
     dtype: torch.dtype
     places: Sequence[str] = ()
+    reading: float = 0.0
+
+    def read(self, pinned: bool) -> Job:
+        """Return the job with its weights in memory.
+
+        Args:
+            pinned: whether they go to a GPU, which copies several times as fast from memory that is not paged.
+
+        Raises:
+            PassingError: a file cannot be read.
+        """
+        if isinstance(self.weights, torch.Tensor):
+            return self
+        start = time.monotonic()
+        weights = stacked([read_part(part) for part in self.weights.parts], pinned)
+        return replace(self, weights=weights, reading=time.monotonic() - start)
+
+
+def stacked(parts: Sequence[torch.Tensor], pinned: bool) -> torch.Tensor:
+    """Return matrices of one shape as they are stored, [B, N, K]; in float32 where their dtypes differ.
+
+    Args:
+        parts: [N, K] each; files in memory, which are read from the disk here.
+        pinned: see :meth:`Job.read`.
+    """
+    dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float32
+    into = torch.empty(len(parts), *parts[0].shape, dtype=dtype, pin_memory=pinned)
+    for place, part in zip(into, parts, strict=True):
+        place.copy_(part)
+    return into
+
+
+class Spent(NamedTuple):
+    """Seconds that a device took for reading weights, beside its other work, and for solving."""
+
+    reading: float = 0.0
+    solving: float = 0.0
 
 
 class Done(NamedTuple):
-    """A solved job: its matrices in their order, what there is to say of them, and the most device memory it took."""
+    """A solved job.
+
+    Attributes:
+        solved: its matrices in their order.
+        report: what there is to say of them.
+        peak: the most device memory that solving took so far, in bytes.
+        device: that solved it.
+        spent: seconds that it took.
+    """
 
     solved: Sequence[tuple[Matrix, Result]]
     report: Report
     peak: int
+    device: torch.device
+    spent: Spent
 
 
 def solve(job: Job, device: torch.device) -> Done:
@@ -53,16 +109,20 @@ def solve(job: Job, device: torch.device) -> Done:
     Raises:
         ConversionError: a matrix holds NaN or Inf or cannot be quantized; it is named.
     """
-    return Done(*_solve(job, device))
+    job, start = job.read(device.type == "cuda"), time.monotonic()
+    solved, report = _solve(job, device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return Done(solved, report, peak, device, Spent(job.reading, time.monotonic() - start))
 
 
 def solve_to_send(job: Job, device: torch.device) -> Done:
     """Solve a job as :func:`solve` does, for another process: the result is as it will be stored."""
-    solved, report, peak = _solve(job, device)
-    return Done(store_matrices(solved), report, peak)
+    done = solve(job, device)
+    return done._replace(solved=store_matrices(done.solved))
 
 
-def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]], Report, int]:
+def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]], Report]:
+    assert isinstance(job.weights, torch.Tensor)
     weights = job.weights.to(device).float()  # in this order: the host would take longer to convert than to copy
     _refuse_broken(job, weights)
     result = _quantize_named(job, weights, _on(job.moments, device))
@@ -72,7 +132,7 @@ def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]],
     for place, (matrix, rank, error, rounds) in enumerate(numbers):
         report.matrices[matrix.name] = MatrixReport(error, rank, rounds)
         solved.append((matrix, result.one(place, rank)))
-    return solved, report, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return solved, report
 
 
 def _on(moments: Moments, device: torch.device) -> Moments:

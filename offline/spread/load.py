@@ -1,17 +1,16 @@
-"""Reads the batches of layers from the source, each when its turn comes."""
+"""The batches of layers, whose weights are read from the source when their turn comes."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-
-import torch
 
 from ..batches import Rule, plan_batches
 from ..calibration.layer_moments import NoMoments
 from ..nouns import Moments, Recipe
-from ..source.layers import Layer, Source
+from ..source.layers import Layer
 from ..source.reader import ModelReader
-from .job import Job
+from .job import Job, Unread, stacked
 
 
 def load_batches(
@@ -22,7 +21,9 @@ def load_batches(
     rule: Rule,
     pinned: bool,
 ) -> Iterator[Job]:
-    """Yield the batches of some layers with their weights on the host; each matrix is read once, and when it is wanted.
+    """Yield the batches of some layers, each matrix in one.
+
+    Whoever solves a batch reads its weights. Only those of shards that come and go are read here, on the host.
 
     Args:
         reader: the source model.
@@ -30,23 +31,17 @@ def load_batches(
         ranks: of these, by name.
         recipe: of the solver.
         rule: how many matrices go together.
-        pinned: whether weights go to a GPU, which copies them several times as fast from memory that is not paged.
+        pinned: see :meth:`.Job.read`.
     """
     sources = {source.matrix: source for layer in layers for source in layer.matrices}
     for matrices in plan_batches(sources, NoMoments(), ranks, rule):
-        of = [sources[matrix] for matrix in matrices]
-        places = [f"{reader.tensors[source.tensor].file}: tensor {source.tensor}" for source in of]
-        weights = _stacked(reader, of, pinned)
-        yield Job(matrices, weights, Moments(), [ranks[m.name] for m in matrices], recipe, reader.dtype, places)
+        parts = [reader.part(sources[matrix]) for matrix in matrices]
+        about = (Moments(), [ranks[matrix.name] for matrix in matrices], recipe, reader.dtype)
+        places = [part.place for part in parts]
+        if not reader.shards.streamed:
+            yield Job(matrices, Unread(parts), *about, places)
+            continue
+        start = time.monotonic()
+        weights = stacked([reader.load_matrix(sources[matrix]) for matrix in matrices], pinned)
+        yield Job(matrices, weights, *about, places, time.monotonic() - start)
         del weights
-
-
-def _stacked(reader: ModelReader, sources: Sequence[Source], pinned: bool) -> torch.Tensor:
-    """Return matrices of one shape as they are stored, [B, N, K]; in float32 where their dtypes differ."""
-    first = sources[0].matrix
-    parts = [reader.load_matrix(source) for source in sources]  # files in memory, read from the disk below
-    dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float32
-    into = torch.empty(len(parts), first.n, first.k, dtype=dtype, pin_memory=pinned)
-    for place, part in zip(into, parts, strict=True):
-        place.copy_(part)
-    return into

@@ -23,27 +23,35 @@ from .job import Job, solve_to_send
 
 
 def main(device: torch.device, threads: int) -> None:
-    """Solve jobs until there are no more; the next is received while one is solved."""
+    """Solve jobs until there are no more; the next is received, and its weights read, while one is solved."""
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between results
     torch.set_num_threads(threads)  # as in the other processes, so that sums have the same order
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with closing(ahead(_jobs(sys.stdin.buffer))) as jobs:
+        torch.empty((), device=device)  # the GPU is made ready before the first job comes
+    with closing(ahead(_jobs(sys.stdin.buffer, device.type == "cuda"))) as jobs:
         for job in jobs:
             try:
-                pipe.send(results, _result(job, device))
+                pipe.send(results, _result(job, device) if isinstance(job, Job) else job)
             except BrokenPipeError:  # nobody wants it any more
                 return
 
 
-def _jobs(file: BinaryIO) -> Iterator[Job]:
+def _jobs(file: BinaryIO, pinned: bool) -> Iterator[Job | BaseException]:
+    """Yield jobs whose weights were read, or the error that reading them raised."""
     while True:
         try:
             job = pipe.receive(file)
         except EOFError:
             return
-        yield job
+        try:
+            read: Job | BaseException = job.read(pinned)
+        except (ConversionError, MemoryError) as error:
+            read = error
+        del job
+        yield read
+        del read
 
 
 def _result(job: Job, device: torch.device) -> Any:

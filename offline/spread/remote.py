@@ -17,7 +17,7 @@ from .job import Done, Job
 
 
 class Remote:
-    """A process of its own for one device, which starts with the first job.
+    """A process of its own for one device, which starts with the first job if not before.
 
     Args:
         device: where it solves.
@@ -28,6 +28,10 @@ class Remote:
         self._process: subprocess.Popen[bytes] | None = None
         self._sent: deque[str] = deque()
         self._closed = False
+
+    def start(self) -> None:
+        """Start the process, which takes seconds until it solves."""
+        self._started()
 
     def send(self, job: Job) -> None:
         """Hand over a job; one more than is being solved may wait there.

@@ -20,6 +20,7 @@ from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.budget import stored_bits
 from vllm_milo.offline.ranks.policies import parse_policies
+from vllm_milo.offline.source import parts
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.shards import read_tensors
 from vllm_milo.validation import matrix_shape, module_rank, quantized_modules, validate_checkpoint
@@ -82,9 +83,10 @@ def test_streaming_reads_each_tensor_once_and_a_batch_ahead(
     sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     """What is copied is read when its layer is written, the matrices of the next layer's first batch before that."""
-    order = []
-    load = ModelReader.load
-    monkeypatch.setattr(ModelReader, "load", lambda self, tensor: order.append(tensor) or load(self, tensor))
+    order, read_part = [], parts.read_part
+    for module in ("source.reader", "spread.job"):
+        read = f"vllm_milo.offline.{module}.read_part"
+        monkeypatch.setattr(read, lambda part, *how: order.append(part.tensor) or read_part(part, *how))
     convert(sources["olmoe"], tmp_path / "out", Conversion(FAST), progress=False)
     assert len(order) == len(set(order))
     quantized = {source.tensor for layer in ModelReader(sources["olmoe"]).layers for source in layer.matrices}

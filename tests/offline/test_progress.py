@@ -101,7 +101,7 @@ def test_every_stage_of_a_conversion_says_how_far_it_is(bundled_model: Path, tmp
     options = ["--preset", "best", "--max-rounds", "1", "--calibration", "self", "--device", "cpu"]
     assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
     said = capsys.readouterr().err
-    for line in ("write: 3 of 3 parts", "quantize: 5 of 5 layers", "tune: 4 of 4 steps"):
+    for line in ("write: 3 of 3 parts", "quantize: 5 of 5 layers", "tune: 6 of 6 steps"):
         assert line in said
     assert "Loading weights" not in said  # a bar of transformers
     options += ["--quiet", "--overwrite"]

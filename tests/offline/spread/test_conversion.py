@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import VOCABULARY
 
 from vllm_milo.offline.cli import main as milo
@@ -22,6 +23,7 @@ from vllm_milo.offline.errors import ConversionError, PassingError
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
+from vllm_milo.offline.source.parts import Part
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.spread import job
 from vllm_milo.offline.spread.remote import Remote
@@ -74,18 +76,21 @@ def test_an_error_in_the_last_layer_leaves_what_errors_leave(
     source, conversion = sources["qwen3_moe"], replace(WAYS["fast"], more_devices=more)
     last = next(s.tensor for layer in ModelReader(source).layers[::-1] for s in layer.matrices)
     whole = converted(source, tmp_path / "whole", conversion)
-    real = ModelReader.load_matrix
-    for kind, kept in ((PassingError, True), (ConversionError, False)):
+    broken, real = tmp_path / "broken.safetensors", ModelReader.part
+    save_file({last: torch.full_like(ModelReader(source).load(last), float("nan"))}, broken)
+    for file, kind, said in (
+        (tmp_path / "gone.safetensors", PassingError, "cannot read tensor"),
+        (broken, ConversionError, "holds NaN or Inf"),
+    ):
 
-        def fail(self, of, kind=kind):
-            if of.tensor == last:
-                raise kind(f"cannot read {of.tensor}")
-            return real(self, of)
+        def part(self, of, file=file):
+            return Part(file, last) if of.tensor == last else real(self, of)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ModelReader, "load_matrix", fail)
-            with pytest.raises(kind, match=f"cannot read {re.escape(last)}"):
+            patch.setattr(ModelReader, "part", part)
+            with pytest.raises(kind, match=rf"{re.escape(str(file))}: .*{said}|tensor {re.escape(last)} {said}"):
                 convert(source, tmp_path / "out", replace(conversion, resume=False), progress=False)
+        kept = kind is PassingError
         assert (tmp_path / ".out.partial").is_dir() == kept
         if kept:
             assert converted(source, tmp_path / "out", conversion, resume=True) == whole
