@@ -117,17 +117,17 @@ class Deal:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._yielded in self._results or self._read is not None or self._finished)
+            got: Done | tuple[int, Job] | None = None
             if self._yielded in self._results:
                 result = self._results.pop(self._yielded)
                 if isinstance(result, BaseException):
                     raise result
                 self._yielded += 1
+                got = result
             elif self._read is not None:
-                result, self._read = self._read, None
-            else:
-                return None
+                got, self._read = self._read, None
             self._changed.notify_all()
-            return result
+            return got
 
     def close(self) -> None:
         """Hand out no more jobs."""

@@ -109,19 +109,18 @@ def solve(job: Job, device: torch.device) -> Done:
     Raises:
         ConversionError: a matrix holds NaN or Inf or cannot be quantized; it is named.
     """
-    job, start = job.read(device.type == "cuda"), time.monotonic()
-    solved, report = _solve(job, device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return Done(solved, report, peak, device, Spent(job.reading, time.monotonic() - start))
+    return Done(*_solve(job, device))
 
 
 def solve_to_send(job: Job, device: torch.device) -> Done:
     """Solve a job as :func:`solve` does, for another process: the result is as it will be stored."""
-    done = solve(job, device)
-    return done._replace(solved=store_matrices(done.solved))
+    solved, *rest = _solve(job, device)
+    return Done(store_matrices(solved), *rest)
 
 
-def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]], Report]:
+def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]], Report, int, torch.device, Spent]:
+    """Return what is in a :class:`Done`, in its order."""
+    job, start = job.read(device.type == "cuda"), time.monotonic()
     assert isinstance(job.weights, torch.Tensor)
     weights = job.weights.to(device).float()  # in this order: the host would take longer to convert than to copy
     _refuse_broken(job, weights)
@@ -132,7 +131,8 @@ def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]],
     for place, (matrix, rank, error, rounds) in enumerate(numbers):
         report.matrices[matrix.name] = MatrixReport(error, rank, rounds)
         solved.append((matrix, result.one(place, rank)))
-    return solved, report
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return solved, report, peak, device, Spent(job.reading, time.monotonic() - start)
 
 
 def _on(moments: Moments, device: torch.device) -> Moments:
