@@ -103,7 +103,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise ShardError(f"{path}: not a safetensors file: {error}") from None
     entries, end = _read_entries(path, header)
     if size != 8 + length + end:
-        raise ShardError(f"{path}: truncated: {size} bytes, but its header describes {8 + length + end}; copy it again")
+        what = "truncated" if size < 8 + length + end else "too long"
+        raise ShardError(f"{path}: {what}: {size} bytes, but its header describes {8 + length + end}; copy it again")
     return entries
 
 
@@ -138,6 +139,8 @@ def _read_entries(path: Path, header: Any) -> tuple[dict[str, TensorEntry], int]
     places: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                raise _damaged(path, "its metadata is no object of texts")
             continue
         if not name or len(name) > LONGEST_NAME or not name.isprintable():
             raise _damaged(path, f"{shown(name)} is no name of a tensor")

@@ -65,7 +65,10 @@ def parse_lines(content: str, name: str) -> list[Document]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ConversionError(f"{name}, line {number}: holds half of a surrogate pair, which is no text") from None
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"{name}, line {number}: not JSON: {error}") from None
         document = document_of(entry) if isinstance(entry, dict) else None
         if document is None:
@@ -101,8 +104,8 @@ def render(document: Document, tokenizer: Any) -> str:
 
         try:
             return str(tokenizer.apply_chat_template(document, tokenize=False))
-        except TemplateError:  # raised by the template itself: it refuses a system's turn, say
-            pass
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            pass  # raised by the template itself: it refuses a system's turn, say, or trips over what is in one
     return "\n\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in document)
 
 

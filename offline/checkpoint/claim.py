@@ -15,7 +15,7 @@ from ..durable.lock import OutputLock
 from ..durable.publication import SEALED
 from ..errors import ConversionError
 from .manifest import MANIFEST_NAME
-from .output import refuse_unsafe_content, refuse_unsafe_place, refuse_unwritable_output
+from .output import refuse_others_folder, refuse_unsafe_content, refuse_unsafe_place, refuse_unwritable_output
 
 
 class Claim:
@@ -47,6 +47,8 @@ class Claim:
     def __init__(self, out: Path, source: Path, overwrite: bool = False, resume: bool = False) -> None:
         self._given, self.source, self.overwrite, self.resume = out, source, overwrite, resume
         self.out = out.resolve()
+        if not self.out.name:
+            raise ConversionError(f"{out}: is the root of the file system; name a folder of the checkpoint's own")
         self.partial = self.out.with_name(f".{self.out.name}.partial")
         self.replaced = self.out.with_name(f".{self.out.name}.replaced")
         self.published: Path | None = None
@@ -62,6 +64,7 @@ class Claim:
         """
         refuse_unsafe_place(self._given, self.source)
         refuse_unwritable_output(self._given)
+        refuse_others_folder(self.partial)
         published = _published(self.partial)
         if published and self.resume:
             self.published = published
@@ -87,6 +90,7 @@ class Claim:
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             try:
+                refuse_others_folder(self.partial)
                 self._settle()
             except OSError as error:
                 raise ConversionError(f"{self.out}: cannot be written: {error}") from error

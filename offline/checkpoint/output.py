@@ -6,12 +6,18 @@ import os
 import re
 from pathlib import Path
 
+from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError, read_json
 
+from ..durable.files import UNFINISHED
+from ..durable.journal import JOURNAL_NAME
 from ..errors import ConversionError
+from .manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 
 _LONGEST_NAME = 255 - len(".") - len(".partial-1234567890.replaced")
 """Bytes of a folder's name that leave room for what the hidden folders beside it are called."""
+_DOWNLOADED = (".cache/huggingface/", ".gitattributes")
+"""What a download from the Hub leaves in a checkpoint."""
 
 
 def refuse_unsafe_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -25,7 +31,7 @@ def refuse_unsafe_output(out: Path, source: Path, overwrite: bool) -> None:
     Raises:
         ConversionError: ``out`` is the source, holds it or lies in it; is the working or the home directory or holds
             one of them; is a file; or has content that may not be replaced: without ``overwrite`` any, with it
-            whatever is no MiLo checkpoint.
+            whatever is no MiLo checkpoint, or no file of it.
     """
     refuse_unsafe_place(out, source)
     refuse_unsafe_content(out, overwrite)
@@ -44,8 +50,47 @@ def refuse_unsafe_content(out: Path, overwrite: bool) -> None:
             raise ConversionError(
                 f"{out}: holds files, but is no MiLo checkpoint; --overwrite replaces only those. Choose another output"
             )
+        if strange := _strange_files(out):
+            more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+            raise ConversionError(
+                f"{out}: holds {strange[0]}{more}, which is not of the MiLo checkpoint there; --overwrite would delete "
+                f"it. Move it away, or choose another output"
+            )
     except OSError as error:
         raise ConversionError(f"{out}: cannot be written: {error}") from error
+
+
+def _strange_files(checkpoint: Path) -> list[str]:
+    """Return the files in a checkpoint that somebody put there; where no manifest tells which are, none."""
+    try:
+        own = read_manifest(checkpoint)
+    except (CheckpointError, ShardError):
+        return []
+    if own is None:
+        return []
+    paths = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    held = (path.relative_to(checkpoint).as_posix() for path in paths)
+    known = {*own, MANIFEST_NAME, CARD_NAME}
+    return sorted(name for name in held if name not in known and not name.startswith(_DOWNLOADED))
+
+
+def refuse_others_folder(partial: Path) -> None:
+    """Refuse to work in a hidden folder that no conversion has made: what is in it would be deleted.
+
+    Args:
+        partial: where a conversion works.
+
+    Raises:
+        ConversionError: something else stands there; it is named.
+    """
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        strange = [partial]
+    elif (partial / JOURNAL_NAME).exists():
+        return
+    else:  # a kill may have come before the journal
+        strange = [path for path in partial.rglob("*") if not path.is_dir() and path.suffix != UNFINISHED]
+    if strange:
+        raise ConversionError(f"{strange[0]}: is in the way of the conversion, which works in {partial}; move it away")
 
 
 def refuse_unwritable_output(out: Path) -> None:

@@ -107,7 +107,7 @@ def add_parser(commands: Any) -> None:
         help=f"method, group size and ranks in one; default: {DEFAULT_PRESET}, unless --method or --ranks is given",
     )
     parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
-    parser.add_argument("--calibration", metavar="HOW", help=CALIBRATION_HELP)
+    parser.add_argument("--calibration", type=_filled, metavar="HOW", help=CALIBRATION_HELP)
     windows = f"of {WINDOW} tokens; default: up to {GPU_EFFORT.windows} on a GPU, {CPU_EFFORT.windows} on a CPU"
     parser.add_argument("--calibration-windows", type=int, default=None, help=windows)
     steps = f"training steps of each layer's codes; default: {GPU_EFFORT.steps} on a GPU, {CPU_EFFORT.steps} on a CPU"
@@ -143,10 +143,14 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_run, check=_check, shards=None)
 
 
-def _folder(text: str) -> Path:
+def _filled(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; is a shell variable unset?")
-    return Path(text)
+    return text
+
+
+def _folder(text: str) -> Path:
+    return Path(_filled(text))
 
 
 def _names(text: str) -> list[str]:

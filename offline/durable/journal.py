@@ -31,6 +31,7 @@ from ..errors import ConversionError
 from .files import FileEntry, describe_file, flush, write_json, write_tensors
 
 VERSION = 1
+JOURNAL_NAME = "journal.json"
 START_OVER = "start over with --overwrite and without --resume"
 
 
@@ -93,7 +94,7 @@ class Journal:
         for folder in (self.folder, self._layers, self._shards, self.checkpoint):
             folder.mkdir()
         content = {"version": VERSION, "layers": total, "fingerprint": fingerprint}
-        write_json(self.folder / "journal.json", content)
+        write_json(self.folder / JOURNAL_NAME, content)
         self.total, self.fingerprint = total, dict(fingerprint)
 
     def read(self) -> None:
@@ -102,7 +103,7 @@ class Journal:
         Raises:
             ConversionError: it is of another version, or damaged.
         """
-        path = self.folder / "journal.json"
+        path = self.folder / JOURNAL_NAME
         if not path.exists():
             return
         try:

@@ -21,6 +21,9 @@ _DEEPEST = 3
 """Levels of configs within each other, as a text model's in one for images."""
 _LIST = "`milo families` lists those that it does"
 
+_ALIKE = 0.7
+"""How much alike two names must be, by difflib's measure, for one to be meant by the other: llama is no jamba (0.6)."""
+
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a model by its config.json.
@@ -66,6 +69,6 @@ def _is_count(value: object) -> bool:
 def _nearest(*names: object) -> str:
     """Return what to say of the family whose name is most like one of these; nothing where none is."""
     for name in names:
-        if near := difflib.get_close_matches(str(name), FAMILIES, n=1):
+        if near := difflib.get_close_matches(str(name), FAMILIES, n=1, cutoff=_ALIKE):
             return f"; the nearest that it knows is {near[0]}"
     return ""

@@ -27,6 +27,8 @@ _QUANTIZED = {
     "absmax": "bitsandbytes",
 }
 """Last parts of tensors' names that only quantized models have, and whose they are."""
+_CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Of config.json: how many experts a token goes to."""
 
 
 def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
@@ -77,8 +79,13 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Famil
         kinds[_kind(name, held, family)][name] = held
     for _, alike in sorted(kinds.items(), reverse=True):
         for name in sorted(frozenset().union(*alike.values())):
-            for layer_name, held in alike.items():
-                if name not in held:
+            having = [layer_name for layer_name, held in alike.items() if name in held]
+            if len(having) == 1 and len(alike) > 2:
+                raise ConversionError(
+                    f"{having[0]}.{name}: no other layer has it; is it another model's? Leave it out of the files"
+                )
+            for layer_name in alike:
+                if layer_name not in having:
                     raise ConversionError(f"{layer_name}.{name}: missing; are the model's files complete?")
     outside = {tensor for layer in layers if layer_index(layer.name) is None for tensor in layer.others}
     for tensor in ("model.embed_tokens.weight", f"{family.norm}.weight"):
@@ -103,6 +110,44 @@ def check_shapes(layers: list[Layer], tensors: Mapping[str, TensorEntry], family
                     f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)}, "
                     f"but {like} has {list(tensors[like].shape)}; {BROKEN}"
                 )
+
+
+def check_stated(
+    matrices: list[Matrix], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], experts: int
+) -> None:
+    """Refuse a config.json whose numbers are not those of the tensors: whoever runs the model builds it by them.
+
+    Args:
+        matrices: of the model.
+        tensors: of the model; the embedding is there.
+        config: of the model; a number that is missing or null is not looked at.
+        experts: routed ones of a layer.
+
+    Raises:
+        ConversionError: names the key, and what contradicts it.
+    """
+    embedding = "model.embed_tokens.weight"
+    shape = tensors[embedding].shape
+    if len(shape) != 2:
+        raise ConversionError(
+            f"{tensors[embedding].file}: tensor {embedding} must have 2 dimensions, found {list(shape)}"
+        )
+    for key, side in zip(("vocab_size", "hidden_size"), shape, strict=True):
+        _compare(config, key, side, f"{embedding} has shape {list(shape)}")
+    for matrix in matrices:
+        if matrix.expert is not None and EXPERT_PROJECTIONS[leaf_of(matrix.name)] == "up":
+            _compare(config, "moe_intermediate_size", matrix.n, f"{matrix.name} has {matrix.n} rows")
+            break
+    for key in _CHOSEN_KEYS:
+        chosen = config.get(key)
+        if type(chosen) is int and not 1 <= chosen <= experts:
+            raise ConversionError(f"config.json: {key} is {chosen}, but a layer has {experts} experts to choose from")
+
+
+def _compare(config: Mapping[str, Any], key: str, found: int, what: str) -> None:
+    stated = config.get(key)
+    if type(stated) is int and stated != found:
+        raise ConversionError(f"config.json: {key} is {stated}, but {what}; is one of the two of another model?")
 
 
 def check_fused(layers: list[Layer], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:

@@ -114,8 +114,8 @@ def solve(job: Job, device: torch.device) -> Done:
 
 def solve_to_send(job: Job, device: torch.device) -> Done:
     """Solve a job as :func:`solve` does, for another process: the result is as it will be stored."""
-    solved, *rest = _solve(job, device)
-    return Done(store_matrices(solved), *rest)
+    found = _solve(job, device)
+    return Done(store_matrices(found[0]), *found[1:])
 
 
 def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]], Report, int, torch.device, Spent]:

@@ -127,6 +127,9 @@ def test_files_of_text_and_of_lines(tmp_path: Path):
     ("line", "message"),
     [
         ("{", "line 3: not JSON"),
+        ('{"text":' + "[" * 100_000, "line 3: not JSON: maximum recursion depth"),
+        ('{"text": "\\ud800"}', "line 3: holds half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}]}', "line 3: holds half of a surrogate pair"),
         ('"a string"', 'line 3: needs "text", or "messages" of a chat'),
         ('{"content": "a"}', 'line 3: needs "text", or "messages" of a chat'),
         ('{"text": ""}', 'line 3: needs "text"'),
@@ -177,8 +180,9 @@ def test_a_template_of_transformers(bundled_model: Path):
     tokenizer = load_tokenizer(bundled_model)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert render(CHAT, tokenizer) == "<system>Be brief.<user>Why?"
-    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    assert render(CHAT, tokenizer) == "system: Be brief.\n\nuser: Why?"
+    for refusing in ("{{ raise_exception('System role not supported') }}", "{% for i in range(10**9) %}x{% endfor %}"):
+        tokenizer.chat_template = refusing
+        assert render(CHAT, tokenizer) == "system: Be brief.\n\nuser: Why?"
 
 
 def test_windows_go_through_all_documents_once():

@@ -111,6 +111,57 @@ def test_only_checkpoints_are_overwritten(source: Path, tmp_path: Path, config: 
     refused_untouched(source, out, "is no MiLo checkpoint; --overwrite replaces only those", tmp_path)
 
 
+def test_files_of_the_users_in_a_checkpoint_are_kept(source: Path, tmp_path: Path):
+    """What a download leaves there, and an edited model card, are not in the way."""
+    out = tmp_path / "out"
+    convert(source, out, Conversion(FAST), progress=False)
+    for name in (".cache/huggingface/x.lock", ".gitattributes", "README.md"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    convert(source, out, Conversion(FAST, overwrite=True), progress=False)
+    for name in ("notes.txt", "runs/loss.csv", ".git/HEAD"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        refused_untouched(source, out, rf"out: holds {name}, which is not of the MiLo checkpoint there", tmp_path)
+        (out / name).unlink()
+    (out / "link").symlink_to(tmp_path)
+    (out / "notes.txt").write_text("mine")
+    refused_untouched(source, out, r"out: holds link \(and 1 more\), which is not of", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_what_stands_where_a_conversion_works_is_kept(source: Path, tmp_path: Path, kind: str):
+    partial, mine = tmp_path / ".out.partial", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("data")
+    if kind == "file":
+        partial.write_text("data")
+    elif kind == "link":
+        partial.symlink_to(mine)
+    else:
+        mine.rename(partial)
+    for resume in (False, True):
+        before = snapshot(tmp_path)
+        with pytest.raises(
+            ConversionError, match=r"\.out\.partial\S*: is in the way of the conversion, .* move it away"
+        ):
+            convert(source, tmp_path / "out", Conversion(FAST, overwrite=True, resume=resume), progress=False)
+        assert snapshot(tmp_path) == before
+        assert partial.is_symlink() == (kind == "link")
+
+
+def test_a_folder_that_a_kill_left_before_its_journal_is_not_in_the_way(source: Path, tmp_path: Path):
+    (tmp_path / ".out.partial" / "layers").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "journal.json.tmp").write_text("{")
+    convert(source, tmp_path / "out", Conversion(FAST), progress=False)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_the_root_is_no_output(source: Path):
+    with pytest.raises(ConversionError, match=r"^/: is the root of the file system; name a folder"):
+        convert(source, Path("/"), Conversion(FAST, overwrite=True), progress=False)
+
+
 def during(monkeypatch: pytest.MonkeyPatch, act) -> None:
     """Let ``act`` happen when a conversion is about to publish."""
     seal = writer.CheckpointWriter.seal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,47 @@ def test_numbers_of_the_config(source: Path, tmp_path: Path, key: str):
     for value in ("two", -1, 1.5, [2]):
         edit_config(source, **{key: value})
         refused(source, tmp_path / "out", rf"config\.json: {key} is .*, but must be a whole number")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", 192, r"hidden_size is 192, but model\.embed_tokens\.weight has shape \[\d+, \d+\]"),
+        ("vocab_size", 10, r"vocab_size is 10, but model\.embed_tokens\.weight has shape"),
+        ("num_experts_per_tok", 5, "num_experts_per_tok is 5, but a layer has 4 experts to choose from"),
+        ("num_experts_per_tok", 0, "num_experts_per_tok is 0, but a layer has 4 experts to choose from"),
+        ("moe_intermediate_size", 7, r"moe_intermediate_size is 7, but model\.layers\.0\.\S+\.w3 has \d+ rows"),
+    ],
+)
+def test_a_config_of_another_model(source: Path, tmp_path: Path, key: str, value: int, message: str):
+    edit_config(source, **{key: value})
+    refused(source, tmp_path / "out", message)
+
+
+def test_a_tensor_that_one_layer_alone_has(tmp_path: Path):
+    source = make_model("mixtral", tmp_path / "source", num_hidden_layers=3)
+    extra = "model.layers.1.self_attn.extra.weight"
+    edit_tensors(source, WEIGHTS, lambda tensors: tensors.update({extra: torch.randn(64, 64)}))
+    refused(source, tmp_path / "out", rf"^{re.escape(extra)}: no other layer has it; is it another model's\?")
+
+
+def test_an_embedding_of_other_dimensions(source: Path, tmp_path: Path):
+    name = "model.embed_tokens.weight"
+    edit_tensors(source, WEIGHTS, lambda tensors: tensors.update({name: tensors[name][None].clone()}))
+    refused(source, tmp_path / "out", rf"tensor {re.escape(name)} must have 2 dimensions, found \[1, ")
+
+
+def test_a_file_that_goes_on_after_its_tensors(source: Path, tmp_path: Path):
+    (source / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes() + b"more")
+    refused(source, tmp_path / "out", r"model\.safetensors: too long: \d+ bytes, but its header", error=ShardError)
+
+
+def test_metadata_that_is_no_object_of_texts(source: Path, tmp_path: Path):
+    content = (source / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": [1]}).encode()
+    (source / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    refused(source, tmp_path / "out", "its header is damaged: its metadata is no object of texts", error=ShardError)
 
 
 def test_null_is_no_quantization(source: Path, tmp_path: Path):
