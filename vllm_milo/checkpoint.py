@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from .names import EXPERT_PROJECTIONS, Keys, split_expert_name
+from .names import EXPERT_PROJECTIONS, Keys, Names, split_expert_name
 from .values import CheckpointError, shown, shown_name
 
 QUANT_METHOD = "milo"
@@ -99,14 +99,15 @@ class _Table:
 
     modules: Mapping[str, Any]
     experts: Mapping[str, Any]
+    called: Names | None
 
     @cached_property
     def _module_keys(self) -> Keys:
-        return Keys(self.modules)
+        return Keys(self.modules, self.called)
 
     @cached_property
     def _expert_keys(self) -> Keys:
-        return Keys(self.experts)
+        return Keys(self.experts, self.called)
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,14 @@ class RankTable(_Table):
     """The compensator rank of every quantized matrix.
 
     ``modules`` maps linear layers (exact names or ``re:`` patterns) to ranks; ``experts`` maps the name of
-    a layer's experts to ranks by projection, one number for all experts or a list by expert index.
+    a layer's experts to ranks by projection, one number for all experts or a list by expert index. ``called`` returns
+    all names of a module, for patterns, where it has several.
     """
 
     default: int = 0
     modules: Mapping[str, int] = field(default_factory=dict)
     experts: Mapping[str, Mapping[str, int | list[int]]] = field(default_factory=dict)
+    called: Names | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _require_rank("ranks.default", self.default)
@@ -153,6 +156,11 @@ class RankTable(_Table):
         ranks = self._of_projection(name, projection, num_experts)
         return ranks if isinstance(ranks, int) else ranks[index]
 
+    def projections_of(self, name: str) -> list[str]:
+        """Return the projections that the table names of the experts of the layer ``name``."""
+        key = self._expert_keys.find(name)
+        return [] if key is None else list(self.experts[key])
+
     def _of_projection(self, name: str, projection: str, num_experts: int) -> int | list[int]:
         key = self._expert_keys.find(name)
         ranks = self.default if key is None else self.experts[key].get(projection, self.default)
@@ -169,11 +177,12 @@ class GroupTable(_Table):
     """The matrices whose group size is not that of the checkpoint.
 
     ``modules`` maps linear layers (exact names or ``re:`` patterns) to group sizes; ``experts`` maps the name of a
-    layer's experts to group sizes by projection, which all of its experts share.
+    layer's experts to group sizes by projection, which all of its experts share. ``called`` is a rank table's.
     """
 
     modules: Mapping[str, int] = field(default_factory=dict)
     experts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    called: Names | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name, size in self.modules.items():
@@ -212,7 +221,10 @@ def _require_group_size(where: str, size: object) -> None:
 
 @dataclass(frozen=True)
 class MiLoFormat:
-    """The ``quantization_config`` of a MiLo checkpoint, checked; see :meth:`from_dict`."""
+    """The ``quantization_config`` of a MiLo checkpoint, checked; see :meth:`from_dict`.
+
+    ``called`` is for patterns of ``ignore`` what a table's is for the table's.
+    """
 
     group_size: int = 64
     compensator: CompensatorFormat = CompensatorFormat()
@@ -220,6 +232,7 @@ class MiLoFormat:
     ignore: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     groups: GroupTable = GroupTable()
+    called: Names | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _require_group_size("group_size", self.group_size)
@@ -235,7 +248,7 @@ class MiLoFormat:
 
     @cached_property
     def _ignored(self) -> Keys:
-        return Keys(self.ignore)
+        return Keys(self.ignore, self.called)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MiLoFormat:

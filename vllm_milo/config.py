@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,10 @@ class MiLoConfig(QuantizationConfig):
         return compat.extended_mapper("get_cache_scale_mapper", extra)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the tables from checkpoint names to vLLM's; ``re:`` patterns stay as they are."""
+        """Rename the tables from checkpoint names to vLLM's; ``re:`` patterns stay, and match a module by either."""
         fmt = self.format
         self._mappers.append(hf_to_vllm_mapper)
+        called = partial(names_in_checkpoint, mappers=tuple(self._mappers))
 
         def rename(name: str) -> str:
             return _renamed(name, hf_to_vllm_mapper)
@@ -111,12 +113,15 @@ class MiLoConfig(QuantizationConfig):
                 fmt.ranks.default,
                 {rename(name): rank for name, rank in fmt.ranks.modules.items()},
                 {rename(name): table for name, table in fmt.ranks.experts.items()},
+                called,
             ),
             groups=GroupTable(
                 {rename(name): size for name, size in fmt.groups.modules.items()},
                 {rename(name): sizes for name, sizes in fmt.groups.experts.items()},
+                called,
             ),
             ignore=tuple(rename(name) for name in fmt.ignore),
+            called=called,
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -135,7 +140,7 @@ class MiLoConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             compat.check_after_loading(check_loaded)
             name = experts_in_checkpoint(prefix, self._experts())
-            return None if self._is_ignored(name) else MiLoMoEMethod(self.format, layer.moe_config, name)
+            return None if self.format.ignores(name) else MiLoMoEMethod(self.format, layer.moe_config, name)
         if not isinstance(layer, LinearBase):
             return None
         if not prefix:
@@ -161,12 +166,8 @@ class MiLoConfig(QuantizationConfig):
         exact = (name for name in (*fmt.ranks.experts, *fmt.groups.experts, *kept) if not name.startswith("re:"))
         return known | set(exact)
 
-    def _is_ignored(self, name: str) -> bool:
-        """Return whether ``ignore`` has a module by vLLM's name or, in a pattern, by the checkpoint's."""
-        return any(map(self.format.ignores, names_in_checkpoint(name, self._mappers)))
-
     def _ignores(self, prefix: str, parts: list[str]) -> bool:
-        ignored = [part for part in parts if self._is_ignored(part)]
+        ignored = [part for part in parts if self.format.ignores(part)]
         if ignored and len(ignored) < len(parts):
             raise CheckpointError(
                 f"quantization_config.ignore names {ignored[0]} but not all parts of {prefix}, which vLLM fuses"

@@ -31,7 +31,7 @@ from vllm_milo.kernels import ops
 from vllm_milo.kernels.reference import ACTIVATIONS
 from vllm_milo.kernels.warm_up import warm_up_moe
 from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
-from vllm_milo.names import EXPERT_PROJECTIONS, find_key
+from vllm_milo.names import EXPERT_PROJECTIONS
 from vllm_milo.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
@@ -205,9 +205,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     def _projection(self, shard: str) -> str:
         """Return the checkpoint's name of a shard, by the rank table; w1 and gate_proj mean the same."""
-        key = find_key(self.format.ranks.experts, self.prefix)
-        names = self.format.ranks.experts[key] if key is not None else {}
-        roles = {EXPERT_PROJECTIONS[name]: name for name in names}
+        roles = {EXPERT_PROJECTIONS[name]: name for name in self.format.ranks.projections_of(self.prefix)}
         return roles.get(EXPERT_PROJECTIONS[shard], shard)
 
     def _check_sizes(self) -> None:

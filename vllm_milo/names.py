@@ -6,7 +6,7 @@ The converter gives ranks by role, the plugin fuses layers by it, and the checkp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from .patterns import Pattern, PatternError
@@ -52,18 +52,24 @@ def split_expert_name(name: str) -> tuple[str, int, str] | None:
     return (match["experts"], int(match["index"]), match["projection"]) if match else None
 
 
+Names = Callable[[str], Iterable[str]]
+"""Returns all names of a module by one of them."""
+
+
 class Keys:
     """Exact names and ``re:`` patterns, as tables of a checkpoint have them.
 
     Args:
         keys: of the table, in order.
+        called: returns all names of a module, which patterns may match; None where it has one.
 
     Raises:
         CheckpointError: a pattern is none that is read here (:mod:`.patterns`), or there are too many.
     """
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], called: Names | None = None) -> None:
         self._keys = dict.fromkeys(keys)
+        self._called = called
         texts = [key for key in self._keys if key.startswith("re:")]
         if len(texts) > MOST_PATTERNS:
             raise CheckpointError(
@@ -71,14 +77,18 @@ class Keys:
             )
         self._patterns = [(key, _compile(key)) for key in reversed(texts)]
 
-    def __reduce__(self) -> tuple[type[Keys], tuple[list[str]]]:
-        return Keys, (list(self._keys),)
+    def __reduce__(self) -> tuple[type[Keys], tuple[list[str], Names | None]]:
+        return Keys, (list(self._keys), self._called)
 
     def find(self, name: str) -> str | None:
-        """Return the key that holds for ``name``: the exact name, else the last pattern that matches it."""
-        if name in self._keys:
-            return name
-        return next((key for key, pattern in self._patterns if pattern.fullmatch(name)), None)
+        """Return the key that holds for ``name``: the exact name, else the last pattern that matches one of its names.
+
+        A module that patterns know by several names has its exact key under ``name``.
+        """
+        if name in self._keys or not self._patterns:
+            return name if name in self._keys else None
+        names = [name] if self._called is None else list(self._called(name))
+        return next((key for key, pattern in self._patterns if any(map(pattern.fullmatch, names))), None)
 
 
 @lru_cache(maxsize=2 * MOST_PATTERNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ def test_patterns_match_both_names(pattern: str):
     config.apply_vllm_mapper(mapper(substr={".conv.": ".short_conv."}))
     assert isinstance(quant_method(config, "model.layers.0.short_conv.in_proj"), UnquantizedLinearMethod)
     assert isinstance(quant_method(config, "model.layers.0.mlp.down_proj"), MiLoLinearMethod)
+
+
+@pytest.mark.parametrize("block", ["feed_forward", "mlp"], ids=["checkpoint", "vllm"])
+def test_patterns_of_ranks_and_groups_match_both_names(block: str):
+    """Ranks and groups of a module go by the checkpoint's name as well as by vLLM's, also in another process."""
+    from vllm_milo.config import MiLoConfig
+
+    pattern = rf"re:model\.layers\.\d\.{block}\.{{}}"
+    linear, experts = pattern.format(r"w\d"), pattern.format("experts")
+    ranks = RankTable(8, {linear: 16}, {experts: {"w1": 24, "w3": 24, "w2": [0, 32]}})
+    groups = GroupTable({linear: 32}, {experts: {"w2": 32}})
+    config = MiLoConfig(MiLoFormat(ranks=ranks, groups=groups))
+    config.apply_vllm_mapper(mapper(substr={".feed_forward.": ".mlp."}))
+    config = pickle.loads(pickle.dumps(config))
+    method = quant_method(config, "model.layers.1.mlp.w2")
+    assert (method.ranks, method.group_size) == ([16], 32)
+    other = quant_method(config, "model.layers.1.attention.w2")
+    assert (other.ranks, other.group_size) == ([8], 64)
+    fmt = config.get_quant_method(routed_experts(), "model.layers.1.mlp.experts").format
+    found = "model.layers.1.mlp.experts"
+    assert fmt.ranks.of_experts(found, "w2", 2) == [0, 32]
+    assert fmt.ranks.projections_of(found) == ["w1", "w3", "w2"]
+    assert fmt.groups.of_experts(found, "down_proj", 64) == 32
 
 
 def test_experts_are_found_by_their_layer():
