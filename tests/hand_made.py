@@ -134,7 +134,6 @@ def make_deepseek(folder: Path) -> Path:
     """Save a random DeepSeek-MoE, as the 16B model is: transformers has no class for it."""
     config = COMMON | _DEEPSEEK | {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
     config |= {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "hidden_act": "silu"}
-    config |= {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"}}
     config |= {"moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax", "rope_theta": 10000.0}
     hidden = config["hidden_size"]
     shapes = {"model.embed_tokens": (256, hidden), "lm_head": (256, hidden), "model.norm": (hidden,)}
@@ -156,8 +155,13 @@ def make_deepseek(folder: Path) -> Path:
     folder.mkdir(parents=True)
     save_file({name: tensor.bfloat16() for name, tensor in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return bring_configuration(folder)
+
+
+def bring_configuration(folder: Path) -> Path:
+    """Give a DeepSeek-MoE the code of its configuration, as the 16B model brings it along."""
     (folder / "configuration_deepseek.py").write_text(_DEEPSEEK_CONFIGURATION)
-    return folder
+    return copy_settings(folder, folder, {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"}})
 
 
 def _ffn(name: str, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
@@ -244,6 +248,17 @@ def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, to
     return folder
 
 
+def copy_settings(source: Path, out: Path, changes: Mapping[str, Any], without: tuple[str, ...] = ()) -> Path:
+    """Copy all of a model but its weights, with changes of config.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (*source.glob("*.json"), *source.glob("*.py")):
+        if out != source and not file.name.endswith(".index.json"):
+            shutil.copy(file, out)
+    config = json.loads((source / "config.json").read_text()) | changes
+    (out / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in without}))
+    return out
+
+
 def _write(
     source: Path,
     out: Path,
@@ -251,11 +266,7 @@ def _write(
     changes: Mapping[str, Any],
     without: tuple[str, ...] = (),
 ) -> Path:
-    out.mkdir(parents=True)
-    for file in (*source.glob("*.json"), *source.glob("*.py")):
-        shutil.copy(file, out)
-    config = json.loads((source / "config.json").read_text()) | changes
-    (out / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in without}))
+    copy_settings(source, out, changes, without)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
     return out

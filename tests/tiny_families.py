@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hand_made
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -59,12 +60,14 @@ class Tiny(NamedTuple):
         made_of: the ``model_type`` of transformers that makes its weights, where it has none for the family.
         without: parts of names of weights that the family does not have.
         architecture: in config.json, where it is not the name of transformers' class.
+        dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
     """
 
     config: dict[str, Any]
     made_of: str | None = None
     without: tuple[str, ...] = ()
     architecture: str | None = None
+    dtype: str = "float32"
 
 
 TINY = {
@@ -79,8 +82,8 @@ TINY = {
         HEADS | PLAIN | {"head_dim": 32, "attention_bias": True, "lm_head_bias": True},
         architecture="PhiMoEForCausalLM",
     ),
-    "qwen3_next": Tiny(HEADS | EXPERTS | LINEAR),
-    "qwen3_5_moe_text": Tiny(HEADS | EXPERTS | LINEAR),
+    "qwen3_next": Tiny(HEADS | EXPERTS | LINEAR, dtype="bfloat16"),
+    "qwen3_5_moe_text": Tiny(HEADS | EXPERTS | LINEAR, dtype="bfloat16"),
     "flex_olmo": Tiny(
         HEADS
         | {"num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 192, "num_experts": 4}
@@ -113,6 +116,23 @@ TINY = {
     "glm4_moe": Tiny(HEADS | ROUTED | NO_AHEAD | {"attention_bias": True, "use_qk_norm": True}),
     "dots1": Tiny(HEADS | ROUTED),
     "solar_open": Tiny(HEADS | ROUTED | {"first_k_dense_replace": 0}),
+    "mimo_v2_flash": Tiny(
+        HEADS
+        | EXPERTS
+        | {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+        | {"n_routed_experts": 4, "v_head_dim": 64, "sliding_window": 64}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            }
+        }
+        # as its makers write it, and vLLM reads it
+        | {"hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "layernorm_epsilon": 1e-5}
+        | {"rope_theta": 5e6, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5, "sliding_window_size": 64}
+        | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 64, "swa_v_head_dim": 64}
+        | {"add_swa_attention_sink_bias": True}
+    ),
     "ernie4_5_moe": Tiny(
         HEADS | EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1}
     ),
@@ -144,6 +164,11 @@ TINY = {
     ),
     "granitemoe": Tiny(GRANITE),
     "granitemoeshared": Tiny(GRANITE | {"shared_intermediate_size": 256}),
+    "granitemoehybrid": Tiny(
+        GRANITE
+        | {"shared_intermediate_size": 256, "layer_types": ["mamba", "attention"], "position_embedding_type": "rope"}
+        | {"mamba_n_heads": 4, "mamba_d_state": 64, "mamba_d_head": 64, "mamba_chunk_size": 64}
+    ),
     "lfm2_moe": Tiny(
         EXPERTS
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_dense_layers": 1}
@@ -155,6 +180,11 @@ TINY = {
     ),
 }
 assert TINY.keys() == TABLE.keys(), f"the table and the tiny models differ in {TINY.keys() ^ TABLE.keys()}"
+
+
+def has_class(name: str) -> bool:
+    """Whether transformers can run a family."""
+    return (TABLE[name].runs_as or name) in transformers.CONFIG_MAPPING
 
 
 def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -174,4 +204,4 @@ def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = tor
     written = json.loads((folder / "config.json").read_text())
     written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
     (folder / "config.json").write_text(json.dumps(written, indent=2))
-    return folder
+    return folder if has_class(name) else hand_made.bring_configuration(folder)

@@ -1,6 +1,7 @@
 """Runs vLLM on several checkpoints in a process of its own: ``python vllm_runner.py JOB.json OUT.json``.
 
-JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}.
+JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
+"mend_router": true, vLLM's router of CPUs routes as those of GPUs do.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}.
 """
 
@@ -14,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import cpu_router
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -66,6 +69,8 @@ def main() -> None:
     """Run the job file named on the command line."""
     job = json.loads(Path(sys.argv[1]).read_text())
     results: dict[str, Any] = {}
+    if job.get("mend_router"):
+        cpu_router.mend()
     for name, folder in job["models"].items():
         start = time.monotonic()
         try:

@@ -16,12 +16,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_milo import compat
 from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, GroupTable, MiLoFormat, RankTable
-from vllm_milo.models.checkpoint_names import experts_in_checkpoint, names_in_checkpoint
+from vllm_milo.models.checkpoint_names import experts_in_checkpoint, module_in_checkpoint, names_in_checkpoint
 from vllm_milo.models.completeness import check_loaded
 from vllm_milo.models.refused import refuse_permuted
 from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
 from vllm_milo.shards import TensorEntry, read_tensors
-from vllm_milo.validation import experts_of, is_fused_experts, validate_checkpoint
+from vllm_milo.validation import experts_of, is_fused_experts, modules_of, validate_checkpoint
 
 _WEIGHT_NORM = {".parametrizations.weight.original1": ".weight_v"}
 
@@ -38,6 +38,7 @@ class MiLoConfig(QuantizationConfig):
         self.format = fmt
         self._mappers: list[Any] = []
         self._stored_experts: set[str] = set()
+        self._stored_modules: set[str] = set()
 
     def __repr__(self) -> str:
         fmt = self.format
@@ -83,7 +84,7 @@ class MiLoConfig(QuantizationConfig):
             validate_checkpoint(folder)
             tensors = read_tensors(folder)
             _refuse_fused_experts(folder, tensors)
-            self._stored_experts = experts_of(tensors)
+            self._stored_experts, self._stored_modules = experts_of(tensors), modules_of(tensors)
 
     def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
         """Return the mapper of tensor names that vLLM applies after the model's own.
@@ -102,6 +103,8 @@ class MiLoConfig(QuantizationConfig):
         """Rename the tables from checkpoint names to vLLM's; ``re:`` patterns stay, and match a module by either."""
         fmt = self.format
         self._mappers.append(hf_to_vllm_mapper)
+        self._stored_experts = {_renamed(name, hf_to_vllm_mapper) for name in self._stored_experts}
+        self._stored_modules = {_renamed(name, hf_to_vllm_mapper) for name in self._stored_modules}
         called = partial(names_in_checkpoint, mappers=tuple(self._mappers))
 
         def rename(name: str) -> str:
@@ -155,16 +158,14 @@ class MiLoConfig(QuantizationConfig):
         """Return the checkpoint names of the matrices that the linear layer ``prefix`` holds."""
         parent, dot, leaf = prefix.rpartition(".")
         names = (FUSED_LAYERS | self.packed_modules_mapping).get(leaf, [leaf])
-        return [f"{parent}{dot}{name}" for name in names]
+        return [module_in_checkpoint(f"{parent}{dot}{name}", self._stored_modules) for name in names]
 
     def _experts(self) -> set[str]:
         """Return vLLM's names of the experts' modules that the checkpoint is known to have."""
-        fmt, known = self.format, self._stored_experts
-        for mapper in self._mappers:
-            known = {_renamed(name, mapper) for name in known}
+        fmt = self.format
         kept = (name for name in fmt.ignore if leaf_of(name) == "experts")
         exact = (name for name in (*fmt.ranks.experts, *fmt.groups.experts, *kept) if not name.startswith("re:"))
-        return known | set(exact)
+        return self._stored_experts | set(exact)
 
     def _ignores(self, prefix: str, parts: list[str]) -> bool:
         ignored = [part for part in parts if self.format.ignores(part)]

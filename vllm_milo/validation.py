@@ -144,6 +144,13 @@ def experts_of(tensors: Mapping[str, TensorEntry]) -> set[str]:
     return {*count_experts(quantized_modules(tensors)), *kept_experts(tensors)}
 
 
+def modules_of(tensors: Mapping[str, TensorEntry]) -> set[str]:
+    """Return the names of all modules that have a weight, quantized or not, but for routed experts."""
+    weights = (".weight", f".{PACKED}")
+    modules = {name.rpartition(".")[0] for name in tensors if name.endswith(weights)}
+    return {module for module in modules if split_expert_name(module) is None}
+
+
 def is_fused_experts(tensor: str) -> bool:
     """Return whether a tensor, by its name, holds one or two matrices of every expert of a layer."""
     module, _, leaf = tensor.rpartition(".")

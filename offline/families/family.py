@@ -48,6 +48,8 @@ class Family:
         num_experts_keys: config.json keys that may hold the number of routed experts.
         ahead: beginnings of names of what predicts further tokens; kept as a whole. See :data:`LATER_LAYERS`.
         mixers: parts of a layer of which each layer has exactly one: kinds of attention, or what takes its place.
+        layer_kinds_keys: config.json keys that may list each layer's kind, where kinds with the same mixer differ in
+            tensors or shapes; the first that is there counts.
         renames: what transformers 5 calls otherwise in memory.
         norm: the last norm before the output head.
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
@@ -66,6 +68,7 @@ class Family:
     num_experts_keys: tuple[str, ...] = ("num_experts",)
     ahead: tuple[str, ...] = ()
     mixers: tuple[str, ...] = ("self_attn",)
+    layer_kinds_keys: tuple[str, ...] = ()
     renames: tuple[Rename, ...] = ()
     norm: str = "model.norm"
     logits_divisor_key: str | None = None

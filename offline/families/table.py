@@ -15,6 +15,7 @@ _LOCAL = ("num_local_experts",)
 _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
 _FROM_BF16 = "from 16-bit copies: FP8 sources are refused"
 _KEEPS_IN_PROJ = "linear attention's inner projections stay as they are"
+_KEEPS_MAMBA = "Mamba layers stay as they are"
 _GRANITE_FUSED = (
     FusedTensor("input_linear.weight", ("gate", "up")),
     FusedTensor("output_linear.weight", ("down",)),
@@ -111,8 +112,14 @@ _QWEN_LIKE = (
         note=_KEEPS_IN_PROJ,
     ),
     Family("olmoe", "OLMoE-1B-7B", attention(), num_experts_keys=("num_experts", "num_local_experts"), status=_SERVED),
-    Family("flex_olmo", "FlexOlmo-7x7B", attention()),
-    Family("mellum", "Mellum", (*attention(), *dense()), num_experts_keys=("num_experts", "num_local_experts")),
+    Family("flex_olmo", "FlexOlmo-7x7B", attention(), status=_SERVED),
+    Family(
+        "mellum",
+        "Mellum",
+        (*attention(), *dense()),
+        num_experts_keys=("num_experts", "num_local_experts"),
+        status=_SERVED,
+    ),
 )
 
 _DEEPSEEK_LIKE = (
@@ -122,6 +129,7 @@ _DEEPSEEK_LIKE = (
         (*attention(), *shared(), *dense()),
         num_experts_keys=_ROUTED,
         note="no calibration text: transformers has no class for it",
+        status=_SERVED,
     ),
     Family(
         "deepseek_v2",
@@ -174,17 +182,28 @@ _DEEPSEEK_LIKE = (
         ahead=(LATER_LAYERS,),
         status=_SERVED,
     ),
-    Family("dots1", "dots.llm1", (*attention(), *shared(), *dense()), num_experts_keys=_ROUTED),
+    Family("dots1", "dots.llm1", (*attention(), *shared(), *dense()), num_experts_keys=_ROUTED, status=_SERVED),
     Family(
         "solar_open",
         "Solar-Open-100B",
         (*attention(), *shared(), *dense()),
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
+        status=_SERVED,
     ),
 )
 
 _OTHERS = (
+    Family(
+        "mimo_v2_flash",
+        "MiMo-V2-Flash",
+        (*attention(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=("model.mtp.",),
+        layer_kinds_keys=("hybrid_layer_pattern", "layer_types"),
+        renames=(Rename("self_attn.sinks", "self_attn.attention_sink_bias"),),
+        note=_FROM_BF16,
+    ),
     Family(
         "ernie4_5_moe",
         "ERNIE-4.5-21B-A3B-PT, 300B-A47B-PT",
@@ -211,6 +230,7 @@ _OTHERS = (
         "Hunyuan-A13B",
         (*attention(), *shared("mlp.shared_mlp"), *dense()),
         kept=("mlp.gate.wg",),
+        status=_SERVED,
     ),
     Family(
         "exaone_moe",
@@ -252,6 +272,19 @@ _OTHERS = (
         status=_SERVED,
     ),
     Family(
+        "granitemoehybrid",
+        "Granite-4.0-H-Tiny, H-Small",
+        (*attention(), *_GRANITE_SHARED),
+        kept=("block_sparse_moe.router.layer", "shared_mlp.input_linear", "mamba.in_proj", "mamba.out_proj"),
+        block="block_sparse_moe",
+        fused=_GRANITE_FUSED,
+        num_experts_keys=_LOCAL,
+        mixers=("self_attn", "mamba"),
+        renames=_GRANITE_NAMES,
+        logits_divisor_key="logits_scaling",
+        note=_KEEPS_MAMBA,
+    ),
+    Family(
         "lfm2_moe",
         "LFM2-8B-A1B",
         (*attention(out="out_proj"), *dense("feed_forward", MIXTRAL)),
@@ -261,6 +294,7 @@ _OTHERS = (
         mixers=("self_attn", "conv"),
         norm="model.embedding_norm",
         note="convolutions stay as they are",
+        status=_SERVED,
     ),
     Family(
         "jamba",
@@ -270,7 +304,7 @@ _OTHERS = (
         block="feed_forward",
         mixers=("self_attn", "mamba"),
         norm="model.final_layernorm",
-        note="Mamba layers stay as they are",
+        note=_KEEPS_MAMBA,
     ),
 )
 

@@ -29,6 +29,8 @@ _QUANTIZED = {
 """Last parts of tensors' names that only quantized models have, and whose they are."""
 _CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """Of config.json: how many experts a token goes to."""
+_Kind = tuple[bool, str, str]
+"""Of a layer: whether it has experts, which mixer, and which kind of it where the family has several."""
 
 
 def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
@@ -74,10 +76,10 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Famil
             f"a layer that predicts more tokens, which this family does not have? Leave it out of the files"
         )
     contents = {layer.name: _contents(layer, family) for layer in layers if layer_index(layer.name) is not None}
-    kinds: dict[tuple[bool, str], dict[str, frozenset[str]]] = defaultdict(dict)
+    kinds: dict[_Kind, dict[str, frozenset[str]]] = defaultdict(dict)
     for name, held in contents.items():
-        kinds[_kind(name, held, family)][name] = held
-    for _, alike in sorted(kinds.items(), reverse=True):
+        kinds[_kind(name, held, config, family)][name] = held
+    for _, alike in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True):
         for name in sorted(frozenset().union(*alike.values())):
             having = [layer_name for layer_name, held in alike.items() if name in held]
             if len(having) == 1 and len(alike) > 2:
@@ -95,14 +97,16 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Famil
         raise ConversionError("lm_head.weight: missing, and config.json does not tie it to the embeddings")
 
 
-def check_shapes(layers: list[Layer], tensors: Mapping[str, TensorEntry], family: Family) -> None:
+def check_shapes(
+    layers: list[Layer], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], family: Family
+) -> None:
     """Refuse a tensor whose shape differs from its like in another layer of its kind."""
-    first: dict[tuple[tuple[bool, str], str], str] = {}
+    first: dict[tuple[_Kind, str], str] = {}
     for layer in layers:
         if layer_index(layer.name) is None:
             continue
         names = sorted({source.tensor for source in layer.matrices} | set(layer.others))
-        kind = _kind(layer.name, _contents(layer, family), family)
+        kind = _kind(layer.name, _contents(layer, family), config, family)
         for name in names:
             like = first.setdefault((kind, name.removeprefix(layer.name)), name)
             if tensors[name].shape != tensors[like].shape:
@@ -169,13 +173,16 @@ def check_fused(layers: list[Layer], tensors: Mapping[str, TensorEntry], config:
             )
 
 
-def _kind(name: str, held: frozenset[str], family: Family) -> tuple[bool, str]:
-    """Return what a layer has in common with those that hold the same tensors: experts, and what mixes tokens."""
+def _kind(name: str, held: frozenset[str], config: Mapping[str, Any], family: Family) -> _Kind:
+    """Return what a layer has in common with those that hold the same: experts, mixer, and what config.json says."""
     mixers = [mixer for mixer in family.mixers if any(part.startswith(f"{mixer}.") for part in held)]
     if len(family.mixers) > 1 and len(mixers) != 1:
         found = " and ".join(mixers) or "neither"
         raise ConversionError(f"{name}: must have one of {' and '.join(family.mixers)}, has {found}; {BROKEN}")
-    return any(".experts" in part for part in held), mixers[0] if mixers else ""
+    stated = next((config[key] for key in family.layer_kinds_keys if isinstance(config.get(key), list)), [])
+    index = layer_index(name)
+    kind = str(stated[index]) if index is not None and index < len(stated) else ""
+    return any(".experts" in part for part in held), mixers[0] if mixers else "", kind
 
 
 def _contents(layer: Layer, family: Family) -> frozenset[str]:

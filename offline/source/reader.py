@@ -106,7 +106,7 @@ class ModelReader:
         check_names(self.tensors, folder)
         self.layers = plan_layers(self.tensors, self.family, self.config.get("num_hidden_layers"))
         check_complete(self.layers, self.config, self.family)
-        check_shapes(self.layers, self.tensors, self.family)
+        check_shapes(self.layers, self.tensors, self.config, self.family)
         check_fused(self.layers, self.tensors, self.config)
         check_experts(self.matrices, self.family.num_experts(self.config))
         check_stated(self.matrices, self.tensors, self.config, self.family.num_experts(self.config))

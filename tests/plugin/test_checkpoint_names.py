@@ -10,7 +10,7 @@ from plugin_layers import routed_experts
 from tiny_models import make_model
 
 from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
-from vllm_milo.models.checkpoint_names import experts_in_checkpoint, names_in_checkpoint
+from vllm_milo.models.checkpoint_names import experts_in_checkpoint, module_in_checkpoint, names_in_checkpoint
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.nouns import Recipe
@@ -107,6 +107,16 @@ def test_two_blocks_of_experts_are_refused():
     message = r"layers\.3\.mlp\.experts: the checkpoint has .*block_sparse_moe\.experts and .*other\.experts, and MiLo"
     with pytest.raises(CheckpointError, match=message):
         experts_in_checkpoint("model.layers.3.mlp.experts", known)
+
+
+def test_a_module_is_found_by_its_last_part():
+    layer = "model.layers.{}.mamba.{}"
+    known = {layer.format(index, leaf) for index in (1, 10) for leaf in ("in_proj", "out_proj")}
+    known |= {"model.layers.1.self_attn.out_proj", "model.mixer.in_proj"}
+    assert module_in_checkpoint("model.layers.1.mixer.in_proj", known) == layer.format(1, "in_proj")
+    assert module_in_checkpoint("model.layers.10.mixer.out_proj", known) == layer.format(10, "out_proj")
+    for name in ("model.layers.1.mixer.out_proj", "model.layers.2.mixer.in_proj", "mixer.in_proj", *known):
+        assert module_in_checkpoint(name, known) == name, "there are two, none, or it is known"
 
 
 TABLES = {

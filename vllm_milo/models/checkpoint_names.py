@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from vllm_milo.names import leaf_of
 from vllm_milo.values import CheckpointError
 
 _LAYER = re.compile(r"(?:.+\.)?layers\.[0-9]+(?=\.)")
@@ -58,6 +59,21 @@ def experts_in_checkpoint(name: str, known: Collection[str]) -> str:
             f"vLLM means; name these experts in --ignore and convert the model again"
         )
     return same[0] if same else name
+
+
+def module_in_checkpoint(name: str, known: Collection[str]) -> str:
+    """Return the checkpoint's name of a linear layer: vLLM's, or that of its layer's only module with that last part.
+
+    Args:
+        name: vLLM's, which may name another part of the layer than checkpoints do, as ``mixer`` for ``mamba``.
+        known: names of modules in the checkpoint; none where it has no files.
+    """
+    layer = _layer_of(name)
+    if name in known or layer is None:
+        return name
+    end = f".{leaf_of(name)}"
+    same = [other for other in known if other.endswith(end) and _layer_of(other) == layer]
+    return same[0] if len(same) == 1 else name
 
 
 def _layer_of(name: str) -> str | None:

@@ -45,6 +45,8 @@ KEPT = {
     | {f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")},
     "granitemoe": {"block_sparse_moe.router.layer"},
     "granitemoeshared": {"block_sparse_moe.router.layer", "shared_mlp.input_linear"},
+    "granitemoehybrid": {"block_sparse_moe.router.layer", "shared_mlp.input_linear"}
+    | {"mamba.in_proj", "mamba.out_proj"},
     "lfm2_moe": {"feed_forward.gate", "conv.in_proj", "conv.out_proj"},
     "jamba": {"feed_forward.router", *(f"mamba.{part}_proj" for part in ("in", "x", "dt", "out"))},
 }

@@ -1,0 +1,71 @@
+"""Families that vLLM serves by the table: the converter's own checkpoints equal what they stand for.
+
+``python tests/served_families.py`` prints the same comparison as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_families import KINDS, against_transformers, between, make, serve
+from tiny_families import TINY, has_class
+from vllm_jobs import DEVICE
+
+from vllm_milo.offline.families.table import FAMILIES
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
+if DEVICE != "cpu":
+    pytestmark.append(pytest.mark.skip(reason="in float32, on the CPU"))
+
+QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe")
+"""What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one."""
+SERVED = tuple(name for name, family in FAMILIES.items() if family.status == "served")
+LARGEST = {"float32": (1e-5, 2e-3), "bfloat16": (0.1, 2.0)}
+"""Mean and worst difference, by what vLLM computes in."""
+Made = tuple[dict[str, dict[str, Path]], dict[str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...], tuple[str, ...]], Made]:
+    """Returns the folders of families and vLLM's outputs on them, all by one process."""
+
+    @cache
+    def run(names: tuple[str, ...], kinds: tuple[str, ...]) -> Made:
+        root = tmp_path_factory.mktemp("served")
+        made = {name: make(name, root / name, kinds) for name in names}
+        return made, serve(made, root / "outputs")
+
+    return run
+
+
+def assert_served(name: str, made: Made, kinds: Iterable[str]) -> None:
+    """Assert that checkpoints give what they stand for in vLLM, and this what it gives in transformers."""
+    folders, found = made[0][name], made[1][name]
+    mean, worst = LARGEST[TINY[name].dtype]
+    for kind in kinds:
+        plain = f"{kind} plain"
+        assert "error" not in found[plain], found[plain]
+        assert "error" not in found[kind], found[kind]
+        compared = {"vLLM": between(found[kind], found[plain])}
+        if has_class(name):
+            compared["transformers"] = against_transformers(folders[kind], found[kind])
+        for other, difference in compared.items():
+            assert difference.mean < mean, f"{name} {kind}: {difference} from the unquantized model in {other}"
+            assert difference.worst < worst, f"{name} {kind}: {difference} from the unquantized model in {other}"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_rank_16_on_every_matrix(name: str, served):
+    """Ranks that are nowhere 0 show every name that is wrong."""
+    kinds = ("rank 16",)
+    assert_served(name, served(QUICK, kinds), kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SERVED)
+def test_every_family(name: str, served):
+    assert_served(name, served(SERVED, KINDS), KINDS)
