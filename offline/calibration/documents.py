@@ -50,7 +50,7 @@ def read_documents(path: Path) -> list[Document]:
         ConversionError: the file cannot be read, is not UTF-8, or a line of it has none of them.
     """
     content = read_text(path)
-    return parse_lines(content, str(path)) if path.suffix == ".jsonl" else [content]
+    return parse_lines(content, str(path)) if path.suffix.lower() == ".jsonl" else [content]
 
 
 def parse_lines(content: str, name: str) -> list[Document]:
@@ -84,7 +84,10 @@ def document_of(entry: Mapping[str, Any]) -> Document | None:
         return None
     if isinstance(found, str):
         return found
-    return [_message(turn) for turn in found] if all(isinstance(turn, dict) for turn in found) else None
+    if not all(isinstance(turn, dict) for turn in found):
+        return None
+    messages = [_message(turn) for turn in found]
+    return messages if any(_said(message).strip() for message in messages) else None
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, str]:
@@ -93,6 +96,14 @@ def _message(turn: Mapping[str, Any]) -> dict[str, str]:
         return dict(turn)
     speaker = str(turn.get("from", "user"))
     return {"role": _ROLES.get(speaker, speaker), "content": turn["value"]}
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, which may come in parts; none where it only calls a tool."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
 
 
 def render(document: Document, tokenizer: Any) -> str:
@@ -104,9 +115,10 @@ def render(document: Document, tokenizer: Any) -> str:
 
         try:
             return str(tokenizer.apply_chat_template(document, tokenize=False))
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             pass  # raised by the template itself: it refuses a system's turn, say, or trips over what is in one
-    return "\n\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in document)
+    turns = ((message.get("role") or "user", _said(message)) for message in document)
+    return "\n\n".join(f"{role}: {said}" for role, said in turns if said)
 
 
 def cut_windows(

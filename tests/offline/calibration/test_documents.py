@@ -121,6 +121,7 @@ def test_files_of_text_and_of_lines(tmp_path: Path):
     written = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     lines.write_text(written, encoding="utf-8")
     assert read_documents(lines) == [entries[0]["text"], CHAT, "end"]
+    assert read_documents(lines.rename(tmp_path / "A.JSONL")) == [entries[0]["text"], CHAT, "end"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,8 @@ def test_files_of_text_and_of_lines(tmp_path: Path):
         ('{"text": 5}', 'line 3: needs "text"'),
         ('{"messages": []}', 'line 3: needs "text"'),
         ('{"messages": ["Why?"]}', 'line 3: needs "text"'),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": null}]}', 'line 3: needs "text"'),
+        ('{"text": [{"type": "x"}]}', 'line 3: needs "text"'),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str):
@@ -180,9 +183,17 @@ def test_a_template_of_transformers(bundled_model: Path):
     tokenizer = load_tokenizer(bundled_model)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert render(CHAT, tokenizer) == "<system>Be brief.<user>Why?"
-    for refusing in ("{{ raise_exception('System role not supported') }}", "{% for i in range(10**9) %}x{% endfor %}"):
+    endless = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+    refusal, too_long = "{{ raise_exception('System role not supported') }}", "{% for i in range(10**9) %}x{% endfor %}"
+    for refusing in (refusal, too_long, endless):
         tokenizer.chat_template = refusing
         assert render(CHAT, tokenizer) == "system: Be brief.\n\nuser: Why?"
+
+
+def test_turns_that_call_a_tool_or_come_in_parts():
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now"}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "image"}, {"text": "en?"}]}
+    assert render([parts, called, {"content": "Now."}], None) == "user: When?\n\nuser: Now."
 
 
 def test_windows_go_through_all_documents_once():
