@@ -141,6 +141,19 @@ def whole_need(reader: ModelReader, working: int, device: str, shard_bytes: int)
     return Need(working, host) if kind == "cuda" else Need(0, host + working)
 
 
+def process_need(reader: ModelReader, batch: int, device: str) -> int:
+    """Return the bytes of host memory that the process of a further device takes.
+
+    Args:
+        reader: the source model.
+        batch: most weights that the solver gets at once, of which one set is solved and one read.
+        device: of the process.
+    """
+    if torch.device(device).type == "cuda":
+        return HOST_BASE["cuda"] + 2 * 2 * min(batch, _largest(reader))
+    return HOST_BASE["cpu"] + plain_need(reader, batch)
+
+
 def refuse_what_does_not_fit(reader: ModelReader, windows: torch.Tensor, device: str, limit: int | None = None) -> None:
     """Raise where converting with these windows [W, T] does not fit into what is free, or into ``limit`` bytes.
 

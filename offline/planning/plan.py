@@ -257,7 +257,9 @@ def predict_memory(reader: ModelReader, conversion: Conversion) -> memory.Need:
         working = max(working, memory.solving_need(reader, tokens, batch, device))
         working = max(working, memory.tuning_need(reader, device)) if text.tune else working
         working = max(working, memory.writing_need(reader, device)) if text.name == OWN_TEXT else working
-    return memory.whole_need(reader, working, device, conversion.shard_bytes)
+    need = memory.whole_need(reader, working, device, conversion.shard_bytes)
+    further = len(conversion.more_devices) * memory.process_need(reader, batch, device)
+    return need._replace(host=need.host + further)
 
 
 def _check_text(reader: ModelReader, conversion: Conversion) -> None:

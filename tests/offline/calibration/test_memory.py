@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.learn.end_to_end import TuneOptions
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.planning.pieces import solver_weights
 from vllm_milo.offline.planning.plan import predict_memory
 from vllm_milo.offline.source.reader import ModelReader
 
@@ -135,6 +137,16 @@ def test_the_device_and_the_host_are_told_apart(sources: dict[str, Path], monkey
     monkeypatch.setattr(memory, "available", lambda device: (8 if device == "cpu" else 80) * 2**30)
     assert "5.00 GiB on cuda:0 (80.00 GiB free) and 3." in on_gpu.line("cuda:0")
     assert on_gpu.line("cuda:0").endswith("GiB of host memory (8.00 GiB free)")
+
+
+def test_the_processes_of_further_devices_count(sources: dict[str, Path]):
+    reader, conversion = ModelReader(sources["mixtral"]), replace(ALONG, text=None)
+    one, three = (predict_memory(reader, replace(conversion, more_devices=more)).host for more in ((), ("cpu", "cpu")))
+    batch = solver_weights([torch.device("cpu")], None)
+    assert three - one == 2 * memory.process_need(reader, batch, "cpu") > 2 * memory.HOST_BASE["cpu"]
+    whole = max(sum(source.matrix.n * source.matrix.k for source in layer.matrices) for layer in reader.layers)
+    assert memory.process_need(reader, 2**40, "cuda:1") >= memory.HOST_BASE["cuda"] + 4 * whole
+    assert memory.process_need(reader, 64, "cuda:1") == memory.HOST_BASE["cuda"] + 4 * 64
 
 
 def test_training_the_whole_model_is_foretold(sources: dict[str, Path]):
