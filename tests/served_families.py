@@ -94,6 +94,7 @@ def serve(families: dict[str, dict[str, Path]], folder: Path, mend_router: bool 
 ENGINE = {
     "trust_remote_code": True,
     "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},  # vLLM's for CPUs turns one head of latent ones
+    "enable_prefix_caching": False,  # Mamba's operator for CPUs keeps no states in between
 }
 
 

@@ -36,6 +36,7 @@ PLAIN = {"intermediate_size": 192, "num_experts_per_tok": 2, "num_local_experts"
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
     "num_experts": 4,
+    "num_experts_per_tok": 4,  # all: bfloat16 would choose others
     "shared_expert_intermediate_size": 192,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,

@@ -14,6 +14,8 @@ _ROUTED = ("n_routed_experts",)
 _LOCAL = ("num_local_experts",)
 _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
 _FROM_BF16 = "from 16-bit copies: FP8 sources are refused"
+_NO_ROUTER = "vLLM's CPU build refuses its router's scores"
+_NO_BIAS = "vLLM's CPU build drops its router's bias"
 _KEEPS_IN_PROJ = "linear attention's inner projections stay as they are"
 _KEEPS_MAMBA = "Mamba layers stay as they are"
 _GRANITE_FUSED = (
@@ -49,7 +51,8 @@ _MIXTRAL_LIKE = (
         num_experts_keys=_LOCAL,
         ahead=(LATER_LAYERS,),
         renames=_MIXTRAL_NAMES,
-        note=_FROM_BF16,
+        note=f"{_FROM_BF16}; {_NO_ROUTER}",
+        status=_SERVED,
     ),
     Family(
         "phimoe",
@@ -92,6 +95,7 @@ _QWEN_LIKE = (
         kept=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
         ahead=("mtp.",),
         mixers=("self_attn", "linear_attn"),
+        status=_SERVED,
     ),
     Family(
         "qwen3_5_moe_text",
@@ -110,6 +114,7 @@ _QWEN_LIKE = (
         ahead=("mtp.",),
         mixers=("self_attn", "linear_attn"),
         note=_KEEPS_IN_PROJ,
+        status=_SERVED,
     ),
     Family("olmoe", "OLMoE-1B-7B", attention(), num_experts_keys=("num_experts", "num_local_experts"), status=_SERVED),
     Family("flex_olmo", "FlexOlmo-7x7B", attention(), status=_SERVED),
@@ -203,6 +208,7 @@ _OTHERS = (
         layer_kinds_keys=("hybrid_layer_pattern", "layer_types"),
         renames=(Rename("self_attn.sinks", "self_attn.attention_sink_bias"),),
         note=_FROM_BF16,
+        status=_SERVED,
     ),
     Family(
         "ernie4_5_moe",
@@ -211,6 +217,8 @@ _OTHERS = (
         num_experts_keys=("moe_num_experts",),
         ahead=("model.mtp_",),
         renames=(Rename("mlp.gate.moe_statics.", "mlp.moe_statics."),),
+        note=_NO_BIAS,
+        status=_SERVED,
     ),
     Family(
         "hy_v3",
@@ -283,6 +291,7 @@ _OTHERS = (
         renames=_GRANITE_NAMES,
         logits_divisor_key="logits_scaling",
         note=_KEEPS_MAMBA,
+        status=_SERVED,
     ),
     Family(
         "lfm2_moe",
@@ -304,7 +313,7 @@ _OTHERS = (
         block="feed_forward",
         mixers=("self_attn", "mamba"),
         norm="model.final_layernorm",
-        note=_KEEPS_MAMBA,
+        note=f"{_KEEPS_MAMBA}, and vLLM's CPU build cannot run them",
     ),
 )
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -21,11 +22,17 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 if DEVICE != "cpu":
     pytestmark.append(pytest.mark.skip(reason="in float32, on the CPU"))
 
+NEEDS = {"qwen3_5_moe_text": "torchvision"}
+"""What vLLM imports with a family and may lack."""
 QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe")
 """What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one."""
-SERVED = tuple(name for name, family in FAMILIES.items() if family.status == "served")
-LARGEST = {"float32": (1e-5, 2e-3), "bfloat16": (0.1, 2.0)}
-"""Mean and worst difference, by what vLLM computes in."""
+SERVED = tuple(
+    name
+    for name, family in FAMILIES.items()
+    if family.status == "served" and (name not in NEEDS or importlib.util.find_spec(NEEDS[name]))
+)
+LARGEST = {"float32": (1e-5, 2e-3), "bfloat16": (0.1, 1.0)}
+"""Mean and worst difference, by what vLLM computes in; without the factors of any part of a layer the mean is 0.2."""
 Made = tuple[dict[str, dict[str, Path]], dict[str, dict[str, Any]]]
 
 
@@ -66,6 +73,8 @@ def test_rank_16_on_every_matrix(name: str, served):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.status == "served"])
 def test_every_family(name: str, served):
+    if name not in SERVED:
+        pytest.skip(f"vLLM imports {NEEDS[name]} for it")
     assert_served(name, served(SERVED, KINDS), KINDS)
