@@ -14,6 +14,8 @@ from ..errors import ConversionError
 from ..families.find import find_family
 from .perplexity import WINDOW, perplexity
 
+_MAKE_THEM = "make it with `milo stats MODEL --text FILE -o"
+
 
 def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None = None) -> dict[str, list[int]]:
     """Return how often the router picks each expert on a text, by experts' name in the checkpoint."""
@@ -49,10 +51,12 @@ def read_expert_counts(path: Path) -> dict[str, list[int]]:
     Raises:
         ConversionError: the file is not of that form.
     """
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file; {_MAKE_THEM} {path}`")
     content = read_json(path)
     counts = content.get("expert_counts") if isinstance(content, dict) else None
     if not isinstance(counts, dict) or not all(map(_are_counts, counts.values())):
-        raise ConversionError(f"{path}: no expert_counts; make it with `milo stats MODEL --text FILE -o {path}`")
+        raise ConversionError(f"{path}: no expert_counts; {_MAKE_THEM} {path}`")
     return counts
 
 

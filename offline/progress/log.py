@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ class EventLog:
         self._path = path
         self._lock = threading.Lock()
         try:
-            self._file: TextIO | None = path.open("a", encoding="utf-8")
+            self._file: TextIO | None = os.fdopen(_open_at_once(path), "a", encoding="utf-8")
         except OSError as error:
             raise ConversionError(
                 f"--log-json {path}: cannot be written: {error.strerror}; name another file"
@@ -60,6 +61,13 @@ class EventLog:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+
+def _open_at_once(path: Path) -> int:
+    """Open a file to append to it, without waiting for a reader, which a pipe may never get."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    os.set_blocking(file, True)
+    return file
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -179,6 +180,10 @@ def test_a_log_that_cannot_be_written(bundled_model: Path, tmp_path: Path, capsy
     assert (
         f"--log-json {log}: cannot be written: No such file or directory; name another file" in capsys.readouterr().err
     )
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # that nobody reads
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--log-json", str(pipe)]) == 1
+    assert f"--log-json {pipe}: cannot be written: No such device or address" in capsys.readouterr().err
     full = Path("/dev/full")
     if full.exists():
         with recording(full):
