@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from ..errors import ConversionError
 
+_LONGEST_EVENT = 2**24
+"""Bytes of the first line of a log, at most."""
 _active: ContextVar[EventLog | None] = ContextVar("event_log", default=None)
 
 
@@ -28,6 +30,8 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        if path.is_file() and not _is_log(path):
+            raise ConversionError(f"--log-json {path}: exists and is no such log, so it is kept; name another file")
         try:
             self._file: TextIO | None = os.fdopen(_open_at_once(path), "a", encoding="utf-8")
         except OSError as error:
@@ -61,6 +65,17 @@ class EventLog:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+
+def _is_log(path: Path) -> bool:
+    """Return whether a file is empty or begins with an event."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_LONGEST_EVENT)
+        found = json.loads(line) if line else {"event": None}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "event" in found
 
 
 def _open_at_once(path: Path) -> int:
