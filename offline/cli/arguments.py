@@ -14,6 +14,8 @@ from .hub import model_place
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
 OR_HUB = "or org/name or org/name@revision of the Hugging Face Hub"
+MOST = 10**9
+"""Of what options count: windows, steps, rounds."""
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -37,11 +39,27 @@ def check_text_arguments(arguments: argparse.Namespace) -> None:
     """
     name, windows = arguments.device, arguments.max_windows
     find_device(name)
-    if windows is not None and windows < 1:
-        raise ConversionError("--max-windows must be at least 1")
+    check_number("max_windows", windows, 1)
     for text in arguments.text if isinstance(arguments.text, list) else [arguments.text]:
         if not text.exists():
             raise ConversionError(f"{text}: cannot be read as UTF-8 text: No such file or directory")
+
+
+def check_number(name: str, value: int | None, least: int) -> None:
+    """Refuse the number of an option that is smaller than ``least``, or larger than any that does anything.
+
+    Raises:
+        ConversionError: names the option.
+    """
+    if value is not None and value < least:
+        raise ConversionError(f"{option(name)} must be at least {least}")
+    if value is not None and value > MOST:
+        raise ConversionError(f"{option(name)} must be at most {MOST}")
+
+
+def option(name: str) -> str:
+    """Return how a parsed argument is given on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def default_device() -> str:

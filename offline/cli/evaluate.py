@@ -32,7 +32,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--reference", type=model_place, help=reference)
     window = f"tokens of a window (default: {WINDOW}; with --reference {REFERENCE_WINDOW})"
     parser.add_argument("--window", type=int, default=None, help=window)
-    parser.add_argument("--stride", type=int, default=STRIDE, help="tokens between windows (default: %(default)s)")
+    stride = f"tokens between windows (default: {STRIDE}, or a window where that is less)"
+    parser.add_argument("--stride", type=int, default=None, help=stride)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     card = "with --reference: write what was measured into the checkpoint's model card (README.md)"
     parser.add_argument("--update-card", action="store_true", help=card)
@@ -73,11 +74,12 @@ def _check_card(model: Path) -> None:
 
 
 def _print_perplexities(arguments: argparse.Namespace) -> None:
+    tokens = {text: read_tokens(arguments.model, text) for text in arguments.text}  # before the model, which takes long
     model = load_model(arguments.model, getattr(torch, arguments.dtype), arguments.device)
-    for text in arguments.text:
+    for text in tokens:
         result = perplexity(
             model,
-            read_tokens(arguments.model, text),
+            tokens[text],
             arguments.max_windows,
             window=arguments.window or WINDOW,
             stride=arguments.stride,

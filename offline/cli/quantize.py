@@ -44,13 +44,14 @@ from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.reader import ModelReader
 from ..threads import threads_for
-from .arguments import OR_HUB, default_device
+from .arguments import OR_HUB, check_number, default_device, option
 from .command_line import command_of
 from .hub import model_place, target_repository
 from .summary import print_summary
 
 LARGEST_SEED = 2**32
 """Above what every library takes that draws random numbers here."""
+MOST_GIB = 2**30
 CALIBRATED_ROUNDS, PLAIN_ROUNDS = 2, 6
 COST = "which on a real model left twice the KL divergence from the original"
 DEFAULT_RANKS = "dense=64"
@@ -70,7 +71,6 @@ preset fast): the text that comes with the package, a layer of the model in memo
 .jsonl with "text" or chat "messages" in each line; org/name, org/name:config or org/name:config:split: a dataset of the
 Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
 takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
-
 _IGNORE_HELP = """module to keep as it is, by name or re:PATTERN; a layer's routed experts stay as a whole, by the name
 of their module (model.layers.0.mlp.experts) or a pattern that matches them all"""
 OVERWRITE_HELP = """replace an existing MiLo checkpoint, once the new one is whole; without --resume also delete the
@@ -78,10 +78,8 @@ finished layers of a conversion that did not end, which are an error otherwise""
 RESUME_HELP = """go on where the same conversion was interrupted or killed, for the same result; begins from the start
 where there is nothing to go on with. Model, options and version must be the same as before. Along a calibration text
 the finished layers run once more, forward only, which takes a small part of the time that quantizing them took"""
-
 LOG_HELP = """append to this file what happens, as JSON lines with time and event: plan; begin, progress and end of each
 stage, with its seconds and those that are left; at last summary, or error"""
-
 PUSH_HELP = """upload the checkpoint to this repository of the Hugging Face Hub, which is created where there is none.
 Whether the token may do that is checked before the conversion."""
 DEVICES_HELP = """several GPUs, as in cuda:0,cuda:1: the first does what it would alone, the others solve a part of
@@ -282,11 +280,9 @@ def _refuse_whole_model(arguments: argparse.Namespace, preset: Preset | None, po
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     for name, least in (("max_rounds", 1), ("calibration_windows", 1), ("learn_steps", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ConversionError(f"--{name.replace('_', '-')} must be at least {least}")
+        check_number(name, getattr(arguments, name), least)
     budget, seed, memory_limit = arguments.budget_bits, arguments.seed, arguments.device_memory
-    if memory_limit is not None and not 0 < memory_limit < float("inf"):
+    if memory_limit is not None and not 0 < memory_limit < MOST_GIB:
         raise ConversionError(f"--device-memory {memory_limit:g}: must be a number of GiB above 0, such as 20")
     if budget is not None and not 0 < budget < float("inf"):
         raise ConversionError(f"--budget-bits {budget:g}: must be a number of bits above 0, such as 3.6")
@@ -327,12 +323,14 @@ def _note_groups(plan: Plan) -> None:
 def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str) -> Text | None:
     """Return the calibration text that is asked for, or the default of the preset and method; None for none."""
     asked = arguments.calibration
-    if method != "milo":
-        if asked not in (None, NONE):
-            raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
-        return None
-    wanted = asked or (PACKAGED if preset is None or preset.calibrated else NONE)
+    if method != "milo" and asked not in (None, NONE):
+        raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
+    calibrated = method == "milo" and (preset is None or preset.calibrated)
+    wanted = asked or (PACKAGED if calibrated else NONE)
     if wanted == NONE:
+        for name in ("calibration_windows", "learn_steps"):
+            if getattr(arguments, name):
+                raise ConversionError(f"{option(name)} needs a calibration text, and this conversion goes along none")
         return None
     thorough = preset is not None and preset.thorough
     effort = effort_on(arguments.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConversionError
-from ..evaluation.expert_use import count_experts_used
+from ..evaluation.expert_use import count_experts_used, refuse_to_replace
 from ..evaluation.model import load_model
 from ..source.tokens import read_tokens
 from .arguments import add_text_arguments, check_text_arguments
@@ -21,13 +21,18 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("stats", help="count how often each expert is used on a text")
     add_text_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file for --expert-counts")
-    parser.set_defaults(run=_run, check=check_text_arguments)
+    parser.set_defaults(run=_run, check=_check)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_text_arguments(arguments)
+    refuse_to_replace(arguments.output)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_text_arguments(arguments)
-    model = load_model(arguments.model, getattr(torch, arguments.dtype), arguments.device)
+    _check(arguments)
     tokens = read_tokens(arguments.model, arguments.text)
+    model = load_model(arguments.model, getattr(torch, arguments.dtype), arguments.device)
     counts = count_experts_used(model, tokens, arguments.max_windows)
     content = {"model": str(arguments.model), "text": str(arguments.text), "expert_counts": counts}
     try:

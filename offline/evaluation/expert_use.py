@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from vllm_milo.shards import read_json
+from vllm_milo.shards import ShardError, read_json
 
 from ..errors import ConversionError
 from ..families.find import find_family
 from .perplexity import WINDOW, perplexity
+
+_MAKE_THEM = "make it with `milo stats MODEL --text FILE -o"
 
 
 def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None = None) -> dict[str, list[int]]:
@@ -49,11 +51,29 @@ def read_expert_counts(path: Path) -> dict[str, list[int]]:
     Raises:
         ConversionError: the file is not of that form.
     """
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file; {_MAKE_THEM} {path}`")
     content = read_json(path)
     counts = content.get("expert_counts") if isinstance(content, dict) else None
     if not isinstance(counts, dict) or not all(map(_are_counts, counts.values())):
-        raise ConversionError(f"{path}: no expert_counts; make it with `milo stats MODEL --text FILE -o {path}`")
+        raise ConversionError(f"{path}: no expert_counts; {_MAKE_THEM} {path}`")
     return counts
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Refuse to write counts over a file that holds something else, or into a folder that is not there.
+
+    Raises:
+        ConversionError: says what is in the way.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConversionError(f"{path}: cannot be written: it must be a file in a folder that exists")
+    if not path.is_file():
+        return
+    try:
+        read_expert_counts(path)
+    except (ConversionError, ShardError):
+        raise ConversionError(f"{path}: exists and holds no expert counts, so it is kept; name another file") from None
 
 
 def _are_counts(values: object) -> bool:

@@ -29,7 +29,7 @@ def perplexity(
     tokens: torch.Tensor,
     max_windows: int | None = None,
     window: int = WINDOW,
-    stride: int = STRIDE,
+    stride: int | None = None,
     progress: bool = False,
 ) -> Perplexity:
     """Return the perplexity of a model on token ids, by the paper's protocol.
@@ -42,7 +42,7 @@ def perplexity(
         tokens: int64 [tokens].
         max_windows: stop after so many windows.
         window: tokens of a window, at most; the model's maximum caps it.
-        stride: tokens between the starts of windows.
+        stride: tokens between the starts of windows; None for 512, or a window where that is less.
         progress: show a progress bar.
 
     Raises:
@@ -51,6 +51,7 @@ def perplexity(
     if max_windows is not None and max_windows < 1:
         raise ConversionError(f"--max-windows {max_windows}: must be at least 1")
     window = min(window, int(model.config.max_position_embeddings))
+    stride = min(STRIDE, window) if stride is None else stride
     if tokens.numel() < 2:
         raise ConversionError("the text has fewer than two tokens; nothing to score")
     if window < 2 or not 0 < stride <= window:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 
 from ..errors import ConversionError
 
+_LONGEST_EVENT = 2**24
+"""Bytes of the first line of a log, at most."""
 _active: ContextVar[EventLog | None] = ContextVar("event_log", default=None)
 
 
@@ -27,8 +30,10 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        if path.is_file() and not _is_log(path):
+            raise ConversionError(f"--log-json {path}: exists and is no such log, so it is kept; name another file")
         try:
-            self._file: TextIO | None = path.open("a", encoding="utf-8")
+            self._file: TextIO | None = os.fdopen(_open_at_once(path), "a", encoding="utf-8")
         except OSError as error:
             raise ConversionError(
                 f"--log-json {path}: cannot be written: {error.strerror}; name another file"
@@ -60,6 +65,24 @@ class EventLog:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+
+def _is_log(path: Path) -> bool:
+    """Return whether a file is empty or begins with an event."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_LONGEST_EVENT)
+        found = json.loads(line) if line else {"event": None}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "event" in found
+
+
+def _open_at_once(path: Path) -> int:
+    """Open a file to append to it, without waiting for a reader, which a pipe may never get."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    os.set_blocking(file, True)
+    return file
 
 
 @contextmanager

@@ -100,10 +100,17 @@ def check_ignore(ignore: Sequence[str], matrices: Sequence[Matrix], unknown: Seq
         except CheckpointError as error:
             raise ConversionError(f"--ignore {key!r}: {str(error).removeprefix('quantization_config: ')}") from None
         if all(one.find(name) is None for name in (*names, *unknown)):
-            raise ConversionError(f"--ignore {key!r} matches no layer; names look like {matrices[0].name!r}")
+            raise ConversionError(f"--ignore {key!r} matches no layer; names look like {_examples(matrices)}")
     keys = Keys(ignore)
     _refuse_parts_of_layers(keys, {matrix.name for matrix in matrices if matrix.experts is None})
     _refuse_parts_of_experts(keys, matrices)
+
+
+def _examples(matrices: Sequence[Matrix]) -> str:
+    """Return a name of each kind that can be ignored by itself: of a linear layer, and of a layer's experts."""
+    linear = next((matrix.name for matrix in matrices if matrix.experts is None), None)
+    experts = next((matrix.experts for matrix in matrices if matrix.experts is not None), None)
+    return " or ".join(repr(name) for name in (linear, experts) if name is not None)
 
 
 def _refuse_parts_of_layers(keys: Keys, names: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -179,6 +180,16 @@ def test_a_log_that_cannot_be_written(bundled_model: Path, tmp_path: Path, capsy
     assert (
         f"--log-json {log}: cannot be written: No such file or directory; name another file" in capsys.readouterr().err
     )
+    for number, content in enumerate(("# notes\n", '{"model_type": "qwen2_moe"}', '"event"', "[" * 100_000, "\xff")):
+        mine = tmp_path / f"{number}.txt"
+        mine.write_text(content, encoding="latin-1")
+        assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--log-json", str(mine)]) == 1
+        assert f"--log-json {mine}: exists and is no such log, so it is kept" in capsys.readouterr().err
+        assert mine.read_text(encoding="latin-1") == content
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # that nobody reads
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--log-json", str(pipe)]) == 1
+    assert f"--log-json {pipe}: cannot be written: No such device or address" in capsys.readouterr().err
     full = Path("/dev/full")
     if full.exists():
         with recording(full):

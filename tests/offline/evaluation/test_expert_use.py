@@ -33,3 +33,14 @@ def test_expert_counts_of_another_form(tmp_path: Path):
     (tmp_path / "counts.json").write_text("[1, 2]")
     with pytest.raises(ConversionError, match="no expert_counts; make it with `milo stats"):
         read_expert_counts(tmp_path / "counts.json")
+
+
+@pytest.mark.parametrize("place", ["config.json", "notes", ".", "none/counts.json"])
+def test_counts_replace_nothing_but_counts(bundled_model: Path, tmp_path: Path, capsys, monkeypatch, place: str):
+    monkeypatch.setattr("vllm_milo.offline.cli.stats.load_model", None)  # all this is known before
+    config = (bundled_model / "config.json").read_bytes()
+    for name in ("config.json", "notes"):
+        (tmp_path / name).write_bytes(config)
+    assert main(["stats", str(bundled_model), "--text", str(TEXT), "-o", str(tmp_path / place), "--quiet"]) == 1
+    assert f"milo stats: error: {tmp_path / place}: " in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_bytes() == (tmp_path / "notes").read_bytes() == config

@@ -27,3 +27,10 @@ def test_perplexity_is_the_mean_over_windows_of_new_tokens(bundled_model: Path):
             scored = end
     assert found.windows == len(losses)
     assert found.perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
+
+
+def test_short_windows_start_where_the_last_ended(bundled_model: Path):
+    tokens = torch.arange(3, 203)
+    found = perplexity(load_model(bundled_model), tokens, window=64)
+    assert found.protocol.startswith("window 64, stride 64")
+    assert found.windows == 4
