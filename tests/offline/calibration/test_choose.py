@@ -147,7 +147,7 @@ def test_best_trains_the_whole_model_where_it_fits(
     assert quantize(bundled_model, tmp_path / "out", "--preset", "best") == 1
     text = asked.pop().text
     assert len(text.windows) == 2 * 32
-    assert text.tune == TuneOptions(steps=32, batch=4)
+    assert text.tune == TuneOptions(steps=48, batch=4)  # three passes
     assert quantize(bundled_model, tmp_path / "out", "--preset", "best", "--learn-steps", "0") == 1
     assert asked.pop().text.tune is None
     need = memory.tuning_need(ModelReader(bundled_model), "cpu")
@@ -163,7 +163,7 @@ def test_best_says_how_it_trained(bundled_model: Path, tmp_path: Path, monkeypat
     out = tmp_path / "out"
     assert quantize(bundled_model, out, "--preset", "best", "--max-rounds", "1") == 0
     recipe = inspect_checkpoint(out)["recipe"]
-    assert (recipe["calibration_tokens"], recipe["learn_steps"], recipe["tune_steps"]) == (4 * 32, 2, 4)
+    assert (recipe["calibration_tokens"], recipe["learn_steps"], recipe["tune_steps"]) == (4 * 32, 2, 6)
     tuning = json.loads((out / "milo_report.json").read_text(encoding="utf-8"))["tuning"]
     assert 0 < tuning["last_kl"] < 2 * tuning["first_kl"]
 
