@@ -166,7 +166,7 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     warnings = [*warnings, *report.warnings]
     errors = [entry.error for entry in report.matrices.values()]
     return Summary(
-        out=published if published != writer.out else out,
+        out=out if published == writer.out and out.exists() else published,  # none/../out is not there without none
         seconds=time.monotonic() - start,
         matrices=len(planned.matrices),
         bytes_written=read_json(published / INDEX_NAME)["metadata"]["total_size"],

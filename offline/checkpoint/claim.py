@@ -15,7 +15,13 @@ from ..durable.lock import OutputLock
 from ..durable.publication import SEALED
 from ..errors import ConversionError
 from .manifest import MANIFEST_NAME
-from .output import refuse_others_folder, refuse_unsafe_content, refuse_unsafe_place, refuse_unwritable_output
+from .output import (
+    refuse_others_folder,
+    refuse_unsafe_content,
+    refuse_unsafe_place,
+    refuse_unwritable_output,
+    resolved,
+)
 
 
 class Claim:
@@ -46,7 +52,7 @@ class Claim:
 
     def __init__(self, out: Path, source: Path, overwrite: bool = False, resume: bool = False) -> None:
         self._given, self.source, self.overwrite, self.resume = out, source, overwrite, resume
-        self.out = out.resolve()
+        self.out = resolved(out)
         if not self.out.name:
             raise ConversionError(f"{out}: is the root of the file system; name a folder of the checkpoint's own")
         self.partial = self.out.with_name(f".{self.out.name}.partial")

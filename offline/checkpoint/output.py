@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError, read_json
+from vllm_milo.values import shown
 
 from ..durable.files import UNFINISHED
 from ..durable.journal import JOURNAL_NAME
@@ -101,7 +102,11 @@ def refuse_unwritable_output(out: Path) -> None:
     Raises:
         ConversionError: says what is in the way.
     """
-    target = out.resolve()
+    target = resolved(out)
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise ConversionError(f"{shown(str(out))}: cannot be written: its path is not UTF-8; choose another") from None
     if is_mount_point(target):
         raise ConversionError(
             f"{out}: is a mount point (a volume?), which a finished checkpoint cannot be renamed over; name a folder "
@@ -117,6 +122,22 @@ def refuse_unwritable_output(out: Path) -> None:
         raise ConversionError(f"{out}: cannot be written: {parent} may not be written to; choose another output")
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise ConversionError(f"{out}: cannot be written: its name is too long; choose a shorter one")
+
+
+def resolved(folder: Path) -> Path:
+    """Return the path of a folder with its links resolved, whether it exists or not.
+
+    Raises:
+        ConversionError: a link in it leads back to itself.
+    """
+    try:
+        target = folder.resolve()
+        endless = any(path.is_symlink() for path in (target, *target.parents))
+    except RuntimeError:  # until Python 3.12
+        endless = True
+    if endless:
+        raise ConversionError(f"{folder}: is or goes through a link to itself; name another folder")
+    return target
 
 
 def is_mount_point(folder: Path) -> bool:
@@ -141,7 +162,7 @@ def is_milo_checkpoint(folder: Path) -> bool:
 
 def refuse_unsafe_place(out: Path, source: Path) -> None:
     """Refuse an output folder by where it is; see :func:`refuse_unsafe_output`."""
-    target, origin = out.resolve(), source.resolve()
+    target, origin = resolved(out), resolved(source)
     if target == origin:
         raise ConversionError(f"{out}: is the source model; choose another output")
     if target in origin.parents:

@@ -41,7 +41,7 @@ class Family:
         model_type: ``model_type`` of config.json.
         example: models of the family, for people.
         slots: what is quantized beside routed experts; a layer need not have all of them.
-        kept: what stays as it is: routers, and whatever vLLM or the format could not take quantized.
+        kept: what stays as it is: the router, first, and whatever vLLM or the format could not take quantized.
         block: name of the MoE block.
         projections: a routed expert's gate, up and down projection.
         fused: the block's 3-D tensors that hold matrices of all experts.
@@ -157,6 +157,11 @@ class Family:
             if layer[2].startswith(memory):
                 return f"{layer[1]}{checkpoint}{layer[2].removeprefix(memory)}"
         return tensor
+
+    @property
+    def router(self) -> str:
+        """Return the name, inside its layer, of what chooses experts: the first of what is kept in their block."""
+        return next(name for name in self.kept if name.startswith(f"{self.block}."))
 
     def is_kept(self, module: str) -> bool:
         """Return whether a module of a decoder layer stays as it is because the table says so."""

@@ -65,7 +65,8 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
 def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Family) -> None:
     """Refuse a folder that lacks a layer, or a tensor that the other layers of its kind have."""
     numbers = {number for layer in layers if (number := layer_index(layer.name)) is not None}
-    stated = int(config.get("num_hidden_layers") or len(numbers))
+    found = config.get("num_hidden_layers")
+    stated = len(numbers) if found is None else int(found)
     for number in range(stated):
         if number not in numbers:
             raise ConversionError(f"model.layers.{number}: missing; are the model's files complete?")
@@ -152,6 +153,27 @@ def _compare(config: Mapping[str, Any], key: str, found: int, what: str) -> None
     stated = config.get(key)
     if type(stated) is int and stated != found:
         raise ConversionError(f"config.json: {key} is {stated}, but {what}; is one of the two of another model?")
+
+
+def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], family: Family, experts: int) -> None:
+    """Refuse routed experts without what chooses among them, or with what chooses among another number of experts.
+
+    Raises:
+        ConversionError: names the router's weight.
+    """
+    for layer in layers:
+        if all(source.matrix.experts is None for source in layer.matrices):
+            continue
+        name = f"{layer.name}.{family.router}.weight"
+        tensor = next((other for other in layer.others if family.checkpoint_name(other) == name), None)
+        if tensor is None:
+            raise ConversionError(f"{name}: missing; are the model's files complete?")
+        shape = tensors[tensor].shape
+        if shape[:1] != (experts,):
+            raise ConversionError(
+                f"{tensors[tensor].file}: tensor {tensor} has shape {list(shape)}, but there are {experts} experts to "
+                f"choose from; {BROKEN}"
+            )
 
 
 def check_fused(layers: list[Layer], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:

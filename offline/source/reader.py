@@ -19,7 +19,15 @@ from ..errors import ConversionError
 from ..families.family import Family
 from ..families.find import find_family
 from ..nouns import Matrix
-from .completeness import check_complete, check_experts, check_fused, check_names, check_shapes, check_stated
+from .completeness import (
+    check_complete,
+    check_experts,
+    check_fused,
+    check_names,
+    check_routers,
+    check_shapes,
+    check_stated,
+)
 from .config import read_config
 from .finite import is_finite
 from .layers import BROKEN, Layer, Source, plan_layers
@@ -109,6 +117,7 @@ class ModelReader:
         check_shapes(self.layers, self.tensors, self.config, self.family)
         check_fused(self.layers, self.tensors, self.config)
         check_experts(self.matrices, self.family.num_experts(self.config))
+        check_routers(self.layers, self.tensors, self.family, self.family.num_experts(self.config))
         check_stated(self.matrices, self.tensors, self.config, self.family.num_experts(self.config))
 
     @property

@@ -157,6 +157,28 @@ def test_a_folder_that_a_kill_left_before_its_journal_is_not_in_the_way(source: 
     assert not (tmp_path / ".out.partial").exists()
 
 
+@pytest.mark.parametrize("inside", ["", "further"])
+def test_a_link_to_itself_is_no_output(source: Path, tmp_path: Path, inside: str):
+    (tmp_path / "link").symlink_to("link")
+    refused_untouched(source, tmp_path / "link" / inside, r"a link to itself; name another folder", source)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_name_that_is_not_utf8(source: Path, tmp_path: Path):
+    refused_untouched(
+        source, tmp_path / "\udcff", r"cannot be written: its path is not UTF-8; choose another", tmp_path
+    )
+
+
+def test_a_way_back_through_a_folder_that_is_not_there(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "none" / ".." / "out"
+    assert milo(["quantize", str(source), "-o", str(out), "--method", "rtn", "--quiet"]) == 0
+    assert f"vllm serve {tmp_path / 'out'} --quantization milo" in capsys.readouterr().out
+    assert validate_checkpoint(tmp_path / "out")
+
+
 def test_the_root_is_no_output(source: Path):
     with pytest.raises(ConversionError, match=r"^/: is the root of the file system; name a folder"):
         convert(source, Path("/"), Conversion(FAST, overwrite=True), progress=False)

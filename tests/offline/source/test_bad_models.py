@@ -72,6 +72,18 @@ def test_missing_tensor(source: Path, tmp_path: Path, name: str, message: str):
 def test_missing_layer(source: Path, tmp_path: Path):
     edit_config(source, num_hidden_layers=3)
     refused(source, tmp_path / "out", r"model\.layers\.2: missing")
+    edit_config(source, num_hidden_layers=0)
+    refused(source, tmp_path / "out", r"model\.layers\.0: extra, config\.json states num_hidden_layers 0")
+
+
+def test_routers_that_are_missing_or_choose_among_others(source: Path, tmp_path: Path):
+    routers = [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
+    narrow = {name: torch.zeros(3, 128) for name in routers}
+    edit_tensors(source, WEIGHTS, lambda tensors: tensors.update(narrow))
+    message = rf"tensor {re.escape(routers[0])} has shape \[3, 128\], but there are 4 experts to choose from"
+    refused(source, tmp_path / "out", message)
+    edit_tensors(source, WEIGHTS, lambda tensors: [tensors.pop(name) for name in routers])
+    refused(source, tmp_path / "out", rf"^{re.escape(routers[0])}: missing; are the model's files complete")
 
 
 def test_wrong_expert_shape(source: Path, tmp_path: Path):
