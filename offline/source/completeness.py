@@ -134,7 +134,7 @@ def _kind(name: str, held: frozenset[str], config: Mapping[str, Any], family: Fa
     if len(family.mixers) > 1 and len(mixers) != 1:
         found = " and ".join(mixers) or "neither"
         raise ConversionError(f"{name}: must have one of {' and '.join(family.mixers)}, has {found}; {BROKEN}")
-    stated = next((config[key] for key in family.layer_kinds_keys if isinstance(config.get(key), list)), [])
+    stated: list[Any] = next((config[key] for key in family.layer_kinds_keys if isinstance(config.get(key), list)), [])
     index = layer_index(name)
     kind = str(stated[index]) if index is not None and index < len(stated) else ""
     return any(".experts" in part for part in held), mixers[0] if mixers else "", kind
