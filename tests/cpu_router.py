@@ -5,9 +5,13 @@ Its router takes softmax alone and drops the correction bias where experts are i
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
+
+ROUTER = "vllm.model_executor.layers.fused_moe.router.cpu_router"
+"""The module, which older versions of vLLM lack."""
 
 
 def choose(
@@ -22,9 +26,8 @@ def choose(
 
 def mend() -> None:
     """Let vLLM's router of CPUs compute what it leaves out; what it can, it goes on to do itself."""
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-
-    theirs = CPURouter._compute_routing
+    router: Any = importlib.import_module(ROUTER).CPURouter
+    theirs = router._compute_routing
 
     def route(self: Any, hidden_states: torch.Tensor, logits: torch.Tensor, *others: Any, **options: Any) -> Any:
         plain = self.custom_routing_function is None and not self.use_grouped_topk
@@ -33,4 +36,4 @@ def mend() -> None:
             return choose(logits, self.top_k, scoring, bias, self.renormalize, self.routed_scaling_factor)
         return theirs(self, hidden_states, logits, *others, **options)
 
-    CPURouter._compute_routing = route
+    router._compute_routing = route

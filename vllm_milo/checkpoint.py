@@ -221,7 +221,7 @@ def _require_group_size(where: str, size: object) -> None:
 
 @dataclass(frozen=True)
 class MiLoFormat:
-    """The ``quantization_config`` of a MiLo checkpoint, checked by :meth:`from_dict`; ``called`` is its tables'."""
+    """The ``quantization_config`` of a MiLo checkpoint, checked; ``called`` is a table's. See :meth:`from_dict`."""
 
     group_size: int = 64
     compensator: CompensatorFormat = CompensatorFormat()

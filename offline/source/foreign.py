@@ -16,7 +16,7 @@ import torch
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import LARGEST_JSON, ShardError, read_object
-from vllm_milo.values import one_line
+from vllm_milo.values import one_line, shown
 
 from ..errors import ConversionError
 from ..families.table import FAMILIES
@@ -97,6 +97,11 @@ def load_config(folder: Path) -> Any:
     family = FAMILIES.get(str(settings.get("model_type")))
     with transformers_errors(folder, "read config.json"):
         if family is None or family.runs_as is None:
+            if settings.get("auto_map") and settings.get("model_type") not in transformers.CONFIG_MAPPING:
+                raise ConversionError(
+                    f"{folder}: transformers {transformers.__version__} has no class for the model type "
+                    f"{shown(settings.get('model_type'))}, and code that a model brings along is not run"
+                )
             return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = transformers.AutoConfig.for_model(**{**settings, "model_type": family.runs_as})
         config.architectures = [class_name(config)]

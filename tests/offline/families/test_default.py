@@ -19,7 +19,7 @@ def test_without_a_class_there_is_no_text(bundled_model: Path, tmp_path: Path, c
     assert main(["quantize", str(source), "-o", str(out), "--max-rounds", "1"]) == 0
     said = capsys.readouterr().err
     assert "warning: no calibration: " in said
-    assert "model type `deepseek`" in said
+    assert "has no class for the model type 'deepseek', and code that a model brings along is not run" in said
     assert "Quantizing without one (--calibration none), " in said
     assert validate_checkpoint(out).recipe["calibration"] == "none"
     assert "matrices get groups of 64 weights: 128 does not divide their input size (192, 704)" in said
