@@ -112,7 +112,8 @@ TINY = {
         made_of="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
     ),
-    "axk1": Tiny(LATENT | ROUTED | GROUPED | QUERIES),
+    # vLLM wants a norm after the dense FFN too, which transformers' class does not have, and never uses it
+    "axk1": Tiny(LATENT | ROUTED | GROUPED | QUERIES | {"first_k_dense_replace": 0}),
     "glm4_moe_lite": Tiny(LATENT | ROUTED | QUERIES | NO_AHEAD),
     "glm4_moe": Tiny(HEADS | ROUTED | NO_AHEAD | {"attention_bias": True, "use_qk_norm": True}),
     "dots1": Tiny(HEADS | ROUTED),

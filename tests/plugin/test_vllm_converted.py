@@ -25,6 +25,8 @@ if DEVICE != "cpu":
 
 NEEDS = {"qwen3_5_moe_text": "torchvision"}
 """What vLLM imports with a family and may lack."""
+APART = {"phimoe"}
+"""Families that vLLM and transformers compute otherwise, quantized or not: a bias of the output head."""
 QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe")
 """What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one."""
 SERVED = tuple(
@@ -53,7 +55,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...
 
 
 def assert_served(name: str, made: Made, kinds: Iterable[str]) -> None:
-    """Assert that checkpoints give what they stand for in vLLM, and this what it gives in transformers."""
+    """Assert that checkpoints give in vLLM what they stand for, there and in transformers."""
     folders, found = made[0][name], made[1][name]
     mean, worst = LARGEST[TINY[name].dtype]
     for kind in kinds:
@@ -61,7 +63,7 @@ def assert_served(name: str, made: Made, kinds: Iterable[str]) -> None:
         assert "error" not in found[plain], found[plain]
         assert "error" not in found[kind], found[kind]
         compared = {"vLLM": between(found[kind], found[plain])}
-        if has_class(name):
+        if has_class(name) and name not in APART:
             compared["transformers"] = against_transformers(folders[kind], found[kind])
         for other, difference in compared.items():
             assert difference.mean < mean, f"{name} {kind}: {difference} from the unquantized model in {other}"
