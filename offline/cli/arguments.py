@@ -52,12 +52,12 @@ def check_number(name: str, value: int | None, least: int) -> None:
         ConversionError: names the option.
     """
     if value is not None and value < least:
-        raise ConversionError(f"{option(name)} must be at least {least}")
+        raise ConversionError(f"{_option(name)} must be at least {least}")
     if value is not None and value > MOST:
-        raise ConversionError(f"{option(name)} must be at most {MOST}")
+        raise ConversionError(f"{_option(name)} must be at most {MOST}")
 
 
-def option(name: str) -> str:
+def _option(name: str) -> str:
     """Return how a parsed argument is given on the command line."""
     return f"--{name.replace('_', '-')}"
 

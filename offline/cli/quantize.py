@@ -44,7 +44,7 @@ from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.reader import ModelReader
 from ..threads import threads_for
-from .arguments import OR_HUB, check_number, default_device, option
+from .arguments import OR_HUB, check_number, default_device
 from .command_line import command_of
 from .hub import model_place, target_repository
 from .summary import print_summary
@@ -328,9 +328,6 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
     calibrated = method == "milo" and (preset is None or preset.calibrated)
     wanted = asked or (PACKAGED if calibrated else NONE)
     if wanted == NONE:
-        for name in ("calibration_windows", "learn_steps"):
-            if getattr(arguments, name):
-                raise ConversionError(f"{option(name)} needs a calibration text, and this conversion goes along none")
         return None
     thorough = preset is not None and preset.thorough
     effort = effort_on(arguments.device)

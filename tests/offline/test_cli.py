@@ -63,8 +63,6 @@ def test_eval_states_its_protocol(bundled_model: Path, capsys: pytest.CaptureFix
         *((["--seed", seed], f"--seed {seed}: must be a number from 0") for seed in ("-1", str(2**40), str(2**70))),
         (["--device-memory", "1e300"], "--device-memory 1e+300: must be a number of GiB above 0"),
         *(([f"--{name}", str(10**20)], f"--{name} must be at most") for name in ("calibration-windows", "max-rounds")),
-        (["--preset", "fast", "--learn-steps", "4"], "--learn-steps needs a calibration text"),
-        (["--method", "rtn", "--calibration-windows", "4"], "--calibration-windows needs a calibration text"),
         (
             ["--ignore", "lm_hea"],
             "look like 'model.layers.0.mlp.shared_expert.down_proj' or 'model.layers.0.mlp.experts'",
