@@ -78,7 +78,7 @@ def test_folders_that_are_not_there(bundled_model: Path, tmp_path: Path, refused
     none, message = tmp_path / "none", "none: no such folder; download or convert the model first"
     refused(message, none, "--reference", bundled_model, "--text", TEXT)
     refused(message, bundled_model, "--reference", none, "--text", TEXT)
-    refused("none: no folder with a config.json", none, "--text", TEXT)
+    refused(message, none, "--text", TEXT)
 
 
 def test_quantized_reference(bundled_model: Path, model: Path, refused):
@@ -109,6 +109,15 @@ def test_another_tokenizer(bundled_model: Path, model: Path, refused):
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
     message = r"valid\.txt: the tokenizers of .* read it as different tokens; give the model that it was made of"
     refused(message, model, "--reference", bundled_model, "--text", TEXT)
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_tokenizer_of_more_tokens_than_the_model(model: Path, refused, compared: bool):
+    edit_config(model, vocab_size=1000)
+    few = "model.embed_tokens.weight"
+    edit_tensors(model, WEIGHTS, lambda tensors: tensors.update({few: tensors[few][:1000].clone()}))
+    message = r"model: its tokenizer reads the text as token \d+, and config\.json states vocab_size 1000; is the token"
+    refused(message, model, "--text", TEXT, *(["--reference", model] if compared else []))
 
 
 @pytest.mark.parametrize(
