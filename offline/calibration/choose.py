@@ -11,7 +11,7 @@ import torch
 from ..errors import ConversionError
 from ..source.reader import ModelReader
 from ..source.streamed_model import StreamedModel, reader_tensors
-from ..source.tokens import load_tokenizer
+from ..source.tokens import check_known, load_tokenizer
 from ..source.whole_model import load_source_model
 from . import memory
 from .documents import cut_windows, fill_windows, packaged_documents, read_documents
@@ -56,7 +56,8 @@ def calibration_windows(reader: ModelReader, how: str, options: TextOptions) -> 
         options: how much of it.
 
     Raises:
-        ConversionError, ShardError: the model, its tokenizer or the text cannot be read, or the text is too short.
+        ConversionError, ShardError: the model, its tokenizer or the text cannot be read, the tokenizer does not fit
+            the model, or the text is too short.
     """
     tokenizer = load_tokenizer(reader.folder)
     length = _length(reader)
@@ -65,9 +66,12 @@ def calibration_windows(reader: ModelReader, how: str, options: TextOptions) -> 
     named = None if how == PACKAGED else hub_name(how)
     if named is not None:
         rows = hub_documents(named, options.seed)
-        return fill_windows(rows, tokenizer, options.windows, length, options.progress)
-    documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
-    return cut_windows(documents, tokenizer, options.windows, length, options.seed, options.progress)
+        windows = fill_windows(rows, tokenizer, options.windows, length, options.progress)
+    else:
+        documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
+        windows = cut_windows(documents, tokenizer, options.windows, length, options.seed, options.progress)
+    check_known(windows, reader.folder)
+    return windows
 
 
 def planned_windows(reader: ModelReader, how: str, options: TextOptions) -> torch.Tensor:

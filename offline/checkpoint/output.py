@@ -17,6 +17,11 @@ from .manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 
 _LONGEST_NAME = 255 - len(".") - len(".partial-1234567890.replaced")
 """Bytes of a folder's name that leave room for what the hidden folders beside it are called."""
+_ALWAYS_OWN = re.compile(
+    r"(config|milo_report|generation_config|tokenizer|tokenizer_config|special_tokens_map)\.json|README_SOURCE\.md|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
+"""Names of the files that are in any checkpoint or in most."""
 _DOWNLOADED = (".cache/huggingface/", ".gitattributes")
 """What a download from the Hub leaves in a checkpoint."""
 
@@ -62,13 +67,13 @@ def refuse_unsafe_content(out: Path, overwrite: bool) -> None:
 
 
 def _strange_files(checkpoint: Path) -> list[str]:
-    """Return the files in a checkpoint that somebody put there; where no manifest tells which are, none."""
+    """Return the files in a checkpoint that somebody put there, or may have where no manifest tells."""
     try:
-        own = read_manifest(checkpoint)
+        own = set(read_manifest(checkpoint) or ())
     except (CheckpointError, ShardError):
-        return []
-    if own is None:
-        return []
+        own = set()
+    if not own:
+        own = {path.name for path in checkpoint.iterdir() if _ALWAYS_OWN.fullmatch(path.name)}
     paths = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
     held = (path.relative_to(checkpoint).as_posix() for path in paths)
     known = {*own, MANIFEST_NAME, CARD_NAME}
@@ -104,8 +109,8 @@ def refuse_unwritable_output(out: Path) -> None:
     """
     target = resolved(out)
     try:
-        str(target).encode()
-    except UnicodeEncodeError:
+        os.fsencode(target).decode("utf-8")
+    except UnicodeDecodeError:
         raise ConversionError(f"{shown(str(out))}: cannot be written: its path is not UTF-8; choose another") from None
     if is_mount_point(target):
         raise ConversionError(

@@ -17,16 +17,27 @@ from vllm_milo.values import one_line
 from ..errors import ConversionError
 from ..progress import recording
 from . import evaluate, families, hub, inspect, quantize, stats, verify
+from .summary import silence_stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0, 1 for bad input, 130 after Ctrl-C, 143 after SIGTERM)."""
+    """Run the command line; return the exit status.
+
+    That is 0, or 1 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more.
+    """
     signal.signal(signal.SIGTERM, _terminate)
+    if sys.stderr is None:  # closed by whoever started this
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     arguments = _parser().parse_args(argv)
     arguments.words = list(sys.argv[1:] if argv is None else argv)
     try:
         with recording(getattr(arguments, "log_json", None)):
             hub.run(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # of `milo inspect OUT | head`
+        silence_stdout()
+        return 141
     except (ConversionError, CheckpointError, ShardError) as error:
         print("; ".join([f"milo {arguments.command}: error: {error}", *_notes(error)]), file=sys.stderr)
         return 1
@@ -37,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("; ".join([said, *_notes(error)]), file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
+        if argv is None:  # the process ends with the command, whose end another Ctrl-C must not fill with tracebacks
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         left = _notes(error) or ["nothing was left behind"]
         print("; ".join([f"milo {arguments.command}: interrupted", *left]), file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -26,17 +27,33 @@ def print_summary(summary: Summary) -> Path:
         peak += f", {summary.peak_device_bytes / 2**30:.2f} GiB of device memory"
     report = inspect_checkpoint(summary.out)
     groups = f" in {name_group_sizes(report)}" if len(report["group_sizes"]) > 1 else ""
-    print(
+    lines = [
         f"{summary.out}: {summary.matrices} matrices in {summary.seconds:.1f} s, "
         f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight{groups}, "
-        f"mean relative error {summary.mean_error:.4f}; peak {peak}"
-    )
-    print("largest relative errors, before codes are learned:")
-    for name, entry in summary.worst.items():
-        print(f"  {entry.error:.4f}  rank {entry.rank:<4}  {name}")
-    print(f"serve it: {serve_command(summary.out)}")
+        f"mean relative error {summary.mean_error:.4f}; peak {peak}",
+        "largest relative errors, before codes are learned:",
+        *(f"  {entry.error:.4f}  rank {entry.rank:<4}  {name}" for name, entry in summary.worst.items()),
+        f"serve it: {serve_command(summary.out)}",
+    ]
+    _print_what_can_be("\n".join(lines))
     log_event("summary", **_describe(summary, report))
     return summary.out
+
+
+def _print_what_can_be(text: str) -> None:
+    """Print a text; an output that is full or closed undoes nothing, and what comes after, as an upload, goes on."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        silence_stdout()
+        print(f"warning: the summary cannot be printed: {error.strerror}", file=sys.stderr)
+
+
+def silence_stdout() -> None:
+    """Let stdout lead nowhere: what its buffer holds would fail once more when the process ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _describe(summary: Summary, report: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..progress import progress_bar
 from ..source.config import read_settings
 from ..source.reader import ModelReader
 from ..source.streamed_model import StreamedModel, reader_tensors
-from ..source.tokens import load_tokenizer, read_text
+from ..source.tokens import check_known, load_tokenizer, read_text
 from .router_choices import changed_choices, router_choices
 
 BATCH = 8
@@ -133,7 +133,9 @@ def text_windows(model: Path, reference: Path, text: Path, length: int, most: in
             f"{text}: has {len(ids)} tokens, and a window takes {length}; give a longer text or a smaller --window"
         )
     number = min(len(ids) // length, most or len(ids))
-    return torch.tensor(ids[: number * length]).view(number, length)
+    windows = torch.tensor(ids[: number * length]).view(number, length)
+    check_known(windows, reference)
+    return windows
 
 
 def divergence(

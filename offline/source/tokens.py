@@ -66,4 +66,21 @@ def read_tokens(folder: Path, text: Path) -> torch.Tensor:
         ConversionError: the file cannot be read, or the folder holds no tokenizer.
     """
     content = read_text(text)
-    return torch.tensor(load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"])
+    tokens = torch.tensor(load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"])
+    check_known(tokens, folder)
+    return tokens
+
+
+def check_known(tokens: torch.Tensor, folder: Path) -> None:
+    """Refuse token ids that the model of the folder has no embedding of, by its config.json.
+
+    Raises:
+        ConversionError: names the largest.
+    """
+    number = read_settings(folder).get("vocab_size")
+    largest = int(tokens.max()) if tokens.numel() else 0
+    if number is not None and largest >= number:
+        raise ConversionError(
+            f"{folder}: its tokenizer reads the text as token {largest}, and config.json states vocab_size {number}; "
+            f"is the tokenizer another model's?"
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,46 @@ def test_a_budget_that_is_not_spent(bundled_model: Path, tmp_path: Path, capsys:
     captured = capsys.readouterr()
     bits = json.loads(captured.out)["bits_per_weight"]
     assert f"warning: --budget-bits 100: {bits:.3f} bits a weight are stored, all ranks are as large" in captured.err
+
+
+INTERRUPTED_AGAIN = """
+import atexit, os, signal, sys
+from vllm_milo.offline.cli import command
+
+def interrupted(arguments):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have had it ignored
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+    raise KeyboardInterrupt
+
+command.hub.run = interrupted
+sys.exit(command.main())
+"""
+
+
+def test_another_interrupt_while_the_command_ends():
+    command = [sys.executable, "-c", INTERRUPTED_AGAIN, "families"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == "milo families: interrupted; nothing was left behind\n"
+    assert done.returncode == 130
+
+
+def run_in_a_shell(script: str, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the shell in which ``milo`` is the command, and ``$1`` the first of the arguments."""
+    milo = f'set -o pipefail; milo() {{ "{sys.executable}" -m {main.__module__.rpartition(".")[0]} "$@"; }}; '
+    command = ["bash", "-c", milo + script, "bash", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_an_output_that_nobody_reads():
+    done = run_in_a_shell("milo families | true")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("closed", [">/dev/full", "| true", ">&-", "2>&-"])
+def test_a_conversion_is_not_lost_for_its_output(bundled_model: Path, tmp_path: Path, closed: str):
+    out = tmp_path / "out"
+    done = run_in_a_shell(f'milo quantize "$1" -o "$2" --method rtn --quiet {closed}', bundled_model, out)
+    assert done.returncode == 0
+    assert ("warning: the summary cannot be printed" in done.stderr) == (closed in (">/dev/full", "| true"))
+    assert len(done.stderr.splitlines()) <= 1
+    assert main(["verify", str(out)]) == 0

@@ -129,6 +129,21 @@ def test_files_of_the_users_in_a_checkpoint_are_kept(source: Path, tmp_path: Pat
     refused_untouched(source, out, r"out: holds link \(and 1 more\), which is not of", tmp_path)
 
 
+@pytest.mark.parametrize("manifest", [None, "{", '{"format_version": 1, "files": {}}'])
+def test_files_of_the_users_are_kept_where_no_manifest_tells(
+    source: Path, checkpoint: Path, tmp_path: Path, manifest: str | None
+):
+    out = Path(shutil.copytree(checkpoint, tmp_path / "out"))
+    (out / "milo_manifest.json").unlink()
+    if manifest is not None:
+        (out / "milo_manifest.json").write_text(manifest)
+    (out / "notes.txt").write_text("mine")
+    refused_untouched(source, out, r"out: holds notes\.txt, which is not of the MiLo checkpoint there", tmp_path)
+    (out / "notes.txt").unlink()
+    convert(source, out, Conversion(FAST, overwrite=True), progress=False)
+    assert validate_checkpoint(out)
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
 def test_what_stands_where_a_conversion_works_is_kept(source: Path, tmp_path: Path, kind: str):
     partial, mine = tmp_path / ".out.partial", tmp_path / "mine"

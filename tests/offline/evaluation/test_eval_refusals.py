@@ -111,6 +111,15 @@ def test_another_tokenizer(bundled_model: Path, model: Path, refused):
     refused(message, model, "--reference", bundled_model, "--text", TEXT)
 
 
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_tokenizer_of_more_tokens_than_the_model(model: Path, refused, compared: bool):
+    edit_config(model, vocab_size=1000)
+    few = "model.embed_tokens.weight"
+    edit_tensors(model, WEIGHTS, lambda tensors: tensors.update({few: tensors[few][:1000].clone()}))
+    message = r"model: its tokenizer reads the text as token \d+, and config\.json states vocab_size 1000; is the token"
+    refused(message, model, "--text", TEXT, *(["--reference", model] if compared else []))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
