@@ -133,13 +133,15 @@ def resolved(folder: Path) -> Path:
     """Return the path of a folder with its links resolved, whether it exists or not.
 
     Raises:
-        ConversionError: a link in it leads back to itself.
+        ConversionError: a link in it leads back to itself, or a name in it is too long.
     """
     try:
         target = folder.resolve()
         endless = any(path.is_symlink() for path in (target, *target.parents))
     except RuntimeError:  # until Python 3.12
         endless = True
+    except OSError as error:
+        raise ConversionError(f"{folder}: cannot be written: {error.strerror}") from error
     if endless:
         raise ConversionError(f"{folder}: is or goes through a link to itself; name another folder")
     return target
