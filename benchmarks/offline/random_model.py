@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,15 @@ from benchmarks.serving.models import BASE, MODELS
 
 LAYERS = {"mixtral": 32, "qwen3": 48}
 """Decoder layers of Mixtral-8x7B and Qwen3-30B-A3B."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add which models are written, of what size, and where."""
+    parser.add_argument("models", nargs="+", choices=list(LAYERS))
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a trial")
 
 
 def write_model(folder: Path, name: str, layers: int, tokenizer: Path, device: str, scale: int = 1) -> None:

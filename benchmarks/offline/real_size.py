@@ -17,12 +17,11 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.offline.random_model import LAYERS, write_model
+from benchmarks.offline.random_model import LAYERS, add_model_arguments, write_model
 from benchmarks.records import environment, markdown_table, write_json
 
 PRESETS = ("balanced", "fast")
@@ -31,14 +30,10 @@ PRESETS = ("balanced", "fast")
 def main() -> None:
     """Write and convert the models, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", choices=list(LAYERS))
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    add_model_arguments(parser)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a trial")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:

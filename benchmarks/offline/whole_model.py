@@ -25,21 +25,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.offline.random_model import LAYERS, write_model
+from benchmarks.offline.random_model import LAYERS, add_model_arguments, write_model
 from benchmarks.records import environment, markdown_table, write_json
 
 
 def main() -> None:
     """Write and convert the models, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", choices=list(LAYERS))
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    add_model_arguments(parser)
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
     parser.add_argument("--layers", type=int, help="default: all")
-    parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a trial")
     arguments = parser.parse_args()
     first = arguments.devices[0].split(",")[0]
     rows: list[dict[str, Any]] = []
