@@ -1,4 +1,4 @@
-"""The converter's error."""
+"""The converter's errors."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class ConversionError(ValueError):
 
 class PassingError(ConversionError):
     """What the next try may not meet again: a full disk, a file that cannot be read or written just now."""
+
+
+class OtherTokenizerError(ConversionError):
+    """The tokenizer gives ids that the model has no embedding of: one of the two is another model's."""

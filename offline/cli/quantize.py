@@ -31,7 +31,7 @@ from ..checkpoint.claim import Claim
 from ..conversion import Conversion, Text
 from ..convert import carry_out
 from ..effort import CPU_EFFORT, GPU_EFFORT, TUNE_PASSES, TUNE_STEPS, Effort, default_windows, effort_on, steps_of_pass
-from ..errors import ConversionError
+from ..errors import ConversionError, OtherTokenizerError
 from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
 from ..learn.layer import LearnOptions
@@ -336,10 +336,10 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
     options = TextOptions(number, arguments.device, arguments.seed, not arguments.quiet)
     try:
         read = planned_windows if arguments.dry_run else calibration_windows
-        windows = read(reader, wanted, options)
         check_runs(reader)
+        windows = read(reader, wanted, options)
     except ConversionError as error:
-        if asked is not None:
+        if asked is not None or isinstance(error, OtherTokenizerError):  # which a conversion would hand on
             raise
         print(
             f"warning: no calibration: {error}. Quantizing without one (--calibration {NONE}), {COST}", file=sys.stderr

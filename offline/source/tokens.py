@@ -9,7 +9,7 @@ import torch
 
 from vllm_milo.values import one_line
 
-from ..errors import ConversionError
+from ..errors import ConversionError, OtherTokenizerError
 from .config import read_settings
 from .foreign import check_settings, transformers_errors
 
@@ -75,12 +75,12 @@ def check_known(tokens: torch.Tensor, folder: Path) -> None:
     """Refuse token ids that the model of the folder has no embedding of, by its config.json.
 
     Raises:
-        ConversionError: names the largest.
+        OtherTokenizerError: names the largest.
     """
     number = read_settings(folder).get("vocab_size")
     largest = int(tokens.max()) if tokens.numel() else 0
     if number is not None and largest >= number:
-        raise ConversionError(
+        raise OtherTokenizerError(
             f"{folder}: its tokenizer reads the text as token {largest}, and config.json states vocab_size {number}; "
             f"is the tokenizer another model's?"
         )
