@@ -37,10 +37,11 @@ from benchmarks.divergence import HQQ, add_arguments, record
 from benchmarks.records import markdown_table, write_json
 from vllm_milo.names import leaf_of
 from vllm_milo.offline.batches import batch_elements
+from vllm_milo.offline.bench import Bench
 from vllm_milo.offline.checkpoint.report import Report
 from vllm_milo.offline.cli import quantize
 from vllm_milo.offline.conversion import Conversion
-from vllm_milo.offline.convert import Bench, quantize_layers
+from vllm_milo.offline.convert import quantize_layers
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.divergence import divergences, open_streamed, text_windows
 from vllm_milo.offline.families.family import Family

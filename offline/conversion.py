@@ -45,7 +45,7 @@ class Conversion:
         budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks go
             by what a matrix is part of (see :mod:`.ranks.roles`).
         measure_ranks: along a text and within a budget, without policies, share the ranks of each layer by what its
-            roles need (see :mod:`.need`); the layer keeps its bits and gets its part of those that are left.
+            roles need (see :mod:`.along.need`); the layer keeps its bits and gets its part of those that are left.
         text: a calibration text that goes through the model while it is converted (method ``milo``), or None.
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.

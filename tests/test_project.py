@@ -89,7 +89,9 @@ FLOORS = {
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
     "fingerprint": {"errors", "durable", "source", "hub_names", "conversion"},
     "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
-    "need": {"nouns", "solve", "calibration", "batches", "learn", "ranks"},
+    "bench": {"nouns", "progress", "source", "batches", "checkpoint", "spread"},
+    "along": {"nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
+    | {"checkpoint", "spread", "conversion", "steps", "bench"},
     "planning": {
         "errors",
         "nouns",
@@ -102,8 +104,8 @@ FLOORS = {
         "conversion",
     },
     "hub": {"errors", "durable", "hub_names", "planning"},
-    "convert": {"errors", "nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
-    | {"checkpoint", "conversion", "fingerprint", "steps", "need", "planning", "spread"},
+    "convert": {"errors", "nouns", "progress", "source", "calibration", "batches", "ranks"}
+    | {"checkpoint", "conversion", "fingerprint", "steps", "bench", "along", "planning", "spread"},
     "cli": {
         "errors",
         "nouns",

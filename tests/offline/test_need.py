@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY
 
+from vllm_milo.offline.along.need import NeedMeter
 from vllm_milo.offline.calibration.sequential import SequentialPass
 from vllm_milo.offline.conversion import Conversion, Text
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.learn.layer import LearnOptions
-from vllm_milo.offline.need import NeedMeter
 from vllm_milo.offline.nouns import Matrix, Recipe
 from vllm_milo.offline.ranks.budget import stored_bits
 from vllm_milo.offline.ranks.need import group_roles

@@ -12,7 +12,7 @@ from folder_edits import edit_config, edit_tensors
 from refusals import FAST, WEIGHTS, refused
 from tiny_models import VOCABULARY
 
-from vllm_milo.offline import convert as converter
+from vllm_milo.offline.along import layers as along_text
 from vllm_milo.offline.calibration.sequential import SequentialPass
 from vllm_milo.offline.checkpoint.report import REPORT_NAME, Report
 from vllm_milo.offline.cli import main
@@ -132,7 +132,7 @@ def test_activations_of_quantized_layers_are_named(source: Path, tmp_path: Path,
                 one.base.scale.fill_(INF)
         return solved, Report()
 
-    monkeypatch.setattr(converter, "learn_layer", spoil)
+    monkeypatch.setattr(along_text, "learn_layer", spoil)
     monkeypatch.setattr(Report, "_asdict", lambda self: {"untrained_experts": []}, raising=False)
     message = (
         r"model\.layers\.1: quantized, its hidden states hold NaN or Inf on window 0 of the calibration text, at first "

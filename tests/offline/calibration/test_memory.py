@@ -11,6 +11,7 @@ import torch
 from tiny_models import VOCABULARY
 
 from vllm_milo.offline import convert as converter
+from vllm_milo.offline.along import layers as along_text
 from vllm_milo.offline.calibration import choose, memory
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion, Text
@@ -83,7 +84,7 @@ def test_running_out_of_memory_names_half_of_the_windows(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(converter, "learn_layer", fail)
+    monkeypatch.setattr(along_text, "learn_layer", fail)
     with pytest.raises(ConversionError, match="cpu: out of memory; use --calibration-windows 4, which should fit"):
         convert(sources["mixtral"], tmp_path / "out", ALONG, progress=False)
     monkeypatch.setattr(converter, "load_batches", fail)
@@ -96,7 +97,7 @@ def test_other_errors_stay_what_they_are(sources: dict[str, Path], tmp_path: Pat
     def fail(*_, **__):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(converter, "learn_layer", fail)
+    monkeypatch.setattr(along_text, "learn_layer", fail)
     with pytest.raises(RuntimeError, match="something else"):
         convert(sources["mixtral"], tmp_path / "out", ALONG, progress=False)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY
 
 from vllm_milo.offline import convert as converter
+from vllm_milo.offline.along import layers as along_text
 from vllm_milo.offline.checkpoint import writer
 from vllm_milo.offline.checkpoint.claim import Claim
 from vllm_milo.offline.cli import main as milo
@@ -59,7 +60,8 @@ def with_(conversion: Conversion, **changes) -> Conversion:
 
 def end_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseException) -> None:
     """Let a function of the converter raise an error when it is called for so many times."""
-    real, calls = getattr(converter, name), []
+    place = converter if hasattr(converter, name) else along_text
+    real, calls = getattr(place, name), []
 
     def fails(*arguments, **options):
         calls.append(1)
@@ -67,7 +69,7 @@ def end_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseExc
             raise error
         return real(*arguments, **options)
 
-    monkeypatch.setattr(converter, name, fails)
+    monkeypatch.setattr(place, name, fails)
 
 
 ENDS = {
@@ -137,7 +139,8 @@ def test_finished_layers_run_again_and_are_not_solved_again(
     real = job.quantize_matrices
     monkeypatch.setattr(job, "quantize_matrices", lambda *a: solved.append(1) or real(*a))
     end_at(monkeypatch, "learn_layer", 1, KeyboardInterrupt())
-    monkeypatch.setattr("vllm_milo.offline.convert.refuse_broken_weights", lambda *_: pytest.fail("looked at again"))
+    looked = "vllm_milo.offline.along.layers.refuse_broken_weights"
+    monkeypatch.setattr(looked, lambda *_: pytest.fail("looked at again"))
     with pytest.raises(KeyboardInterrupt):
         convert(sources["qwen2_moe"], tmp_path / "out", with_(conversion, resume=True))
     assert "replay: " in capsys.readouterr().err

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from .batches import batches
-from .calibration.sequential import SequentialPass, Visit
-from .learn.damage import Damage, Replacement
-from .nouns import LoadedMatrix, Matrix, Moments, Recipe
-from .ranks.budget import rank_bits
-from .ranks.need import Need, group_roles, probe_ranks, share_by_need
-from .solve.base.least_squares import quantize_mse
-from .solve.methods import quantize_matrices
-from .solve.metric import metric_of
+from ..batches import batches
+from ..calibration.sequential import SequentialPass, Visit
+from ..learn.damage import Damage, Replacement
+from ..nouns import LoadedMatrix, Matrix, Moments, Recipe
+from ..ranks.budget import rank_bits
+from ..ranks.need import Need, group_roles, probe_ranks, share_by_need
+from ..solve.base.least_squares import quantize_mse
+from ..solve.methods import quantize_matrices
+from ..solve.metric import metric_of
 
 WINDOWS = 8
 """Windows of the calibration text that damage is measured on, evenly spread."""

@@ -1,0 +1,1 @@
+"""Conversion along a calibration text."""
