@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -41,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConversionError, CheckpointError, ShardError) as error:
         print("; ".join([f"milo {arguments.command}: error: {error}", *_notes(error)]), file=sys.stderr)
         return 1
-    except Exception as error:
-        if "MILO_TRACEBACK" in os.environ:
-            raise
-        said = f"milo {arguments.command}: error: {_unforeseen(error)}"
-        print("; ".join([said, *_notes(error)]), file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            return _end_unforeseen(arguments, error)
+        silence_stdout()
+        print(f"milo {arguments.command}: error: what it prints finds no room: {error.strerror}", file=sys.stderr)
         return 1
+    except Exception as error:
+        return _end_unforeseen(arguments, error)
     except KeyboardInterrupt as error:
         if argv is None:  # the process ends with the command, whose end another Ctrl-C must not fill with tracebacks
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -72,6 +75,15 @@ def _notes(error: BaseException) -> list[str]:
     """
     notes = list(getattr(error, "__notes__", ()))
     return notes if notes or error.__context__ is None else _notes(error.__context__)
+
+
+def _end_unforeseen(arguments: argparse.Namespace, error: Exception) -> int:
+    """Say that nothing foresaw an exception, or raise it where the environment asks for that; return the status."""
+    if "MILO_TRACEBACK" in os.environ:
+        raise error
+    said = f"milo {arguments.command}: error: {_unforeseen(error)}"
+    print("; ".join([said, *_notes(error)]), file=sys.stderr)
+    return 1
 
 
 def _unforeseen(error: Exception) -> str:

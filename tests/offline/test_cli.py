@@ -167,6 +167,19 @@ def test_an_output_that_nobody_reads():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("command", ["families", 'inspect "$1" --json'])
+def test_an_output_without_room(checkpoint: Path, command: str):
+    done = run_in_a_shell(f"milo {command} >/dev/full", checkpoint)
+    assert done.returncode == 1
+    assert done.stderr == f"milo {command.split()[0]}: error: what it prints finds no room: No space left on device\n"
+
+
+def test_best_without_a_text_says_so(bundled_model: Path, tmp_path: Path, capsys):
+    options = ["--preset", "best", "--calibration", "none", "--max-rounds", "1", "--device", "cpu"]
+    assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options]) == 0
+    assert "warning: --preset best learns from a text; without one it learns nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("closed", [">/dev/full", "| true", ">&-", "2>&-"])
 def test_a_conversion_is_not_lost_for_its_output(bundled_model: Path, tmp_path: Path, closed: str):
     out = tmp_path / "out"
