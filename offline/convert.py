@@ -100,8 +100,8 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     out, conversion, device = planned.out, planned.conversion, planned.device
     elements = _batch_weights(planned, claim)
     decided_by = fingerprint(planned.reader, conversion, planned.format().recipe, elements)
-    if claim.resume and claim.journal.quantized:
-        refuse_other_layers(claim.partial, claim.journal.fingerprint or {}, decided_by)
+    if claim.decided:
+        refuse_other_layers(claim.partial, claim.decided, decided_by)
     ranks, warnings = planned.ranks, list(planned.warnings)
     if not planned.exact and claim.published is None:
         choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
@@ -117,8 +117,9 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
     with output as writer, Devices(planned.devices) as devices:
         for record in writer.journal.records:
             report.restore(record.said)
+        bench = Bench(planned.reader, devices, elements, report, progress, planned.layout, writer.folder)
         if claim.published is None:
-            _write(writer, planned, ranks, Bench(planned.reader, devices, elements, report, progress))
+            _write(writer, planned, ranks, bench)
     assert claim.published is not None
     published = claim.published
     if published != writer.out:
@@ -141,7 +142,7 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
 
 def _batch_weights(planned: Plan, claim: Claim) -> int:
     """Return the most weights that the solver gets at once: those of the finished layers, if memory allows them."""
-    before = (claim.journal.fingerprint or {}).get(BATCH_WEIGHTS) if claim.resume and claim.journal.quantized else None
+    before = claim.decided.get(BATCH_WEIGHTS)
     return min(planned.batch_weights, before) if isinstance(before, int) else planned.batch_weights
 
 

@@ -47,6 +47,9 @@ class Matrix(NamedTuple):
         return min(self.n, self.k) // RANK_MULTIPLE * RANK_MULTIPLE
 
 
+EXPERT_PIECES = 8
+"""Pieces, at most, in which one role of a layer's experts is trained; each may lie on another device."""
+
 LoadedMatrix = tuple[Matrix, torch.Tensor]
 """A matrix and its weights, float32 [N, K]."""
 

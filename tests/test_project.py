@@ -89,7 +89,7 @@ FLOORS = {
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
     "fingerprint": {"errors", "durable", "source", "hub_names", "conversion"},
     "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
-    "bench": {"nouns", "progress", "source", "batches", "checkpoint", "spread"},
+    "bench": {"nouns", "progress", "source", "calibration", "batches", "learn", "checkpoint", "spread"},
     "along": {"nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
     | {"checkpoint", "spread", "conversion", "steps", "bench"},
     "planning": {

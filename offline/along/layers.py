@@ -10,13 +10,12 @@ import torch
 
 from ..batches import plan_batches
 from ..bench import Bench
-from ..calibration import memory
 from ..calibration.sequential import SequentialPass, Visit
 from ..calibration.weights import refuse_broken_layer, refuse_broken_weights
 from ..checkpoint.matrices import Result
 from ..conversion import Conversion, Text
 from ..learn.end_to_end import tune
-from ..learn.layer import learn_layer
+from ..learn.layer import ALONE, learn_layer
 from ..nouns import Matrix, Recipe
 from ..progress import doing, progress_bar
 from ..ranks.budget import stored_bits
@@ -43,25 +42,25 @@ def learn_along(
 ) -> Iterator[Layers]:
     """Quantize layer after layer on what the quantized layers before it put out, and learn the codes of each.
 
-    The text goes through the model on the first device, which also measures needs and learns: experts of one layer
-    share the layer's loss, so their steps would wait for each other across devices. What is spread is solving.
+    The text goes through the model on the first device, which also measures needs and learns. What is spread is solving
+    and, where it does not fit there, the state that experts are trained by.
     """
     reader, device, report, recipe = bench.reader, bench.device, bench.report, conversion.recipe
     left = plan[start.layers :]
     if all(layer_index(layer.name) is None for layer in left):
         yield from (iter([(layer, ())]) for layer in left)  # no hidden states are needed any more
         return
-    memory.refuse_what_does_not_fit(reader, text.windows, str(device), conversion.device_memory)
     meter = _meter(bench, plan, ranks, conversion, text)
     dtype = reader.dtype if device.type == "cuda" else torch.float32
     tensors = reader_tensors(reader.load, reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
-    stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
+    stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full, bench.states_home)
     if start.layers:
         _replay(stream, bench, plan[: start.layers], start.finished)
     elif not reader.shards.streamed:
         refuse_broken_weights(reader, bench.progress)
+    home = device if bench.spread == ALONE else torch.device("cpu")
     for layer in progress_bar(left, "quantize", bench.progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
         if index is None:
@@ -78,17 +77,16 @@ def learn_along(
             own, needs = meter.share(stream, visit, matrices, own)
             report.note_needs(layer.name, needs)
         with closing(bench.devices.solve(_jobs(bench, visit, matrices, own, recipe))) as done:
-            solved = {matrix: one.to(device) for matrix, one in bench.noted(done)}
+            solved = {matrix: one.to(home) for matrix, one in bench.noted(done)}
         report.note_tokens(solved, visit.moments.tokens)
         if solved and text.learn.steps:
             states = (stream.quantized, visit.target)
             tokens = visit.moments.tokens
-            solved, said = learn_layer(
-                model, index, visit.module, solved, *states, tokens, recipe.factor_bits, text.learn
-            )
+            what = (index, visit.module, solved, *states, tokens, recipe.factor_bits)
+            solved, said = learn_layer(model, *what, text.learn, bench.spread)
             report.layers[layer.name] = said._asdict()
         doing("run quantized")
-        visit.leave({matrix: one.dequantize() for matrix, one in solved.items()})
+        visit.leave((matrix, one.to(device).dequantize()) for matrix, one in solved.items())
         yield iter([(layer, solved.items())])
 
 
@@ -121,7 +119,7 @@ def _replay(stream: SequentialPass, bench: Bench, plan: Sequence[Layer], finishe
     for layer, (_, solved) in zip(progress_bar(plan, "replay", bench.progress, sizes=sizes), finished, strict=True):
         index = layer_index(layer.name)
         if index is not None:
-            stream.replay(index, {matrix: one.to(stream.model.device).dequantize() for matrix, one in solved})
+            stream.replay(index, ((matrix, one.to(stream.model.device).dequantize()) for matrix, one in solved))
         bench.reader.shards.used([layer.name])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..errors import ConversionError
+from ..nouns import EXPERT_PIECES
 from ..source.config import stated
 from ..source.layers import Layer
 from ..source.reader import ModelReader
@@ -32,7 +34,45 @@ WRITTEN_BYTES = 2
 and one is written, twice where safetensors copies it."""
 HOST_BASE = {"cpu": 2**30 * 3 // 8, "cuda": 3 * 2**30}
 """Host memory of Python and its libraries; with CUDA's it is much more."""
+SOLVED_BYTES = 2
+"""Of each weight of a layer on the host, where its experts are trained in rounds: codes, and factors in bytes."""
 _MEMORY_INFO = Path("/proc/meminfo")
+
+
+class States(StrEnum):
+    """Where the hidden states of a text lie."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class Layout(NamedTuple):
+    """How a conversion along a text is laid out in memory.
+
+    Attributes:
+        states: where the hidden states lie.
+        rounds: parts of a layer's experts that are trained one after the other.
+        devices: that hold what is trained of experts, a part each.
+    """
+
+    states: States = States.DEVICE
+    rounds: int = 1
+    devices: int = 1
+
+    def line(self) -> str | None:
+        """Return what is unusual about it, as text; None for nothing."""
+        said = {
+            States.HOST: "hidden states on the host",
+            States.DISK: "hidden states on the output's disk",
+        }
+        parts = [said[self.states]] if self.states in said else []
+        parts += [f"experts trained in {self.rounds} rounds, one after the other"] if self.rounds > 1 else []
+        parts += [f"what is trained of them on {self.devices} devices"] if self.devices > 1 else []
+        return f"memory is short: {', '.join(parts)}" if parts else None
+
+
+SIMPLE = Layout()
 
 
 def available(device: str) -> int:
@@ -51,22 +91,43 @@ def room(device: str, limit: int | None) -> int:
     return available(device) if limit is None else min(available(device), limit)
 
 
-def streamed_need(reader: ModelReader, tokens: int, device: str) -> int:
-    """Return the bytes that converting with a calibration text of so many tokens takes on a device."""
-    trained = _largest(reader) * (LATENT_BYTES + 2 * number_size(device)) + _step_need(reader, device)
-    return int(SLACK * (trained + tokens * _token_need(reader, device)))
+def streamed_need(reader: ModelReader, tokens: int, device: str, layout: Layout = SIMPLE) -> int:
+    """Return the bytes that converting with a calibration text of so many tokens takes on a device, the first."""
+    layers = [layer for layer in reader.layers if layer.matrices]
+    elsewhere = (1 - _expert_share(reader, layout)) * LATENT_BYTES
+    held = max(
+        _weights(reader, layer) * (LATENT_BYTES + 2 * number_size(device)) - elsewhere * _expert_weights(layer)
+        for layer in layers
+    )
+    return int(SLACK * (held + _step_need(reader, device))) + states_need(reader, tokens, device, layout)
 
 
-def solving_need(reader: ModelReader, tokens: int, batch: int, device: str) -> int:
+def further_need(reader: ModelReader, device: str, layout: Layout) -> int:
+    """Return the bytes that a further device holds of what is trained, with gradients and weights on their way."""
+    largest = max(_expert_weights(layer) for layer in reader.layers)
+    return int(SLACK * _expert_share(reader, layout) * largest * (LATENT_BYTES + 2 * number_size(device)))
+
+
+def states_need(reader: ModelReader, tokens: int, device: str, layout: Layout = SIMPLE) -> int:
+    """Return the bytes of hidden states on a device: those of so many tokens, or of one step where they lie elsewhere.
+
+    They are in the device's dtype wherever they lie.
+    """
+    if layout.states != States.DEVICE:
+        tokens = min(tokens, step_tokens(device))
+    return int(SLACK * tokens * _token_need(reader, device))
+
+
+def solving_need(reader: ModelReader, tokens: int, batch: int, device: str, layout: Layout = SIMPLE) -> int:
     """Return the bytes that the solver takes beside such a text, where it gets ``batch`` weights at once."""
     largest = _largest(reader)
     solved = largest * number_size(device) + PLAIN_BYTES * min(batch, largest)
-    return int(SLACK * (solved + tokens * _token_need(reader, device)))
+    return int(SLACK * solved) + states_need(reader, tokens, device, layout)
 
 
-def windows_that_fit(reader: ModelReader, length: int, have: int, device: str) -> int:
+def windows_that_fit(reader: ModelReader, length: int, have: int, device: str, layout: Layout = SIMPLE) -> int:
     """Return how many calibration windows of so many tokens fit into ``have`` bytes of a device; 0 for none."""
-    left = have - streamed_need(reader, 0, device)
+    left = have - streamed_need(reader, 0, device, layout)
     return max(0, int(left / (SLACK * length * _token_need(reader, device))))
 
 
@@ -125,7 +186,9 @@ class Need(NamedTuple):
         return f"memory: up to about {gib(self.device)} on {device} ({gib(available(device))} free) and {host}"
 
 
-def whole_need(reader: ModelReader, working: int, device: str, shard_bytes: int) -> Need:
+def whole_need(
+    reader: ModelReader, working: int, device: str, shard_bytes: int, tokens: int = 0, layout: Layout = SIMPLE
+) -> Need:
     """Return what a conversion takes in all.
 
     Args:
@@ -133,11 +196,15 @@ def whole_need(reader: ModelReader, working: int, device: str, shard_bytes: int)
         working: bytes that its arithmetic takes on the device.
         device: where that is.
         shard_bytes: most bytes of a shard of the output, which is held until it is full.
+        tokens: of a calibration text.
+        layout: where its hidden states lie, and in how many rounds layers are trained.
     """
     kind = torch.device(device).type
     read = 2 * _largest(reader)  # pages of the source's files
     written = WRITTEN_BYTES * _largest(reader) + min(shard_bytes, 2 * _all(reader))
     host = HOST_BASE.get(kind, HOST_BASE["cpu"]) + read + written
+    host += SOLVED_BYTES * _largest(reader) if layout.rounds > 1 else 0
+    host += states_need(reader, tokens, device) if layout.states == States.HOST else 0
     return Need(working, host) if kind == "cuda" else Need(0, host + working)
 
 
@@ -154,21 +221,6 @@ def process_need(reader: ModelReader, batch: int, device: str) -> int:
     return HOST_BASE["cpu"] + plain_need(reader, batch)
 
 
-def refuse_what_does_not_fit(reader: ModelReader, windows: torch.Tensor, device: str, limit: int | None = None) -> None:
-    """Raise where converting with these windows [W, T] does not fit into what is free, or into ``limit`` bytes.
-
-    Raises:
-        ConversionError: with the need, what there is, and what would fit.
-    """
-    need, have = streamed_need(reader, windows.numel(), device), room(device, limit)
-    if need > have:
-        free = "are free; free some" if limit is None or have < limit else "are allowed (--device-memory); allow more"
-        raise ConversionError(
-            f"converting with a calibration text takes {gib(need)} on {device}, and {gib(have)} {free}, "
-            f"or {_what_fits(windows_that_fit(reader, windows.shape[1], have, device))}"
-        )
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a device or the host has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
@@ -180,10 +232,11 @@ def advice(reader: ModelReader, windows: torch.Tensor, device: str) -> str:
     if torch.device(device).type == "cuda":
         have += torch.cuda.memory_reserved(torch.device(device))  # what this process holds
     fit = windows_that_fit(reader, windows.shape[1], have, device)
-    return _what_fits(min(fit, len(windows) // 2))
+    return what_fits(min(fit, len(windows) // 2))
 
 
-def _what_fits(windows: int) -> str:
+def what_fits(windows: int) -> str:
+    """Return what to do where memory does not suffice and so many windows would fit, as text."""
     none = "--calibration none needs least and is less accurate"
     if windows:
         return f"use --calibration-windows {windows}, which should fit; {none}"
@@ -225,6 +278,22 @@ def _step_need(reader: ModelReader, device: str) -> int:
 
 def _largest(reader: ModelReader) -> int:
     return max(_weights(reader, layer) for layer in reader.layers if layer.matrices)
+
+
+def most_experts(reader: ModelReader) -> int:
+    """Return the most routed experts of a layer, at least 1."""
+    held = ({source.matrix.expert for source in layer.matrices} - {None} for layer in reader.layers)
+    return max(map(len, held)) or 1
+
+
+def _expert_share(reader: ModelReader, layout: Layout) -> float:
+    """Return the share of a layer's routed experts that the first device trains at once."""
+    experts = most_experts(reader)
+    return -(-experts // layout.rounds) / experts * (-(-EXPERT_PIECES // layout.devices) / EXPERT_PIECES)
+
+
+def _expert_weights(layer: Layer) -> int:
+    return sum(source.matrix.n * source.matrix.k for source in layer.matrices if source.matrix.experts is not None)
 
 
 def _all(reader: ModelReader) -> int:

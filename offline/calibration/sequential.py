@@ -3,17 +3,18 @@
 Two streams of hidden states go through the model side by side, a layer in memory at a time: one through the original
 layers, one through the quantized ones. What a layer's matrices read in the second gives the second moments that their
 errors are weighed by, and what the layer puts out in the first is what its learned codes are trained on. Streams are
-never stored: a conversion that goes on after some layers lets both run through these again.
+not kept: a conversion that goes on after some layers lets both run through these again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ..families.family import Family
 from ..nouns import LoadedMatrix, Matrix
+from ..source.states import StatesHome
 from ..source.streamed_model import StreamedModel
 from .activations import refuse_broken
 from .input_moments import InputMoments
@@ -28,13 +29,21 @@ class SequentialPass:
         windows: int64 [W, T].
         batch: windows that run at once.
         full: whether moments count in full, or their diagonals alone.
+        home: where the streams lie; by default on the model's device.
     """
 
     def __init__(
-        self, model: StreamedModel, family: Family, windows: torch.Tensor, batch: int = 8, full: bool = True
+        self,
+        model: StreamedModel,
+        family: Family,
+        windows: torch.Tensor,
+        batch: int = 8,
+        full: bool = True,
+        home: StatesHome | None = None,
     ) -> None:
         self.model, self._family, self._batch, self._full = model, family, batch, full
-        self.original = model.begin(windows)
+        self._home = home or StatesHome(model.device)
+        self.original = model.begin(windows, self._home)
         self.quantized = self.original
 
     @torch.no_grad()
@@ -51,12 +60,12 @@ class SequentialPass:
         moments.close()
         return Visit(self, index, module, target, moments)
 
-    def replay(self, index: int, weights: Mapping[Matrix, torch.Tensor]) -> None:
+    def replay(self, index: int, weights: Iterable[LoadedMatrix]) -> None:
         """Let both streams go through a layer that was quantized before, with the same result to the bit as then.
 
         Args:
             index: of the layer.
-            weights: its quantized ones, float32 [N, K] each.
+            weights: its quantized ones, float32 [N, K] each, one after the other.
 
         Raises:
             ConversionError: the layer is not what transformers needs, or puts out NaN or Inf.
@@ -68,7 +77,7 @@ class SequentialPass:
     def _original(self, index: int) -> tuple[torch.nn.Module, torch.Tensor]:
         """Return a layer with its original weights, and what it puts out in the original stream, [W, T, H]."""
         module = self.model.layer(index)
-        target = self.model.advance(index, module, self.original, self._batch)
+        target = self.model.advance(index, module, self.original, self._batch, self._home)
         refuse_broken(self.model, self._family, index, module, self.original, target, quantized=False)
         return module, target
 
@@ -78,25 +87,23 @@ class SequentialPass:
         return {name: own[mine].data for name, mine in self.model.parameters(index, module).items()}
 
     @torch.no_grad()
-    def leave(
-        self, index: int, module: torch.nn.Module, target: torch.Tensor, weights: Mapping[Matrix, torch.Tensor]
-    ) -> None:
+    def leave(self, index: int, module: torch.nn.Module, target: torch.Tensor, weights: Iterable[LoadedMatrix]) -> None:
         """Run a layer with its quantized weights on the quantized stream, and free it.
 
         Args:
             index: of the layer.
             module: the layer, whose matrices are overwritten.
             target: what it put out in the original stream, [W, T, H].
-            weights: its quantized ones, float32 [N, K] each.
+            weights: its quantized ones, float32 [N, K] each, one after the other.
 
         Raises:
             ConversionError: it puts out NaN or Inf.
         """
         self.original = target  # before there is one more stream: what it was is needed no more
         held = self.parameters(index, module)
-        for matrix, values in weights.items():
+        for matrix, values in weights:
             self.model.place(f"{matrix.name}.weight", held)[1].copy_(values)
-        after = self.model.advance(index, module, self.quantized, self._batch)
+        after = self.model.advance(index, module, self.quantized, self._batch, self._home)
         refuse_broken(self.model, self._family, index, module, self.quantized, after, quantized=True)
         self.quantized = after
         self.model.drop(module)
@@ -126,7 +133,7 @@ class Visit:
         held = self._pass.parameters(self.index, self.module)
         return [(matrix, self._pass.model.place(f"{matrix.name}.weight", held)[1]) for matrix in matrices]
 
-    def leave(self, weights: Mapping[Matrix, torch.Tensor]) -> None:
+    def leave(self, weights: Iterable[LoadedMatrix]) -> None:
         """Run the layer with its quantized weights, float32 [N, K] each, on the quantized stream, and free it.
 
         Raises:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ..durable.files import describe_file, discard, discard_rest
 from ..durable.journal import Journal
@@ -78,6 +80,11 @@ class Claim:
             refuse_unsafe_content(self._given, self.overwrite)
         if self.resume or not published:  # what is left of a published checkpoint is of no use, and goes
             self._read_journal()
+
+    @property
+    def decided(self) -> Mapping[str, Any]:
+        """Return what decided the result of the finished layers that the conversion goes on with; nothing without."""
+        return self.journal.fingerprint or {} if self.resume and self.journal.quantized else {}
 
     @property
     def held_bytes(self) -> int:

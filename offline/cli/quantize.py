@@ -181,6 +181,8 @@ def _run(arguments: argparse.Namespace) -> Path | None:
             log_event("plan", **describe(plan))
             if not arguments.quiet:
                 print(plan.memory.line(arguments.device), file=sys.stderr)
+                if line := plan.layout.line():
+                    print(f"note: {line}", file=sys.stderr)
                 if arguments.shards and plan.conversion.text and claim.resume and claim.journal.quantized:
                     print("note: finished layers run once more; their shards are downloaded again", file=sys.stderr)
             summary = carry_out(plan, not arguments.quiet, claim)
@@ -327,9 +329,14 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
         raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
     calibrated = method == "milo" and (preset is None or preset.calibrated)
     wanted = asked or (PACKAGED if calibrated else NONE)
-    if wanted == NONE:
-        return None
     thorough = preset is not None and preset.thorough
+    if wanted == NONE:
+        if thorough:
+            print(
+                f"warning: --preset {arguments.preset} learns from a text; without one it learns nothing",
+                file=sys.stderr,
+            )
+        return None
     effort = effort_on(arguments.device)
     number = arguments.calibration_windows
     number = number or default_windows(reader, arguments.device, wanted, thorough)

@@ -24,6 +24,7 @@ from ..families.find import find_family
 from ..progress import progress_bar
 from ..source.config import read_settings
 from ..source.reader import ModelReader
+from ..source.states import StatesHome
 from ..source.streamed_model import StreamedModel, reader_tensors
 from ..source.tokens import check_known, load_tokenizer, read_text
 from .router_choices import changed_choices, router_choices
@@ -162,7 +163,7 @@ def divergences(
             the predictions are not finite.
     """
     windows = torch.cat(list(texts))
-    home = states_home(model, windows)
+    home = StatesHome(states_device(model, windows))
     pair = [(one, one.begin(windows, home)) for one in (model, reference)]
     flips: list[torch.Tensor] = []
     for index in progress_bar(range(len(model)), "evaluate", progress):
@@ -185,7 +186,7 @@ def divergences(
     return [one._replace(router_flips=float(part.mean())) for one, part in zip(found, of_texts, strict=True)]
 
 
-def states_home(model: StreamedModel, windows: torch.Tensor) -> torch.device:
+def states_device(model: StreamedModel, windows: torch.Tensor) -> torch.device:
     """Return where the hidden states of two models are kept: on their GPU where these take little of it, else the host.
 
     Args:
@@ -208,7 +209,7 @@ def _advance_in_place(model: StreamedModel, index: int, states: torch.Tensor) ->
     module = model.layer(index)
     with router_choices(module, states.device) as choices:
         for part in states.split(BATCH):
-            part.copy_(model.run(index, module, part.to(model.device)))
+            part.copy_(model.run(index, module, part))
     model.drop(module)
     return choices
 

@@ -28,6 +28,9 @@ class Adam:
 class Pace:
     """What differs between the steps of a training, in one tensor that a captured step reads.
 
+    Args:
+        device: where it is read.
+
     Attributes:
         values: float32 [3] on the device: share of the learning rates, and what Adam's first and second moments are
             multiplied by, since they begin at 0.

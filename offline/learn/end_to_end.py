@@ -17,8 +17,8 @@ from ..families.family import Family
 from ..nouns import Matrix
 from ..progress import progress_bar
 from ..solve.methods import Solved
-from .groups import Place, make_groups, step_groups
-from .latents import Pace, Rates
+from .groups import Paces, Place, make_groups, step_groups
+from .latents import Rates
 from .repeat import Repeat
 from .repeatable import repeatable
 
@@ -80,11 +80,11 @@ def tune(
     generator = torch.Generator().manual_seed(options.seed)
     device = model.device
     ids = torch.empty(options.batch, windows.shape[1], dtype=torch.int64, device=device)
-    value, pace = torch.zeros((), device=device), Pace(device)
+    value, paces = torch.zeros((), device=device), Paces(groups)
 
     def body() -> None:
         with repeatable(device):
-            value.copy_(step_groups(groups, lambda: prediction_divergence(model, original, ids), options.rates, pace))
+            value.copy_(step_groups(groups, lambda: prediction_divergence(model, original, ids), options.rates, paces))
 
     step = Repeat(body, device)
     losses: list[torch.Tensor] = []
@@ -94,7 +94,7 @@ def tune(
             order = torch.randperm(len(windows), generator=generator)
         ids.copy_(windows[order[: options.batch]])
         order = order[options.batch :]
-        pace.set(number, options.steps)
+        paces.set(number, options.steps)
         step()
         losses.append(value.clone())
     tenth = max(1, len(losses) // 10)

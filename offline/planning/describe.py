@@ -21,6 +21,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
     ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
+    ``layout`` says where the hidden states of a text lie (``device``, ``host`` or ``disk``), in how many rounds experts
+    are trained, and how many devices hold what is trained of them.
     ``calibration`` holds the most windows and tokens that the text is cut into; it is not read.
     """
     fmt, need, device = plan.format(), plan.memory, plan.conversion.device
@@ -44,6 +46,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "disk_free": free_bytes(plan.out),
         "memory": {"device": need.device, "host": need.host},
         "memory_free": {"device": memory.available(device) if need.device else 0, "host": memory.available("cpu")},
+        "layout": plan.layout._asdict(),
         "tensor_parallel_sizes": plan.splits,
         "calibration": _calibration(plan),
         "format": fmt.to_dict(),
@@ -71,6 +74,7 @@ def format_description(plan: Plan) -> str:
     if plan.kept.matrices:
         lines.append(_kept_line(plan, about))
     lines.append(plan.memory.line(plan.conversion.device).replace("memory: ", f"{'memory':<17}"))
+    lines += [f"{'':<17}{line}"] if (line := plan.layout.line()) else []
     text = said["calibration"]
     if text is not None:
         most = f"up to {text['windows']} windows, {text['tokens']} tokens"

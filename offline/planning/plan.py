@@ -31,11 +31,14 @@ from ..source.reader import ModelReader
 from . import disk
 from .devices import find_device, find_devices
 from .kept import Kept, find_kept
+from .layout import arrange
 from .pieces import refuse_large_matrices, solver_weights
 from .shards import shard_uses
 from .splits import allowed_splits
 from .tensors import bytes_of, bytes_of_json, planned_tensors, refuse_broken_plan
 
+LEARN_ROUNDS = "learn_rounds"
+"""Names, in a checkpoint's recipe, in how many rounds experts were trained, where memory was too small for one."""
 MOST_BITS = 16
 """Of a weight: no budget is spent beyond the source's own."""
 
@@ -53,6 +56,7 @@ class Plan:
         exact: whether headers decide the ranks; kurtosis takes a pass over the weights. Along a calibration text the
             ranks of a layer are shared anew by what its roles turn out to need, within its bits.
         batch_weights: most weights that the solver gets at once, by the memory of the devices.
+        layout: of a conversion along a text in memory.
         tensors: what will be written, by name, by these ranks.
         companions: the source's other files that come along.
         warnings: what the user should know.
@@ -65,6 +69,7 @@ class Plan:
     ranks: Mapping[str, int]
     exact: bool
     batch_weights: int
+    layout: memory.Layout
     tensors: Mapping[str, TensorEntry]
     companions: Companions
     warnings: list[str]
@@ -86,7 +91,7 @@ class Plan:
 
     def format(self, ranks: Mapping[str, int] | None = None) -> MiLoFormat:
         """Return the checkpoint's format with these ranks, or with the planned ones."""
-        return _format(self.reader, self.matrices, self.conversion, self.ranks if ranks is None else ranks)
+        return _format(self.reader, self.matrices, self.conversion, self.ranks if ranks is None else ranks, self.layout)
 
     def config(self, fmt: MiLoFormat) -> dict[str, Any]:
         """Return the config.json of a checkpoint of this format."""
@@ -116,12 +121,20 @@ class Plan:
         """Return the most bytes that the conversion takes on the disk on its way.
 
         A layer is there twice until the shards with its tensors are complete; where the whole model is trained after
-        its layers, all are until the end. Shards of a source that are downloaded as they are used count too.
+        its layers, all are until the end. Shards of a source that are downloaded as they are used count too, and hidden
+        states that memory is too small for.
         """
         text, twice = self.conversion.text, self.tensor_bytes + self._unspent_bytes
         if text is None or text.tune is None:
             twice = min(twice, self.conversion.shard_bytes + max(self._source_bytes(layer) for layer in self.layers))
-        return self.disk_bytes + twice + self._shard_bytes
+        return self.disk_bytes + twice + self._shard_bytes + self._states_bytes
+
+    @property
+    def _states_bytes(self) -> int:
+        text = self.conversion.text
+        if text is None or self.layout.states != memory.States.DISK:
+            return 0
+        return memory.states_need(self.reader, text.windows.numel(), self.conversion.device)
 
     @property
     def _shard_bytes(self) -> int:
@@ -164,7 +177,7 @@ class Plan:
     @property
     def memory(self) -> memory.Need:
         """Return about how much memory the conversion takes."""
-        return predict_memory(self.reader, self.conversion)
+        return predict_memory(self.reader, self.conversion, self.layout)
 
     def along(self, conversion: Conversion, claim: Claim) -> Plan:
         """Return the plan with another recipe's rounds and text, which change neither ranks nor tensors.
@@ -172,8 +185,7 @@ class Plan:
         Raises:
             ConversionError: the text does not fit into memory, or what it takes on the way not on the disk.
         """
-        _check_text(self.reader, conversion)
-        plan = replace(self, conversion=conversion)
+        plan = replace(self, conversion=conversion, layout=_layout(self.reader, conversion, self.out, claim))
         plan.refuse_full_disk(claim)
         return plan
 
@@ -204,7 +216,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
         claim = Claim(out, reader.folder, conversion.overwrite, conversion.resume)
         claim.check()
     devices = _devices(conversion)
-    _check_text(reader, conversion)
+    layout = _layout(reader, conversion, out, claim)
     ignore = (*reader.ignore, *conversion.ignore)
     unknown = unknown_modules(reader)
     check_ignore(conversion.ignore, reader.matrices, list(unknown))
@@ -214,7 +226,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     if not matrices:
         raise ConversionError("--ignore leaves no matrix to quantize")
     refuse_large_matrices(matrices, devices, conversion.device_memory)
-    unranked = _format(reader, matrices, conversion, dict.fromkeys((matrix.name for matrix in matrices), 0))
+    unranked = _format(reader, matrices, conversion, dict.fromkeys((matrix.name for matrix in matrices), 0), layout)
     for matrix in matrices:
         unranked.check_matrix(matrix.name, matrix.n, matrix.k, unranked.module_group_size(matrix.name))
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
@@ -236,12 +248,12 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
             f"{reader.family.model_type} does not have"
         )
     elements = solver_weights(devices, conversion.device_memory)
-    plan = Plan(reader, out, conversion, layers, ranks, exact, elements, tensors, companions, warnings)
+    plan = Plan(reader, out, conversion, layers, ranks, exact, elements, layout, tensors, companions, warnings)
     plan.refuse_full_disk(claim)
     return plan
 
 
-def predict_memory(reader: ModelReader, conversion: Conversion) -> memory.Need:
+def predict_memory(reader: ModelReader, conversion: Conversion, layout: memory.Layout = memory.SIMPLE) -> memory.Need:
     """Return about how much memory a conversion takes.
 
     Raises:
@@ -249,26 +261,28 @@ def predict_memory(reader: ModelReader, conversion: Conversion) -> memory.Need:
     """
     text, device = conversion.text, conversion.device
     batch = solver_weights(_devices(conversion), conversion.device_memory)
+    tokens = 0 if text is None else text.windows.numel()
     if text is None:
         working = memory.plain_need(reader, batch)
     else:
-        tokens = text.windows.numel()
-        working = memory.streamed_need(reader, tokens, device)
-        working = max(working, memory.solving_need(reader, tokens, batch, device))
+        working = memory.streamed_need(reader, tokens, device, layout)
+        working = max(working, memory.solving_need(reader, tokens, batch, device, layout))
         working = max(working, memory.tuning_need(reader, device)) if text.tune else working
         working = max(working, memory.writing_need(reader, device)) if text.name == OWN_TEXT else working
-    need = memory.whole_need(reader, working, device, conversion.shard_bytes)
+    need = memory.whole_need(reader, working, device, conversion.shard_bytes, tokens, layout)
     further = len(conversion.more_devices) * memory.process_need(reader, batch, device)
     return need._replace(host=need.host + further)
 
 
-def _check_text(reader: ModelReader, conversion: Conversion) -> None:
+def _layout(reader: ModelReader, conversion: Conversion, out: Path, claim: Claim) -> memory.Layout:
+    """Return how the text is laid out in memory, in no fewer rounds than finished layers were trained in."""
     if conversion.text is None:
-        return
+        return memory.SIMPLE
     if conversion.recipe.method != "milo":
         raise ConversionError(f"--method {conversion.recipe.method} cannot use a calibration; use --method milo")
-    limit = conversion.device_memory
-    memory.refuse_what_does_not_fit(reader, conversion.text.windows, conversion.device, limit)
+    free, before = disk.free_bytes(out), claim.decided.get("recipe", {}).get(LEARN_ROUNDS)
+    where = (_devices(conversion), conversion.device_memory, conversion.shard_bytes, free)
+    return arrange(reader, conversion.text.windows, *where, rounds=before if isinstance(before, int) else 1)
 
 
 def _devices(conversion: Conversion) -> list[torch.device]:
@@ -276,7 +290,11 @@ def _devices(conversion: Conversion) -> list[torch.device]:
 
 
 def _format(
-    reader: ModelReader, matrices: Sequence[Matrix], conversion: Conversion, ranks: Mapping[str, int]
+    reader: ModelReader,
+    matrices: Sequence[Matrix],
+    conversion: Conversion,
+    ranks: Mapping[str, int],
+    layout: memory.Layout,
 ) -> MiLoFormat:
     group_size, exceptions = group_table(matrices, conversion.recipe)
     ignore = (*reader.ignore, *conversion.ignore)
@@ -288,7 +306,7 @@ def _format(
         compensator=CompensatorFormat(conversion.recipe.factor_bits),
         ranks=rank_table(matrices, ranks),
         ignore=(*ignore, *unnamed),
-        recipe=_recipe_record(conversion),
+        recipe=_recipe_record(conversion, layout),
     )
 
 
@@ -300,7 +318,7 @@ def _stated_dtype(reader: ModelReader) -> dict[str, Any]:
     return reader.config | {"dtype": str(reader.dtype).removeprefix("torch.")}
 
 
-def _recipe_record(conversion: Conversion) -> dict[str, Any]:
+def _recipe_record(conversion: Conversion, layout: memory.Layout) -> dict[str, Any]:
     policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
     record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
     if conversion.budget_bits is not None:
@@ -311,4 +329,6 @@ def _recipe_record(conversion: Conversion) -> dict[str, Any]:
     if text is None:
         return record | {"calibration": "none"} if conversion.recipe.method == "milo" else record
     record |= {"calibration": text.name, "calibration_tokens": text.windows.numel(), "learn_steps": text.learn.steps}
+    if layout.rounds > 1 and text.learn.steps:
+        record[LEARN_ROUNDS] = layout.rounds
     return record | {"tune_steps": text.tune.steps} if text.tune else record

@@ -14,6 +14,7 @@ from ..errors import ConversionError
 from ..families.family import Family
 from .foreign import empty_model, load_config
 from .layers import BROKEN
+from .states import StatesHome
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 """Names and tensors, as they stand in a source model."""
@@ -71,7 +72,7 @@ class StreamedModel:
         """Return the number of logits of a token."""
         return int(self._model.config.vocab_size)
 
-    def begin(self, windows: torch.Tensor, home: torch.device | None = None) -> torch.Tensor:
+    def begin(self, windows: torch.Tensor, home: StatesHome | None = None) -> torch.Tensor:
         """Return the hidden states [W, T, H] before the first layer.
 
         Args:
@@ -79,7 +80,7 @@ class StreamedModel:
             home: where the hidden states are kept; by default on the model's device.
 
         Raises:
-            ConversionError: a token id lies outside the embedding.
+            ConversionError: a token id lies outside the embedding, or there is no room for the states.
         """
         empty = torch.zeros(1, windows.shape[1], self.hidden_size, device=self.device, dtype=self.dtype)
         self._arguments = self._enter(empty)[1]
@@ -89,9 +90,11 @@ class StreamedModel:
                 f"{self.folder}: the tokenizer gives token id {int(windows.max())}, but model.embed_tokens.weight has "
                 f"{len(embedding)} rows; do tokenizer and model belong together?"
             )
-        states = torch.nn.functional.embedding(windows.to(embedding.device), embedding)
-        parts = (part.to(self.device, self.dtype) for part in states.split(_WINDOWS))
-        return torch.cat([self._enter(part)[0].to(home or self.device) for part in parts])
+        states = (home or StatesHome(self.device)).empty((*windows.shape, self.hidden_size), self.dtype)
+        for part, place in zip(windows.split(_WINDOWS), states.split(_WINDOWS), strict=True):
+            embedded = torch.nn.functional.embedding(part.to(embedding.device), embedding)
+            place.copy_(self._enter(embedded.to(self.device, self.dtype))[0])
+        return states
 
     def layer(self, index: int) -> torch.nn.Module:
         """Return a decoder layer with its weights; :meth:`drop` it after use.
@@ -142,13 +145,18 @@ class StreamedModel:
 
     def run(self, index: int, module: Callable[..., Any], states: torch.Tensor) -> torch.Tensor:
         """Return the hidden states [b, T, H] after a layer; ``module`` is the layer or what calls it."""
-        out = module(states, **self._arguments[index])
+        out = module(states.to(self.device), **self._arguments[index])
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def advance(self, index: int, module: torch.nn.Module, states: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return the hidden states [W, T, H] of all windows after a layer, ``batch`` windows at a time."""
-        after = torch.empty_like(states)
+    def advance(
+        self, index: int, module: torch.nn.Module, states: torch.Tensor, batch: int, home: StatesHome | None = None
+    ) -> torch.Tensor:
+        """Return the hidden states [W, T, H] of all windows after a layer, ``batch`` windows at a time.
+
+        They are kept at ``home``, or in memory where ``states`` are.
+        """
+        after = (home or StatesHome(states.device)).empty(states.shape, states.dtype)
         for part, place in zip(states.split(batch), after.split(batch), strict=True):
             place.copy_(self.run(index, module, part))
         return after

@@ -28,6 +28,7 @@ class Devices:
         devices: at least one. The first solves in this process and is where everything else of a conversion runs.
 
     Attributes:
+        all: of them.
         first: the first device.
         peak: the most bytes that solving took on a further device so far.
         spent: seconds that each device took so far.
@@ -35,6 +36,7 @@ class Devices:
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.all = list(devices)
         self.first = devices[0]
         self.peak = 0
         self.spent: dict[torch.device, Spent] = defaultdict(Spent)

@@ -93,7 +93,7 @@ def test_the_quantized_stream_sees_the_layers_before(family: str, sources: dict[
         assert values.shape == (matrix.n, matrix.k)
         assert torch.equal(values, reader.load_finite(f"{matrix.name}.weight").float())
     weights = {matrix: values + 0.02 * torch.randn(values.shape) for matrix, values in loaded}
-    visit.leave(weights)
+    visit.leave(weights.items())
     assert all(parameter.is_meta for parameter in visit.module.parameters())
 
     held = {reader.family.checkpoint_name(name): p.data for name, p in changed.named_parameters()}
@@ -108,7 +108,7 @@ def test_the_quantized_stream_sees_the_layers_before(family: str, sources: dict[
     rows = changed.model.layers[1].input_layernorm(after[1]).detach().flatten(0, 1)
     total = visit.moments.by_name["model.layers.1.self_attn.q_proj"].total
     assert close(total, rows.mT @ rows)
-    visit.leave({})
+    visit.leave([])
     assert close(stream.quantized, after[2])
 
 

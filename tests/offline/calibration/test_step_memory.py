@@ -109,7 +109,7 @@ def test_three_streams_are_held_at_most(tmp_path: Path):
     with LiveBytes() as live:
         stream = SequentialPass(model, reader.family, windows, batch=1, full=False)
         for index in range(2):
-            stream.visit(index).leave({})
+            stream.visit(index).leave([])
     one = windows.numel() * 192 * 4
     layer = 4 * memory._largest(reader)
     assert live.peak < memory.STREAMS * one + 2 * layer + 0.5 * one

@@ -13,7 +13,7 @@ from tiny_models import VOCABULARY, make_model
 
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.evaluation import divergence as module
-from vllm_milo.offline.evaluation.divergence import divergence, divergences, open_streamed, states_home
+from vllm_milo.offline.evaluation.divergence import divergence, divergences, open_streamed, states_device
 from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.evaluation.router_choices import changed_choices, router_choices
 from vllm_milo.offline.source.streamed_model import StreamedModel
@@ -92,7 +92,7 @@ def test_hidden_states_on_the_host_or_the_gpu(
     ]
     for share, home in ((0.0, "cpu"), (1.0, "cuda")):
         monkeypatch.setattr(module, "STATES_SHARE", share)
-        assert states_home(on_gpu[0], windows).type == home
+        assert states_device(on_gpu[0], windows).type == home
         assert divergence(*on_gpu, windows) == pytest.approx(expected, rel=1e-2)
 
 

@@ -11,9 +11,11 @@ import torch
 from vllm_milo.offline.batches import batches
 from vllm_milo.offline.calibration.layer_moments import NoMoments
 from vllm_milo.offline.calibration.sequential import SequentialPass, Visit
-from vllm_milo.offline.learn.groups import MIN_TOKENS, make_groups
+from vllm_milo.offline.learn import groups as groups_module
+from vllm_milo.offline.learn import layer as layer_module
+from vllm_milo.offline.learn.groups import MIN_TOKENS, Group, make_groups
 from vllm_milo.offline.learn.latents import Pace, Rates
-from vllm_milo.offline.learn.layer import LearnOptions, LearnReport, learn_layer
+from vllm_milo.offline.learn.layer import ALONE, LearnOptions, LearnReport, Spread, in_rounds, learn_layer
 from vllm_milo.offline.nouns import Kind, Matrix, Recipe
 from vllm_milo.offline.solve.methods import Solved, quantize_matrices
 from vllm_milo.offline.source.reader import ModelReader
@@ -31,10 +33,12 @@ class Setting(NamedTuple):
     visit: Visit
     solved: dict[Matrix, Solved]
 
-    def learn(self, options: LearnOptions = OPTIONS) -> tuple[dict[Matrix, Solved], LearnReport]:
+    def learn(
+        self, options: LearnOptions = OPTIONS, spread: Spread = ALONE
+    ) -> tuple[dict[Matrix, Solved], LearnReport]:
         visit, model = self.visit, self.stream.model
-        states, tokens = (self.stream.quantized, visit.target), visit.moments.tokens
-        return learn_layer(model, visit.index, visit.module, self.solved, *states, tokens, RECIPE.factor_bits, options)
+        what = (self.solved, self.stream.quantized, visit.target, visit.moments.tokens, RECIPE.factor_bits)
+        return learn_layer(model, visit.index, visit.module, *what, options, spread)
 
 
 def prepare(folder: Path, windows: torch.Tensor, ranks: Any = lambda matrix: 8, index: int = 0) -> Setting:
@@ -42,7 +46,7 @@ def prepare(folder: Path, windows: torch.Tensor, ranks: Any = lambda matrix: 8, 
     tensors = reader_tensors(reader.load_finite, reader.tensors)
     stream = SequentialPass(StreamedModel(folder, reader.family, tensors, CPU, torch.float32), reader.family, windows)
     for before in range(index):
-        stream.visit(before).leave({})
+        stream.visit(before).leave([])
     visit = stream.visit(index)
     matrices = [matrix for matrix in reader.matrices if matrix.name.startswith(f"model.layers.{index}.")]
     wanted = {matrix.name: ranks(matrix) for matrix in matrices}
@@ -101,9 +105,9 @@ def test_what_does_not_help_is_undone(bundled_model: Path, windows: torch.Tensor
     assert learned.keys() == setting.solved.keys()
     assert all(learned[matrix] is one for matrix, one in setting.solved.items())
     # the module holds what came of the steps until the layer is left with the solver's weights
-    setting.visit.leave({matrix: one.dequantize() for matrix, one in learned.items()})
+    setting.visit.leave((matrix, one.dequantize()) for matrix, one in learned.items())
     again = prepare(bundled_model, windows[:16])
-    again.visit.leave({matrix: one.dequantize() for matrix, one in again.solved.items()})
+    again.visit.leave((matrix, one.dequantize()) for matrix, one in again.solved.items())
     assert torch.equal(setting.stream.quantized, again.stream.quantized)
 
 
@@ -167,3 +171,53 @@ def test_groups_hold_what_they_are_given(family: str, sources: dict[str, Path], 
     assert int(changed.sum()) == first.matrices[0].n
     ranks = [one.rank for one in first.stored().values()]
     assert ranks == [8 * (expert % 3) for expert in range(len(ranks))]
+
+
+def test_experts_in_pieces_that_lie_elsewhere(bundled_model: Path, windows: torch.Tensor, monkeypatch):
+    """One piece for all experts of a role, eight, and eight whose state lies on another device, as if it did."""
+    whole, report = prepare(bundled_model, windows).learn(spread=Spread(devices=[CPU, CPU]))
+    expected = {matrix: as_bytes(one) for matrix, one in whole.items()}
+    assert report.after < report.before
+    monkeypatch.setattr(groups_module, "PIECE_WEIGHTS", 1)
+    brought, real = [], Group._bring
+    monkeypatch.setattr(Group, "_bring", lambda self, place: brought.append(self) or real(self, place))
+    for elsewhere in (False, True):
+        if elsewhere:
+            assert all(group._elsewhere is None for group in brought)
+            brought.clear()
+            monkeypatch.setattr(Group, "is_elsewhere", True)
+        found, again = prepare(bundled_model, windows).learn()
+        assert again == report
+        assert {matrix: as_bytes(one) for matrix, one in found.items()} == expected
+    experts = {len(group.matrices) for group in brought if group.matrices[0].kind is Kind.ROUTED_EXPERT}
+    assert experts == {2}
+    assert all(group._elsewhere is not None for group in brought)
+
+
+def test_rounds_share_the_experts_out(bundled_model: Path):
+    matrices = [m for m in ModelReader(bundled_model).matrices if m.name.startswith("model.layers.0.")]
+    for rounds, sizes in ((1, [12]), (2, [6, 6]), (4, [3] * 4), (8, [2] * 6), (5, [3] * 4), (16, [1] * 12)):
+        parts = in_rounds(matrices, rounds)
+        assert sorted(m for part in parts for m in part) == sorted(matrices)
+        assert [len({m.expert for m in part} - {None}) for part in parts] == sizes
+        assert all(m.expert is not None for part in parts[1:] for m in part)
+
+
+def test_a_round_that_does_not_help_keeps_the_solvers_result(bundled_model: Path, windows: torch.Tensor, monkeypatch):
+    """The second of two; what the first learned stays, and the layer holds both."""
+    setting, losses = prepare(bundled_model, windows), []
+    real = layer_module._Training.run
+
+    def run(self, groups):
+        before, after = real(self, groups)
+        losses.append((before, after))
+        return before, before + 1 if len(losses) == 2 else after
+
+    monkeypatch.setattr(layer_module._Training, "run", run)
+    learned, report = setting.learn(spread=Spread(rounds=2))
+    assert report.after == losses[1][0]
+    assert report.before == pytest.approx(sum(before for before, _ in losses) - losses[0][1])
+    kept = {m.expert for m, one in learned.items() if as_bytes(one) == as_bytes(setting.solved[m])}
+    assert kept >= set(range(6, 12))
+    for matrix, view in setting.visit.loaded(list(learned)):
+        assert torch.allclose(view, learned[matrix].dequantize(), atol=1e-5), matrix.name
