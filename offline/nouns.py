@@ -99,6 +99,7 @@ class Recipe:
         base: quantizer of method ``milo`` under its compensator: ``least squares``, which wants to know the inputs'
             second moments, or ``hqq``, whose norm is robust where nothing is known of them (see
             :mod:`.solve.base.robust`).
+        narrow: numbers of inputs K whose matrices get smaller groups, and which.
     """
 
     method: str = "milo"
@@ -108,13 +109,14 @@ class Recipe:
     seed: int = 0
     feedback_rounds: int | None = None
     base: str = "least squares"
+    narrow: tuple[tuple[int, int], ...] = ()
 
     def group_size_for(self, k: int) -> int:
         """Return the group size of matrices with ``k`` inputs: the wanted one, or the largest smaller one that fits.
 
         Where none fits it is the wanted one: the format's own check refuses the matrix and names it.
         """
-        return _largest_group_size(k, self.group_size)
+        return dict(self.narrow).get(k) or _largest_group_size(k, self.group_size)
 
 
 @cache

@@ -36,12 +36,14 @@ from ..evaluation.expert_use import read_expert_counts
 from ..learn.end_to_end import TuneOptions
 from ..learn.layer import LearnOptions
 from ..nouns import METHODS, PLAIN_METHODS, RANK_MULTIPLE, Recipe
-from ..planning.describe import describe, format_description
+from ..planning.describe import describe, format_description, group_notes
 from ..planning.devices import find_devices
 from ..planning.plan import Plan, make_plan
+from ..planning.splits import narrow_groups
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
+from ..source.ignore import without_ignored
 from ..source.reader import ModelReader
 from ..threads import threads_for
 from .arguments import OR_HUB, check_number, default_device
@@ -228,9 +230,9 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim, reader: ModelRe
     reader = reader or ModelReader(arguments.model, arguments.shards)
     plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method), claim)
     if not arguments.quiet:
-        _note_groups(plan)
+        print(*(f"note: {line}\n" for line in group_notes(plan)), sep="", end="", file=sys.stderr)
     text = _text(arguments, reader, preset, method)
-    recipe = _recipe(arguments, preset, method, text)
+    recipe = replace(_recipe(arguments, preset, method, text), narrow=plan.conversion.recipe.narrow)
     return plan.along(replace(plan.conversion, recipe=recipe, text=text), claim)
 
 
@@ -251,8 +253,13 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         policies = _policies(arguments, method)
     if arguments.delete_source_shards:
         _refuse_whole_model(arguments, preset, policies)
+    recipe = _recipe(arguments, preset, method, None)
+    if budget is not None and arguments.group_size is None and not policies:
+        ignored = (*reader.ignore, *arguments.ignore)
+        held = [source.matrix for layer in reader.layers for source in without_ignored(layer, ignored).matrices]
+        recipe = replace(recipe, narrow=narrow_groups(held, recipe, budget, reader.family))
     return Conversion(
-        recipe=_recipe(arguments, preset, method, None),
+        recipe=recipe,
         policies=policies,
         budget_bits=budget,
         ignore=arguments.ignore,
@@ -306,20 +313,6 @@ def _recipe(arguments: argparse.Namespace, preset: Preset | None, method: str, t
         feedback_rounds=1 if text is not None else Recipe.feedback_rounds,
         base="hqq" if method == "milo" and text is None else Recipe.base,
     )
-
-
-def _note_groups(plan: Plan) -> None:
-    """Say which matrices get smaller groups than the recipe's, because these do not divide their inputs."""
-    matrices, recipe = plan.matrices, plan.conversion.recipe
-    odd = [matrix for matrix in matrices if recipe.group_size_for(matrix.k) != recipe.group_size]
-    for size in sorted({recipe.group_size_for(matrix.k) for matrix in odd}, reverse=True):
-        theirs = [matrix.k for matrix in odd if recipe.group_size_for(matrix.k) == size]
-        inputs = ", ".join(map(str, sorted(set(theirs))))
-        print(
-            f"note: {len(theirs)} of {len(matrices)} matrices get groups of {size} weights: {recipe.group_size} does "
-            f"not divide their input size ({inputs})",
-            file=sys.stderr,
-        )
 
 
 def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str) -> Text | None:

@@ -84,6 +84,23 @@ def format_description(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def group_notes(plan: Plan) -> list[str]:
+    """Return which matrices get smaller groups than the recipe's, and why."""
+    matrices, recipe = plan.matrices, plan.conversion.recipe
+    odd = [matrix for matrix in matrices if recipe.group_size_for(matrix.k) != recipe.group_size]
+    lines = []
+    for size, chosen in sorted({(recipe.group_size_for(m.k), m.k in dict(recipe.narrow)) for m in odd}, reverse=True):
+        theirs = [m.k for m in odd if recipe.group_size_for(m.k) == size and (m.k in dict(recipe.narrow)) == chosen]
+        inputs = ", ".join(map(str, sorted(set(theirs))))
+        why = (
+            f"tensor parallelism could not cut those of {recipe.group_size}"
+            if chosen
+            else f"{recipe.group_size} does not divide their input size"
+        )
+        lines.append(f"{len(theirs)} of {len(matrices)} matrices get groups of {size} weights: {why} ({inputs})")
+    return lines
+
+
 def _by_kind(plan: Plan) -> dict[str, dict[str, Any]]:
     fmt, found = plan.format(), {}
     for kind in sorted({matrix.kind for matrix in plan.matrices}):

@@ -23,7 +23,7 @@ from ..checkpoint.companions import Companions, check_objects, find_companions
 from ..checkpoint.matrices import group_table, rank_table
 from ..conversion import Conversion
 from ..errors import ConversionError
-from ..nouns import Matrix
+from ..nouns import Matrix, Recipe
 from ..ranks.plan import Pass, RankChoice, assume_ranks, known_from_headers, plan_ranks
 from ..source.ignore import check_ignore, kept_experts, refuse_unknown, unknown_modules, without_ignored
 from ..source.layers import Layer
@@ -318,9 +318,14 @@ def _stated_dtype(reader: ModelReader) -> dict[str, Any]:
     return reader.config | {"dtype": str(reader.dtype).removeprefix("torch.")}
 
 
+def _decided(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as JSON; smaller groups of some matrices are named only where there are any."""
+    return {name: value for name, value in asdict(recipe).items() if name != "narrow" or value}
+
+
 def _recipe_record(conversion: Conversion, layout: memory.Layout) -> dict[str, Any]:
     policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
-    record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
+    record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **_decided(conversion.recipe)}
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
     if conversion.measures_ranks:

@@ -7,14 +7,20 @@ a matrix is cut is vLLM's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from vllm_milo.checkpoint import MiLoFormat
+from vllm_milo.checkpoint import COMPENSATOR_GROUP_SIZE, GROUP_SIZES, MiLoFormat
 
 from ..families.family import Family
 from ..families.slots import Cut
-from ..nouns import Matrix
+from ..nouns import Kind, Matrix, Recipe
+from ..ranks.budget import least_bits
 
+USUAL = (2, 4, 8)
+"""Tensor parallel sizes that users have."""
+MOST_COST, SHARE_OF_RANKS = 0.1, 1 / 3
+"""Stored bits of a weight that smaller groups may cost, and their share of what is left for ranks."""
 LARGEST = 64
 """Ranks beyond which nobody splits one layer."""
 
@@ -58,6 +64,38 @@ def allowed_splits(
             and all(_splits(cut, n, k, multiples, size, key_heads) for cut, n, k, multiples in shapes)
         )
     ]
+
+
+def narrow_groups(
+    matrices: Sequence[Matrix], recipe: Recipe, budget_bits: float, family: Family
+) -> tuple[tuple[int, int], ...]:
+    """Return smaller groups for routed experts whose groups no tensor parallel size can cut; see :class:`Recipe`.
+
+    An expert's down projection is cut along its inputs. Where a smaller group lets vLLM split them as users do, and
+    costs few of the bits that are left for compensators, that is worth it: other checkpoints need expert parallelism.
+
+    Args:
+        matrices: those that are quantized.
+        recipe: without such groups.
+        budget_bits: stored bits of a weight.
+        family: of the model.
+    """
+    cut = {m.k for m in matrices if m.kind is Kind.ROUTED_EXPERT and family.cut(m.name) is Cut.INPUTS}
+    found = []
+    for k in sorted(cut):
+        size = recipe.group_size_for(k)
+        fits = [one for one in GROUP_SIZES if COMPENSATOR_GROUP_SIZE <= one < size and _usual_splits(k, one)]
+        if fits and not _usual_splits(k, size):
+            best = max(fits, key=lambda one: (_usual_splits(k, one), one))
+            narrower = replace(recipe, narrow=(*found, (k, best)))
+            cost = least_bits(matrices, narrower) - least_bits(matrices, recipe)
+            if cost <= min(MOST_COST, SHARE_OF_RANKS * (budget_bits - least_bits(matrices, recipe))):
+                found.append((k, best))
+    return tuple(found)
+
+
+def _usual_splits(k: int, group_size: int) -> int:
+    return sum(k % (size * group_size) == 0 for size in USUAL)
 
 
 def _heads_split(heads: int, key_heads: int, size: int) -> bool:

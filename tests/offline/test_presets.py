@@ -99,7 +99,9 @@ def test_a_model_that_cannot_be_calibrated_gets_a_warning(
     assert not (tmp_path / "asked").exists()
 
 
-@pytest.mark.parametrize("options", [["--preset", "fast"], ["--method", "rtn", "--group-size", "128"]])
+@pytest.mark.parametrize(
+    "options", [["--preset", "fast", "--group-size", "128"], ["--method", "rtn", "--group-size", "128"]]
+)
 def test_matrices_that_a_group_size_does_not_divide_get_smaller_groups(
     odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ):
@@ -111,6 +113,19 @@ def test_matrices_that_a_group_size_does_not_divide_get_smaller_groups(
     said = capsys.readouterr()
     assert "note: 24 of 32 matrices get groups of 64 weights: 128 does not divide their input size (192)" in said.err
     assert "bits a weight in group sizes 64 (24 matrices) and 128 (8 matrices)," in said.out
+
+
+def test_experts_that_nobody_could_split_get_smaller_groups(odd_model: Path, tmp_path: Path, capsys):
+    """Of 128 inputs each; by default, and not where a group size is asked for."""
+    report = quantize(odd_model, tmp_path / "out", "--preset", "fast")
+    assert report["group_sizes"] == {"64": 30, "128": 2}
+    assert report["bits_per_weight"] <= 3.6
+    why = "matrices get groups of 64 weights: tensor parallelism could not cut those of 128 (128)"
+    assert f"note: 6 of 32 {why}" in capsys.readouterr().err
+    assert report["recipe"]["narrow"] == [[128, 64]]
+    report = quantize(odd_model, tmp_path / "asked", "--preset", "fast", "--group-size", "128")
+    assert report["group_sizes"] == {"64": 24, "128": 8}
+    assert "narrow" not in report["recipe"]
 
 
 def test_a_group_size_that_divides_everything_needs_no_note(

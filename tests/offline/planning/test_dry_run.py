@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.offline.calibration import choose
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
+from vllm_milo.offline.checkpoint.matrices import group_table
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.families.table import FAMILIES
-from vllm_milo.offline.nouns import Kind, Matrix
-from vllm_milo.offline.planning.splits import allowed_splits
+from vllm_milo.offline.nouns import Kind, Matrix, Recipe
+from vllm_milo.offline.planning.splits import allowed_splits, narrow_groups
 from vllm_milo.offline.source.reader import ModelReader
 
 
@@ -121,6 +123,47 @@ def test_tensor_parallel_sizes(matrices, group_size, rank, heads, sizes):
     ranks = {matrix.name: rank for matrix in matrices}
     fmt = MiLoFormat(group_size, CompensatorFormat(3))
     assert allowed_splits(matrices, [], fmt, ranks, config, FAMILIES["mixtral"]) == sizes
+
+
+def layer_of(inner: int, hidden: int = 2048, experts: int = 8) -> list[Matrix]:
+    """A layer's matrices of a Mixtral with experts of some size."""
+    sizes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+    routed = [
+        Matrix(f"{EXPERTS}.{index}.{leaf}", Kind.ROUTED_EXPERT, *shape, EXPERTS, index)
+        for index in range(experts)
+        for leaf, shape in sizes.items()
+    ]
+    return [Matrix("model.layers.0.self_attn.o_proj", Kind.ATTENTION, hidden, hidden), *routed]
+
+
+@pytest.mark.parametrize(
+    ("inner", "group_size", "budget", "narrow"),
+    [
+        (1408, 128, 3.6, ((1408, 64),)),  # DeepSeek-MoE-16B, GLM-4.5-Air: 11 groups of 128, which nobody can halve
+        (768, 128, 3.6, ()),  # Qwen3-30B-A3B: two ranks have three groups each
+        (1408, 128, 3.3, ()),  # of preset small, which has no bits left for it
+        (1408, 64, 3.9, ()),  # 22 groups
+        (704, 64, 4.5, ()),  # 11 groups of 64: a factor's scales are not cut either
+        (2048, 128, 3.6, ()),
+        (960, 128, 3.6, ()),  # 64 is all that divides it, by which no number of ranks can cut it
+    ],
+)
+def test_groups_of_experts_that_nobody_could_split(inner: int, group_size: int, budget: float, narrow):
+    matrices, family = layer_of(inner), FAMILIES["mixtral"]
+    recipe = Recipe(group_size=group_size)
+    assert narrow_groups(matrices, recipe, budget, family) == narrow
+    recipe = replace(recipe, narrow=narrow)
+    size, table = group_table(matrices, recipe)
+    fmt, ranks = MiLoFormat(size, groups=table), dict.fromkeys((m.name for m in matrices), 16)
+    config = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    in_two = inner in (768, 2048) or (inner == 1408 and fmt.module_group_size(f"{EXPERTS}.0.w2") == 64)
+    assert (2 in allowed_splits(matrices, [], fmt, ranks, config, family)) == in_two
+
+
+def test_groups_that_would_cost_too_much():
+    """Few experts, whose down projections are wide beside all else."""
+    family, matrices = FAMILIES["mixtral"], [m for m in layer_of(1408) if m.name.endswith(".w2")]
+    assert narrow_groups(matrices, Recipe(group_size=128), 3.6, family) == ()
 
 
 def test_latents_are_not_cut():
