@@ -81,7 +81,7 @@ def narrow_groups(
         family: of the model.
     """
     cut = {m.k for m in matrices if m.kind is Kind.ROUTED_EXPERT and family.cut(m.name) is Cut.INPUTS}
-    found = []
+    found: list[tuple[int, int]] = []
     for k in sorted(cut):
         size = recipe.group_size_for(k)
         fits = [one for one in GROUP_SIZES if COMPENSATOR_GROUP_SIZE <= one < size and _usual_splits(k, one)]
