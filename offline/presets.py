@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConversionError
+from .nouns import Recipe
 from .ranks.policies import Policy
 
 
@@ -58,3 +59,17 @@ PRESETS = {
     "paper-s2": Preset("paper", 64, fractions=(("dense", 1 / 4), ("kurtosis", 1 / 128))),
 }
 DEFAULT_PRESET = "balanced"
+CALIBRATED_ROUNDS, PLAIN_ROUNDS = 2, 6
+"""Of the solver, method ``milo``, with and without a calibration text."""
+
+
+def milo_recipe(along: bool, **choices: Any) -> Recipe:
+    """Return the recipe of method ``milo``.
+
+    Args:
+        along: whether a text goes through the model, so that inputs' second moments are known.
+        choices: fields of the recipe that are decided otherwise.
+    """
+    rounds = CALIBRATED_ROUNDS if along else PLAIN_ROUNDS
+    feedback_rounds, base = (1, Recipe.base) if along else (Recipe.feedback_rounds, "hqq")
+    return Recipe(**{"max_rounds": rounds, "feedback_rounds": feedback_rounds, "base": base} | choices)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -20,22 +21,34 @@ from vllm_milo.models.checkpoint_names import experts_in_checkpoint, module_in_c
 from vllm_milo.models.completeness import check_loaded
 from vllm_milo.models.refused import refuse_permuted
 from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
+from vllm_milo.online.options import OnlineOptions
 from vllm_milo.shards import TensorEntry, read_tensors
 from vllm_milo.validation import experts_of, is_fused_experts, modules_of, validate_checkpoint
 
+if TYPE_CHECKING:
+    from vllm_milo.offline.nouns import Recipe
+
+logger = logging.getLogger("vllm.milo")
+_WHILE_LOADED = (
+    "MiLo quantizes %s while it is loaded, without data, to %g bits a weight; `milo quantize %s -o OUT` makes a "
+    "checkpoint that learned along a text, which leaves about half the divergence, and that loads faster"
+)
 _WEIGHT_NORM = {".parametrizations.weight.original1": ".weight_v"}
 
 
 class MiLoConfig(QuantizationConfig):
-    """The ``quantization_config`` of a MiLo checkpoint, as vLLM wants it.
+    """The ``quantization_config`` of a MiLo checkpoint, as vLLM wants it; or of a model that becomes one at load.
 
     Args:
-        fmt: the checked contract.
+        fmt: the checked contract; None, as vLLM says it, for a model whose config.json has none.
+        options: of a model that is quantized while it is loaded.
     """
 
-    def __init__(self, fmt: MiLoFormat) -> None:
+    def __init__(self, fmt: MiLoFormat | None = None, options: OnlineOptions | None = None) -> None:
         super().__init__()
-        self.format = fmt
+        self.format = fmt or MiLoFormat()
+        self._online: OnlineOptions | None = options or OnlineOptions() if fmt is None else None
+        self._recipe: Recipe | None = None
         self._mappers: list[Any] = []
         self._stored_experts: set[str] = set()
         self._stored_modules: set[str] = set()
@@ -72,19 +85,40 @@ class MiLoConfig(QuantizationConfig):
         """
         return cls(MiLoFormat.from_dict(config))
 
-    def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
-        """Check a local checkpoint's files before anything is allocated.
+    @classmethod
+    def from_config_dict_json(cls, text: str) -> MiLoConfig:
+        """Read how a model is quantized while it is loaded, from vLLM's ``--hf-overrides``.
+
+        Raises:
+            CheckpointError: the options are not known.
+        """
+        return cls(options=OnlineOptions.from_json(text))
+
+    def maybe_update_config(self, model_name: str, *_: Any, revision: str | None = None, **__: Any) -> None:
+        """Check a local checkpoint's files before anything is allocated, or decide what a model is quantized to.
 
         Raises:
             CheckpointError, ShardError: a tensor is missing, extra or wrong, or of a kind that this version of vLLM
                 does not load, or a file is truncated.
+            ConversionError: the model has no contract and cannot be quantized.
         """
+        if self._online is not None:
+            self._plan_online(model_name, revision, self._online)
+            return
         folder = Path(model_name)
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             validate_checkpoint(folder)
             tensors = read_tensors(folder)
             _refuse_fused_experts(folder, tensors)
             self._stored_experts, self._stored_modules = experts_of(tensors), modules_of(tensors)
+
+    def _plan_online(self, model_name: str, revision: str | None, options: OnlineOptions) -> None:
+        from vllm_milo.online.plan import find_files, plan_online
+
+        plan = plan_online(find_files(model_name, revision), options)
+        self.format, self._recipe = plan.format, plan.recipe
+        self._stored_experts, self._stored_modules = set(plan.experts), set(plan.modules)
+        logger.info(_WHILE_LOADED, model_name, options.budget_bits, model_name)
 
     def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
         """Return the mapper of tensor names that vLLM applies after the model's own.
@@ -143,7 +177,10 @@ class MiLoConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             compat.check_after_loading(check_loaded)
             name = experts_in_checkpoint(prefix, self._experts())
-            return None if self.format.ignores(name) else MiLoMoEMethod(self.format, layer.moe_config, name)
+            if self.format.ignores(name):
+                return None
+            what = (self.format, layer.moe_config, name)
+            return MiLoMoEMethod(*what) if self._recipe is None else _online().OnlineMoEMethod(*what, self._recipe)
         if not isinstance(layer, LinearBase):
             return None
         if not prefix:
@@ -152,7 +189,8 @@ class MiLoConfig(QuantizationConfig):
         if leaf_of(prefix) in ROUTERS or self._ignores(prefix, parts):
             return UnquantizedLinearMethod()
         refuse_permuted(parts, compat.architectures())
-        return MiLoLinearMethod(self.format, prefix, parts)
+        named = (self.format, prefix, parts)
+        return MiLoLinearMethod(*named) if self._recipe is None else _online().OnlineLinearMethod(*named, self._recipe)
 
     def parts(self, prefix: str) -> list[str]:
         """Return the checkpoint names of the matrices that the linear layer ``prefix`` holds."""
@@ -174,6 +212,13 @@ class MiLoConfig(QuantizationConfig):
                 f"quantization_config.ignore names {ignored[0]} but not all parts of {prefix}, which vLLM fuses"
             )
         return bool(ignored)
+
+
+def _online() -> Any:
+    """Return the methods of layers that are quantized while they are loaded; they need the converter."""
+    from vllm_milo.online import methods
+
+    return methods
 
 
 def _renamed(name: str, mapper: Any) -> str:

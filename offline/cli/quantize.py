@@ -40,7 +40,7 @@ from ..planning.describe import describe, format_description, group_notes
 from ..planning.devices import find_devices
 from ..planning.plan import Plan, make_plan
 from ..planning.splits import narrow_groups
-from ..presets import DEFAULT_PRESET, PRESETS, Preset
+from ..presets import CALIBRATED_ROUNDS, DEFAULT_PRESET, PLAIN_ROUNDS, PRESETS, Preset, milo_recipe
 from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.ignore import without_ignored
@@ -54,7 +54,6 @@ from .summary import print_summary
 LARGEST_SEED = 2**32
 """Above what every library takes that draws random numbers here."""
 MOST_GIB = 2**30
-CALIBRATED_ROUNDS, PLAIN_ROUNDS = 2, 6
 COST = "which on a real model left twice the KL divergence from the original"
 DEFAULT_RANKS = "dense=64"
 """Of methods with compensators whose ranks nothing else decides."""
@@ -302,17 +301,13 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace, preset: Preset | None, method: str, text: Text | None) -> Recipe:
-    group_size = preset.group_size if preset is not None else Recipe.group_size
-    rounds = Recipe.max_rounds if method != "milo" else PLAIN_ROUNDS if text is None else CALIBRATED_ROUNDS
-    return Recipe(
-        method=method,
-        group_size=arguments.group_size or group_size,
-        factor_bits=_FACTOR_BITS[arguments.factors],
-        max_rounds=arguments.max_rounds or rounds,
-        seed=arguments.seed,
-        feedback_rounds=1 if text is not None else Recipe.feedback_rounds,
-        base="hqq" if method == "milo" and text is None else Recipe.base,
-    )
+    choices = {
+        "group_size": arguments.group_size or (preset.group_size if preset is not None else Recipe.group_size),
+        "factor_bits": _FACTOR_BITS[arguments.factors],
+        "seed": arguments.seed,
+        **({"max_rounds": arguments.max_rounds} if arguments.max_rounds else {}),
+    }
+    return milo_recipe(text is not None, **choices) if method == "milo" else Recipe(method=method, **choices)
 
 
 def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str) -> Text | None:

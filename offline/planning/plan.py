@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -217,18 +217,10 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
         claim.check()
     devices = _devices(conversion)
     layout = _layout(reader, conversion, out, claim)
-    ignore = (*reader.ignore, *conversion.ignore)
-    unknown = unknown_modules(reader)
-    check_ignore(conversion.ignore, reader.matrices, list(unknown))
-    refuse_unknown(unknown, conversion.ignore, reader.family.model_type)
-    layers = [without_ignored(layer, ignore) for layer in reader.layers]
+    layers, unknown = _quantized_layers(reader, conversion)
     matrices = [source.matrix for layer in layers for source in layer.matrices]
-    if not matrices:
-        raise ConversionError("--ignore leaves no matrix to quantize")
     refuse_large_matrices(matrices, devices, conversion.device_memory)
-    unranked = _format(reader, matrices, conversion, dict.fromkeys((matrix.name for matrix in matrices), 0), layout)
-    for matrix in matrices:
-        unranked.check_matrix(matrix.name, matrix.n, matrix.k, unranked.module_group_size(matrix.name))
+    unranked = _unranked(reader, matrices, conversion, layout)
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     exact = known_from_headers(choice)
     if exact:
@@ -251,6 +243,42 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     plan = Plan(reader, out, conversion, layers, ranks, exact, elements, layout, tensors, companions, warnings)
     plan.refuse_full_disk(claim)
     return plan
+
+
+def decide_format(reader: ModelReader, conversion: Conversion) -> MiLoFormat:
+    """Return the format of what a conversion without a text makes, where headers decide its ranks.
+
+    Raises:
+        ConversionError, CheckpointError: the options contradict each other or the model.
+    """
+    layers, _ = _quantized_layers(reader, conversion)
+    matrices = [source.matrix for layer in layers for source in layer.matrices]
+    unranked = _unranked(reader, matrices, conversion, memory.SIMPLE)
+    choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
+    ranks, _ = plan_ranks(Pass(reader, layers, find_device("cpu"), False), choice, conversion.recipe)
+    return replace(unranked, ranks=rank_table(matrices, ranks))
+
+
+def _quantized_layers(reader: ModelReader, conversion: Conversion) -> tuple[list[Layer], Collection[str]]:
+    """Return the layers with what of them is quantized, and the modules that the family does not know."""
+    ignore = (*reader.ignore, *conversion.ignore)
+    unknown = unknown_modules(reader)
+    check_ignore(conversion.ignore, reader.matrices, list(unknown))
+    refuse_unknown(unknown, conversion.ignore, reader.family.model_type)
+    layers = [without_ignored(layer, ignore) for layer in reader.layers]
+    if not any(layer.matrices for layer in layers):
+        raise ConversionError("--ignore leaves no matrix to quantize")
+    return layers, unknown
+
+
+def _unranked(
+    reader: ModelReader, matrices: Sequence[Matrix], conversion: Conversion, layout: memory.Layout
+) -> MiLoFormat:
+    """Return the format without ranks, after a look at whether it holds every matrix."""
+    unranked = _format(reader, matrices, conversion, dict.fromkeys((matrix.name for matrix in matrices), 0), layout)
+    for matrix in matrices:
+        unranked.check_matrix(matrix.name, matrix.n, matrix.k, unranked.module_group_size(matrix.name))
+    return unranked
 
 
 def predict_memory(reader: ModelReader, conversion: Conversion, layout: memory.Layout = memory.SIMPLE) -> memory.Need:

@@ -1,0 +1,150 @@
+"""MiLo's layers for 16-bit models: a matrix becomes codes and factors as soon as it is loaded.
+
+The parameters are those of a checkpoint's layer. Beside them stands one for 16-bit weights that holds none: its loader
+quantizes what it is given and hands the result to the others' loaders, so whatever these know of tensor and expert
+parallelism is known here too. Each process quantizes whole matrices, so that all hold parts of the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig
+from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import BasevLLMParameter
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_milo.checkpoint import PACKED, CheckpointError, MiLoFormat
+from vllm_milo.fused_moe import MiLoMoEMethod
+from vllm_milo.linear import MiLoLinearMethod
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.online.solver import quantize_loaded
+
+WEIGHT = "weight"
+_LEFT = "save the model with transformers' save_pretrained, or convert it first: milo quantize MODEL -o OUT"
+
+
+@register_weight_loader_v2_supported_method
+class OnlineLinearMethod(MiLoLinearMethod):
+    """Quantizes one linear layer while it is loaded.
+
+    Args:
+        fmt, prefix, parts: as of a checkpoint's layer.
+        recipe: of the solver.
+    """
+
+    def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str], recipe: Recipe) -> None:
+        super().__init__(fmt, prefix, parts)
+        self._recipe = recipe
+
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **options: Any) -> None:
+        """Register a checkpoint's parameters, and one without values that takes 16-bit weights."""
+        super().create_weights(layer, *sizes, **options)
+        nothing = torch.empty(0, dtype=self.dtype)
+        layer.register_parameter(WEIGHT, BasevLLMParameter(data=nothing, weight_loader=self._quantizer(layer)))
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """See :class:`MiLoLinearMethod`."""
+        delattr(layer, WEIGHT)
+        super().process_weights_after_loading(layer)
+
+    def _quantizer(self, layer: torch.nn.Module) -> Callable[..., None]:
+        def load(param: BasevLLMParameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+            part = self._part(shard_id)
+            name = self.parts[part]
+            device = getattr(layer, PACKED).device
+            found = quantize_loaded({name: loaded_weight}, {name: self.ranks[part]}, self._recipe, device)
+            for tensor, values in _of(name, found).items():
+                target = getattr(layer, tensor)
+                target.weight_loader(target, values, shard_id)
+
+        return load
+
+
+class OnlineMoEMethod(MiLoMoEMethod):
+    """Quantizes the routed experts of one layer while they are loaded, all that this process holds at once.
+
+    Args:
+        fmt, moe, prefix: as of a checkpoint's layer.
+        recipe: of the solver.
+    """
+
+    def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str, recipe: Recipe) -> None:
+        super().__init__(fmt, moe, prefix)
+        self._recipe = recipe
+        self._loaded: dict[tuple[str, int], torch.Tensor] = {}
+
+    def create_weights(self, layer: Any, *sizes: Any, **options: Any) -> None:
+        """Register a checkpoint's parameters, and two without values that take 16-bit weights."""
+        super().create_weights(layer, *sizes, **options)
+        for gemm in self.gemms:
+            nothing = Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
+            set_weight_attrs(nothing, {"weight_loader": self._collector(layer)})
+            layer.register_parameter(f"{gemm.name}_{WEIGHT}", nothing)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """See :class:`MiLoMoEMethod`.
+
+        Raises:
+            CheckpointError: some of the experts' matrices never arrived.
+        """
+        if self._loaded:
+            raise CheckpointError(
+                f"{self.prefix}: {len(self._loaded)} of {3 * len(self.local.global_ids)} matrices of experts arrived; "
+                f"are the model's files complete?"
+            )
+        for gemm in self.gemms:
+            delattr(layer, f"{gemm.name}_{WEIGHT}")
+        super().process_weights_after_loading(layer)
+
+    def _collector(self, layer: Any) -> Callable[..., bool | None]:
+        def load(
+            param: Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            if self.local.index(expert_id) is None:
+                return False if return_success else None
+            if loaded_weight.dim() != 2:
+                raise CheckpointError(
+                    f"{weight_name}: has shape {list(loaded_weight.shape)}; experts are quantized while they are "
+                    f"loaded only from files with a matrix for each; {_LEFT}"
+                )
+            self._loaded[shard_id, expert_id] = loaded_weight
+            if len(self._loaded) == 3 * len(self.local.global_ids):
+                self._quantize(layer)
+            return True if return_success else None
+
+        return load
+
+    def _quantize(self, layer: Any) -> None:
+        """Quantize the layer's experts, and load the result."""
+        names = {place: f"{self.prefix}.{place[1]}.{self._projection(place[0])}" for place in self._loaded}
+        weights = {names[place]: values for place, values in self._loaded.items()}
+        ranks = {name: self._rank(*place) for place, name in names.items()}
+        device = getattr(layer, f"w13_{PACKED}").device
+        found = quantize_loaded(weights, ranks, self._recipe, device)
+        for (shard, expert), name in names.items():
+            gemm, _ = self._place(shard)
+            for tensor, values in _of(name, found).items():
+                target = getattr(layer, f"{gemm.name}_{tensor}")
+                target.weight_loader(target, values, f"{self.prefix}.{gemm.name}_{tensor}", shard, expert)
+        self._loaded.clear()
+
+    def _rank(self, shard: str, expert: int) -> int:
+        gemm, part = self._place(shard)
+        local = self.local.index(expert)
+        assert local is not None
+        return gemm.ranks[local][part]
+
+
+def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a matrix's tensors by the last part of their names."""
+    start = f"{name}."
+    return {tensor.removeprefix(start): values for tensor, values in tensors.items() if tensor.startswith(start)}

@@ -1,0 +1,70 @@
+"""Decides, by a model's headers alone, what ``milo quantize --preset fast`` would make of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm_milo.checkpoint import MiLoFormat
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.planning.plan import decide_format
+from vllm_milo.offline.planning.splits import narrow_groups
+from vllm_milo.offline.presets import PRESETS, milo_recipe
+from vllm_milo.offline.source.ignore import without_ignored
+from vllm_milo.offline.source.reader import ModelReader
+from vllm_milo.online.options import OnlineOptions
+
+
+class OnlinePlan(NamedTuple):
+    """What a model is quantized to while it is loaded.
+
+    Attributes:
+        format: ranks and groups by name, as a checkpoint would state them.
+        recipe: of the solver.
+        experts: names of the modules of routed experts.
+        modules: names of the other matrices.
+    """
+
+    format: MiLoFormat
+    recipe: Recipe
+    experts: frozenset[str]
+    modules: frozenset[str]
+
+
+def find_files(model: str, revision: str | None) -> Path:
+    """Return the folder of a model's files: itself, or where the Hub's cache has it, which downloads what it lacks.
+
+    Args:
+        model: a folder or the name of a repository.
+        revision: of the repository.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def plan_online(folder: Path, options: OnlineOptions) -> OnlinePlan:
+    """Return what a model is quantized to.
+
+    Args:
+        folder: of the model's files.
+        options: the user's.
+
+    Raises:
+        ConversionError, CheckpointError, ShardError: this model cannot be converted, or not with these options.
+    """
+    reader = ModelReader(folder)
+    rounds = {} if options.max_rounds is None else {"max_rounds": options.max_rounds}
+    recipe = milo_recipe(False, group_size=options.group_size or PRESETS["fast"].group_size, **rounds)
+    ignored = (*reader.ignore, *options.ignore)
+    held = [source.matrix for layer in reader.layers for source in without_ignored(layer, ignored).matrices]
+    if options.group_size is None:
+        recipe = replace(recipe, narrow=narrow_groups(held, recipe, options.budget_bits, reader.family))
+    conversion = Conversion(recipe, budget_bits=options.budget_bits, ignore=options.ignore)
+    experts = frozenset(matrix.experts for matrix in held if matrix.experts is not None)
+    modules = frozenset(matrix.name for matrix in held if matrix.experts is None)
+    return OnlinePlan(decide_format(reader, conversion), recipe, experts, modules)
