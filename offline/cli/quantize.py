@@ -44,8 +44,7 @@ from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.reader import ModelReader
 from ..threads import threads_for
-from .arguments import OR_HUB, check_number, default_device
-from .command_line import command_of
+from .arguments import OR_HUB, check_number, command_of, default_device
 from .hub import model_place, target_repository
 from .summary import print_summary
 
