@@ -40,9 +40,8 @@ class Grid(NamedTuple):
 
     def weights(self) -> torch.Tensor:
         """Return s·(q - z) in float32, [N, K]."""
-        group_size = self.codes.shape[1] // self.scale.shape[1]
-        scale, zero = (part.float().repeat_interleave(group_size, 1) for part in (self.scale, self.zero))
-        return scale * (self.codes.float() - zero)
+        groups = self.codes.float().unflatten(1, (self.scale.shape[1], -1))
+        return groups.sub_(self.zero.float().unsqueeze(-1)).mul_(self.scale.float().unsqueeze(-1)).flatten(1)
 
     def stored(self, name: str, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return packed codes, scales and zero points as the MiLo format has them, after comparing all weights.

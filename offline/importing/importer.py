@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 
 from vllm_milo import __version__
 from vllm_milo.checkpoint import GROUP_SIZES, PACKED, SCALE, ZERO, CheckpointError, GroupTable, MiLoFormat
-from vllm_milo.names import find_key, split_expert_name
+from vllm_milo.names import FUSED_LAYERS, find_key, split_expert_name
 from vllm_milo.shards import TensorEntry, read_tensors
 from vllm_milo.validation import count_experts, find_problems, first_problems, validate_checkpoint
 from vllm_milo.values import shown
@@ -204,7 +204,7 @@ def _refuse_what_breaks(source: _Source, fmt: MiLoFormat, folder: Path) -> None:
         file = next(iter(source.matrices[module].values())).file
         for leaf, (dtype, shape) in fmt.base_tensors(size.n, size.k, group_size).items():
             planned[f"{module}.{leaf}"] = TensorEntry(file, dtype, shape)
-    problems = find_problems(planned, fmt, source.config)
+    problems = [*find_problems(planned, fmt, source.config), *_half_quantized(source)]
     stated = source.family.num_experts(source.config)
     problems += [
         f"{name}: holds {count} experts, but config.json states {stated}"
@@ -216,6 +216,17 @@ def _refuse_what_breaks(source: _Source, fmt: MiLoFormat, folder: Path) -> None:
             f"{folder}: does not fit the MiLo format; quantize the original with `milo quantize`:\n  "
             + "\n  ".join(first_problems(problems))
         )
+
+
+def _half_quantized(source: _Source) -> Iterator[str]:
+    """Yield what is wrong with linear layers of which vLLM computes several as one, and only some are quantized."""
+    unquantized = {name.removesuffix(".weight") for name in source.others if name.endswith(".weight")}
+    for module in source.sizes:
+        parent, _, leaf = module.rpartition(".")
+        group = next((parts for parts in FUSED_LAYERS.values() if leaf in parts), [])
+        other = next((name for part in group if (name := f"{parent}.{part}") in unquantized), None)
+        if other is not None:
+            yield f"{module}: is quantized, but {other}, which vLLM computes with it, is not"
 
 
 def _converted(source: _Source, module: str, fmt: MiLoFormat) -> dict[str, torch.Tensor]:

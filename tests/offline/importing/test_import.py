@@ -183,6 +183,12 @@ def test_missing_experts(folder: Path):
     refused(folder, r"experts\.2\.w1: missing \(4 experts\)", CheckpointError)
 
 
+def test_parts_of_what_vllm_computes_as_one(sources: dict[str, Path], tmp_path: Path):
+    foreign = gptq(sources["mixtral"], tmp_path / "gptq", kept=("v_proj",))
+    message = r"self_attn\.k_proj: is quantized, but .*self_attn\.v_proj, which vLLM computes with it, is not"
+    refused(foreign.folder, message, CheckpointError)
+
+
 def test_groups_that_the_format_does_not_have(sources: dict[str, Path], tmp_path: Path):
     foreign = gptq(sources["mixtral"], tmp_path / "gptq", group=16)
     refused(foreign.folder, r"qzeros: has 8 groups along 128 inputs, which MiLo's groups of 32, 64, 128 do not")
