@@ -21,3 +21,8 @@ def readme_words(start: str) -> list[str]:
     """The words of the one README command that starts so."""
     (command,) = [command for command in readme_commands() if command.startswith(start)]
     return shlex.split(command)
+
+
+def readme_snippets() -> list[str]:
+    """The README's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -84,6 +84,7 @@ FLOORS = {
     "ranks": {"errors", "nouns", "progress", "source"},
     "presets": {"errors", "nouns", "ranks"},
     "checkpoint": {"errors", "nouns", "durable", "solve", "families", "source", "hub_names"},
+    "importing": {"errors", "progress", "families", "source", "checkpoint"},
     "evaluation": {"errors", "progress", "durable", "families", "source", "checkpoint"},
     "spread": {"errors", "nouns", "solve", "source", "calibration", "batches", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
@@ -118,7 +119,7 @@ FLOORS = {
         "checkpoint",
         "evaluation",
     }
-    | {"conversion", "planning", "convert", "hub_names", "hub", "progress", "threads", "effort"},
+    | {"conversion", "planning", "convert", "importing", "hub_names", "hub", "progress", "threads", "effort"},
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 

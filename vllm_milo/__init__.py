@@ -1,7 +1,10 @@
 """vLLM plugin that serves MiLo checkpoints: 3-bit MoE weights plus low-rank compensators.
 
-vLLM finds :func:`register` through the entry point ``vllm.general_plugins`` and calls it in every process.
+vLLM finds :func:`register` through the entry point ``vllm.general_plugins`` and calls it in every process. transformers
+loads MiLo checkpoints once this package is imported.
 """
+
+from vllm_milo.huggingface.on_import import register_in_transformers
 
 __version__ = "0.1.0"
 
@@ -11,3 +14,6 @@ def register() -> None:
     from vllm_milo.config import MiLoConfig, register_config
 
     register_config(MiLoConfig)
+
+
+register_in_transformers()

@@ -61,13 +61,21 @@ class DequantizedTensors:
         except (OSError, SafetensorError) as error:
             raise ShardError(f"{file}: cannot read tensor {name}: {one_line(error)}; copy it again") from error
 
+    def packed(self, module: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a quantized matrix as they are stored, by their last names.
+
+        Raises:
+            ShardError: they cannot be read.
+        """
+        return {name: self.stored(f"{module}.{name}").to(self._device) for name in self._modules[module]}
+
     def weight(self, module: str) -> torch.Tensor:
         """Return the weights, float32 [N, K], that the codes and factors of a quantized matrix stand for.
 
         Raises:
             ShardError: they cannot be read.
         """
-        tensors = {name: self.stored(f"{module}.{name}").to(self._device) for name in self._modules[module]}
+        tensors = self.packed(module)
         packed, scale, zero = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
         weight = dequantize(packed, scale, zero, self._format.module_group_size(module))
         if U not in tensors:

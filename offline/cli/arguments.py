@@ -1,12 +1,15 @@
-"""Arguments that several subcommands share."""
+"""Arguments that several subcommands share, and how a checkpoint's card tells them."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from pathlib import Path
 
 import torch
 
+from ..checkpoint.card import OUT
 from ..errors import ConversionError
 from ..planning.devices import find_device
 from .hub import model_place
@@ -16,6 +19,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 OR_HUB = "or org/name or org/name@revision of the Hugging Face Hub"
 MOST = 10**9
 """Of what options count: windows, steps, rounds."""
+NOT_SAID = ("--resume", "--overwrite", "--quiet", "--delete-source-shards")
+"""Options that do not decide the result."""
+NOT_SAID_VALUE = "--log-json"
+"""One with a value."""
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -65,3 +72,31 @@ def _option(name: str) -> str:
 def default_device() -> str:
     """Return the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """Return the command line that was parsed; of each path only the last name, and OUT for the output.
+
+    Empty where there was none.
+    """
+    words = getattr(arguments, "words", None)
+    if not words:
+        return ""
+    return shlex.join(["milo", *(_without_folder(word, arguments.output) for word in _deciding(words))])
+
+
+def _deciding(words: list[str]) -> list[str]:
+    """Return the words without options that do not decide the result."""
+    kept = [word for word in words if word not in NOT_SAID and not word.startswith(f"{NOT_SAID_VALUE}=")]
+    if NOT_SAID_VALUE in kept:
+        place = kept.index(NOT_SAID_VALUE)
+        del kept[place : place + 2]
+    return kept
+
+
+def _without_folder(word: str, output: Path) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if value and Path(value) == output:
+        return option + equals + OUT
+    is_path = value.startswith(("/", ".", "~")) or (os.sep in value and Path(value).exists())
+    return option + equals + (Path(value).name if is_path else value)

@@ -46,8 +46,7 @@ from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.ignore import without_ignored
 from ..source.reader import ModelReader
 from ..threads import threads_for
-from .arguments import OR_HUB, check_number, default_device
-from .command_line import command_of
+from .arguments import OR_HUB, check_number, command_of, default_device
 from .hub import model_place, target_repository
 from .summary import print_summary
 

@@ -8,7 +8,7 @@ import torch
 
 from vllm_milo.offline.batches import Rule, batch_elements, plan_batches
 from vllm_milo.offline.calibration.layer_moments import NoMoments
-from vllm_milo.offline.checkpoint.matrices import tensors_on_host
+from vllm_milo.offline.checkpoint.matrices import Result, tensors_on_host
 from vllm_milo.offline.nouns import Kind, Matrix, Recipe
 from vllm_milo.offline.spread.job import Job, solve
 
@@ -28,7 +28,7 @@ def quantize_loaded(
         ConversionError: a matrix holds NaN or Inf or cannot be quantized; it is named.
     """
     held = {Matrix(name, Kind.DENSE_FFN, *values.shape): values for name, values in weights.items()}
-    solved = []
+    solved: list[tuple[Matrix, Result]] = []
     for batch in plan_batches(held, NoMoments(), ranks, Rule(batch_elements(device))):
         values = torch.stack([held[matrix].to(device) for matrix in batch])
         names = [matrix.name for matrix in batch]

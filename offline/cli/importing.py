@@ -1,0 +1,41 @@
+"""``milo import``: makes a MiLo checkpoint of one that another tool has quantized to 3 bits."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.card import CardNotes
+from ..checkpoint.inspect import inspect_checkpoint
+from ..importing.importer import import_checkpoint
+from .arguments import OR_HUB, command_of
+from .hub import model_place
+from .summary import serve_command
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to the parser's ``commands``."""
+    parser = commands.add_parser(
+        "import", help="make a MiLo checkpoint of a 3-bit GPTQ or compressed-tensors one, with the same weights"
+    )
+    parser.add_argument("model", type=model_place, help=f"folder of the other tool's checkpoint, {OR_HUB}")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the MiLo checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing MiLo checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    notes = CardNotes(command_of(arguments))
+    imported = import_checkpoint(
+        arguments.model, arguments.output, arguments.overwrite, notes, progress=not arguments.quiet
+    )
+    for note in imported.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    bits = inspect_checkpoint(imported.out)["bits_per_weight"]
+    print(
+        f"{imported.out}: {imported.matrices} matrices of {imported.title}, all weights the same, {bits:.3f} bits a "
+        f"weight, no compensators\nserve it: {serve_command(imported.out)}"
+    )
