@@ -1,7 +1,8 @@
 """Runs vLLM on several checkpoints in a process of its own: ``python vllm_runner.py JOB.json OUT.json``.
 
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
-"mend_router": true, vLLM's router of CPUs routes as those of GPUs do.
+"mend_router": true, vLLM's router of CPUs routes as those of GPUs do; with "lora": folder, an adapter is on; with
+"reload": true, weights are loaded once more after a first run.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}.
 """
 
@@ -44,14 +45,20 @@ def run(job: dict[str, Any], folder: Path, timeout: float = 600) -> dict[str, An
     return json.loads((folder / "out.json").read_text())
 
 
-def _generate(folder: str, prompts: list[list[int]], max_tokens: int, engine: dict[str, Any]) -> list[dict[str, Any]]:
+def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    llm = LLM(model=folder, skip_tokenizer_init=True, **engine)
+    llm = LLM(model=folder, skip_tokenizer_init=True, **job["engine"])
+    adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
+    if job.get("reload"):
+        llm.generate([{"prompt_token_ids": prompts[0]}], use_tqdm=False)
+        llm.collective_rpc("reload_weights")
     parameters = SamplingParams(
-        max_tokens=max_tokens, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        max_tokens=job["max_tokens"], temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
     )
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    outputs = llm.generate(asked, parameters, use_tqdm=False, lora_request=adapter)
     return [
         {
             "prompt_logprobs": [
@@ -75,7 +82,7 @@ def main() -> None:
     for name, folder in job["models"].items():
         start = time.monotonic()
         try:
-            results[name] = _generate(folder, job["prompts"][name], job["max_tokens"], job["engine"])
+            results[name] = _generate(folder, job["prompts"][name], job)
         except Exception as error:  # the test of this model fails with it; the others still run
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         print(name, "took", round(time.monotonic() - start, 1), flush=True)

@@ -68,6 +68,12 @@ def architectures() -> tuple[str, ...]:
     return () if model is None else tuple(getattr(model.hf_config, "architectures", None) or ())
 
 
+def lora_targets() -> tuple[str, ...] | None:
+    """Return the modules that adapters may change (``--lora-target-modules``); None for any."""
+    found = getattr(get_current_vllm_config().lora_config, "target_modules", None)
+    return None if found is None else tuple(found)
+
+
 def has_checkpoint_mapper() -> bool:
     """Return whether vLLM asks a quantization how to rename a checkpoint's tensors."""
     return hasattr(QuantizationConfig, "get_checkpoint_weight_mapper")

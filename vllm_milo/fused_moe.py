@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -281,7 +281,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             local = self.local.index(expert_id)
             if local is None:
                 return False if return_success else None
-            self.guard.fill(self._piece(expert_id, shard_id, tensor), loaded_weight)
+            if not param.is_meta:  # as where vLLM counts first what a loader copies
+                self.guard.fill(self._piece(expert_id, shard_id, tensor), loaded_weight)
             if base is None:
                 self._load_factor(param, loaded_weight, tensor, shard_id, local)
             else:
@@ -340,8 +341,16 @@ def _activation(layer: Any, moe: FusedMoEConfig, prefix: str) -> str:
         reason = f"the activation {name!r} (known are {', '.join(ACTIVATIONS)})"
     elif changed := [key for key in _ACTIVATION_CHANGES if any(_is_set(owner, key) for owner in (layer, moe))]:
         reason = f"a clamped or scaled activation ({', '.join(changed)})"
-    elif moe.is_lora_enabled:
-        reason = "LoRA on experts"
+    elif moe.is_lora_enabled and _may_change_experts(compat.lora_targets()):
+        raise CheckpointError(
+            f"{prefix}: MiLo does not support LoRA on experts; where adapters have none there, name what they change, "
+            f"as in --lora-target-modules q_proj k_proj v_proj o_proj"
+        )
     if reason is not None:
         raise CheckpointError(f"{prefix}: MiLo does not support {reason}; serve the model unquantized")
     return name
+
+
+def _may_change_experts(targets: Sequence[str] | None) -> bool:
+    """Return whether adapters of these targets, None for any, may change routed experts."""
+    return targets is None or any("experts" in target.split(".") for target in targets)

@@ -167,7 +167,8 @@ class MiLoLinearMethod(LinearMethodBase):
 
         def load(param: BasevLLMParameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
             part = self._part(shard_id)
-            self.guard.fill(f"{self.parts[part]}.{tensor}", loaded_weight)
+            if not param.is_meta:  # as where vLLM counts first what a loader copies
+                self.guard.fill(f"{self.parts[part]}.{tensor}", loaded_weight)
             if base is None:
                 self._load_factor(param, loaded_weight, tensor, part)
             elif shard_id is None and self.split.only:

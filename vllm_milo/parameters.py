@@ -31,7 +31,7 @@ class FillGuard:
     def __init__(self, layer: str) -> None:
         self.layer = layer
         self._missing: dict[str, TensorSpec] = {}
-        self._filled: set[str] = set()
+        self._filled: dict[str, TensorSpec] = {}
 
     def expect(self, pieces: Iterable[tuple[str, TensorSpec]]) -> None:
         """Announce pieces by checkpoint name, with dtype and unsharded shape."""
@@ -58,11 +58,12 @@ class FillGuard:
                 f"{piece} (layer {self.layer}): expected {dtype} {list(shape)}, "
                 f"found {found_dtype} {list(found_shape)}; convert the model again"
             )
-        self._filled.add(piece)
+        self._filled[piece] = expected
 
     def check(self) -> None:
-        """Raise CheckpointError if a piece is still missing."""
+        """Raise CheckpointError if a piece is still missing; else expect all again, of a load that may follow."""
         if not self._missing:
+            self._missing, self._filled = self._filled, {}
             return
         shown = [f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in self._missing.items()]
         more = f" and {len(shown) - _SHOWN_PIECES} more" if len(shown) > _SHOWN_PIECES else ""

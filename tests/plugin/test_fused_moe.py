@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
     [
         ({}, {"has_bias": True}, "experts with biases"),
         ({}, {"is_act_and_mul": False}, "experts without a gate"),
-        ({}, {"is_lora_enabled": True}, "LoRA on experts"),
+        ({}, {"is_lora_enabled": True}, "LoRA on experts; .* --lora-target-modules q_proj"),
         ({"activation": SimpleNamespace(value="relu2")}, {}, "the activation 'relu2'"),
         ({"swiglu_limit": 7.0}, {}, "swiglu_limit"),
         ({"swiglu_limit": 0.0}, {}, "swiglu_limit"),

@@ -61,6 +61,13 @@ def test_over_several_processes(sources: dict[str, Path], tmp_path: Path, engine
     assert_matches("qwen2_moe", made, serve(models, tmp_path / "online", options, **engine), DTYPE)
 
 
+def test_it_is_not_loaded_once_more(sources: dict[str, Path], tmp_path: Path):
+    overrides = {"quantization_config_dict_json": json.dumps(FEW)}
+    todo = job({"olmoe": sources["olmoe"]}, dtype=DTYPE, quantization="milo", hf_overrides=overrides)
+    said = vllm_runner.run(todo | {"reload": True}, tmp_path)["olmoe"]["error"]
+    assert "weights that were quantized while they were loaded cannot be loaded once more" in said
+
+
 def test_what_cannot_be_quantized_is_said_in_a_line(sources: dict[str, Path], tmp_path: Path):
     dense = tmp_path / "dense"
     dense.mkdir()

@@ -53,6 +53,7 @@ class OnlineLinearMethod(MiLoLinearMethod):
 
     def _quantizer(self, layer: torch.nn.Module) -> Callable[..., None]:
         def load(param: BasevLLMParameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+            _refuse_reload(param, self.prefix)
             part = self._part(shard_id)
             name = self.parts[part]
             device = getattr(layer, PACKED).device
@@ -109,6 +110,7 @@ class OnlineMoEMethod(MiLoMoEMethod):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
+            _refuse_reload(param, self.prefix)
             if self.local.index(expert_id) is None:
                 return False if return_success else None
             if loaded_weight.dim() != 2:
@@ -142,6 +144,15 @@ class OnlineMoEMethod(MiLoMoEMethod):
         local = self.local.index(expert)
         assert local is not None
         return gemm.ranks[local][part]
+
+
+def _refuse_reload(param: torch.Tensor, layer: str) -> None:
+    """Raise where vLLM loads weights once more, for which it takes layers back to the meta device."""
+    if param.is_meta:
+        raise CheckpointError(
+            f"{layer}: weights that were quantized while they were loaded cannot be loaded once more; start a new "
+            f"server, or serve a checkpoint of `milo quantize`"
+        )
 
 
 def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
