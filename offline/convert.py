@@ -192,10 +192,10 @@ def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], be
     uses = shard_uses(bench.reader, layers, at.layers, conversion.text is not None)
     coming = bench.reader.shards.coming(uses, writer.journal.source)
     with coming, closing(quantize_steps(bench, layers, ranks, conversion, at)) as steps:
-        keep_steps(writer, bench.reader, report, steps)
+        keep_steps(writer, bench.reader, report, steps, bench.device)
     if conversion.text is not None and conversion.text.tune is not None:
         held = list(finished_layers(writer.journal, layers, bench.device))
-        add_layers(writer, bench.reader, _tuned(bench, held, conversion.recipe, conversion.text))
+        add_layers(writer, bench.reader, _tuned(bench, held, conversion.recipe, conversion.text), bench.device)
     got = {name: entry.rank for name, entry in report.matrices.items()}
     todo: dict[str, Callable[[], object]] = {
         "seal": partial(writer.seal, planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()}),
@@ -309,21 +309,21 @@ def _learned(
     memory.refuse_what_does_not_fit(reader, text.windows, str(device), conversion.device_memory)
     meter = _meter(bench, plan, ranks, conversion, text)
     dtype = reader.dtype if device.type == "cuda" else torch.float32
-    tensors = reader_tensors(reader.load, reader.tensors)
+    tensors = reader_tensors(partial(reader.load, device=device), reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full)
     if start.layers:
         _replay(stream, bench, plan[: start.layers], start.finished)
     elif not reader.shards.streamed:
-        refuse_broken_weights(reader, bench.progress)
+        refuse_broken_weights(reader, device, bench.progress)
     for layer in progress_bar(left, "quantize", bench.progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
         if index is None:
             yield iter([(layer, ())])
             continue
         if reader.shards.streamed:
-            refuse_broken_layer(reader, layer)
+            refuse_broken_layer(reader, layer, device)
         doing("run the original")
         visit = stream.visit(index)
         matrices = [source.matrix for source in layer.matrices]

@@ -229,7 +229,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     refuse_broken_plan(reader.folder, tensors, fmt, config)
     companions = find_companions(reader.folder)
     check_objects(companions)
-    warnings = [*warnings, *companions.warnings]
+    warnings = [*warnings, *reader.source.view.notes, *companions.warnings]
     if unknown:
         warnings.append(
             f"{next(iter(unknown))} and the like are copied as they are; vLLM may refuse to load what "
@@ -288,7 +288,7 @@ def _format(
         compensator=CompensatorFormat(conversion.recipe.factor_bits),
         ranks=rank_table(matrices, ranks),
         ignore=(*ignore, *unnamed),
-        recipe=_recipe_record(conversion),
+        recipe=_recipe_record(reader, conversion),
     )
 
 
@@ -300,9 +300,11 @@ def _stated_dtype(reader: ModelReader) -> dict[str, Any]:
     return reader.config | {"dtype": str(reader.dtype).removeprefix("torch.")}
 
 
-def _recipe_record(conversion: Conversion) -> dict[str, Any]:
+def _recipe_record(reader: ModelReader, conversion: Conversion) -> dict[str, Any]:
     policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
     record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **asdict(conversion.recipe)}
+    if reader.source.view.format is not None:
+        record["source_format"] = reader.source.view.format
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
     if conversion.measures_ranks:

@@ -13,7 +13,10 @@ from vllm_milo.shards import read_tensors
 from vllm_milo.values import shown_name
 
 from ..errors import ConversionError
+from .config import read_settings
 from .foreign import class_name, empty_model, load_config, transformers_errors
+from .formats.settings import find_schemes
+from .reader import FolderShards, SourceTensors
 
 
 def model_class(config: Any, folder: Path) -> Any:
@@ -36,13 +39,20 @@ def model_class(config: Any, folder: Path) -> Any:
 
 
 def load_source_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """Return the unquantized Hugging Face model of a folder, in evaluation mode.
+    """Return the Hugging Face model of a folder in 16 bits or more, in evaluation mode.
+
+    What is stored with fewer bits becomes values first, all of it in host memory beside the model that is made of it.
 
     Raises:
-        ConversionError: transformers has no class for the architecture.
+        ConversionError: transformers has no class for the architecture, or the model is in a format that is not read.
     """
-    config = load_config(folder)
-    return fill_model(model_class(config, folder), folder, config, None, dtype).to(device).eval()
+    config, settings, state = load_config(folder), read_settings(folder), None
+    schemes = find_schemes(settings, folder / "config.json")
+    if schemes:
+        tensors = SourceTensors(settings, schemes, FolderShards(folder))
+        state = {name: tensors.load(name, torch.device(device)).cpu() for name in tensors.view.tensors}
+        del config.quantization_config
+    return fill_model(model_class(config, folder), folder, config, state, dtype).to(device).eval()
 
 
 def fill_model(
