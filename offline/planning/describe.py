@@ -21,6 +21,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
     ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
+    ``source_format`` says what the model's matrices are stored as, null where all are in 16 bits or more.
     ``calibration`` holds the most windows and tokens that the text is cut into; it is not read.
     """
     fmt, need, device = plan.format(), plan.memory, plan.conversion.device
@@ -28,6 +29,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "model": str(plan.reader.folder),
         "output": str(plan.out),
         "family": plan.reader.family.model_type,
+        "source_format": plan.reader.source.view.format,
         "matrices": len(plan.matrices),
         "by_kind": _by_kind(plan),
         "quantized_weights": plan.weights,
@@ -62,6 +64,8 @@ def format_description(plan: Plan) -> str:
         f"output           {said['output']}: {about}{size_text(said['disk_bytes'])} on disk{fits}",
         f"bits a weight    {about}{said['bits_per_weight']:.3f} (codes, scales, zero points and factors)",
     ]
+    if said["source_format"] is not None:
+        lines.insert(1, f"stored as        {said['source_format']}; becomes {str(plan.reader.dtype)[6:]} as it is read")
     for kind, row in said["by_kind"].items():
         groups = " and ".join(row["group_sizes"])
         lines.append(
