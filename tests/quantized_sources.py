@@ -75,7 +75,7 @@ def _compressor(config: dict[str, Any]) -> tuple[Any, Any]:
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    scheme = QuantizationConfig(**config).config_groups["group_0"]
+    scheme = QuantizationConfig(**{key: config[key] for key in ("config_groups", "format")}).config_groups["group_0"]
     return BaseCompressor.get_value_from_registry(config["format"]), scheme
 
 
@@ -84,6 +84,8 @@ def encode_compressed(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
     compressor, scheme = _compressor(config)
     args = scheme.weights
     groups = {"group": weight.shape[1] // (args.group_size or 1), "channel": 1}.get(args.strategy)
+    if args.strategy == "block":
+        return _in_blocks(weight, args.block_structure, compressor, scheme)
     parts = weight.float().unflatten(1, (groups, -1)) if groups else weight.float().reshape(1, 1, -1)
     low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
     most = 2.0 ** (args.num_bits - 1) - 1 if args.type == "int" else {8: 448.0, 4: 6.0}[args.num_bits]
@@ -100,9 +102,23 @@ def encode_compressed(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
     return {leaf: tensor.contiguous() for leaf, tensor in found.items()}
 
 
+def _in_blocks(weight: torch.Tensor, block: list[int], compressor: Any, scheme: Any) -> Tensors:
+    """What compressed-tensors stores of a matrix in blocks, those at its ends filled up with zeros."""
+    n, k = ((size + side - 1) // side for size, side in zip(weight.shape, block, strict=True))
+    whole = torch.zeros(n * block[0], k * block[1])
+    whole[: weight.shape[0], : weight.shape[1]] = weight
+    scale = whole.view(n, block[0], k, block[1]).abs().amax((1, 3)) / 448
+    found = compressor.compress({"weight": weight, "weight_scale": scale.bfloat16()}, scheme)
+    return {leaf: tensor.contiguous() for leaf, tensor in found.items()}
+
+
 def decode_compressed(tensors: Tensors, config: dict[str, Any]) -> torch.Tensor:
     """The values that compressed-tensors makes of what it stores."""
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
     compressor, scheme = _compressor(config)
+    if scheme.weights.strategy == "block":  # its decompress takes the sides of blocks for a quotient of shapes
+        return dequantize(tensors["weight"], tensors["weight_scale"], args=scheme.weights).bfloat16()
     return compressor.decompress(dict(tensors), scheme)["weight"].bfloat16()
 
 
@@ -117,7 +133,11 @@ def _compressed(kind: str, **weights: Any) -> Way:
     group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
     group["input_activations"] = active if kind in ("float-quantized", "int-quantized") else None
     config = {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
-    return Way(config | {"ignore": ["lm_head"]}, encode_compressed, decode_compressed)
+    return Way(
+        config | {"ignore": ["lm_head"], "sparsity_config": {"format": "dense"}, "transform_config": {}},
+        encode_compressed,
+        decode_compressed,
+    )
 
 
 WAYS = {
@@ -125,6 +145,9 @@ WAYS = {
     "fp8 matrix": _fp8(),
     "float channel": _compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
     "float tensor": _compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
+    "float blocks": _compressed(
+        "float-quantized", num_bits=8, type="float", strategy="block", block_structure=[64, 128]
+    ),
     "int8 channel": _compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
     "packed int4 groups of 32": _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
     "packed int4 groups with zero points": _compressed(
@@ -155,7 +178,7 @@ def write_both(model: Path, folder: Path, way: Way, kept: str = KEPT) -> Written
             continue
         parts = way.encode(tensor, way.config)
         stored |= {name.removesuffix("weight") + leaf: part for leaf, part in parts.items()}
-        values[name] = way.decode(parts, way.config)
+        values[name] = way.decode(parts, way.config).contiguous()
     for place, held in ((source, stored), (copy, values)):
         shutil.copytree(model, place)
         save_file(held, place / WEIGHTS, metadata={"format": "pt"})

@@ -41,7 +41,7 @@ def model_class(config: Any, folder: Path) -> Any:
 def load_source_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """Return the Hugging Face model of a folder in 16 bits or more, in evaluation mode.
 
-    What is stored with fewer bits becomes values first, all of it in host memory beside the model that is made of it.
+    What is stored with fewer bits becomes values on ``device``, a tensor at a time.
 
     Raises:
         ConversionError: transformers has no class for the architecture, or the model is in a format that is not read.
@@ -50,21 +50,29 @@ def load_source_model(folder: Path, dtype: torch.dtype = torch.float32, device: 
     schemes = find_schemes(settings, folder / "config.json")
     if schemes:
         tensors = SourceTensors(settings, schemes, FolderShards(folder))
-        state = {name: tensors.load(name, torch.device(device)).cpu() for name in tensors.view.tensors}
+        state = {name: _Coming(tensors, name, torch.device(device)) for name in tensors.view.tensors}
         del config.quantization_config
     return fill_model(model_class(config, folder), folder, config, state, dtype).to(device).eval()
 
 
-def fill_model(
-    found: Any, folder: Path, config: Any, state: Mapping[str, torch.Tensor] | None, dtype: torch.dtype
-) -> Any:
+class _Coming:
+    """A tensor that is read when transformers slices it, as it does with those of files."""
+
+    def __init__(self, tensors: SourceTensors, name: str, device: torch.device) -> None:
+        self._tensors, self._name, self._device = tensors, name, device
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensors.load(self._name, self._device).cpu()[index]
+
+
+def fill_model(found: Any, folder: Path, config: Any, state: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
     """Return a model of transformers with its weights.
 
     Args:
         found: its class of transformers.
         folder: of the model.
         config: what transformers made of its config.json.
-        state: the weights by name; None for those of the folder.
+        state: the weights by name, or what gives them when it is sliced; None for those of the folder.
         dtype: of the weights in memory.
 
     Raises:

@@ -28,17 +28,14 @@ class PlainView(NamedTuple):
     Attributes:
         tensors: by name; those of a matrix are one, in the model's dtype, with the file that holds most of it.
         encodings: of the matrices that are stored with fewer bits, by the same names.
+        format: what the matrices are stored as, for people; None where all are in 16 bits or more.
         notes: what the user should know.
     """
 
     tensors: Tensors
     encodings: Mapping[str, Encoding]
+    format: str | None = None
     notes: Sequence[str] = ()
-
-    @property
-    def format(self) -> str | None:
-        """Return what the matrices are stored as, for people; None where all are in 16 bits or more."""
-        return "; ".join(sorted({encoding.scheme.name for encoding in self.encodings.values()})) or None
 
     def files(self, tensor: str) -> set[Path]:
         """Return the files that a tensor takes."""
@@ -80,7 +77,8 @@ def view_plain(stored: Tensors, schemes: Sequence[Scheme], dtype: str) -> PlainV
         else:
             tensors[name] = entry
     notes = [f"{count} tensors {leaf} are left out: {IGNORED[leaf]}" for leaf, count in sorted(ignored.items())]
-    return PlainView(tensors, encodings, notes)
+    names = sorted({scheme.name for scheme in {encoding.scheme for encoding in encodings.values()}})
+    return PlainView(tensors, encodings, "; ".join(names) or None, notes)
 
 
 class _Choice:

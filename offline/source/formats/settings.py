@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from .scheme import Format, Scheme
 from .table import FINE_FP8, FLOAT, INT8, MXFP4, PACKED, PLAIN_FP8
 
 Config = Mapping[str, Any]
+_FURTHER = (("sparsity_config", "format", "dense"), ("transform_config", "config_groups", None))
+"""What else compressed-tensors may do to weights: its key, the key in it that tells, and its value for nothing."""
 _MOST_GROUPS = 100
 _LARGEST_BLOCK = 2**24
 _FP8_NAMES = (None, "e4m3", "float8_e4m3fn")
@@ -84,6 +87,11 @@ def _read_fp8(stated: Config, path: Path) -> tuple[Scheme, ...]:
 
 def _read_compressed(stated: Config, path: Path) -> tuple[Scheme, ...]:
     """Read what compressed-tensors writes: a scheme for each group of modules."""
+    for key, part, plain in _FURTHER:
+        further = stated.get(key)
+        found = further.get(part) if isinstance(further, Mapping) else further
+        if found and found != plain:
+            raise _unknown(path, f"{key} is {shown(further)}, which changes what weights are")
     groups = stated.get("config_groups")
     if not isinstance(groups, Mapping) or not 0 < len(groups) <= _MOST_GROUPS:
         raise _unknown(path, f"config_groups must be an object of groups of modules, found {shown(groups)}")
@@ -122,7 +130,10 @@ def _block(weights: Config, kind: _Kind, where: str, path: Path) -> tuple[int | 
         found = f"{where}.weights.strategy is {shown(strategy)}"
         raise _unknown(path, f"{found}; of {kind.format.name} {', '.join(kind.strategies)} are read")
     if strategy == "block":
-        return _sides(weights.get("block_structure"), path, f"{where}.weights.block_structure")
+        block = weights.get("block_structure")
+        if isinstance(block, str) and re.fullmatch(r"[0-9]{1,8}x[0-9]{1,8}", block):  # as older versions wrote it
+            block = [int(side) for side in block.split("x")]
+        return _sides(block, path, f"{where}.weights.block_structure")
     if strategy == "group":
         return _sides([1, size], path, f"{where}.weights.group_size")
     return (1, None) if strategy == "channel" else (None, None)

@@ -129,6 +129,14 @@ def edit_weights(folder: Path, **changes: Any) -> None:
             r"weight_block_size must be the sizes of a block, found \[128",
         ),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "must be the sizes of a block"),
+        (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config is .*, which changes what weights are",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {}}}},
+            "transform_config is .*, which changes what weights are",
+        ),
         ({"quant_method": "compressed-tensors"}, "config_groups must be an object of groups"),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"a": []}},
@@ -160,6 +168,17 @@ def test_unknown_groups(written: Callable[[str], Written], tmp_path: Path, chang
     refused(
         source, tmp_path / "out", rf"config\.json: quantization_config: config_groups\.group_0.*{message}.*read: 16"
     )
+
+
+def test_sides_of_blocks_as_older_versions_wrote_them(model: Path, tmp_path: Path):
+    found = write_both(model, tmp_path, WAYS["float blocks"])
+    name = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
+    for sides in ("64x128", [64, 128]):
+        edit_weights(found.source, block_structure=sides)
+        assert torch.equal(ModelReader(found.source).load(name), load_file(found.copy / WEIGHTS)[name])
+    edit_weights(found.source, block_structure="64x")
+    with pytest.raises(ConversionError, match=r"weights\.block_structure must be the sizes of a block, found '64x'"):
+        ModelReader(found.source)
 
 
 def test_the_groups_of_a_model_with_several(written: Callable[[str], Written], tmp_path: Path):
