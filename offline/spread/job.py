@@ -77,7 +77,7 @@ def stacked(parts: Sequence[Stored], pinned: bool) -> torch.Tensor | list[Stored
     """
     plain = [part for part in parts if isinstance(part, torch.Tensor)]
     if len(plain) < len(parts):
-        return [part.in_memory(pinned) if isinstance(part, Encoded) else part for part in parts]
+        return [part.in_memory(pinned) if isinstance(part, Encoded) else part.clone() for part in parts]
     dtype = plain[0].dtype if len({part.dtype for part in plain}) == 1 else torch.float32
     into = torch.empty(len(plain), *plain[0].shape, dtype=dtype, pin_memory=pinned)
     for place, part in zip(into, plain, strict=True):
