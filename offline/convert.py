@@ -153,10 +153,10 @@ def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], be
     uses = shard_uses(bench.reader, layers, at.layers, conversion.text is not None)
     coming = bench.reader.shards.coming(uses, writer.journal.source)
     with coming, closing(quantize_steps(bench, layers, ranks, conversion, at)) as steps:
-        keep_steps(writer, bench.reader, report, steps)
+        keep_steps(writer, bench.reader, report, steps, bench.device)
     if conversion.text is not None and conversion.text.tune is not None:
         held = list(finished_layers(writer.journal, layers, bench.device))
-        add_layers(writer, bench.reader, tune_together(bench, held, conversion.recipe, conversion.text))
+        add_layers(writer, bench.reader, tune_together(bench, held, conversion.recipe, conversion.text), bench.device)
     got = {name: entry.rank for name, entry in report.matrices.items()}
     todo: dict[str, Callable[[], object]] = {
         "seal": partial(writer.seal, planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()}),

@@ -85,7 +85,7 @@ def _weights(reader: ModelReader) -> dict[str, Any]:
     origin = hub_origin(reader.folder)
     if origin is not None:
         return dict(zip(("repository", "commit"), origin, strict=True))
-    return {path.name: _shard(path) for path in sorted({entry.file for entry in reader.tensors.values()})}
+    return {path.name: _shard(path) for path in sorted({entry.file for entry in reader.shards.tensors.values()})}
 
 
 def _shard(path: Path) -> dict[str, Any]:

@@ -32,10 +32,13 @@ class Start(NamedTuple):
 BEGINNING = Start(0, iter(()))
 
 
-def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Layers]) -> None:
+def keep_steps(
+    writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Layers], device: torch.device
+) -> None:
     """Put the layers of each step, which were solved together, on the disk with the part of the report that is theirs.
 
     A step is written while the next one is computed (:meth:`.CheckpointWriter.keep`); all are on the disk at the end.
+    What is copied and has fewer than 16 bits a weight in the source becomes values on ``device``.
 
     Raises:
         ConversionError: a layer cannot be quantized, or the disk is full.
@@ -48,7 +51,7 @@ def keep_steps(writer: CheckpointWriter, reader: ModelReader, report: Report, st
         for layer, solved in step:
             names.append(layer.name)
             tensors |= tensors_on_host(_noting_ranks(solved, ranks))
-            tensors |= _other_tensors(reader, layer)
+            tensors |= _other_tensors(reader, layer, device)
         writer.keep(names, tensors, ranks, report.since(mark))
         if reader.shards.streamed:
             writer.wait()  # its shards go before more come
@@ -77,8 +80,10 @@ def finished_layers(journal: Journal, plan: Sequence[Layer], device: torch.devic
             yield by_name[name], [(matrix, read_matrix(matrix.name, tensors, device)) for matrix in order]
 
 
-def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers) -> None:
+def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers, device: torch.device) -> None:
     """Write layers to the checkpoint that the steps before it had changed, so that none of them is kept by itself.
+
+    What is copied becomes values as in :func:`keep_steps`.
 
     Raises:
         ConversionError: the disk is full.
@@ -86,13 +91,13 @@ def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers) ->
     for layer, solved in layers:
         for name, tensor in tensors_on_host(solved).items():
             writer.add(name, tensor)
-        for name, tensor in _other_tensors(reader, layer).items():
+        for name, tensor in _other_tensors(reader, layer, device).items():
             writer.add(name, tensor)
 
 
-def _other_tensors(reader: ModelReader, layer: Layer) -> dict[str, torch.Tensor]:
-    """Return the tensors of a layer that are copied, by their names in checkpoints."""
-    found = {reader.family.checkpoint_name(tensor): reader.load_finite(tensor) for tensor in layer.others}
+def _other_tensors(reader: ModelReader, layer: Layer, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layer that are copied, on the CPU, by their names in checkpoints."""
+    found = {reader.family.checkpoint_name(tensor): reader.load_finite(tensor, device).cpu() for tensor in layer.others}
     if reader.shards.streamed:  # a tensor that lies in a file would keep its room on the disk until it is written
         return {name: tensor.clone() for name, tensor in found.items()}
     return found

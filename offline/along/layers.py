@@ -52,14 +52,14 @@ def learn_along(
         return
     meter = _meter(bench, plan, ranks, conversion, text)
     dtype = reader.dtype if device.type == "cuda" else torch.float32
-    tensors = reader_tensors(reader.load, reader.tensors)
+    tensors = reader_tensors(partial(reader.load, device=device), reader.tensors)
     model = StreamedModel(reader.folder, reader.family, tensors, device, dtype)
     full = text.learn.steps < FULL_MOMENTS_BELOW
     stream = SequentialPass(model, reader.family, text.windows, text.learn.batch, full, bench.states_home)
     if start.layers:
         _replay(stream, bench, plan[: start.layers], start.finished)
     elif not reader.shards.streamed:
-        refuse_broken_weights(reader, bench.progress)
+        refuse_broken_weights(reader, device, bench.progress)
     home = device if bench.spread == ALONE else torch.device("cpu")
     for layer in progress_bar(left, "quantize", bench.progress, sizes=[layer.weights for layer in left]):
         index = layer_index(layer.name)
@@ -67,7 +67,7 @@ def learn_along(
             yield iter([(layer, ())])
             continue
         if reader.shards.streamed:
-            refuse_broken_layer(reader, layer)
+            refuse_broken_layer(reader, layer, device)
         doing("run the original")
         visit = stream.visit(index)
         matrices = [source.matrix for source in layer.matrices]

@@ -110,7 +110,7 @@ def remarks(folder: Path, how: str, windows: torch.Tensor, wanted: int) -> list[
 def _own_text(reader: ModelReader, tokenizer: Any, length: int, options: TextOptions) -> torch.Tensor:
     """Let the model write windows of so many tokens."""
     memory.refuse_to_write_what_does_not_fit(reader, options.device)
-    refuse_broken_weights(reader, options.progress)
+    refuse_broken_weights(reader, torch.device(options.device), options.progress)
     dtype = reader.dtype if torch.device(options.device).type == "cuda" else torch.float32
     openings = cut_windows(packaged_documents(), tokenizer, OPENINGS, length, options.seed)
     chat = chat_start(tokenizer)

@@ -15,21 +15,21 @@ WIDEST = 65504.0 * (2**BITS - 1)
 """Range of a group whose scale is fp16's largest."""
 
 
-def refuse_broken_weights(reader: ModelReader, progress: bool = False) -> None:
-    """Read all tensors of a model once.
+def refuse_broken_weights(reader: ModelReader, device: torch.device, progress: bool = False) -> None:
+    """Read all tensors of a model once; those with fewer than 16 bits a weight become values on ``device``.
 
     Raises:
         ConversionError: names the first that holds NaN or Inf, or is to be quantized and too large for that.
     """
     for layer in progress_bar(reader.layers, "check weights", progress):
-        refuse_broken_layer(reader, layer)
+        refuse_broken_layer(reader, layer, device)
 
 
-def refuse_broken_layer(reader: ModelReader, layer: Layer) -> None:
+def refuse_broken_layer(reader: ModelReader, layer: Layer, device: torch.device) -> None:
     """Read the tensors of a layer once; see :func:`refuse_broken_weights`."""
     quantized = {source.tensor for source in layer.matrices}
     for tensor in dict.fromkeys([*(source.tensor for source in layer.matrices), *layer.others]):
-        values = reader.load_finite(tensor)
+        values = reader.load_finite(tensor, device)
         if tensor in quantized and _is_too_large(values):
             raise ConversionError(
                 f"{reader.tensors[tensor].file}: tensor {tensor} holds weights up to "

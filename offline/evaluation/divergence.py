@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,8 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype) -> Str
         family = find_family(read_settings(folder))
         return StreamedModel(folder, family, tensors.load, device, dtype, _ADVICE)
     reader = ModelReader(folder)
-    return StreamedModel(folder, reader.family, reader_tensors(reader.load, reader.tensors), device, dtype, _ADVICE)
+    load = reader_tensors(partial(reader.load, device=device), reader.tensors)
+    return StreamedModel(folder, reader.family, load, device, dtype, _ADVICE)
 
 
 def refuse_strangers(model: Path, reference: Path) -> None:

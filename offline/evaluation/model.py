@@ -13,6 +13,7 @@ from vllm_milo.names import split_expert_name
 from vllm_milo.validation import validate_checkpoint
 
 from ..checkpoint.dequantize import DequantizedTensors
+from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..families.family import Family
 from ..families.find import find_family
@@ -32,7 +33,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder}: no folder with a config.json; download or convert the model first")
     config = load_config(folder)
-    if not getattr(config, "quantization_config", None):
+    if not is_milo_checkpoint(folder):
         return load_source_model(folder, dtype, device)
     found = model_class(config, folder)
     fmt = validate_checkpoint(folder)

@@ -13,7 +13,6 @@ _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
 _LOCAL = ("num_local_experts",)
 _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
-_FROM_BF16 = "from 16-bit copies: FP8 sources are refused"
 _NO_ROUTER = "vLLM's CPU build refuses its router's scores"
 _NO_BIAS = "vLLM's CPU build drops its router's bias"
 _KEEPS_IN_PROJ = "linear attention's inner projections stay as they are"
@@ -51,7 +50,7 @@ _MIXTRAL_LIKE = (
         num_experts_keys=_LOCAL,
         ahead=(LATER_LAYERS,),
         renames=_MIXTRAL_NAMES,
-        note=f"{_FROM_BF16}; {_NO_ROUTER}",
+        note=_NO_ROUTER,
         status=_SERVED,
     ),
     Family(
@@ -149,7 +148,6 @@ _DEEPSEEK_LIKE = (
         (*latent_attention(), *shared(), *dense()),
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
-        note=_FROM_BF16,
         status=_SERVED,
     ),
     Family(
@@ -159,7 +157,6 @@ _DEEPSEEK_LIKE = (
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
         runs_as="deepseek_v3",
-        note=_FROM_BF16,
         status=_SERVED,
     ),
     Family(
@@ -207,7 +204,6 @@ _OTHERS = (
         ahead=("model.mtp.",),
         layer_kinds_keys=("hybrid_layer_pattern", "layer_types"),
         renames=(Rename("self_attn.sinks", "self_attn.attention_sink_bias"),),
-        note=_FROM_BF16,
         status=_SERVED,
     ),
     Family(

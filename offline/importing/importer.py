@@ -135,7 +135,7 @@ def _refuse_other_groups(name: str, size: Size) -> None:
 
 
 def _load(tensors: Mapping[str, TensorEntry], opened: Opened, name: str) -> torch.Tensor:
-    return read_part(Part(tensors[name].file, name), opened.shard)
+    return on_device(read_part(Part(tensors[name].file, name), opened.shard), torch.device("cpu"))
 
 
 def _find_format(quantization: Any, path: Path) -> Format:

@@ -23,6 +23,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
     ``layout`` says where the hidden states of a text lie (``device``, ``host`` or ``disk``), in how many rounds experts
     are trained, and how many devices hold what is trained of them.
+    ``source_format`` says what the model's matrices are stored as, null where all are in 16 bits or more.
     ``calibration`` holds the most windows and tokens that the text is cut into; it is not read.
     """
     fmt, need, device = plan.format(), plan.memory, plan.conversion.device
@@ -30,6 +31,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "model": str(plan.reader.folder),
         "output": str(plan.out),
         "family": plan.reader.family.model_type,
+        "source_format": plan.reader.source.view.format,
         "matrices": len(plan.matrices),
         "by_kind": _by_kind(plan),
         "quantized_weights": plan.weights,
@@ -65,6 +67,8 @@ def format_description(plan: Plan) -> str:
         f"output           {said['output']}: {about}{size_text(said['disk_bytes'])} on disk{fits}",
         f"bits a weight    {about}{said['bits_per_weight']:.3f} (codes, scales, zero points and factors)",
     ]
+    if said["source_format"] is not None:
+        lines.insert(1, f"stored as        {said['source_format']}; becomes {str(plan.reader.dtype)[6:]} as it is read")
     for kind, row in said["by_kind"].items():
         groups = " and ".join(row["group_sizes"])
         lines.append(

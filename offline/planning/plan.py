@@ -233,7 +233,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     refuse_broken_plan(reader.folder, tensors, fmt, config)
     companions = find_companions(reader.folder)
     check_objects(companions)
-    warnings = [*warnings, *companions.warnings]
+    warnings = [*warnings, *reader.source.view.notes, *companions.warnings]
     if unknown:
         warnings.append(
             f"{next(iter(unknown))} and the like are copied as they are; vLLM may refuse to load what "
@@ -334,7 +334,7 @@ def _format(
         compensator=CompensatorFormat(conversion.recipe.factor_bits),
         ranks=rank_table(matrices, ranks),
         ignore=(*ignore, *unnamed),
-        recipe=_recipe_record(conversion, layout),
+        recipe=_recipe_record(reader, conversion, layout),
     )
 
 
@@ -351,9 +351,11 @@ def _decided(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in asdict(recipe).items() if name != "narrow" or value}
 
 
-def _recipe_record(conversion: Conversion, layout: memory.Layout) -> dict[str, Any]:
+def _recipe_record(reader: ModelReader, conversion: Conversion, layout: memory.Layout) -> dict[str, Any]:
     policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
     record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **_decided(conversion.recipe)}
+    if reader.source.view.format is not None:
+        record["source_format"] = reader.source.view.format
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
     if conversion.measures_ranks:

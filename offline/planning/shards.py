@@ -35,4 +35,5 @@ def _tensors(layer: Layer) -> list[str]:
 
 
 def _files(reader: ModelReader, tensors: Iterable[str]) -> list[str]:
-    return sorted({reader.tensors[tensor].file.name for tensor in tensors if tensor in reader.tensors})
+    known = (tensor for tensor in tensors if tensor in reader.tensors)
+    return sorted({file.name for tensor in known for file in reader.source.view.files(tensor)})

@@ -15,7 +15,7 @@ from vllm_milo.values import shown, shown_name
 from ..errors import ConversionError
 from ..families.family import Family
 from ..nouns import Matrix
-from .config import unquantized
+from .formats.settings import advice
 from .layers import BROKEN, Layer, layer_index
 
 _QUANTIZED = {
@@ -43,8 +43,7 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
         method = _QUANTIZED.get(name.rpartition(".")[2])
         if method is not None:
             raise ConversionError(
-                f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; "
-                f"{unquantized(method)}"
+                f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; {advice()}"
             )
     for name in tensors:
         number = re.match(r"model\.layers\.([^.]*)", name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_milo.shards import read_object
-from vllm_milo.values import require_int, shown
+from vllm_milo.values import require_int
 
 from ..errors import ConversionError
 
@@ -33,10 +33,6 @@ _MOST = {
 """The most that no model comes near, of what the converter or transformers make so many of; each may be missing."""
 _LISTS = ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_num_experts", "moe_topk")
 """Keys that may hold a list, with a number for each layer or kind of expert."""
-
-
-_PUBLISHED = ("fp8", "fp4", "compressed-tensors")
-"""Methods in which makers publish models, as DeepSeek-V3 and Kimi-K2."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -66,34 +62,6 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
         value = config.get(key)
         for one in value if isinstance(value, list) and key in _LISTS else [value]:
             require_int({key: one}, key, 0, most, error)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of an unquantized model.
-
-    A ``quantization_config`` that is null, as some tools write it, means none.
-
-    Raises:
-        ConversionError: the model is quantized already, or see :func:`read_settings`.
-        ShardError: the file is missing, unreadable, or holds no JSON object.
-    """
-    path = folder / "config.json"
-    config = read_object(path)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        method = method if isinstance(method, str) and method.isidentifier() else shown(method)
-        raise ConversionError(f"{path}: the model is quantized already ({method}); {unquantized(method)}")
-    config.pop("quantization_config", None)
-    check_numbers(config, path)
-    return config
-
-
-def unquantized(method: str) -> str:
-    """Return what to do with a model that is quantized by a method; some are published in no other form."""
-    often = any(name in method.casefold() for name in _PUBLISHED)
-    more = ", or a copy in bfloat16 where its makers publish none: MiLo reads 16-bit and float32 weights alone"
-    return "convert the original" + (more if often else "")
 
 
 def stated(config: Mapping[str, Any], key: str, folder: Path) -> int:

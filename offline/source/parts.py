@@ -13,18 +13,24 @@ from safetensors import SafetensorError, safe_open
 from vllm_milo.values import one_line
 
 from ..errors import PassingError
+from .formats.encoding import Encoded, Encoding, Place
 
 Open = Callable[[Path], Any]
 """Returns a safetensors file, opened."""
 
 
+Stored = torch.Tensor | Encoded
+"""A matrix or tensor as files have it."""
+
+
 class Part(NamedTuple):
-    """A file, a tensor in it, and of fused experts the slice that is one matrix."""
+    """A file, a tensor in it, and of fused experts the slice that is one matrix; how it is stored, if in fewer bits."""
 
     file: Path
     tensor: str
     expert: int | None = None
     rows: slice = slice(None)
+    encoding: Encoding | None = None
 
     @property
     def place(self) -> str:
@@ -49,7 +55,7 @@ opened = Opened()
 """Files that stay where they are while a conversion lasts."""
 
 
-def read_part(part: Part, shard: Open = opened.shard) -> torch.Tensor:
+def read_part(part: Part, shard: Open = opened.shard) -> Stored:
     """Return a matrix or tensor as it is stored, on the CPU; of a tensor that holds several, no more is read.
 
     Args:
@@ -57,11 +63,24 @@ def read_part(part: Part, shard: Open = opened.shard) -> torch.Tensor:
         shard: opens its file.
 
     Raises:
+        ConversionError: what is stored with fewer bits has scales or a shape that it cannot have.
         PassingError: it cannot be read.
     """
+    if part.encoding is not None:
+        return part.encoding.read(lambda place: _read(place, shard, lambda file: file.get_tensor(place.tensor)))
+    if part.expert is None:
+        return _read(Place(part.file, part.tensor), shard, lambda file: file.get_tensor(part.tensor))
+    one = slice(part.expert, part.expert + 1)
+    return _read(Place(part.file, part.tensor), shard, lambda file: file.get_slice(part.tensor)[one, part.rows][0])
+
+
+def on_device(stored: Stored, device: torch.device) -> torch.Tensor:
+    """Return a matrix or tensor on a device; one that is stored with fewer than 16 bits becomes values there."""
+    return stored.dequantize(device) if isinstance(stored, Encoded) else stored.to(device)
+
+
+def _read(place: Place, shard: Open, get: Callable[[Any], torch.Tensor]) -> torch.Tensor:
     try:
-        if part.expert is None:
-            return shard(part.file).get_tensor(part.tensor)
-        return shard(part.file).get_slice(part.tensor)[part.expert : part.expert + 1, part.rows][0]
+        return get(shard(place.file))
     except (OSError, SafetensorError) as error:
-        raise PassingError(f"{part.file}: cannot read tensor {part.tensor}: {one_line(error)}") from error
+        raise PassingError(f"{place.file}: cannot read tensor {place.tensor}: {one_line(error)}") from error

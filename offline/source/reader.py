@@ -28,13 +28,17 @@ from .completeness import (
     check_shapes,
     check_stated,
 )
-from .config import read_config
+from .config import read_settings
 from .finite import is_finite
+from .formats.plain import PlainView, view_plain
+from .formats.scheme import Scheme
+from .formats.settings import find_schemes
 from .layers import BROKEN, Layer, Source, plan_layers
-from .parts import Opened, Part, read_part
+from .parts import Opened, Part, Stored, on_device, read_part
 
 Uses = Mapping[str, Sequence[str]]
 """The names of the shards that hold a layer, by the layer's name, in the order that layers are worked on."""
+CPU = torch.device("cpu")
 
 
 class Shards(Protocol):
@@ -91,6 +95,33 @@ class FolderShards:
         return 0
 
 
+class SourceTensors:
+    """The tensors of a source model on demand, in any thread, as if it were in 16 bits whatever it is stored as.
+
+    Args:
+        settings: the model's config.json.
+        schemes: how its matrices may be stored, by that.
+        shards: its files of weights.
+
+    Raises:
+        ConversionError: the model's tensors are not those of its format.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], schemes: Sequence[Scheme], shards: Shards) -> None:
+        self.shards = shards
+        stated = safetensors_name(str(settings.get("dtype", settings.get("torch_dtype"))))
+        self.view: PlainView = view_plain(shards.tensors, schemes, stated if stated in MODEL_DTYPES else "BF16")
+
+    def part(self, tensor: str, expert: int | None = None, rows: slice = slice(None)) -> Part:
+        """Return where a tensor, or of one that holds several matrices one, lies in the model's files."""
+        return Part(self.view.tensors[tensor].file, tensor, expert, rows, self.view.encodings.get(tensor))
+
+    def load(self, tensor: str, device: torch.device = CPU) -> torch.Tensor:
+        """Return a tensor as it is stored, on the CPU; one with fewer than 16 bits a weight as values on ``device``."""
+        stored = read_part(self.part(tensor), self.shards.shard)
+        return stored if isinstance(stored, torch.Tensor) else on_device(stored, device)
+
+
 class ModelReader:
     """A source model: its config, what of it will be quantized, and its tensors on demand, in any thread.
 
@@ -107,10 +138,13 @@ class ModelReader:
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder
-        self.config: dict[str, Any] = read_config(folder)
+        settings = read_settings(folder)
+        schemes = find_schemes(settings, folder / "config.json")
+        self.config: dict[str, Any] = {key: value for key, value in settings.items() if key != "quantization_config"}
         self.family: Family = find_family(self.config)
         self.shards: Shards = FolderShards(folder) if shards is None else shards
-        self.tensors = self.shards.tensors
+        self.source = SourceTensors(settings, schemes, self.shards)
+        self.tensors = self.source.view.tensors
         check_names(self.tensors, folder)
         self.layers = plan_layers(self.tensors, self.family, self.config.get("num_hidden_layers"))
         check_complete(self.layers, self.config, self.family)
@@ -148,25 +182,25 @@ class ModelReader:
         first = next(source for layer in self.layers for source in layer.matrices)
         return getattr(torch, DTYPES[self.tensors[first.tensor].dtype].torch_name)
 
-    def load(self, tensor: str) -> torch.Tensor:
-        """Return a tensor as it is stored, on the CPU."""
-        return read_part(Part(self.tensors[tensor].file, tensor), self.shards.shard)
+    def load(self, tensor: str, device: torch.device = CPU) -> torch.Tensor:
+        """Return a tensor as it is stored, on the CPU; one with fewer than 16 bits a weight as values on ``device``."""
+        return self.source.load(tensor, device)
 
     def part(self, source: Source) -> Part:
         """Return where a matrix lies in the model's files."""
-        return Part(self.tensors[source.tensor].file, source.tensor, source.expert, source.rows)
+        return self.source.part(source.tensor, source.expert, source.rows)
 
-    def load_matrix(self, source: Source) -> torch.Tensor:
+    def load_matrix(self, source: Source) -> Stored:
         """Return a matrix as it is stored, on the CPU; of a tensor that holds several, no more is read."""
         return read_part(self.part(source), self.shards.shard)
 
-    def load_finite(self, tensor: str) -> torch.Tensor:
-        """Return a tensor as it is stored, on the CPU.
+    def load_finite(self, tensor: str, device: torch.device = CPU) -> torch.Tensor:
+        """Return what :meth:`load` does.
 
         Raises:
             ConversionError: it holds NaN or Inf.
         """
-        values = self.load(tensor)
+        values = self.load(tensor, device)
         if not is_finite(values):
             raise ConversionError(f"{self.tensors[tensor].file}: tensor {tensor} holds NaN or Inf; {BROKEN}")
         return values
@@ -181,7 +215,7 @@ class ModelReader:
         for source in layer.matrices:
             sources[source.tensor].append(source)
         for tensor, parts in sources.items():
-            values = self.load(tensor)
+            values = self.load(tensor, device)
             for source in parts:
                 part = values if source.expert is None else values[source.expert, source.rows]
                 matrix = part.to(device).float()  # in this order: the host would take longer to convert than to copy

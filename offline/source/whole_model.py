@@ -13,7 +13,10 @@ from vllm_milo.shards import read_tensors
 from vllm_milo.values import shown_name
 
 from ..errors import ConversionError
+from .config import read_settings
 from .foreign import class_name, empty_model, load_config, transformers_errors
+from .formats.settings import find_schemes
+from .reader import FolderShards, SourceTensors
 
 
 def model_class(config: Any, folder: Path) -> Any:
@@ -36,25 +39,40 @@ def model_class(config: Any, folder: Path) -> Any:
 
 
 def load_source_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """Return the unquantized Hugging Face model of a folder, in evaluation mode.
+    """Return the Hugging Face model of a folder in 16 bits or more, in evaluation mode.
+
+    What is stored with fewer bits becomes values on ``device``, a tensor at a time.
 
     Raises:
-        ConversionError: transformers has no class for the architecture.
+        ConversionError: transformers has no class for the architecture, or the model is in a format that is not read.
     """
-    config = load_config(folder)
-    return fill_model(model_class(config, folder), folder, config, None, dtype).to(device).eval()
+    config, settings, state = load_config(folder), read_settings(folder), None
+    schemes = find_schemes(settings, folder / "config.json")
+    if schemes:
+        tensors = SourceTensors(settings, schemes, FolderShards(folder))
+        state = {name: _Coming(tensors, name, torch.device(device)) for name in tensors.view.tensors}
+        del config.quantization_config
+    return fill_model(model_class(config, folder), folder, config, state, dtype).to(device).eval()
 
 
-def fill_model(
-    found: Any, folder: Path, config: Any, state: Mapping[str, torch.Tensor] | None, dtype: torch.dtype
-) -> Any:
+class _Coming:
+    """A tensor that is read when transformers slices it, as it does with those of files."""
+
+    def __init__(self, tensors: SourceTensors, name: str, device: torch.device) -> None:
+        self._tensors, self._name, self._device = tensors, name, device
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensors.load(self._name, self._device).cpu()[index]
+
+
+def fill_model(found: Any, folder: Path, config: Any, state: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
     """Return a model of transformers with its weights.
 
     Args:
         found: its class of transformers.
         folder: of the model.
         config: what transformers made of its config.json.
-        state: the weights by name; None for those of the folder.
+        state: the weights by name, or what gives them when it is sliced; None for those of the folder.
         dtype: of the weights in memory.
 
     Raises:

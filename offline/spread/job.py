@@ -14,8 +14,9 @@ from ..checkpoint.report import MatrixReport, Report
 from ..errors import ConversionError
 from ..nouns import Matrix, Moments, Recipe
 from ..solve.methods import Quantized, Solved, quantize_matrices
+from ..source.formats.encoding import Encoded
 from ..source.layers import BROKEN
-from ..source.parts import Part, read_part
+from ..source.parts import Part, Stored, on_device, read_part
 
 
 class Unread(NamedTuple):
@@ -30,7 +31,8 @@ class Job:
 
     Attributes:
         matrices: of the batch.
-        weights: theirs as the source stores them, [B, N, K], on any device; or where they are to be read.
+        weights: theirs as the source stores them, [B, N, K], on any device, or each by itself where some are stored
+            with fewer than 16 bits; or where they are to be read.
         moments: what errors in them cost, on any device.
         ranks: of their compensators.
         recipe: of the solver.
@@ -40,7 +42,7 @@ class Job:
     """
 
     matrices: Sequence[Matrix]
-    weights: torch.Tensor | Unread
+    weights: torch.Tensor | Sequence[Stored] | Unread
     moments: Moments
     ranks: Sequence[int]
     recipe: Recipe
@@ -57,24 +59,39 @@ class Job:
         Raises:
             PassingError: a file cannot be read.
         """
-        if isinstance(self.weights, torch.Tensor):
+        if not isinstance(self.weights, Unread):
             return self
         start = time.monotonic()
         weights = stacked([read_part(part) for part in self.weights.parts], pinned)
         return replace(self, weights=weights, reading=time.monotonic() - start)
 
 
-def stacked(parts: Sequence[torch.Tensor], pinned: bool) -> torch.Tensor:
+def stacked(parts: Sequence[Stored], pinned: bool) -> torch.Tensor | list[Stored]:
     """Return matrices of one shape as they are stored, [B, N, K]; in float32 where their dtypes differ.
+
+    Where some are stored with fewer than 16 bits, each is by itself.
 
     Args:
         parts: [N, K] each; files in memory, which are read from the disk here.
         pinned: see :meth:`Job.read`.
     """
-    dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float32
-    into = torch.empty(len(parts), *parts[0].shape, dtype=dtype, pin_memory=pinned)
-    for place, part in zip(into, parts, strict=True):
+    plain = [part for part in parts if isinstance(part, torch.Tensor)]
+    if len(plain) < len(parts):
+        return [part.in_memory(pinned) if isinstance(part, Encoded) else part.clone() for part in parts]
+    dtype = plain[0].dtype if len({part.dtype for part in plain}) == 1 else torch.float32
+    into = torch.empty(len(plain), *plain[0].shape, dtype=dtype, pin_memory=pinned)
+    for place, part in zip(into, plain, strict=True):
         place.copy_(part)
+    return into
+
+
+def _weights_on(weights: torch.Tensor | Sequence[Stored], device: torch.device) -> torch.Tensor:
+    """Return the weights of a batch in float32 [B, N, K]; those with fewer than 16 bits become values one at a time."""
+    if isinstance(weights, torch.Tensor):
+        return weights.to(device).float()  # in this order: the host would take longer to convert than to copy
+    into = torch.empty(len(weights), *weights[0].shape, dtype=torch.float32, device=device)
+    for place, one in zip(into, weights, strict=True):
+        place.copy_(on_device(one, device))
     return into
 
 
@@ -121,8 +138,8 @@ def solve_to_send(job: Job, device: torch.device) -> Done:
 def _solve(job: Job, device: torch.device) -> tuple[list[tuple[Matrix, Solved]], Report, int, torch.device, Spent]:
     """Return what is in a :class:`Done`, in its order."""
     job, start = job.read(device.type == "cuda"), time.monotonic()
-    assert isinstance(job.weights, torch.Tensor)
-    weights = job.weights.to(device).float()  # in this order: the host would take longer to convert than to copy
+    assert not isinstance(job.weights, Unread)
+    weights = _weights_on(job.weights, device)
     _refuse_broken(job, weights)
     result = _quantize_named(job, weights, _on(job.moments, device))
     report, solved = Report(), []

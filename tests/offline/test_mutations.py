@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import pytest
 from mutations import mutate
+from quantized_sources import WAYS, Way, write_both
 from tiny_models import make_model
 
 from vllm_milo.checkpoint import CheckpointError, MiLoFormat
@@ -65,13 +66,15 @@ class Outcome(NamedTuple):
     case: str
 
 
-def make_bases(root: Path, tokens_of: Path) -> Bases:
-    """Make a model of two layers and some kB, with a tokenizer, and its checkpoint."""
+def make_bases(root: Path, tokens_of: Path, way: Way | None = None) -> Bases:
+    """Make a model of two layers and some kB, with a tokenizer, and its checkpoint; its matrices stored in some way."""
     vocabulary = json.loads((tokens_of / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     source = make_model("qwen2_moe", root / "source", **SMALL, vocab_size=vocabulary)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokens_of / name, source / name)
     (source / "chat.jinja").write_text("{{ messages }}")
+    if way is not None:
+        source = write_both(source, root / "written", way).source
     checkpoint = root / "checkpoint"
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["quantize", str(source), "-o", str(checkpoint), *FAST]) == 0
@@ -277,6 +280,14 @@ def test_what_nothing_foresaw_is_found(bases: Bases, tmp_path: Path, monkeypatch
 
 def test_damaged_folders(bases: Bases, tmp_path: Path):
     run_cases(range(500), bases, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["fp8 blocks", "packed int4 groups with zero points"])
+def test_damaged_folders_of_models_in_other_formats(
+    way: str, bundled_model: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+):
+    bases = make_bases(tmp_path_factory.mktemp("bases"), bundled_model, WAYS[way])
+    run_cases(range(100), bases, tmp_path)
 
 
 @pytest.mark.slow

@@ -142,16 +142,6 @@ def test_transposed_fused_experts(tmp_path: Path):
     refused(fused, tmp_path / "out", message)
 
 
-def test_fp8_sources_are_refused(tmp_path: Path):
-    source = make_family("deepseek_v3", tmp_path / "source")
-    edit_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    refused(source, tmp_path / "out", r"quantized already \(fp8\); convert the original, or a copy in bfloat16")
-    edit_config(source, quantization_config=None)
-    name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
-    edit_tensors(source, WEIGHTS, lambda tensors: tensors.update({name: torch.ones(1, 2)}))
-    refused(source, tmp_path / "out", r"o_proj\.weight_scale_inv, as FP8 stores it; convert the original, or a copy")
-
-
 def test_a_list_with_a_number_for_each_layer(tmp_path: Path):
     """As in Hunyuan-A13B."""
     source = make_family("hunyuan_v1_moe", tmp_path / "source")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hub_server import COMMIT, OLD_COMMIT, HubServer, of_folder
 from huggingface_hub import constants, hf_hub_download
+from quantized_sources import WAYS, write_both
 from safetensors.torch import load_file, save
 
 from vllm_milo.offline.cli import main
@@ -134,6 +135,21 @@ def test_the_same_bytes_from_few_shards(hub: HubServer, shards: list[str], optio
     assert min(seen[3:]) > 1  # the next one comes ahead
     assert hidden(tmp_path) == []
     assert cached_weights(tmp_path) == []
+
+
+@pytest.mark.parametrize("options", [PLAIN, ALONG], ids=["rtn", "balanced"])
+def test_scales_in_other_shards_than_their_weights(hub: HubServer, bundled_model: Path, options: list[str], tmp_path):
+    """Both are there when a matrix is read, and go when the layer is finished."""
+    source = write_both(bundled_model, tmp_path / "fp8", WAYS["fp8 blocks"]).source
+    shards = put(hub, source, lambda name: 2 * by_layer(name) + int(name.endswith("weight_scale_inv")))
+    assert len(shards) == 10
+    whole = local(hub, tmp_path, *options)
+    seen = watch(hub, tmp_path)
+    assert stream(tmp_path, *options) == 0
+    assert content(tmp_path / "out") == whole
+    assert sorted(weights(hub)) == shards  # each once
+    assert max(seen) <= 5  # two of a layer, of the one before and the next one
+    assert hidden(tmp_path) == []
 
 
 def test_layers_that_lie_in_several_shards(hub: HubServer, bundled_model: Path, tmp_path: Path):
