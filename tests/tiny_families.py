@@ -6,7 +6,10 @@ To add a family, add an entry to :data:`TINY`; CONTRIBUTING.md shows how.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import hand_made
@@ -53,6 +56,33 @@ GRANITE = PLAIN | {
 }
 
 
+VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "out_hidden_size": 128,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+DEEP_VISION = VISION | {"deepstack_visual_indexes": [0]}
+AUDIO = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "num_mel_bins": 16,
+    "output_dim": 128,
+    "downsample_hidden_size": 32,
+}
+
+TALKER = COMMON | HEADS | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+TALKER |= {"num_hidden_layers": 1, "shared_expert_intermediate_size": 64}
+CODES = COMMON | HEADS | {"num_hidden_layers": 1, "intermediate_size": 64, "num_code_groups": 2}
+WAVES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+WAVES |= {"num_hidden_layers": 1, "codebook_size": 16, "num_quantizers": 2, "decoder_dim": 96}
+
+
 class Tiny(NamedTuple):
     """How a tiny model of a family is made.
 
@@ -62,6 +92,7 @@ class Tiny(NamedTuple):
         without: parts of names of weights that the family does not have.
         architecture: in config.json, where it is not the name of transformers' class.
         dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
+        around: the larger config that the text model's is part of.
     """
 
     config: dict[str, Any]
@@ -69,6 +100,7 @@ class Tiny(NamedTuple):
     without: tuple[str, ...] = ()
     architecture: str | None = None
     dtype: str = "float32"
+    around: Mapping[str, Any] = MappingProxyType({})
 
 
 TINY = {
@@ -176,6 +208,22 @@ TINY = {
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_dense_layers": 1}
         | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}
     ),
+    "qwen3_5_moe": Tiny(HEADS | EXPERTS | LINEAR, dtype="bfloat16", around={"vision_config": VISION}),
+    "qwen3_vl_moe": Tiny(
+        HEADS | EXPERTS | {"num_experts": 4, "norm_topk_prob": True}, around={"vision_config": DEEP_VISION}
+    ),
+    "qwen3_omni_moe": Tiny(
+        HEADS | EXPERTS | {"num_experts": 4, "norm_topk_prob": True},
+        around={
+            "thinker_config": {
+                "vision_config": DEEP_VISION | {"image_size": 16, "apply_vit_abs_pos_embed": True},
+                "audio_config": AUDIO,
+            },
+            "talker_config": {"text_config": TALKER, "code_predictor_config": CODES}
+            | {"thinker_hidden_size": 128, "spatial_merge_size": 2},
+            "code2wav_config": WAVES,
+        },
+    ),
     "jamba": Tiny(
         {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "num_experts": 4}
         | {"num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
@@ -189,20 +237,36 @@ def has_class(name: str) -> bool:
     return (TABLE[name].runs_as or name) in transformers.CONFIG_MAPPING
 
 
+def _config(name: str) -> dict[str, Any]:
+    """Return a family's config, with the text model's at its place."""
+    whole = part = deepcopy(dict(TINY[name].around))
+    for key in TABLE[name].text_config:
+        part = part.setdefault(key, {})
+    part |= COMMON | TINY[name].config
+    return whole
+
+
+def publish(name: str, folder: Path) -> None:
+    """Bring what transformers saved into the layout that the family's makers publish."""
+    weights, published = folder / "model.safetensors", {}
+    for key, tensor in load_file(weights).items():
+        fused = TABLE[name].fused_experts(key)
+        transposed = fused is not None and fused.transposed
+        if not any(part in key for part in TINY[name].without):
+            published[key] = tensor.mT.contiguous() if transposed else tensor
+    save_file(published, weights, metadata={"format": "pt"})
+
+
 def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Save a tiny random model of a family, with all that its makers' checkpoints have."""
     tiny = TINY[name]
-    config = transformers.AutoConfig.for_model(tiny.made_of or name, **{**COMMON, **tiny.config})
+    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name))
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    found = transformers.AutoModelForMultimodalLM if tiny.around else transformers.AutoModelForCausalLM
+    model = found.from_config(config)
     fill(model)
     model.to(dtype).save_pretrained(folder)
-    if tiny.without:
-        weights = folder / "model.safetensors"
-        held = load_file(weights)
-        for key in [key for key in held if any(part in key for part in tiny.without)]:
-            del held[key]
-        save_file(held, weights, metadata={"format": "pt"})
+    publish(name, folder)
     written = json.loads((folder / "config.json").read_text())
     written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
     (folder / "config.json").write_text(json.dumps(written, indent=2))

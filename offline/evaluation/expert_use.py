@@ -20,7 +20,8 @@ _MAKE_THEM = "make it with `milo stats MODEL --text FILE -o"
 def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None = None) -> dict[str, list[int]]:
     """Return how often the router picks each expert on a text, by experts' name in the checkpoint."""
     family = find_family(model.config.to_dict())
-    number = family.num_experts(model.config.to_dict())
+    settings = family.settings(model.config.to_dict())
+    number = family.num_experts(settings)
     counts: dict[str, torch.Tensor] = {}
 
     def counter(name: str) -> Callable[..., None]:
@@ -36,7 +37,7 @@ def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None
             experts = family.checkpoint_name(name)
             counts[experts] = torch.zeros(number, dtype=torch.int64)
             hooks.append(module.register_forward_pre_hook(counter(experts), with_kwargs=True))
-    window = min(WINDOW, int(model.config.max_position_embeddings))
+    window = min(WINDOW, int(settings["max_position_embeddings"]))
     try:
         perplexity(model, tokens, max_windows, window=window, stride=window)  # no token counts twice
     finally:

@@ -40,11 +40,12 @@ class Projections(NamedTuple):
 class FusedTensor(NamedTuple):
     """A 3-D tensor [E, N, K] of the MoE block: its name inside the block, and whose matrices are stacked along N.
 
-    ``holds`` are roles: ``gate``, ``up``, ``down``.
+    ``holds`` are roles: ``gate``, ``up``, ``down``. ``transposed`` says that its makers store [E, K, N].
     """
 
     name: str
     holds: tuple[str, ...]
+    transposed: bool = False
 
 
 class Rename(NamedTuple):

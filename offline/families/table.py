@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..nouns import Kind
 from .family import LATER_LAYERS, Family
+from .qwen import QWEN
 from .slots import MIXTRAL, Cut, FusedTensor, Rename, Slot, attention, dense, latent_attention, shared
 
 _SERVED = "served"
@@ -16,7 +17,6 @@ _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
 _FROM_BF16 = "from 16-bit copies: FP8 sources are refused"
 _NO_ROUTER = "vLLM's CPU build refuses its router's scores"
 _NO_BIAS = "vLLM's CPU build drops its router's bias"
-_KEEPS_IN_PROJ = "linear attention's inner projections stay as they are"
 _KEEPS_MAMBA = "Mamba layers stay as they are"
 _GRANITE_FUSED = (
     FusedTensor("input_linear.weight", ("gate", "up")),
@@ -63,66 +63,6 @@ _MIXTRAL_LIKE = (
         projections=MIXTRAL,
         num_experts_keys=_LOCAL,
         renames=(Rename("mlp.router.", "block_sparse_moe.gate."), *_MIXTRAL_NAMES),
-        status=_SERVED,
-    ),
-)
-
-_QWEN_LIKE = (
-    Family(
-        "qwen2_moe",
-        "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
-        (*attention(), *shared("mlp.shared_expert"), *dense()),
-        kept=("mlp.gate", "mlp.shared_expert_gate"),
-        status=_SERVED,
-    ),
-    Family(
-        "qwen3_moe",
-        "Qwen3-30B-A3B, Qwen3-235B-A22B",
-        (*attention(), *dense()),
-        num_experts_keys=("num_experts", "num_local_experts"),
-        status=_SERVED,
-    ),
-    Family(
-        "qwen3_next",
-        "Qwen3-Next-80B-A3B",
-        (
-            *attention(),
-            Slot("linear_attn.in_proj_qkvz", Kind.ATTENTION),
-            Slot("linear_attn.out_proj", Kind.ATTENTION, Cut.INPUTS),
-            *shared("mlp.shared_expert"),
-            *dense(),
-        ),
-        kept=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
-        ahead=("mtp.",),
-        mixers=("self_attn", "linear_attn"),
-        status=_SERVED,
-    ),
-    Family(
-        "qwen3_5_moe_text",
-        "text models of Qwen3.5, Qwen3.6 (35B-A3B, 122B-A10B)",
-        (
-            *attention(),
-            Slot("linear_attn.out_proj", Kind.ATTENTION, Cut.INPUTS),
-            *shared("mlp.shared_expert"),
-            *dense(),
-        ),
-        kept=(
-            "mlp.gate",
-            "mlp.shared_expert_gate",
-            *(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
-        ),
-        ahead=("mtp.",),
-        mixers=("self_attn", "linear_attn"),
-        note=_KEEPS_IN_PROJ,
-        status=_SERVED,
-    ),
-    Family("olmoe", "OLMoE-1B-7B", attention(), num_experts_keys=("num_experts", "num_local_experts"), status=_SERVED),
-    Family("flex_olmo", "FlexOlmo-7x7B", attention(), status=_SERVED),
-    Family(
-        "mellum",
-        "Mellum",
-        (*attention(), *dense()),
-        num_experts_keys=("num_experts", "num_local_experts"),
         status=_SERVED,
     ),
 )
@@ -301,7 +241,7 @@ _OTHERS = (
         block="feed_forward",
         projections=MIXTRAL,
         mixers=("self_attn", "conv"),
-        norm="model.embedding_norm",
+        norm="embedding_norm",
         note="convolutions stay as they are",
         status=_SERVED,
     ),
@@ -312,10 +252,10 @@ _OTHERS = (
         kept=("feed_forward.router", *(f"mamba.{part}_proj" for part in ("in", "x", "dt", "out"))),
         block="feed_forward",
         mixers=("self_attn", "mamba"),
-        norm="model.final_layernorm",
+        norm="final_layernorm",
         note=f"{_KEEPS_MAMBA}, and vLLM's CPU build cannot run them",
     ),
 )
 
-FAMILIES = {family.model_type: family for family in (*_MIXTRAL_LIKE, *_QWEN_LIKE, *_DEEPSEEK_LIKE, *_OTHERS)}
+FAMILIES = {family.model_type: family for family in (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS)}
 """The families by ``model_type``."""

@@ -33,7 +33,7 @@ _Kind = tuple[bool, str, str]
 """Of a layer: whether it has experts, which mixer, and which kind of it where the family has several."""
 
 
-def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
+def check_names(tensors: Mapping[str, TensorEntry], folder: Path, family: Family) -> None:
     """Refuse tensors that are those of a quantized model, whatever its config.json says, or have another prefix.
 
     Raises:
@@ -47,18 +47,18 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
                 f"{unquantized(method)}"
             )
     for name in tensors:
-        number = re.match(r"model\.layers\.([^.]*)", name)
+        number = re.match(rf"{re.escape(family.body)}\.layers\.([^.]*)", name)
         if number is not None and not re.fullmatch(r"0|[1-9][0-9]{0,4}", number[1]):
             raise ConversionError(f"{folder}: tensor {shown_name(name)}: {shown(number[1])} is no number of a layer")
-    if any(re.match(r"model\.layers\.\d+\.", name) for name in tensors):
+    if any(family.layer_of(name) for name in tensors):
         return
     alike = [name for name in tensors if re.search(r"\blayers\.\d+\.", name)]
     found = min(alike or tensors, default=None)
     raise ConversionError(
-        f"{folder}: holds no tensor named model.layers.0.…, "
+        f"{folder}: holds no tensor named {family.layer_name(0)}.…, "
         + (f"but e.g. {found}; " if found else "and no other; ")
-        + "MiLo converts text models alone: if it is a part of a larger one, as language_model. is, save that part "
-        "by itself first"
+        + f"{family.model_type} has its layers there. Is config.json another model's? If this is a part of a larger "
+        "one, as language_model. is, save that part by itself first"
     )
 
 
@@ -69,12 +69,12 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Famil
     stated = len(numbers) if found is None else int(found)
     for number in range(stated):
         if number not in numbers:
-            raise ConversionError(f"model.layers.{number}: missing; are the model's files complete?")
+            raise ConversionError(f"{family.layer_name(number)}: missing; are the model's files complete?")
     extra = sorted(number for number in numbers if number >= stated)
     if extra:
         raise ConversionError(
-            f"model.layers.{extra[0]}: extra, config.json states num_hidden_layers {stated}; is it another model's, or "
-            f"a layer that predicts more tokens, which this family does not have? Leave it out of the files"
+            f"{family.layer_name(extra[0])}: extra, config.json states num_hidden_layers {stated}; is it another "
+            f"model's, or a layer that predicts more tokens, which this family does not have? Leave it out of the files"
         )
     contents = {layer.name: _contents(layer, family) for layer in layers if layer_index(layer.name) is not None}
     kinds: dict[_Kind, dict[str, frozenset[str]]] = defaultdict(dict)
@@ -91,11 +91,11 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Famil
                 if layer_name not in having:
                     raise ConversionError(f"{layer_name}.{name}: missing; are the model's files complete?")
     outside = {tensor for layer in layers if layer_index(layer.name) is None for tensor in layer.others}
-    for tensor in ("model.embed_tokens.weight", f"{family.norm}.weight"):
+    for tensor in (family.embedding, f"{family.last_norm}.weight"):
         if tensor not in outside:
             raise ConversionError(f"{tensor}: missing; are the model's files complete?")
-    if not config.get("tie_word_embeddings") and "lm_head.weight" not in outside:
-        raise ConversionError("lm_head.weight: missing, and config.json does not tie it to the embeddings")
+    if not config.get("tie_word_embeddings") and f"{family.head}.weight" not in outside:
+        raise ConversionError(f"{family.head}.weight: missing, and config.json does not tie it to the embeddings")
 
 
 def check_shapes(
@@ -118,20 +118,20 @@ def check_shapes(
 
 
 def check_stated(
-    matrices: list[Matrix], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], experts: int
+    matrices: list[Matrix], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], family: Family
 ) -> None:
     """Refuse a config.json whose numbers are not those of the tensors: whoever runs the model builds it by them.
 
     Args:
         matrices: of the model.
         tensors: of the model; the embedding is there.
-        config: of the model; a number that is missing or null is not looked at.
-        experts: routed ones of a layer.
+        config: of the text model; a number that is missing or null is not looked at.
+        family: of the model.
 
     Raises:
         ConversionError: names the key, and what contradicts it.
     """
-    embedding = "model.embed_tokens.weight"
+    embedding, experts = family.embedding, family.num_experts(config)
     shape = tensors[embedding].shape
     if len(shape) != 2:
         raise ConversionError(

@@ -10,6 +10,7 @@ from vllm_milo.shards import read_object
 from vllm_milo.values import require_int, shown
 
 from ..errors import ConversionError
+from ..families.find import configs_within, text_settings
 
 _MOST = {
     "num_hidden_layers": 1000,
@@ -52,8 +53,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_text_settings(folder: Path) -> dict[str, Any]:
+    """Return what the config.json of a model folder or checkpoint states of the text model.
+
+    Raises:
+        ConversionError, ShardError: see :func:`read_settings`; or the file has no part for the text model.
+    """
+    return text_settings(read_settings(folder))
+
+
 def check_numbers(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse a config whose numbers are none, or are larger than those of any model.
+    """Refuse a config whose numbers are none, or are larger than those of any model; those within it are looked at too.
 
     Raises:
         ConversionError: names the file and the key.
@@ -62,10 +72,11 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
     def error(message: str) -> ConversionError:
         return ConversionError(f"{path}: {message}; copy the file again")
 
-    for key, most in _MOST.items():
-        value = config.get(key)
-        for one in value if isinstance(value, list) and key in _LISTS else [value]:
-            require_int({key: one}, key, 0, most, error)
+    for part in configs_within(config):
+        for key, most in _MOST.items():
+            value = part.get(key)
+            for one in value if isinstance(value, list) and key in _LISTS else [value]:
+                require_int({key: one}, key, 0, most, error)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

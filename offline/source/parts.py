@@ -19,12 +19,13 @@ Open = Callable[[Path], Any]
 
 
 class Part(NamedTuple):
-    """A file, a tensor in it, and of fused experts the slice that is one matrix."""
+    """A file, a tensor in it, and of fused experts the slice that is one matrix, which may be [K, N] there."""
 
     file: Path
     tensor: str
     expert: int | None = None
     rows: slice = slice(None)
+    transposed: bool = False
 
     @property
     def place(self) -> str:
@@ -62,6 +63,9 @@ def read_part(part: Part, shard: Open = opened.shard) -> torch.Tensor:
     try:
         if part.expert is None:
             return shard(part.file).get_tensor(part.tensor)
-        return shard(part.file).get_slice(part.tensor)[part.expert : part.expert + 1, part.rows][0]
+        held = shard(part.file).get_slice(part.tensor)
+        if part.transposed:
+            return held[part.expert : part.expert + 1, :, part.rows][0].mT.contiguous()
+        return held[part.expert : part.expert + 1, part.rows][0]
     except (OSError, SafetensorError) as error:
         raise PassingError(f"{part.file}: cannot read tensor {part.tensor}: {one_line(error)}") from error

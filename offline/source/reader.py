@@ -98,6 +98,10 @@ class ModelReader:
         folder: of the model.
         shards: its files of weights, where they do not lie there.
 
+    Attributes:
+        config: what config.json states of the text model.
+        whole_config: all of it.
+
     Raises:
         ConversionError: no model, an unknown family, or tensors that do not fit the config.
         ShardError: a file is missing, truncated or unreadable.
@@ -107,18 +111,19 @@ class ModelReader:
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder
-        self.config: dict[str, Any] = read_config(folder)
-        self.family: Family = find_family(self.config)
+        self.whole_config: dict[str, Any] = read_config(folder)
+        self.family: Family = find_family(self.whole_config)
+        self.config: dict[str, Any] = self.family.settings(self.whole_config)
         self.shards: Shards = FolderShards(folder) if shards is None else shards
         self.tensors = self.shards.tensors
-        check_names(self.tensors, folder)
-        self.layers = plan_layers(self.tensors, self.family, self.config.get("num_hidden_layers"))
+        check_names(self.tensors, folder, self.family)
+        self.layers = plan_layers(self.tensors, self.family, self.config)
         check_complete(self.layers, self.config, self.family)
         check_shapes(self.layers, self.tensors, self.config, self.family)
         check_fused(self.layers, self.tensors, self.config)
         check_experts(self.matrices, self.family.num_experts(self.config))
         check_routers(self.layers, self.tensors, self.family, self.family.num_experts(self.config))
-        check_stated(self.matrices, self.tensors, self.config, self.family.num_experts(self.config))
+        check_stated(self.matrices, self.tensors, self.config, self.family)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -136,8 +141,8 @@ class ModelReader:
         kept = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         exact = [name for name in kept if family.is_kept(name) and find_key(patterns, name) is None]
         number = self.config.get("num_hidden_layers")
-        ahead = dict.fromkeys(family.ahead_pattern(tensor, number) for tensor in self.tensors)
-        return (*patterns, *exact, *(pattern for pattern in ahead if pattern is not None))
+        whole = dict.fromkeys(family.whole_pattern(tensor, number) for tensor in self.tensors)
+        return (*patterns, *exact, *(pattern for pattern in whole if pattern is not None))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,7 +159,7 @@ class ModelReader:
 
     def part(self, source: Source) -> Part:
         """Return where a matrix lies in the model's files."""
-        return Part(self.tensors[source.tensor].file, source.tensor, source.expert, source.rows)
+        return Part(self.tensors[source.tensor].file, *source[1:])
 
     def load_matrix(self, source: Source) -> torch.Tensor:
         """Return a matrix as it is stored, on the CPU; of a tensor that holds several, no more is read."""
@@ -183,7 +188,7 @@ class ModelReader:
         for tensor, parts in sources.items():
             values = self.load(tensor)
             for source in parts:
-                part = values if source.expert is None else values[source.expert, source.rows]
+                part = values if source.expert is None else _matrix_of(values[source.expert], source)
                 matrix = part.to(device).float()  # in this order: the host would take longer to convert than to copy
                 if not torch.isfinite(matrix).all():
                     raise ConversionError(
@@ -191,3 +196,8 @@ class ModelReader:
                         f"(matrix {source.matrix.name}); {BROKEN}"
                     )
                 yield source.matrix, matrix
+
+
+def _matrix_of(expert: torch.Tensor, source: Source) -> torch.Tensor:
+    """Return a matrix [N, K] of the two or one that an expert has in a fused tensor."""
+    return expert[:, source.rows].mT if source.transposed else expert[source.rows]

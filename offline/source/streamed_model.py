@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from vllm_milo.names import leaf_of, split_expert_name
+from vllm_milo.names import split_expert_name
 
 from ..errors import ConversionError
 from ..families.family import Family
 from .foreign import empty_model, load_config
 from .layers import BROKEN
+from .whole_model import model_class
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 """Names and tensors, as they stand in a source model."""
@@ -55,21 +56,22 @@ class StreamedModel:
     ) -> None:
         self.folder, self._family, self._load, self._advice = folder, family, load, advice
         self.device, self.dtype = device, dtype
-        self._model = _empty_model(folder, dtype)
+        self._model = _empty_model(folder, family, dtype)
+        self._body = self._model.get_submodule(family.body)
         self._arguments: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
-        return len(self._model.model.layers)
+        return len(self._body.layers)
 
     @property
     def hidden_size(self) -> int:
         """Return the numbers in the hidden state of a token."""
-        return int(self._model.config.hidden_size)
+        return int(self._body.config.hidden_size)
 
     @property
     def vocabulary(self) -> int:
         """Return the number of logits of a token."""
-        return int(self._model.config.vocab_size)
+        return int(self._body.config.vocab_size)
 
     def begin(self, windows: torch.Tensor, home: torch.device | None = None) -> torch.Tensor:
         """Return the hidden states [W, T, H] before the first layer.
@@ -83,11 +85,11 @@ class StreamedModel:
         """
         empty = torch.zeros(1, windows.shape[1], self.hidden_size, device=self.device, dtype=self.dtype)
         self._arguments = self._enter(empty)[1]
-        embedding = self._one("model.embed_tokens.weight")
+        embedding = self._one(self._family.embedding)
         if windows.max() >= len(embedding):
             raise ConversionError(
-                f"{self.folder}: the tokenizer gives token id {int(windows.max())}, but model.embed_tokens.weight has "
-                f"{len(embedding)} rows; do tokenizer and model belong together?"
+                f"{self.folder}: the tokenizer gives token id {int(windows.max())}, but {self._family.embedding} "
+                f"has {len(embedding)} rows; do tokenizer and model belong together?"
             )
         states = torch.nn.functional.embedding(windows.to(embedding.device), embedding)
         parts = (part.to(self.device, self.dtype) for part in states.split(_WINDOWS))
@@ -100,9 +102,9 @@ class StreamedModel:
             ConversionError: the files lack a parameter or an expert that transformers needs, or hold one that it does
                 not know, that has another shape, or with NaN or Inf.
         """
-        module = self._model.model.layers[index]
+        module = self._body.layers[index]
         module.to_empty(device=self.device)
-        name = f"model.layers.{index}."
+        name = f"{self._family.layer_name(index)}."
         _widen_buffers(module)
         held = (*module.named_parameters(), *module.named_buffers())
         parameters = {self._family.checkpoint_name(name + n): values.data for n, values in held}
@@ -112,6 +114,9 @@ class StreamedModel:
             target, place = self.place(tensor, parameters)
             if target not in parameters:
                 raise ConversionError(f"{self.folder}: {tensor}: transformers has no such parameter; {self._advice}")
+            fused = self._family.fused_experts(tensor)
+            if fused is not None and fused.lies_transposed(values.shape, self.hidden_size):
+                values = values.mT
             if place.shape != values.shape:
                 raise ConversionError(
                     f"{self.folder}: tensor {tensor} has shape {list(values.shape)}, but by config.json it must have "
@@ -123,8 +128,8 @@ class StreamedModel:
         missing = sorted(parameter for parameter, numbers in needed.items() if numbers)
         if missing:
             raise ConversionError(
-                f"{self.folder}: model.layers.{index}: transformers needs {missing}, which the model's files lack as a "
-                f"whole or in part; {self._advice}"
+                f"{self.folder}: {name[:-1]}: transformers needs {missing}, which the model's files lack as a whole or "
+                f"in part; {self._advice}"
             )
         if finite and not torch.stack(list(finite.values())).all():
             bad = next(tensor for tensor, good in finite.items() if not good)
@@ -133,7 +138,7 @@ class StreamedModel:
 
     def parameters(self, index: int, module: torch.nn.Module) -> dict[str, str]:
         """Return the module's own name of each of a layer's parameters, by its name in checkpoints."""
-        name = f"model.layers.{index}."
+        name = f"{self._family.layer_name(index)}."
         return {self._family.checkpoint_name(name + n): n for n, _ in module.named_parameters()}
 
     def drop(self, module: torch.nn.Module) -> None:
@@ -159,16 +164,16 @@ class StreamedModel:
         Raises:
             ConversionError: the files lack the output head, or it has another shape than config.json says.
         """
-        norm = getattr(self._model.model, leaf_of(self._family.norm)).to_empty(device=self.device)
+        family, config = self._family, self._body.config
+        norm = getattr(self._body, family.norm).to_empty(device=self.device)
         for part, values in norm.named_parameters():
-            values.data.copy_(self._one(f"{self._family.norm}.{part}"))
-        tied = self._model.config.tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+            values.data.copy_(self._one(f"{family.last_norm}.{part}"))
+        name = family.embedding if config.tie_word_embeddings else f"{family.head}.weight"
         weight = self._one(name).to(self.device, self.dtype)
         bias = None
-        if self._model.get_output_embeddings().bias is not None:
-            bias = self._one("lm_head.bias").to(self.device, self.dtype)
-        divisor = getattr(self._model.config, self._family.logits_divisor_key or "", 1)
+        if self._model.get_submodule(family.head).bias is not None:
+            bias = self._one(f"{family.head}.bias").to(self.device, self.dtype)
+        divisor = getattr(config, family.logits_divisor_key or "", 1)
         if weight.shape != (self.vocabulary, self.hidden_size):
             raise ConversionError(
                 f"{self.folder}: tensor {name} has shape {list(weight.shape)}, but by config.json it must have "
@@ -192,11 +197,11 @@ class StreamedModel:
 
         The latter are masks and positions. Some models multiply the embeddings before the first layer.
         """
-        body, last = self._model.model, leaf_of(self._family.norm)
+        body, last = self._body, self._family.norm
         layers, norm = body.layers, getattr(body, last)
         for name in _POSITIONS:
             if getattr(body, name, None) is not None:
-                setattr(body, name, type(getattr(body, name))(config=self._model.config).to(self.device))
+                setattr(body, name, type(getattr(body, name))(config=body.config).to(self.device))
         body.layers = torch.nn.ModuleList(_Recorder(layer) for layer in layers)
         setattr(body, last, torch.nn.Identity())
         body(inputs_embeds=embedded, use_cache=False)
@@ -229,14 +234,16 @@ def _widen_buffers(module: torch.nn.Module) -> None:
             buffer.data = buffer.data.float()
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
+def _empty_model(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     """Return the Hugging Face model without weights, on the meta device."""
     import transformers
 
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = empty_model(transformers.AutoModelForCausalLM, config, folder, dtype)
+    # what has a text model within itself is no causal language model to transformers
+    found = model_class(config, folder) if family.text_config else transformers.AutoModelForCausalLM
+    model = empty_model(found, config, folder, dtype)
     use_grouped_experts(model)
     return model.requires_grad_(False)
 
