@@ -76,6 +76,24 @@ AUDIO = {
     "downsample_hidden_size": 32,
 }
 
+GEMMA = HEADS | {
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "global_head_dim": 128,
+    "attention_k_eq_v": True,  # full attention has no values of its own
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 64,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 192,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+}
+GEMMA_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA_VISION |= {"num_key_value_heads": 2, "head_dim": 32, "patch_size": 4, "position_embedding_size": 64}
 TALKER = COMMON | HEADS | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
 TALKER |= {"num_hidden_layers": 1, "shared_expert_intermediate_size": 64}
 CODES = COMMON | HEADS | {"num_hidden_layers": 1, "intermediate_size": 64, "num_code_groups": 2}
@@ -224,6 +242,8 @@ TINY = {
             "code2wav_config": WAVES,
         },
     ),
+    "gemma4_text": Tiny(GEMMA),
+    "gemma4": Tiny(GEMMA, around={"vision_config": GEMMA_VISION, "audio_config": None}),
     "jamba": Tiny(
         {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "num_experts": 4}
         | {"num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_milo.names import leaf_of
 from vllm_milo.shards import ShardError, read_json
 
 from ..errors import ConversionError
@@ -33,7 +34,7 @@ def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None
 
     hooks = []
     for name, module in model.named_modules():
-        if name.endswith(".experts"):
+        if leaf_of(name) == "experts":
             experts = family.checkpoint_name(name)
             counts[experts] = torch.zeros(number, dtype=torch.int64)
             hooks.append(module.register_forward_pre_hook(counter(experts), with_kwargs=True))

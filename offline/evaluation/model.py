@@ -16,7 +16,6 @@ from ..checkpoint.dequantize import DequantizedTensors
 from ..errors import ConversionError
 from ..families.family import Family
 from ..families.find import find_family
-from ..families.slots import FUSED
 from ..source.config import read_settings
 from ..source.foreign import load_config
 from ..source.whole_model import fill_model, load_source_model, model_class
@@ -39,7 +38,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     del config.quantization_config
     state = dict(DequantizedTensors(folder, fmt, dtype).load())
     family = find_family(read_settings(folder))
-    if family.fused != FUSED:
+    if family.only_fused:
         state = _fuse(state, family)
     return fill_model(found, folder, config, state, dtype).to(device).eval()
 

@@ -50,7 +50,7 @@ def _quantized(family: Family) -> str:
 
 def _kept(family: Family) -> str:
     """Return what of a family stays as it is."""
-    kept = [name.removeprefix(f"{family.block}.") for name in family.kept]
+    kept = [name.removeprefix(family.in_block) for name in family.kept]
     whole = (("what predicts further tokens", family.ahead), ("what is not the text model", family.beside))
     return ", ".join([*kept, *(name for name, starts in whole if starts)])
 

@@ -57,9 +57,10 @@ class Family:
         example: models of the family, for people.
         slots: what is quantized beside routed experts; a layer need not have all of them.
         kept: what stays as it is: the router, first, and whatever vLLM or the format could not take quantized.
-        block: name of the MoE block.
+        block: name of the MoE block; empty where a layer has the experts without one.
         projections: a routed expert's gate, up and down projection.
         fused: the block's 3-D tensors that hold matrices of all experts.
+        only_fused: whether makers publish, and transformers reads, experts in no other layout.
         num_experts_keys: config.json keys that may hold the number of routed experts.
         ahead: beginnings of names of what predicts further tokens; kept as a whole. See :data:`LATER_LAYERS`.
         beside: beginnings of names of what is no part of the text model, as towers for images; kept as a whole.
@@ -72,6 +73,7 @@ class Family:
         renames: what transformers 5 calls otherwise in memory.
         norm: name, inside the body, of the last norm before the output head.
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
+        logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
         runs_as: ``model_type`` under which transformers runs the family, where it has no class for its own.
         note: what a user should know of it.
         status: ``served`` where vLLM has served a tiny checkpoint of it like the dequantized model, else ``converts``.
@@ -84,6 +86,7 @@ class Family:
     block: str = "mlp"
     projections: Projections = LLAMA
     fused: tuple[FusedTensor, ...] = FUSED
+    only_fused: bool = False
     num_experts_keys: tuple[str, ...] = ("num_experts",)
     ahead: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
@@ -95,6 +98,7 @@ class Family:
     renames: tuple[Rename, ...] = ()
     norm: str = "norm"
     logits_divisor_key: str | None = None
+    logits_cap_key: str | None = None
     runs_as: str | None = None
     note: str = ""
     status: str = "converts"
@@ -107,6 +111,11 @@ class Family:
     def _layer(self) -> re.Pattern[str]:
         """The pattern of names in a decoder layer: the layer's, its number, and the rest."""
         return re.compile(rf"({re.escape(self.body)}\.layers\.(\d+))\.(.+)")
+
+    @property
+    def in_block(self) -> str:
+        """Return what names of a layer's MoE block begin with, inside the layer."""
+        return f"{self.block}." if self.block else ""
 
     @property
     def embedding(self) -> str:
@@ -152,9 +161,9 @@ class Family:
 
     def _projection(self, inside: str) -> str | None:
         """Return which projection of a routed expert a module is; None for any other."""
-        block, expert = f"{self.block}.", None
-        if inside.startswith(block):
-            expert = _EXPERT.fullmatch(inside.removeprefix(block))
+        expert = None
+        if inside.startswith(self.in_block):
+            expert = _EXPERT.fullmatch(inside.removeprefix(self.in_block))
         return expert[1] if expert is not None and expert[1] in self.projections else None
 
     def kind(self, module: str) -> Kind | None:
@@ -193,12 +202,12 @@ class Family:
     def fused_experts(self, tensor: str) -> FusedExperts | None:
         """Return which experts' matrices a fused 3-D tensor holds, by its name; None for any other tensor."""
         layer = self._layer.fullmatch(self.checkpoint_name(tensor))
-        held = next((one for one in self.fused if layer and layer[3] == f"{self.block}.{one.name}"), None)
+        held = next((one for one in self.fused if layer and layer[3] == f"{self.in_block}{one.name}"), None)
         if layer is None or held is None:
             return None
         projections = tuple(getattr(self.projections, role) for role in held.holds)
         hidden_side = 1 if "down" in held.holds else 2
-        return FusedExperts(f"{layer[1]}.{self.block}.experts", projections, hidden_side, held.transposed)
+        return FusedExperts(f"{layer[1]}.{self.in_block}experts", projections, hidden_side, held.transposed)
 
     def fused_places(self, experts: str, projection: str) -> list[tuple[str, int, int]]:
         """Return the fused tensors that may hold a projection of all experts: name, which part of N, of how many.
@@ -227,7 +236,7 @@ class Family:
     @property
     def router(self) -> str:
         """Return the name, inside its layer, of what chooses experts: the first of what is kept in their block."""
-        return next(name for name in self.kept if name.startswith(f"{self.block}."))
+        return next(name for name in self.kept if name.startswith(self.in_block))
 
     def is_kept(self, module: str) -> bool:
         """Return whether a module of a decoder layer stays as it is because the table says so."""

@@ -88,6 +88,7 @@ QWEN = (
         "Qwen3-VL-30B-A3B, 235B-A22B",
         (*attention(), *dense()),
         fused=tuple(tensor._replace(transposed=True) for tensor in FUSED),
+        only_fused=True,
         num_experts_keys=_EITHER,
         body="model.language_model",
         text_config=("text_config",),

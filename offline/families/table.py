@@ -5,6 +5,8 @@ Names of projections that no family had before go to :mod:`vllm_milo.names` too,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..nouns import Kind
 from .family import LATER_LAYERS, Family
 from .qwen import QWEN
@@ -202,6 +204,7 @@ _OTHERS = (
         kept=("block_sparse_moe.router.layer",),
         block="block_sparse_moe",
         fused=_GRANITE_FUSED,
+        only_fused=True,
         num_experts_keys=_LOCAL,
         renames=_GRANITE_NAMES,
         logits_divisor_key="logits_scaling",
@@ -214,6 +217,7 @@ _OTHERS = (
         kept=("block_sparse_moe.router.layer", "shared_mlp.input_linear"),
         block="block_sparse_moe",
         fused=_GRANITE_FUSED,
+        only_fused=True,
         num_experts_keys=_LOCAL,
         renames=_GRANITE_NAMES,
         logits_divisor_key="logits_scaling",
@@ -226,6 +230,7 @@ _OTHERS = (
         kept=("block_sparse_moe.router.layer", "shared_mlp.input_linear", "mamba.in_proj", "mamba.out_proj"),
         block="block_sparse_moe",
         fused=_GRANITE_FUSED,
+        only_fused=True,
         num_experts_keys=_LOCAL,
         mixers=("self_attn", "mamba"),
         renames=_GRANITE_NAMES,
@@ -257,5 +262,28 @@ _OTHERS = (
     ),
 )
 
-FAMILIES = {family.model_type: family for family in (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS)}
+_GEMMA = Family(
+    "gemma4_text",
+    "text models of Gemma-4-26B-A4B",
+    (*attention(), *dense()),
+    kept=("router.proj",),
+    block="",
+    only_fused=True,
+    layer_kinds_keys=("layer_types",),
+    logits_cap_key="final_logit_softcapping",
+    status=_SERVED,
+)
+_GEMMA_LIKE = (
+    _GEMMA,
+    replace(
+        _GEMMA,
+        model_type="gemma4",
+        example="Gemma-4-26B-A4B",
+        body="model.language_model",
+        text_config=("text_config",),
+        beside=("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
+    ),
+)
+
+FAMILIES = {family.model_type: family for family in (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE)}
 """The families by ``model_type``."""

@@ -204,15 +204,15 @@ def _kind(name: str, held: frozenset[str], config: Mapping[str, Any], family: Fa
     stated: list[Any] = next((config[key] for key in family.layer_kinds_keys if isinstance(config.get(key), list)), [])
     index = layer_index(name)
     kind = str(stated[index]) if index is not None and index < len(stated) else ""
-    return any(".experts" in part for part in held), mixers[0] if mixers else "", kind
+    return any(re.search(r"\bexperts\.", part) for part in held), mixers[0] if mixers else "", kind
 
 
 def _contents(layer: Layer, family: Family) -> frozenset[str]:
     """Return the names a layer holds in checkpoints, relative to it, experts counted as one."""
     copied = {family.checkpoint_name(tensor) for tensor in layer.others}
     names = {source.matrix.name + ".weight" for source in layer.matrices} | copied
-    relative = (name.removeprefix(layer.name + ".") for name in names)
-    return frozenset(re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in relative)
+    alike = (re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in names)
+    return frozenset(name.removeprefix(layer.name + ".") for name in alike)
 
 
 def check_experts(matrices: list[Matrix], number: int) -> None:

@@ -26,6 +26,8 @@ _WINDOWS = 8
 """Windows whose embeddings are made ready for the first layer at once."""
 _POSITIONS = ("rotary_emb", "pos_emb")
 """Names of what makes a model's position embeddings, which has no weights in files."""
+_EMBEDDING_SCALE = "scalar_embed_scale"
+"""Attribute of embeddings that are multiplied before the text model gets them."""
 _LAYER_KINDS = ("attention_type", "layer_type")
 """Attributes of a layer by which models choose what they call it with."""
 
@@ -58,7 +60,7 @@ class StreamedModel:
         self.device, self.dtype = device, dtype
         self._model = _empty_model(folder, family, dtype)
         self._body = self._model.get_submodule(family.body)
-        self._arguments: list[dict[str, Any]] = []
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __len__(self) -> int:
         return len(self._body.layers)
@@ -92,6 +94,8 @@ class StreamedModel:
                 f"has {len(embedding)} rows; do tokenizer and model belong together?"
             )
         states = torch.nn.functional.embedding(windows.to(embedding.device), embedding)
+        scale = torch.tensor(getattr(self._body.embed_tokens, _EMBEDDING_SCALE, 1.0), dtype=self.dtype)
+        states = states.to(self.dtype) * scale.to(states.device)
         parts = (part.to(self.device, self.dtype) for part in states.split(_WINDOWS))
         return torch.cat([self._enter(part)[0].to(home or self.device) for part in parts])
 
@@ -147,7 +151,8 @@ class StreamedModel:
 
     def run(self, index: int, module: Callable[..., Any], states: torch.Tensor) -> torch.Tensor:
         """Return the hidden states [b, T, H] after a layer; ``module`` is the layer or what calls it."""
-        out = module(states, **self._arguments[index])
+        further, named = self._arguments[index]
+        out = module(states, *further, **named)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -179,7 +184,13 @@ class StreamedModel:
                 f"{self.folder}: tensor {name} has shape {list(weight.shape)}, but by config.json it must have "
                 f"{[self.vocabulary, self.hidden_size]}; do they belong together?"
             )
-        return lambda states: torch.nn.functional.linear(norm(states), weight, bias).float() / divisor
+        cap = getattr(config, family.logits_cap_key or "", None)
+
+        def logits(states: torch.Tensor) -> torch.Tensor:
+            plain = torch.nn.functional.linear(norm(states), weight, bias).float() / divisor
+            return plain if cap is None else cap * torch.tanh(plain / cap)
+
+        return logits
 
     def place(self, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
         """Return which of a layer's parameters a tensor belongs to, and its place in it; see :func:`place_tensor`."""
@@ -192,7 +203,7 @@ class StreamedModel:
         return found[name]
 
     @torch.no_grad()
-    def _enter(self, embedded: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    def _enter(self, embedded: torch.Tensor) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """Return hidden states [b, T, H] before the first layer, and what each layer is called with beside them.
 
         The latter are masks and positions. Some models multiply the embeddings before the first layer.
@@ -217,13 +228,13 @@ class _Recorder(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.states = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         for name in _LAYER_KINDS:
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.states, self.arguments = hidden_states, arguments
+    def forward(self, hidden_states: torch.Tensor, *further: Any, **named: Any) -> torch.Tensor:
+        self.states, self.arguments = hidden_states, (further, named)
         return hidden_states
 
 

@@ -46,6 +46,7 @@ KEPT = {
         | {f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")}
         for name in ("qwen3_5_moe", "qwen3_5_moe_text")
     },
+    **{name: {"router.proj"} for name in ("gemma4", "gemma4_text")},
     "granitemoe": {"block_sparse_moe.router.layer"},
     "granitemoeshared": {"block_sparse_moe.router.layer", "shared_mlp.input_linear"},
     "granitemoehybrid": {"block_sparse_moe.router.layer", "shared_mlp.input_linear"}

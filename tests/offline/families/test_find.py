@@ -25,7 +25,7 @@ def test_known_families(family):
     ("config", "message"),
     [
         ({"model_type": "llama"}, "'llama' is not a Mixture-of-Experts model: it states no number of experts"),
-        ({"model_type": "gemma4", "text_config": {"num_experts": None}}, "'gemma4' is not a Mixture-of-Experts model"),
+        ({"model_type": "gemma4", "text_config": {"num_experts": None}}, "no num_experts; is this gemma4 model a MoE"),
         ({"model_type": "x", "text_config": {"num_experts": 1}}, "'x' is not a Mixture-of-Experts model"),
         (
             {"model_type": "gpt_oss", "num_local_experts": 32},
