@@ -6,6 +6,7 @@ To add a family, add an entry to :data:`TINY`; CONTRIBUTING.md shows how.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +21,7 @@ from tiny_models import COMMON, FAMILIES, fill
 
 from vllm_milo.offline.families.table import FAMILIES as TABLE
 
+HIDDEN = COMMON["hidden_size"]
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 LATENT = {
     "num_attention_heads": 4,
@@ -92,6 +94,17 @@ GEMMA = HEADS | {
     "final_logit_softcapping": 30.0,
     "tie_word_embeddings": True,
 }
+LLAMA = HEADS | {
+    "intermediate_size": 192,
+    "intermediate_size_mlp": 256,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 256,
+}
+LLAMA_VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
+LLAMA_VISION |= {"vision_output_dim": 64, "image_size": 16, "patch_size": 4, "projector_input_dim": 64}
+LLAMA_VISION |= {"projector_output_dim": 64}
 GEMMA_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEMMA_VISION |= {"num_key_value_heads": 2, "head_dim": 32, "patch_size": 4, "position_embedding_size": 64}
 TALKER = COMMON | HEADS | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
@@ -110,6 +123,7 @@ class Tiny(NamedTuple):
         without: parts of names of weights that the family does not have.
         architecture: in config.json, where it is not the name of transformers' class.
         dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
+        published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
         around: the larger config that the text model's is part of.
     """
 
@@ -118,6 +132,7 @@ class Tiny(NamedTuple):
     without: tuple[str, ...] = ()
     architecture: str | None = None
     dtype: str = "float32"
+    published: tuple[tuple[str, str], ...] = ()
     around: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -244,6 +259,28 @@ TINY = {
     ),
     "gemma4_text": Tiny(GEMMA),
     "gemma4": Tiny(GEMMA, around={"vision_config": GEMMA_VISION, "audio_config": None}),
+    "kimi_linear": Tiny(
+        LATENT
+        | EXPERTS
+        | {"num_experts": 4, "num_shared_experts": 1, "num_experts_per_token": 2}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3}
+        | {"mlp_layer_types": ["dense", "sparse", "sparse"], "linear_head_dim": 64, "linear_num_heads": 2},
+        published=((r"block_sparse_moe\.(\w+_proj)", r"mlp.\1"),),
+    ),
+    "longcat_flash": Tiny(
+        LATENT
+        | QUERIES
+        | {"num_layers": 2, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "ffn_hidden_size": 256}
+        | {
+            "expert_ffn_hidden_size": 192,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "zero_expert_type": "identity",
+        },
+        without=(".experts.4.", ".experts.5."),  # which have no weights
+    ),
+    "llama4_text": Tiny(LLAMA),
+    "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
     "jamba": Tiny(
         {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "num_experts": 4}
         | {"num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
@@ -254,6 +291,11 @@ assert TINY.keys() == TABLE.keys(), f"the table and the tiny models differ in {T
 
 def has_class(name: str) -> bool:
     """Whether transformers can run a family."""
+    return not TABLE[name].not_run and _is_known(name)
+
+
+def _is_known(name: str) -> bool:
+    """Whether transformers has a configuration of a family."""
     return (TABLE[name].runs_as or name) in transformers.CONFIG_MAPPING
 
 
@@ -271,9 +313,11 @@ def publish(name: str, folder: Path) -> None:
     weights, published = folder / "model.safetensors", {}
     for key, tensor in load_file(weights).items():
         fused = TABLE[name].fused_experts(key)
-        transposed = fused is not None and fused.transposed
+        other = fused is not None and fused.transposed and not fused.lies_transposed(tensor.shape, HIDDEN)
+        for pattern, replacement in TINY[name].published:
+            key = re.sub(pattern, replacement, key)
         if not any(part in key for part in TINY[name].without):
-            published[key] = tensor.mT.contiguous() if transposed else tensor
+            published[key] = tensor.mT.contiguous() if other else tensor
     save_file(published, weights, metadata={"format": "pt"})
 
 
@@ -290,4 +334,4 @@ def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = tor
     written = json.loads((folder / "config.json").read_text())
     written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
     (folder / "config.json").write_text(json.dumps(written, indent=2))
-    return folder if has_class(name) else hand_made.bring_configuration(folder)
+    return folder if _is_known(name) else hand_made.bring_configuration(folder)

@@ -47,7 +47,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     base = sum(_bytes(found, BASE_TENSORS) for found in modules.values())
     factors = sum(_bytes(found, FACTOR_TENSORS) for found in modules.values())
     family = find_family(config)
-    number = family.settings(config).get("num_hidden_layers")
+    number = family.num_layers(family.settings(config))
     kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, family, number)]
     kept_weights, kept_bytes = sum(math.prod(entry.shape) for entry in kept), sum(map(_tensor_bytes, kept))
     errors = _recorded_errors(folder)

@@ -16,7 +16,7 @@ from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 
 from ..errors import ConversionError
 from ..nouns import Kind
-from .slots import FUSED, LLAMA, Cut, FusedTensor, Projections, Rename, Slot
+from .slots import FUSED, LLAMA, Cut, FusedTensor, Projections, Rename, Slot, Stack
 
 LATER_LAYERS = "model.layers.+"
 """Stands in :attr:`Family.ahead` for the decoder layers from the number of layers that config.json states on."""
@@ -62,6 +62,8 @@ class Family:
         fused: the block's 3-D tensors that hold matrices of all experts.
         only_fused: whether makers publish, and transformers reads, experts in no other layout.
         num_experts_keys: config.json keys that may hold the number of routed experts.
+        no_experts_key: config.json key of how many more a router chooses among, which have no weights.
+        num_layers_key: config.json key of the number of decoder layers.
         ahead: beginnings of names of what predicts further tokens; kept as a whole. See :data:`LATER_LAYERS`.
         beside: beginnings of names of what is no part of the text model, as towers for images; kept as a whole.
         body: name of the text model without its output head: of what has the embeddings, the layers and the last norm.
@@ -71,9 +73,11 @@ class Family:
         layer_kinds_keys: config.json keys that may list each layer's kind, where kinds with the same mixer differ in
             tensors or shapes; the first that is there counts.
         renames: what transformers 5 calls otherwise in memory.
+        stacks: what transformers 5 holds as one tensor in memory.
         norm: name, inside the body, of the last norm before the output head.
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
         logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
+        not_run: why transformers' class does not run what the files hold; empty where it does.
         runs_as: ``model_type`` under which transformers runs the family, where it has no class for its own.
         note: what a user should know of it.
         status: ``served`` where vLLM has served a tiny checkpoint of it like the dequantized model, else ``converts``.
@@ -88,6 +92,8 @@ class Family:
     fused: tuple[FusedTensor, ...] = FUSED
     only_fused: bool = False
     num_experts_keys: tuple[str, ...] = ("num_experts",)
+    no_experts_key: str | None = None
+    num_layers_key: str = "num_hidden_layers"
     ahead: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     body: str = "model"
@@ -96,9 +102,11 @@ class Family:
     mixers: tuple[str, ...] = ("self_attn",)
     layer_kinds_keys: tuple[str, ...] = ()
     renames: tuple[Rename, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     norm: str = "norm"
     logits_divisor_key: str | None = None
     logits_cap_key: str | None = None
+    not_run: str = ""
     runs_as: str | None = None
     note: str = ""
     status: str = "converts"
@@ -233,6 +241,17 @@ class Family:
                 return f"{layer[1]}.{checkpoint}{layer[3].removeprefix(memory)}"
         return tensor
 
+    def stacked_place(self, tensor: str) -> tuple[str, int, int] | None:
+        """Return where transformers 5 holds a tensor that it stacks with others: its name, which part, of how many.
+
+        None for any other tensor, or where it is not in a decoder layer.
+        """
+        layer = self._layer.fullmatch(tensor)
+        for stack in self.stacks if layer else ():
+            if layer is not None and layer[3] in stack.parts:
+                return f"{layer[1]}.{stack.memory}", stack.parts.index(layer[3]), len(stack.parts)
+        return None
+
     @property
     def router(self) -> str:
         """Return the name, inside its layer, of what chooses experts: the first of what is kept in their block."""
@@ -262,6 +281,18 @@ class Family:
         """Patterns of linear layers that are never quantized: output head, and routers that are called alike."""
         leaves = {leaf_of(name) for name in self.kept}
         return (self.head, *(rf"re:.*\.{leaf}$" for leaf in _NAMED_ALIKE if leaf in leaves))
+
+    def num_layers(self, config: Mapping[str, Any]) -> int | None:
+        """Return the number of decoder layers that the text model's settings state; None where they do not."""
+        return config.get(self.num_layers_key)
+
+    def num_choices(self, config: Mapping[str, Any]) -> int:
+        """Return how many a router chooses among: experts, and such as have no weights.
+
+        Raises:
+            ConversionError: see :meth:`num_experts`.
+        """
+        return self.num_experts(config) + int(config.get(self.no_experts_key or "") or 0)
 
     def num_experts(self, config: Mapping[str, Any]) -> int:
         """Return the number of routed experts that the text model's settings state.

@@ -58,6 +58,13 @@ class Rename(NamedTuple):
     checkpoint: str
 
 
+class Stack(NamedTuple):
+    """A tensor of a layer that transformers 5 makes of several of one size, stacked along their first dimension."""
+
+    memory: str
+    parts: tuple[str, ...]
+
+
 LLAMA = Projections("gate_proj", "up_proj", "down_proj")
 MIXTRAL = Projections("w1", "w3", "w2")
 FUSED = (FusedTensor("experts.gate_up_proj", ("gate", "up")), FusedTensor("experts.down_proj", ("down",)))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from ..nouns import Kind
 from .family import LATER_LAYERS, Family
 from .qwen import QWEN
-from .slots import MIXTRAL, Cut, FusedTensor, Rename, Slot, attention, dense, latent_attention, shared
+from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, Stack, attention, dense, latent_attention, shared
 
 _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
@@ -262,6 +262,73 @@ _OTHERS = (
     ),
 )
 
+_KIMI_KEPT = ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")
+_MOONSHOT_LIKE = (
+    Family(
+        "kimi_linear",
+        "Kimi-Linear-48B-A3B",
+        (
+            Slot("self_attn.kv_a_proj_with_mqa", Kind.ATTENTION, Cut.WHOLE),
+            Slot("self_attn.kv_b_proj", Kind.ATTENTION),
+            Slot("self_attn.o_proj", Kind.ATTENTION, Cut.INPUTS),
+            *shared("block_sparse_moe.shared_experts"),
+            *dense(),
+        ),
+        # vLLM fuses all that reads the input of linear attention; latent attention has a q_proj of the same name
+        kept=("block_sparse_moe.gate", *(f"self_attn.{part}_proj" for part in _KIMI_KEPT)),
+        block="block_sparse_moe",
+        projections=MIXTRAL,
+        mixers=("self_attn.kv_a_proj_with_mqa", "self_attn.q_conv1d"),
+        renames=(
+            Rename("self_attn.forget_gate.", "self_attn."),
+            *(Rename(f"mlp.{part}", f"block_sparse_moe.{part}") for part in ("experts", "shared_experts.", "gate.")),
+        ),
+        stacks=(Stack("self_attn.conv1d.weight", tuple(f"self_attn.{part}_conv1d.weight" for part in "qkv")),),
+        note="what linear attention reads stays as it is, and vLLM's CPU build cannot import it",
+    ),
+    Family(
+        "longcat_flash",
+        "LongCat-Flash-Chat",
+        (*(slot for part in "01" for slot in (*latent_attention(f"self_attn.{part}"), *dense(f"mlps.{part}"))),),
+        kept=("mlp.router.classifier",),
+        num_experts_keys=_ROUTED,
+        no_experts_key="zero_expert_num",
+        num_layers_key="num_layers",
+        ahead=("model.mtp.", "mtp."),
+        not_run="its class wants weights of the experts that have none",
+        note="no calibration text; vLLM's CPU build loads it, and lacks its router's operator",
+    ),
+)
+_LLAMA = Family(
+    "llama4_text",
+    "text models of Llama-4",
+    (
+        Slot("self_attn.o_proj", Kind.ATTENTION, Cut.INPUTS),
+        *shared("feed_forward.shared_expert"),
+        *dense("feed_forward"),
+    ),
+    # vLLM reorders rows of queries and keys when it loads them, and fuses values with these
+    kept=("feed_forward.router", *(f"self_attn.{part}_proj" for part in "qkv")),
+    block="feed_forward",
+    fused=tuple(tensor._replace(transposed=True) for tensor in FUSED),
+    only_fused=True,
+    num_experts_keys=_LOCAL,
+    not_run="its class multiplies the inputs of all experts at once",
+    note="no calibration text; queries, keys and values stay as they are",
+    status=_SERVED,
+)
+_LLAMA_LIKE = (
+    _LLAMA,
+    replace(
+        _LLAMA,
+        model_type="llama4",
+        example="Llama-4-Scout, Maverick",
+        body="language_model.model",
+        head="language_model.lm_head",
+        text_config=("text_config",),
+        beside=("vision_model.", "multi_modal_projector."),
+    ),
+)
 _GEMMA = Family(
     "gemma4_text",
     "text models of Gemma-4-26B-A4B",
@@ -285,5 +352,6 @@ _GEMMA_LIKE = (
     ),
 )
 
-FAMILIES = {family.model_type: family for family in (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE)}
+_ALL = (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE, *_MOONSHOT_LIKE, *_LLAMA_LIKE)
+FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""

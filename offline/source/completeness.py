@@ -65,7 +65,7 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path, family: Family
 def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Family) -> None:
     """Refuse a folder that lacks a layer, or a tensor that the other layers of its kind have."""
     numbers = {number for layer in layers if (number := layer_index(layer.name)) is not None}
-    found = config.get("num_hidden_layers")
+    found = family.num_layers(config)
     stated = len(numbers) if found is None else int(found)
     for number in range(stated):
         if number not in numbers:
@@ -73,7 +73,7 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Famil
     extra = sorted(number for number in numbers if number >= stated)
     if extra:
         raise ConversionError(
-            f"{family.layer_name(extra[0])}: extra, config.json states num_hidden_layers {stated}; is it another "
+            f"{family.layer_name(extra[0])}: extra, config.json states {family.num_layers_key} {stated}; is it another "
             f"model's, or a layer that predicts more tokens, which this family does not have? Leave it out of the files"
         )
     contents = {layer.name: _contents(layer, family) for layer in layers if layer_index(layer.name) is not None}
@@ -155,7 +155,7 @@ def _compare(config: Mapping[str, Any], key: str, found: int, what: str) -> None
         raise ConversionError(f"config.json: {key} is {stated}, but {what}; is one of the two of another model?")
 
 
-def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], family: Family, experts: int) -> None:
+def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], family: Family, choices: int) -> None:
     """Refuse routed experts without what chooses among them, or with what chooses among another number of experts.
 
     Raises:
@@ -169,9 +169,9 @@ def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], famil
         if tensor is None:
             raise ConversionError(f"{name}: missing; are the model's files complete?")
         shape = tensors[tensor].shape
-        if shape[:1] != (experts,):
+        if shape[:1] != (choices,):
             raise ConversionError(
-                f"{tensors[tensor].file}: tensor {tensor} has shape {list(shape)}, but there are {experts} experts to "
+                f"{tensors[tensor].file}: tensor {tensor} has shape {list(shape)}, but there are {choices} experts to "
                 f"choose from; {BROKEN}"
             )
 

@@ -14,6 +14,7 @@ from ..families.find import configs_within, text_settings
 
 _MOST = {
     "num_hidden_layers": 1000,
+    "num_layers": 1000,
     "hidden_size": 2**20,
     "vocab_size": 2**24,
     "num_attention_heads": 2**16,
@@ -26,6 +27,7 @@ _MOST = {
     "num_experts": 2**16,
     "num_local_experts": 2**16,
     "n_routed_experts": 2**16,
+    "zero_expert_num": 2**16,
     "moe_num_experts": 2**16,
     "moe_topk": 2**16,
     "num_experts_per_tok": 2**16,

@@ -122,7 +122,7 @@ class ModelReader:
         check_shapes(self.layers, self.tensors, self.config, self.family)
         check_fused(self.layers, self.tensors, self.config)
         check_experts(self.matrices, self.family.num_experts(self.config))
-        check_routers(self.layers, self.tensors, self.family, self.family.num_experts(self.config))
+        check_routers(self.layers, self.tensors, self.family, self.family.num_choices(self.config))
         check_stated(self.matrices, self.tensors, self.config, self.family)
 
     @property
@@ -140,7 +140,7 @@ class ModelReader:
         names = (family.checkpoint_name(tensor) for layer in self.layers for tensor in layer.others)
         kept = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         exact = [name for name in kept if family.is_kept(name) and find_key(patterns, name) is None]
-        number = self.config.get("num_hidden_layers")
+        number = family.num_layers(self.config)
         whole = dict.fromkeys(family.whole_pattern(tensor, number) for tensor in self.tensors)
         return (*patterns, *exact, *(pattern for pattern in whole if pattern is not None))
 

@@ -249,6 +249,11 @@ def _empty_model(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     """Return the Hugging Face model without weights, on the meta device."""
     import transformers
 
+    if family.not_run:
+        raise ConversionError(
+            f"{folder}: transformers {transformers.__version__} cannot run {family.model_type} a layer at a time: "
+            f"{family.not_run}"
+        )
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -262,7 +267,8 @@ def _empty_model(folder: Path, family: Family, dtype: torch.dtype) -> Any:
 def place_tensor(family: Family, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
     """Return which parameter of a model of transformers a tensor belongs to, and its place in it.
 
-    Tensors of one expert have their place in the fused 3-D tensors that transformers 5 holds.
+    Tensors of one expert have their place in the fused 3-D tensors that transformers 5 holds; others, which it stacks,
+    in what it makes of them.
 
     Args:
         family: of the model.
@@ -273,6 +279,10 @@ def place_tensor(family: Family, tensor: str, parameters: Mapping[str, torch.Ten
         ConversionError: transformers holds the experts of this model otherwise.
     """
     name = family.checkpoint_name(tensor)
+    stacked = family.stacked_place(name)
+    if stacked is not None:
+        memory, part, parts = stacked
+        return memory, parameters[memory].chunk(parts)[part] if memory in parameters else torch.empty(0)
     expert = split_expert_name(name.removesuffix(".weight"))
     if expert is None or name in parameters:
         return name, parameters.get(name, torch.empty(0))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import TINY, make_family
+from tiny_families import TINY, has_class, make_family
 from tiny_models import VOCABULARY
 
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
@@ -29,9 +29,7 @@ from vllm_milo.validation import quantized_modules, validate_checkpoint
 SHARD = "model-00001-of-00001.safetensors"
 UNIFORM = Conversion(Recipe(max_rounds=1, group_size=128), parse_policies("uniform=16"))
 WINDOWS = torch.randint(3, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(0))
-NO_CLASS = {"deepseek"}
-"""Families that transformers cannot run."""
-RUN = [name for name in TINY if name not in NO_CLASS]
+RUN = [name for name in TINY if has_class(name)]
 QUICK = {"deepseek_v3", "hy_v3", "granitemoe", "lfm2_moe"}
 """Families that show what is peculiar along a text: buffers, renamed parts, other layouts and attention."""
 KEPT = {
@@ -46,6 +44,13 @@ KEPT = {
         | {f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")}
         for name in ("qwen3_5_moe", "qwen3_5_moe_text")
     },
+    **{
+        name: {"feed_forward.router", *(f"self_attn.{part}_proj" for part in "qkv")}
+        for name in ("llama4", "llama4_text")
+    },
+    "longcat_flash": {"mlp.router.classifier"},
+    "kimi_linear": {"block_sparse_moe.gate"}
+    | {f"self_attn.{part}_proj" for part in ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")},
     **{name: {"router.proj"} for name in ("gemma4", "gemma4_text")},
     "granitemoe": {"block_sparse_moe.router.layer"},
     "granitemoeshared": {"block_sparse_moe.router.layer", "shared_mlp.input_linear"},

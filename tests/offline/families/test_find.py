@@ -34,8 +34,8 @@ def test_known_families(family):
         ({"model_type": "qwen4_moe", **MOE}, "does not know; the nearest that it knows is qwen3_moe; `milo families`"),
         ({"model_type": "glm4v_moe", "text_config": MOE}, "'glm4v_moe' is a MoE family .* nearest .* is glm4_moe;"),
         (
-            {"model_type": "llama4", "text_config": {"model_type": "llama4_text", "num_local_experts": 16}},
-            "'llama4' around a text model 'llama4_text' is a MoE family that MiLo does not know",
+            {"model_type": "llama5", "text_config": {"model_type": "llama5_text", "num_local_experts": 16}},
+            "'llama5' around a text model 'llama5_text' is a MoE family that MiLo does not know",
         ),
         (
             {"model_type": "intern_vl", "text_config": {"model_type": "qwen3_moe", "num_experts": 256}},

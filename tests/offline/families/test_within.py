@@ -38,7 +38,7 @@ def test_what_is_beside_is_copied_and_ignored_as_a_whole(name: str, tmp_path: Pa
         assert names or "audio" in start  # not all of them hear
         assert all(torch.equal(before[tensor], after[tensor]) for tensor in names)
         assert all(fmt.ignores(tensor.removesuffix(".weight")) for tensor in names)
-    assert not fmt.ignores(f"{family.layer_name(0)}.mlp.experts")
+    assert not fmt.ignores(f"{family.layer_name(0)}.{family.in_block}experts")
     assert inspect_checkpoint(out)["kept_weights"] == 0
     written = json.loads((out / "config.json").read_text())
     assert written.pop("quantization_config") == fmt.to_dict()
