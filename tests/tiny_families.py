@@ -136,6 +136,25 @@ class Tiny(NamedTuple):
     around: Mapping[str, Any] = MappingProxyType({})
 
 
+BAILING = Tiny(
+    HEADS
+    | ROUTED
+    | GROUPED
+    | {"num_experts": 4, "num_shared_experts": 1, "use_qk_norm": True, "use_rmsnorm": True, "score_function": "sigmoid"}
+    | {"moe_router_enable_expert_bias": True, "use_bias": False, "use_qkv_bias": False, "embedding_dropout": 0.0}
+    | {"rope_theta": 10000.0, "norm_topk_prob": True, "scoring_func": "sigmoid"},
+    made_of="dots1",
+    architecture="BailingMoeForCausalLM",
+    published=(
+        (r"model\.embed_tokens", "model.word_embeddings"),
+        (r"self_attn\.o_proj", "attention.dense"),
+        (r"self_attn\.q_norm", "attention.query_layernorm"),
+        (r"self_attn\.k_norm", "attention.key_layernorm"),
+        (r"gate\.e_score_correction_bias", "gate.expert_bias"),
+        (r"self_attn\.[qkv]_proj", "attention.query_key_value"),  # one tensor
+    ),
+)
+
 TINY = {
     **{name: Tiny(config) for name, config in FAMILIES.items()},
     "minimax_m2": Tiny(
@@ -270,7 +289,7 @@ TINY = {
     "longcat_flash": Tiny(
         LATENT
         | QUERIES
-        | {"num_layers": 2, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "ffn_hidden_size": 256}
+        | {"num_hidden_layers": 4, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "ffn_hidden_size": 256}
         | {
             "expert_ffn_hidden_size": 192,
             "mla_scale_q_lora": True,
@@ -279,6 +298,8 @@ TINY = {
         },
         without=(".experts.4.", ".experts.5."),  # which have no weights
     ),
+    "bailing_moe": BAILING,
+    "bailing_moe_v2": BAILING._replace(architecture="BailingMoeV2ForCausalLM"),
     "llama4_text": Tiny(LLAMA),
     "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
     "jamba": Tiny(
@@ -308,14 +329,22 @@ def _config(name: str) -> dict[str, Any]:
     return whole
 
 
+def _order(key: str) -> tuple[int, str]:
+    """Return by what the tensors of a model are sorted so that queries, keys and values follow each other."""
+    found = re.search(r"self_attn\.([qkv])_proj", key)
+    return ("qkv".index(found[1]) if found else 0, key)
+
+
 def publish(name: str, folder: Path) -> None:
     """Bring what transformers saved into the layout that the family's makers publish."""
     weights, published = folder / "model.safetensors", {}
-    for key, tensor in load_file(weights).items():
+    for key, tensor in sorted(load_file(weights).items(), key=lambda item: _order(item[0])):
         fused = TABLE[name].fused_experts(key)
         other = fused is not None and fused.transposed and not fused.lies_transposed(tensor.shape, HIDDEN)
         for pattern, replacement in TINY[name].published:
             key = re.sub(pattern, replacement, key)
+        if key in published:  # under one name with others
+            tensor = torch.cat([published[key], tensor])
         if not any(part in key for part in TINY[name].without):
             published[key] = tensor.mT.contiguous() if other else tensor
     save_file(published, weights, metadata={"format": "pt"})
@@ -334,4 +363,4 @@ def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = tor
     written = json.loads((folder / "config.json").read_text())
     written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
     (folder / "config.json").write_text(json.dumps(written, indent=2))
-    return folder if _is_known(name) else hand_made.bring_configuration(folder)
+    return folder if _is_known(name) else hand_made.bring_configuration(folder, name)

@@ -61,7 +61,7 @@ def _fuse(state: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.
     for tensor, held in parts.items():
         number = 1 + max(index for index, _ in held)
         each = (torch.cat([held[index, part] for one, part in sorted(held) if one == index]) for index in range(number))
-        experts = torch.stack(list(each))
+        stacked = torch.stack(list(each))
         found = family.fused_experts(tensor)
-        fused[tensor] = experts.mT.contiguous() if found is not None and found.transposed else experts
+        fused[tensor] = stacked.mT.contiguous() if found is not None and found.transposed else stacked
     return fused

@@ -74,6 +74,7 @@ class Family:
             tensors or shapes; the first that is there counts.
         renames: what transformers 5 calls otherwise in memory.
         stacks: what transformers 5 holds as one tensor in memory.
+        embed: name, inside the body, of the tokens' embeddings.
         norm: name, inside the body, of the last norm before the output head.
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
         logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
@@ -103,6 +104,7 @@ class Family:
     layer_kinds_keys: tuple[str, ...] = ()
     renames: tuple[Rename, ...] = ()
     stacks: tuple[Stack, ...] = ()
+    embed: str = "embed_tokens"
     norm: str = "norm"
     logits_divisor_key: str | None = None
     logits_cap_key: str | None = None
@@ -128,7 +130,7 @@ class Family:
     @property
     def embedding(self) -> str:
         """Return the name of the tensor that holds the tokens' embeddings."""
-        return f"{self.body}.embed_tokens.weight"
+        return f"{self.body}.{self.embed}.weight"
 
     @property
     def last_norm(self) -> str:

@@ -262,6 +262,22 @@ _OTHERS = (
     ),
 )
 
+_BAILING = Family(
+    "bailing_moe",
+    "Ling-mini-2.0, Ling-flash-2.0, Ring-2.0, Ling-lite",
+    (
+        Slot("attention.query_key_value", Kind.ATTENTION),
+        Slot("attention.dense", Kind.ATTENTION, Cut.INPUTS),
+        *shared(),
+        *dense(),
+    ),
+    ahead=(LATER_LAYERS,),
+    mixers=("attention",),
+    embed="word_embeddings",
+    note="no calibration text: transformers has no class for it",
+    status=_SERVED,
+)
+_BAILING_LIKE = (_BAILING, replace(_BAILING, model_type="bailing_moe_v2"))
 _KIMI_KEPT = ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")
 _MOONSHOT_LIKE = (
     Family(
@@ -352,6 +368,6 @@ _GEMMA_LIKE = (
     ),
 )
 
-_ALL = (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE, *_MOONSHOT_LIKE, *_LLAMA_LIKE)
+_ALL = (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE, *_BAILING_LIKE, *_MOONSHOT_LIKE, *_LLAMA_LIKE)
 FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""

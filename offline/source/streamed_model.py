@@ -94,7 +94,7 @@ class StreamedModel:
                 f"has {len(embedding)} rows; do tokenizer and model belong together?"
             )
         states = torch.nn.functional.embedding(windows.to(embedding.device), embedding)
-        scale = torch.tensor(getattr(self._body.embed_tokens, _EMBEDDING_SCALE, 1.0), dtype=self.dtype)
+        scale = torch.tensor(getattr(getattr(self._body, self._family.embed), _EMBEDDING_SCALE, 1.0), dtype=self.dtype)
         states = states.to(self.dtype) * scale.to(states.device)
         parts = (part.to(self.device, self.dtype) for part in states.split(_WINDOWS))
         return torch.cat([self._enter(part)[0].to(home or self.device) for part in parts])
