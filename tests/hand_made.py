@@ -89,11 +89,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 """Tiny configurations of families, by model type."""
-_DEEPSEEK_CONFIGURATION = """from transformers import PretrainedConfig
+_CONFIGURATION = """from transformers import PretrainedConfig
 
 
-class DeepseekConfig(PretrainedConfig):
-    model_type = "deepseek"
+class OwnConfig(PretrainedConfig):
+    model_type = "{}"
 """
 """What models that transformers does not know bring along; vLLM runs it with --trust-remote-code."""
 
@@ -155,13 +155,13 @@ def make_deepseek(folder: Path) -> Path:
     folder.mkdir(parents=True)
     save_file({name: tensor.bfloat16() for name, tensor in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    return bring_configuration(folder)
+    return bring_configuration(folder, "deepseek")
 
 
-def bring_configuration(folder: Path) -> Path:
-    """Give a DeepSeek-MoE the code of its configuration, as the 16B model brings it along."""
-    (folder / "configuration_deepseek.py").write_text(_DEEPSEEK_CONFIGURATION)
-    return copy_settings(folder, folder, {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"}})
+def bring_configuration(folder: Path, model_type: str) -> Path:
+    """Give a model the code of its configuration, as those bring it along that transformers does not know."""
+    (folder / "configuration_own.py").write_text(_CONFIGURATION.format(model_type))
+    return copy_settings(folder, folder, {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}})
 
 
 def _ffn(name: str, hidden: int, inner: int) -> dict[str, tuple[int, int]]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import hand_made
 import torch
 import vllm_runner
-from tiny_families import TINY, has_class, make_family
+from tiny_families import TINY, has_class, make_family, publish
 from tiny_models import VOCABULARY, compare, make_prompts
 from vllm_jobs import job
 
@@ -70,22 +70,24 @@ def _plain(name: str, source: Path, checkpoint: Path, out: Path) -> Path:
     if not has_class(name):
         return hand_made.dequantized(checkpoint, out)
     load_model(checkpoint).save_pretrained(out)
+    publish(name, out)
     return hand_made.copy_settings(source, out, {"dtype": "float32"})
 
 
 def serve(families: dict[str, dict[str, Path]], folder: Path, mend_router: bool = True) -> dict[str, dict[str, Any]]:
     """Return vLLM's outputs by family and kind; families that need other options of vLLM get a process of their own."""
     outputs: dict[str, dict[str, Any]] = {}
-    for dtype in sorted({TINY[name].dtype for name in families}):
+    for dtype, is_part in sorted({(TINY[name].dtype, bool(TINY[name].around)) for name in families}):
         models = {
             f"{name}/{kind}": path
             for name, made in families.items()
-            if TINY[name].dtype == dtype
+            if (TINY[name].dtype, bool(TINY[name].around)) == (dtype, is_part)
             for kind, path in made.items()
         }
-        (folder / dtype).mkdir(parents=True)
-        todo = job(models, dtype=dtype, **ENGINE) | {"mend_router": mend_router}
-        for key, output in vllm_runner.run(todo, folder / dtype, timeout=3000).items():
+        place = folder / f"{dtype} {is_part}"
+        place.mkdir(parents=True)
+        todo = job(models, dtype=dtype, **ENGINE, language_model_only=is_part) | {"mend_router": mend_router}
+        for key, output in vllm_runner.run(todo, place, timeout=3000).items():
             name, kind = key.split("/")
             outputs.setdefault(name, {})[kind] = output
     return outputs

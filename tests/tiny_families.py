@@ -6,7 +6,11 @@ To add a family, add an entry to :data:`TINY`; CONTRIBUTING.md shows how.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import hand_made
@@ -17,6 +21,7 @@ from tiny_models import COMMON, FAMILIES, fill
 
 from vllm_milo.offline.families.table import FAMILIES as TABLE
 
+HIDDEN = COMMON["hidden_size"]
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 LATENT = {
     "num_attention_heads": 4,
@@ -53,6 +58,62 @@ GRANITE = PLAIN | {
 }
 
 
+VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "out_hidden_size": 128,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+DEEP_VISION = VISION | {"deepstack_visual_indexes": [0]}
+AUDIO = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "num_mel_bins": 16,
+    "output_dim": 128,
+    "downsample_hidden_size": 32,
+}
+
+GEMMA = HEADS | {
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "global_head_dim": 128,
+    "attention_k_eq_v": True,  # full attention has no values of its own
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 64,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 192,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+}
+LLAMA = HEADS | {
+    "intermediate_size": 192,
+    "intermediate_size_mlp": 256,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 256,
+}
+LLAMA_VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
+LLAMA_VISION |= {"vision_output_dim": 64, "image_size": 16, "patch_size": 4, "projector_input_dim": 64}
+LLAMA_VISION |= {"projector_output_dim": 64}
+GEMMA_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA_VISION |= {"num_key_value_heads": 2, "head_dim": 32, "patch_size": 4, "position_embedding_size": 64}
+TALKER = COMMON | HEADS | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+TALKER |= {"num_hidden_layers": 1, "shared_expert_intermediate_size": 64}
+CODES = COMMON | HEADS | {"num_hidden_layers": 1, "intermediate_size": 64, "num_code_groups": 2}
+WAVES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+WAVES |= {"num_hidden_layers": 1, "codebook_size": 16, "num_quantizers": 2, "decoder_dim": 96}
+
+
 class Tiny(NamedTuple):
     """How a tiny model of a family is made.
 
@@ -62,6 +123,8 @@ class Tiny(NamedTuple):
         without: parts of names of weights that the family does not have.
         architecture: in config.json, where it is not the name of transformers' class.
         dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
+        published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
+        around: the larger config that the text model's is part of.
     """
 
     config: dict[str, Any]
@@ -69,7 +132,28 @@ class Tiny(NamedTuple):
     without: tuple[str, ...] = ()
     architecture: str | None = None
     dtype: str = "float32"
+    published: tuple[tuple[str, str], ...] = ()
+    around: Mapping[str, Any] = MappingProxyType({})
 
+
+BAILING = Tiny(
+    HEADS
+    | ROUTED
+    | GROUPED
+    | {"num_experts": 4, "num_shared_experts": 1, "use_qk_norm": True, "use_rmsnorm": True, "score_function": "sigmoid"}
+    | {"moe_router_enable_expert_bias": True, "use_bias": False, "use_qkv_bias": False, "embedding_dropout": 0.0}
+    | {"rope_theta": 10000.0, "norm_topk_prob": True, "scoring_func": "sigmoid"},
+    made_of="dots1",
+    architecture="BailingMoeForCausalLM",
+    published=(
+        (r"model\.embed_tokens", "model.word_embeddings"),
+        (r"self_attn\.o_proj", "attention.dense"),
+        (r"self_attn\.q_norm", "attention.query_layernorm"),
+        (r"self_attn\.k_norm", "attention.key_layernorm"),
+        (r"gate\.e_score_correction_bias", "gate.expert_bias"),
+        (r"self_attn\.[qkv]_proj", "attention.query_key_value"),  # one tensor
+    ),
+)
 
 TINY = {
     **{name: Tiny(config) for name, config in FAMILIES.items()},
@@ -176,6 +260,48 @@ TINY = {
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_dense_layers": 1}
         | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}
     ),
+    "qwen3_5_moe": Tiny(HEADS | EXPERTS | LINEAR, dtype="bfloat16", around={"vision_config": VISION}),
+    "qwen3_vl_moe": Tiny(
+        HEADS | EXPERTS | {"num_experts": 4, "norm_topk_prob": True}, around={"vision_config": DEEP_VISION}
+    ),
+    "qwen3_omni_moe": Tiny(
+        HEADS | EXPERTS | {"num_experts": 4, "norm_topk_prob": True},
+        around={
+            "thinker_config": {
+                "vision_config": DEEP_VISION | {"image_size": 16, "apply_vit_abs_pos_embed": True},
+                "audio_config": AUDIO,
+            },
+            "talker_config": {"text_config": TALKER, "code_predictor_config": CODES}
+            | {"thinker_hidden_size": 128, "spatial_merge_size": 2},
+            "code2wav_config": WAVES,
+        },
+    ),
+    "gemma4_text": Tiny(GEMMA),
+    "gemma4": Tiny(GEMMA, around={"vision_config": GEMMA_VISION, "audio_config": None}),
+    "kimi_linear": Tiny(
+        LATENT
+        | EXPERTS
+        | {"num_experts": 4, "num_shared_experts": 1, "num_experts_per_token": 2}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3}
+        | {"mlp_layer_types": ["dense", "sparse", "sparse"], "linear_head_dim": 64, "linear_num_heads": 2},
+        published=((r"block_sparse_moe\.(\w+_proj)", r"mlp.\1"),),
+    ),
+    "longcat_flash": Tiny(
+        LATENT
+        | QUERIES
+        | {"num_hidden_layers": 4, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "ffn_hidden_size": 256}
+        | {
+            "expert_ffn_hidden_size": 192,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "zero_expert_type": "identity",
+        },
+        without=(".experts.4.", ".experts.5."),  # which have no weights
+    ),
+    "bailing_moe": BAILING,
+    "bailing_moe_v2": BAILING._replace(architecture="BailingMoeV2ForCausalLM"),
+    "llama4_text": Tiny(LLAMA),
+    "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
     "jamba": Tiny(
         {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "num_experts": 4}
         | {"num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
@@ -186,24 +312,55 @@ assert TINY.keys() == TABLE.keys(), f"the table and the tiny models differ in {T
 
 def has_class(name: str) -> bool:
     """Whether transformers can run a family."""
+    return not TABLE[name].not_run and _is_known(name)
+
+
+def _is_known(name: str) -> bool:
+    """Whether transformers has a configuration of a family."""
     return (TABLE[name].runs_as or name) in transformers.CONFIG_MAPPING
+
+
+def _config(name: str) -> dict[str, Any]:
+    """Return a family's config, with the text model's at its place."""
+    whole = part = deepcopy(dict(TINY[name].around))
+    for key in TABLE[name].text_config:
+        part = part.setdefault(key, {})
+    part |= COMMON | TINY[name].config
+    return whole
+
+
+def _order(key: str) -> tuple[int, str]:
+    """Return by what the tensors of a model are sorted so that queries, keys and values follow each other."""
+    found = re.search(r"self_attn\.([qkv])_proj", key)
+    return ("qkv".index(found[1]) if found else 0, key)
+
+
+def publish(name: str, folder: Path) -> None:
+    """Bring what transformers saved into the layout that the family's makers publish."""
+    weights, published = folder / "model.safetensors", {}
+    for key, tensor in sorted(load_file(weights).items(), key=lambda item: _order(item[0])):
+        fused = TABLE[name].fused_experts(key)
+        other = fused is not None and fused.transposed and not fused.lies_transposed(tensor.shape, HIDDEN)
+        for pattern, replacement in TINY[name].published:
+            key = re.sub(pattern, replacement, key)
+        if key in published:  # under one name with others
+            tensor = torch.cat([published[key], tensor])
+        if not any(part in key for part in TINY[name].without):
+            published[key] = tensor.mT.contiguous() if other else tensor
+    save_file(published, weights, metadata={"format": "pt"})
 
 
 def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Save a tiny random model of a family, with all that its makers' checkpoints have."""
     tiny = TINY[name]
-    config = transformers.AutoConfig.for_model(tiny.made_of or name, **{**COMMON, **tiny.config})
+    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name))
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    found = transformers.AutoModelForMultimodalLM if tiny.around else transformers.AutoModelForCausalLM
+    model = found.from_config(config)
     fill(model)
     model.to(dtype).save_pretrained(folder)
-    if tiny.without:
-        weights = folder / "model.safetensors"
-        held = load_file(weights)
-        for key in [key for key in held if any(part in key for part in tiny.without)]:
-            del held[key]
-        save_file(held, weights, metadata={"format": "pt"})
+    publish(name, folder)
     written = json.loads((folder / "config.json").read_text())
     written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
     (folder / "config.json").write_text(json.dumps(written, indent=2))
-    return folder if has_class(name) else hand_made.bring_configuration(folder)
+    return folder if _is_known(name) else hand_made.bring_configuration(folder, name)

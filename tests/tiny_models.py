@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from vllm_milo.offline.source.whole_model import load_source_model
+
 VOCABULARY = 256
 TEXT = Path(__file__).parent / "assets" / "valid.txt"
 
@@ -103,18 +105,19 @@ def fill(model: Any) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("bias"):  # of routers
             buffer.normal_(std=0.1)
-    tied = model.config.tie_word_embeddings
-    model.get_input_embeddings().weight.normal_(std=0.25 if tied else 1.0)
-    if not tied:
-        model.get_output_embeddings().weight.normal_(std=0.25)
+    tied = model.config.get_text_config().tie_word_embeddings
+    for leaf, std in (("embed_tokens.weight", 0.25 if tied else 1.0), ("lm_head.weight", 0.25)):
+        for name, parameter in model.named_parameters():
+            if name.endswith(leaf):
+                parameter.normal_(std=std)
 
 
 def fuse_experts(source: Path, folder: Path) -> Path:
     """Copy a model with the experts of each layer in 3-D tensors, as transformers 5 holds them in memory."""
     shutil.copytree(source, folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = load_source_model(source, torch.bfloat16)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    if model.config.get_text_config().tie_word_embeddings:
         del state["lm_head.weight"]
     assert any(tensor.dim() == 3 for tensor in state.values())
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

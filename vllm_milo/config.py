@@ -17,7 +17,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_milo import compat
 from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, GroupTable, MiLoFormat, RankTable
-from vllm_milo.models.checkpoint_names import experts_in_checkpoint, module_in_checkpoint, names_in_checkpoint
+from vllm_milo.models.checkpoint_names import (
+    experts_in_checkpoint,
+    module_in_checkpoint,
+    names_in_checkpoint,
+    values_of_keys,
+)
 from vllm_milo.models.completeness import check_loaded
 from vllm_milo.models.refused import refuse_permuted
 from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
@@ -196,7 +201,8 @@ class MiLoConfig(QuantizationConfig):
         """Return the checkpoint names of the matrices that the linear layer ``prefix`` holds."""
         parent, dot, leaf = prefix.rpartition(".")
         names = (FUSED_LAYERS | self.packed_modules_mapping).get(leaf, [leaf])
-        return [module_in_checkpoint(f"{parent}{dot}{name}", self._stored_modules) for name in names]
+        parts = [module_in_checkpoint(f"{parent}{dot}{name}", self._stored_modules) for name in names]
+        return values_of_keys(parts, self._stored_modules)
 
     def _experts(self) -> set[str]:
         """Return vLLM's names of the experts' modules that the checkpoint is known to have."""

@@ -42,7 +42,7 @@ class MiLoLinearMethod(LinearMethodBase):
     Args:
         fmt: the checkpoint contract.
         prefix: vLLM's name of the layer.
-        parts: checkpoint names of the matrices it holds, in order.
+        parts: checkpoint names of the matrices it holds, in order; one that it holds twice stands there twice.
 
     Raises:
         CheckpointError: the matrices differ in group size.
@@ -78,11 +78,11 @@ class MiLoLinearMethod(LinearMethodBase):
         self.dummy = compat.loads_dummy_weights()
         self.dtype, self.max_tokens = params_dtype, compat.max_tokens()
         self.guard = FillGuard(self.prefix)
-        for part, (name, rank) in enumerate(zip(self.parts, self.ranks, strict=True)):
+        for part, rank in enumerate(self.ranks):
             n = self.split.full_width(self.spans[part])
             specs = self.format.base_tensors(n, input_size, self.group_size)
             specs |= self.format.factor_tensors(n, input_size, rank, ANY_FLOAT)
-            self.guard.expect((f"{name}.{tensor}", spec) for tensor, spec in specs.items())
+            self.guard.expect((self._piece(part, tensor), spec) for tensor, spec in specs.items())
         loader = extra_weight_attrs["weight_loader"]
         self._register_base(layer, sum(widths), input_size_per_partition, loader)
         self._register_factors(layer, input_size_per_partition, params_dtype)
@@ -168,7 +168,7 @@ class MiLoLinearMethod(LinearMethodBase):
         def load(param: BasevLLMParameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
             part = self._part(shard_id)
             if not param.is_meta:  # as where vLLM counts first what a loader copies
-                self.guard.fill(f"{self.parts[part]}.{tensor}", loaded_weight)
+                self.guard.fill(self._piece(part, tensor), loaded_weight)
             if base is None:
                 self._load_factor(param, loaded_weight, tensor, part)
             elif shard_id is None and self.split.only:
@@ -178,6 +178,11 @@ class MiLoLinearMethod(LinearMethodBase):
                     base(param, loaded_weight[rows], self.split.shard_id(partition))
 
         return load
+
+    def _piece(self, part: int, tensor: str) -> str:
+        """Return the guard's name of a tensor of a part, which tells apart parts of the same matrix."""
+        name = self.parts[part]
+        return f"{name}.{tensor}" + (" (once more)" if name in self.parts[:part] else "")
 
     def _load_factor(self, param: BasevLLMParameter, loaded: torch.Tensor, tensor: str, part: int) -> None:
         compensator, is_scale = self.format.compensator, tensor in (U_SCALE, V_SCALE)

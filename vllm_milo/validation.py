@@ -33,6 +33,8 @@ FUSED_EXPERTS = ("gate_up_proj", "down_proj")
 """Names of the 3-D tensors that hold all experts of a layer, in some checkpoints and where transformers runs them."""
 _UNFUSED_BLOCK = "block_sparse_moe"
 """Block of families whose experts vLLM calls w1, w2 and w3. It passes over their fused tensors without a word."""
+_TEXT_PARTS = ("thinker_config", "text_config")
+"""Keys of config.json of the part for the text model, or of one that has it, where that is part of a larger model."""
 _SIZES = (
     ("num_experts", "num_local_experts"),
     ("hidden_size",),
@@ -102,7 +104,7 @@ def find_problems(tensors: Mapping[str, TensorEntry], fmt: MiLoFormat, config: M
         config: its config.json, for the model's dtype.
     """
     modules = quantized_modules(tensors)
-    dtype = safetensors_name(str(config.get("dtype", config.get("torch_dtype")))) or "BF16"
+    dtype = _model_dtype(config)
     experts = count_experts(modules)
     return [
         *_expert_problems(modules, experts),
@@ -112,6 +114,17 @@ def find_problems(tensors: Mapping[str, TensorEntry], fmt: MiLoFormat, config: M
         *_fused_problems(modules, fmt),
         *_table_problems(modules, experts, fmt),
     ]
+
+
+def _model_dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype that config.json states, or else its part for the text model; bfloat16 where neither does."""
+    part: Any = config
+    while isinstance(part, Mapping):
+        stated = safetensors_name(str(part.get("dtype", part.get("torch_dtype"))))
+        if stated is not None:
+            return stated
+        part = next((part[key] for key in _TEXT_PARTS if key in part), None)
+    return "BF16"
 
 
 def first_problems(problems: Sequence[str]) -> list[str]:

@@ -46,7 +46,7 @@ def refuse_broken(
     if is_finite(after):
         return
     window = next(number for number, states in enumerate(after) if not is_finite(states))
-    name = f"model.layers.{index}"
+    name = family.layer_name(index)
     inner = _first_broken(lambda: model.run(index, module, before[window : window + 1]), module)
     place = family.checkpoint_name(f"{name}.{inner}") if inner else name
     advice = BROKEN_CODES if quantized else NARROW if after.dtype == torch.float16 else BROKEN_MODEL

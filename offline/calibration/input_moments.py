@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vllm_milo.names import leaf_of
+
 from ..errors import ConversionError
 from ..families.family import Family
 from ..nouns import Matrix, Moments
@@ -75,7 +77,7 @@ class InputMoments:
             checkpoint = family.checkpoint_name(name + inner)
             if isinstance(part, torch.nn.Linear) and family.kind(checkpoint) is not None:
                 self._undo.append(part.register_forward_pre_hook(partial(self._see, checkpoint)).remove)
-            elif inner.endswith(".experts") and hasattr(part, "gate_up_proj"):
+            elif leaf_of(inner) == "experts" and hasattr(part, "gate_up_proj"):
                 self._undo.append(part.register_forward_pre_hook(self._experts(checkpoint, part)).remove)
 
     def _experts(self, name: str, module: Any) -> Callable[..., None]:

@@ -54,7 +54,7 @@ class SequentialPass:
             ConversionError: the layer is not what transformers needs, or puts out NaN or Inf.
         """
         module, target = self._original(index)
-        moments = InputMoments(module, f"model.layers.{index}.", self._family, self._full)
+        moments = InputMoments(module, f"{self._family.layer_name(index)}.", self._family, self._full)
         for part in self.quantized.split(self._batch):
             self.model.run(index, module, part)
         moments.close()

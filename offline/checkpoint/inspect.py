@@ -46,7 +46,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     weights = sum(math.prod(matrix_shape(found)) for found in modules.values())
     base = sum(_bytes(found, BASE_TENSORS) for found in modules.values())
     factors = sum(_bytes(found, FACTOR_TENSORS) for found in modules.values())
-    family, number = find_family(config), config.get("num_hidden_layers")
+    family = find_family(config)
+    number = family.num_layers(family.settings(config))
     kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, family, number)]
     kept_weights, kept_bytes = sum(math.prod(entry.shape) for entry in kept), sum(map(_tensor_bytes, kept))
     errors = _recorded_errors(folder)
@@ -102,7 +103,7 @@ def name_group_sizes(report: Mapping[str, Any]) -> str:
 
 def _is_kept(tensor: str, modules: Mapping[str, Any], family: Family, layers: int | None) -> bool:
     """Return whether a tensor holds matrices that could be quantized and are not."""
-    if family.ahead_pattern(tensor, layers) is not None:
+    if family.whole_pattern(tensor, layers) is not None:
         return False
     module, _, leaf = tensor.rpartition(".")
     if family.fused_experts(tensor) is not None:

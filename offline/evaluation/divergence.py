@@ -23,7 +23,7 @@ from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..families.find import find_family
 from ..progress import progress_bar
-from ..source.config import read_settings
+from ..source.config import read_settings, read_text_settings
 from ..source.reader import ModelReader
 from ..source.states import StatesHome
 from ..source.streamed_model import StreamedModel, reader_tensors
@@ -93,7 +93,7 @@ def refuse_strangers(model: Path, reference: Path) -> None:
             raise ConversionError(f"{folder}: no such folder; download or convert the model first")
     if is_milo_checkpoint(reference):
         raise ConversionError(f"--reference {reference}: is a MiLo checkpoint; give the model that it was made of")
-    mine, theirs = (read_settings(folder) for folder in (model, reference))
+    mine, theirs = (read_text_settings(folder) for folder in (model, reference))
     for key in _ALIKE:
         if mine.get(key) != theirs.get(key):
             there, here = shown(theirs.get(key)), shown(mine.get(key))
@@ -120,7 +120,7 @@ def text_windows(model: Path, reference: Path, text: Path, length: int, most: in
     if length < 2:
         raise ConversionError(f"--window {length}: must be at least 2, since the first token is not predicted")
     for folder in (model, reference):
-        length = min(length, read_settings(folder).get("max_position_embeddings") or length)
+        length = min(length, read_text_settings(folder).get("max_position_embeddings") or length)
     content = read_text(text)
     ids, own = (
         load_tokenizer(folder)(content, add_special_tokens=False, verbose=False)["input_ids"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_milo.names import leaf_of
 from vllm_milo.shards import ShardError, read_json
 
 from ..errors import ConversionError
@@ -20,7 +21,8 @@ _MAKE_THEM = "make it with `milo stats MODEL --text FILE -o"
 def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None = None) -> dict[str, list[int]]:
     """Return how often the router picks each expert on a text, by experts' name in the checkpoint."""
     family = find_family(model.config.to_dict())
-    number = family.num_experts(model.config.to_dict())
+    settings = family.settings(model.config.to_dict())
+    number = family.num_experts(settings)
     counts: dict[str, torch.Tensor] = {}
 
     def counter(name: str) -> Callable[..., None]:
@@ -32,11 +34,11 @@ def count_experts_used(model: Any, tokens: torch.Tensor, max_windows: int | None
 
     hooks = []
     for name, module in model.named_modules():
-        if name.endswith(".experts"):
+        if leaf_of(name) == "experts":
             experts = family.checkpoint_name(name)
             counts[experts] = torch.zeros(number, dtype=torch.int64)
             hooks.append(module.register_forward_pre_hook(counter(experts), with_kwargs=True))
-    window = min(WINDOW, int(model.config.max_position_embeddings))
+    window = min(WINDOW, int(settings["max_position_embeddings"]))
     try:
         perplexity(model, tokens, max_windows, window=window, stride=window)  # no token counts twice
     finally:

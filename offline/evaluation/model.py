@@ -17,7 +17,6 @@ from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..families.family import Family
 from ..families.find import find_family
-from ..families.slots import FUSED
 from ..source.config import read_settings
 from ..source.foreign import load_config
 from ..source.whole_model import fill_model, load_source_model, model_class
@@ -40,7 +39,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     del config.quantization_config
     state = dict(DequantizedTensors(folder, fmt, dtype).load())
     family = find_family(read_settings(folder))
-    if family.fused != FUSED:
+    if family.only_fused:
         state = _fuse(state, family)
     return fill_model(found, folder, config, state, dtype).to(device).eval()
 
@@ -63,5 +62,7 @@ def _fuse(state: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.
     for tensor, held in parts.items():
         number = 1 + max(index for index, _ in held)
         each = (torch.cat([held[index, part] for one, part in sorted(held) if one == index]) for index in range(number))
-        fused[tensor] = torch.stack(list(each))
+        stacked = torch.stack(list(each))
+        found = family.fused_experts(tensor)
+        fused[tensor] = stacked.mT.contiguous() if found is not None and found.transposed else stacked
     return fused

@@ -50,7 +50,7 @@ def perplexity(
     """
     if max_windows is not None and max_windows < 1:
         raise ConversionError(f"--max-windows {max_windows}: must be at least 1")
-    window = min(window, int(model.config.max_position_embeddings))
+    window = min(window, int(model.config.get_text_config().max_position_embeddings))
     stride = min(STRIDE, window) if stride is None else stride
     if tokens.numel() < 2:
         raise ConversionError("the text has fewer than two tokens; nothing to score")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vllm_milo.names import leaf_of
+
 
 @contextlib.contextmanager
 def router_choices(layer: torch.nn.Module, home: torch.device) -> Iterator[list[torch.Tensor]]:
@@ -26,7 +28,7 @@ def router_choices(layer: torch.nn.Module, home: torch.device) -> Iterator[list[
         if isinstance(chosen, torch.Tensor) and chosen.dim() == 2 and not chosen.is_floating_point():
             seen.append(chosen.sort(-1).values.to(torch.int16).to(home))
 
-    experts = [module for name, module in layer.named_modules() if name.endswith(".experts")]
+    experts = [module for name, module in layer.named_modules() if leaf_of(name) == "experts"]
     hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in experts]
     try:
         yield seen

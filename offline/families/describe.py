@@ -49,9 +49,10 @@ def _quantized(family: Family) -> str:
 
 
 def _kept(family: Family) -> str:
-    """Return what of a family's layers stays as it is."""
-    kept = [name.removeprefix(f"{family.block}.") for name in family.kept]
-    return ", ".join([*kept, *(["what predicts further tokens"] if family.ahead else [])])
+    """Return what of a family stays as it is."""
+    kept = [name.removeprefix(family.in_block) for name in family.kept]
+    whole = (("what predicts further tokens", family.ahead), ("what is not the text model", family.beside))
+    return ", ".join([*kept, *(name for name, starts in whole if starts)])
 
 
 def _status(family: Family) -> str:

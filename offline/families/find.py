@@ -34,10 +34,12 @@ def find_family(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is not None:
-        family.num_experts(config)
+        family.num_experts(family.settings(config))
         return family
     said = f"config.json: model_type {shown(model_type)}"
-    text = next((part for part in _configs(config) if any(_is_count(part.get(key)) for key in _EXPERT_COUNTS)), None)
+    text = next(
+        (part for part in configs_within(config) if any(_is_count(part.get(key)) for key in _EXPERT_COUNTS)), None
+    )
     if text is None:
         raise ConversionError(
             f"{said} is not a Mixture-of-Experts model: it states no number of experts; of MoE families MiLo does "
@@ -46,19 +48,29 @@ def find_family(config: Mapping[str, Any]) -> Family:
     own = text.get("model_type")
     if text is not config and str(own) in FAMILIES:
         raise ConversionError(
-            f"{said} is a larger model around the text model {shown(own)}; MiLo converts text models alone: save that "
-            f"part by itself first"
+            f"{said} is a larger model around the text model {shown(own)}, which MiLo converts alone: save that part "
+            f"by itself first"
         )
     inner = "" if text is config or own is None else f" around a text model {shown(own)}"
     raise ConversionError(f"{said}{inner} is a MoE family that MiLo does not know{_nearest(model_type, own)}; {_LIST}")
 
 
-def _configs(config: Mapping[str, Any], level: int = 0) -> Iterator[Mapping[str, Any]]:
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json states of the text model, of a family that is known or of any.
+
+    Raises:
+        ConversionError: see :meth:`Family.settings`.
+    """
+    family = FAMILIES.get(str(config.get("model_type")))
+    return dict(config) if family is None else family.settings(config)
+
+
+def configs_within(config: Mapping[str, Any], level: int = 0) -> Iterator[Mapping[str, Any]]:
     """Yield a config and those within it, as models for images have one for their text model."""
     yield config
     for part in config.values() if level < _DEEPEST else ():
         if isinstance(part, Mapping):
-            yield from _configs(part, level + 1)
+            yield from configs_within(part, level + 1)
 
 
 def _is_count(value: object) -> bool:

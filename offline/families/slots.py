@@ -40,11 +40,12 @@ class Projections(NamedTuple):
 class FusedTensor(NamedTuple):
     """A 3-D tensor [E, N, K] of the MoE block: its name inside the block, and whose matrices are stacked along N.
 
-    ``holds`` are roles: ``gate``, ``up``, ``down``.
+    ``holds`` are roles: ``gate``, ``up``, ``down``. ``transposed`` says that its makers store [E, K, N].
     """
 
     name: str
     holds: tuple[str, ...]
+    transposed: bool = False
 
 
 class Rename(NamedTuple):
@@ -55,6 +56,13 @@ class Rename(NamedTuple):
 
     memory: str
     checkpoint: str
+
+
+class Stack(NamedTuple):
+    """A tensor of a layer that transformers 5 makes of several of one size, stacked along their first dimension."""
+
+    memory: str
+    parts: tuple[str, ...]
 
 
 LLAMA = Projections("gate_proj", "up_proj", "down_proj")

@@ -5,9 +5,12 @@ Names of projections that no family had before go to :mod:`vllm_milo.names` too,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..nouns import Kind
 from .family import LATER_LAYERS, Family
-from .slots import MIXTRAL, Cut, FusedTensor, Rename, Slot, attention, dense, latent_attention, shared
+from .qwen import QWEN
+from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, Stack, attention, dense, latent_attention, shared
 
 _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
@@ -15,7 +18,6 @@ _LOCAL = ("num_local_experts",)
 _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
 _NO_ROUTER = "vLLM's CPU build refuses its router's scores"
 _NO_BIAS = "vLLM's CPU build drops its router's bias"
-_KEEPS_IN_PROJ = "linear attention's inner projections stay as they are"
 _KEEPS_MAMBA = "Mamba layers stay as they are"
 _GRANITE_FUSED = (
     FusedTensor("input_linear.weight", ("gate", "up")),
@@ -62,66 +64,6 @@ _MIXTRAL_LIKE = (
         projections=MIXTRAL,
         num_experts_keys=_LOCAL,
         renames=(Rename("mlp.router.", "block_sparse_moe.gate."), *_MIXTRAL_NAMES),
-        status=_SERVED,
-    ),
-)
-
-_QWEN_LIKE = (
-    Family(
-        "qwen2_moe",
-        "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
-        (*attention(), *shared("mlp.shared_expert"), *dense()),
-        kept=("mlp.gate", "mlp.shared_expert_gate"),
-        status=_SERVED,
-    ),
-    Family(
-        "qwen3_moe",
-        "Qwen3-30B-A3B, Qwen3-235B-A22B",
-        (*attention(), *dense()),
-        num_experts_keys=("num_experts", "num_local_experts"),
-        status=_SERVED,
-    ),
-    Family(
-        "qwen3_next",
-        "Qwen3-Next-80B-A3B",
-        (
-            *attention(),
-            Slot("linear_attn.in_proj_qkvz", Kind.ATTENTION),
-            Slot("linear_attn.out_proj", Kind.ATTENTION, Cut.INPUTS),
-            *shared("mlp.shared_expert"),
-            *dense(),
-        ),
-        kept=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
-        ahead=("mtp.",),
-        mixers=("self_attn", "linear_attn"),
-        status=_SERVED,
-    ),
-    Family(
-        "qwen3_5_moe_text",
-        "text models of Qwen3.5, Qwen3.6 (35B-A3B, 122B-A10B)",
-        (
-            *attention(),
-            Slot("linear_attn.out_proj", Kind.ATTENTION, Cut.INPUTS),
-            *shared("mlp.shared_expert"),
-            *dense(),
-        ),
-        kept=(
-            "mlp.gate",
-            "mlp.shared_expert_gate",
-            *(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
-        ),
-        ahead=("mtp.",),
-        mixers=("self_attn", "linear_attn"),
-        note=_KEEPS_IN_PROJ,
-        status=_SERVED,
-    ),
-    Family("olmoe", "OLMoE-1B-7B", attention(), num_experts_keys=("num_experts", "num_local_experts"), status=_SERVED),
-    Family("flex_olmo", "FlexOlmo-7x7B", attention(), status=_SERVED),
-    Family(
-        "mellum",
-        "Mellum",
-        (*attention(), *dense()),
-        num_experts_keys=("num_experts", "num_local_experts"),
         status=_SERVED,
     ),
 )
@@ -258,6 +200,7 @@ _OTHERS = (
         kept=("block_sparse_moe.router.layer",),
         block="block_sparse_moe",
         fused=_GRANITE_FUSED,
+        only_fused=True,
         num_experts_keys=_LOCAL,
         renames=_GRANITE_NAMES,
         logits_divisor_key="logits_scaling",
@@ -270,6 +213,7 @@ _OTHERS = (
         kept=("block_sparse_moe.router.layer", "shared_mlp.input_linear"),
         block="block_sparse_moe",
         fused=_GRANITE_FUSED,
+        only_fused=True,
         num_experts_keys=_LOCAL,
         renames=_GRANITE_NAMES,
         logits_divisor_key="logits_scaling",
@@ -282,6 +226,7 @@ _OTHERS = (
         kept=("block_sparse_moe.router.layer", "shared_mlp.input_linear", "mamba.in_proj", "mamba.out_proj"),
         block="block_sparse_moe",
         fused=_GRANITE_FUSED,
+        only_fused=True,
         num_experts_keys=_LOCAL,
         mixers=("self_attn", "mamba"),
         renames=_GRANITE_NAMES,
@@ -297,7 +242,7 @@ _OTHERS = (
         block="feed_forward",
         projections=MIXTRAL,
         mixers=("self_attn", "conv"),
-        norm="model.embedding_norm",
+        norm="embedding_norm",
         note="convolutions stay as they are",
         status=_SERVED,
     ),
@@ -308,10 +253,117 @@ _OTHERS = (
         kept=("feed_forward.router", *(f"mamba.{part}_proj" for part in ("in", "x", "dt", "out"))),
         block="feed_forward",
         mixers=("self_attn", "mamba"),
-        norm="model.final_layernorm",
+        norm="final_layernorm",
         note=f"{_KEEPS_MAMBA}, and vLLM's CPU build cannot run them",
     ),
 )
 
-FAMILIES = {family.model_type: family for family in (*_MIXTRAL_LIKE, *_QWEN_LIKE, *_DEEPSEEK_LIKE, *_OTHERS)}
+_BAILING = Family(
+    "bailing_moe",
+    "Ling-mini-2.0, Ling-flash-2.0, Ring-2.0, Ling-lite",
+    (
+        Slot("attention.query_key_value", Kind.ATTENTION),
+        Slot("attention.dense", Kind.ATTENTION, Cut.INPUTS),
+        *shared(),
+        *dense(),
+    ),
+    ahead=(LATER_LAYERS,),
+    mixers=("attention",),
+    embed="word_embeddings",
+    note="no calibration text: transformers has no class for it",
+    status=_SERVED,
+)
+_BAILING_LIKE = (_BAILING, replace(_BAILING, model_type="bailing_moe_v2"))
+_KIMI_KEPT = ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")
+_MOONSHOT_LIKE = (
+    Family(
+        "kimi_linear",
+        "Kimi-Linear-48B-A3B",
+        (
+            Slot("self_attn.kv_a_proj_with_mqa", Kind.ATTENTION, Cut.WHOLE),
+            Slot("self_attn.kv_b_proj", Kind.ATTENTION),
+            Slot("self_attn.o_proj", Kind.ATTENTION, Cut.INPUTS),
+            *shared("block_sparse_moe.shared_experts"),
+            *dense(),
+        ),
+        # vLLM fuses all that reads the input of linear attention; latent attention has a q_proj of the same name
+        kept=("block_sparse_moe.gate", *(f"self_attn.{part}_proj" for part in _KIMI_KEPT)),
+        block="block_sparse_moe",
+        projections=MIXTRAL,
+        mixers=("self_attn.kv_a_proj_with_mqa", "self_attn.q_conv1d"),
+        renames=(
+            Rename("self_attn.forget_gate.", "self_attn."),
+            *(Rename(f"mlp.{part}", f"block_sparse_moe.{part}") for part in ("experts", "shared_experts.", "gate.")),
+        ),
+        stacks=(Stack("self_attn.conv1d.weight", tuple(f"self_attn.{part}_conv1d.weight" for part in "qkv")),),
+        note="what linear attention reads stays as it is, and vLLM's CPU build cannot import it",
+    ),
+    Family(
+        "longcat_flash",
+        "LongCat-Flash-Chat",
+        (*(slot for part in "01" for slot in (*latent_attention(f"self_attn.{part}"), *dense(f"mlps.{part}"))),),
+        kept=("mlp.router.classifier",),
+        num_experts_keys=_ROUTED,
+        no_experts_key="zero_expert_num",
+        num_layers_key="num_layers",
+        ahead=("model.mtp.", "mtp."),
+        not_run="its class wants weights of the experts that have none",
+        note="no calibration text; vLLM's CPU build loads it, and lacks its router's operator",
+    ),
+)
+_LLAMA = Family(
+    "llama4_text",
+    "text models of Llama-4",
+    (
+        Slot("self_attn.o_proj", Kind.ATTENTION, Cut.INPUTS),
+        *shared("feed_forward.shared_expert"),
+        *dense("feed_forward"),
+    ),
+    # vLLM reorders rows of queries and keys when it loads them, and fuses values with these
+    kept=("feed_forward.router", *(f"self_attn.{part}_proj" for part in "qkv")),
+    block="feed_forward",
+    fused=tuple(tensor._replace(transposed=True) for tensor in FUSED),
+    only_fused=True,
+    num_experts_keys=_LOCAL,
+    not_run="its class multiplies the inputs of all experts at once",
+    note="no calibration text; queries, keys and values stay as they are",
+    status=_SERVED,
+)
+_LLAMA_LIKE = (
+    _LLAMA,
+    replace(
+        _LLAMA,
+        model_type="llama4",
+        example="Llama-4-Scout, Maverick",
+        body="language_model.model",
+        head="language_model.lm_head",
+        text_config=("text_config",),
+        beside=("vision_model.", "multi_modal_projector."),
+    ),
+)
+_GEMMA = Family(
+    "gemma4_text",
+    "text models of Gemma-4-26B-A4B",
+    (*attention(), *dense()),
+    kept=("router.proj",),
+    block="",
+    only_fused=True,
+    layer_kinds_keys=("layer_types",),
+    logits_cap_key="final_logit_softcapping",
+    status=_SERVED,
+)
+_GEMMA_LIKE = (
+    _GEMMA,
+    replace(
+        _GEMMA,
+        model_type="gemma4",
+        example="Gemma-4-26B-A4B",
+        body="model.language_model",
+        text_config=("text_config",),
+        beside=("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
+    ),
+)
+
+_ALL = (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE, *_BAILING_LIKE, *_MOONSHOT_LIKE, *_LLAMA_LIKE)
+FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""

@@ -25,7 +25,7 @@ from ..families.family import Family
 from ..families.find import find_family
 from ..progress import progress_bar
 from ..source.config import read_settings
-from ..source.parts import Opened, Part, read_part
+from ..source.parts import Opened, Part, on_device, read_part
 from .compressed import CompressedTensors
 from .gptq import Gptq
 from .grid import Format, Load, Size
@@ -179,9 +179,10 @@ def _format(source: _Source) -> MiLoFormat:
 
 def _ignore(source: _Source) -> tuple[str, ...]:
     """Return names and patterns of the layers that the source has unquantized."""
-    family, number = source.family, source.config.get("num_hidden_layers")
-    ahead = dict.fromkeys(family.ahead_pattern(name, number) for name in source.tensors)
-    patterns = (*family.ignore, *(pattern for pattern in ahead if pattern is not None))
+    family = source.family
+    number = family.num_layers(family.settings(source.config))
+    whole = dict.fromkeys(family.whole_pattern(name, number) for name in source.tensors)
+    patterns = (*family.ignore, *(pattern for pattern in whole if pattern is not None))
     exact: dict[str, None] = {}
     for name in source.others:
         fused = family.fused_experts(name)
@@ -205,7 +206,7 @@ def _refuse_what_breaks(source: _Source, fmt: MiLoFormat, folder: Path) -> None:
         for leaf, (dtype, shape) in fmt.base_tensors(size.n, size.k, group_size).items():
             planned[f"{module}.{leaf}"] = TensorEntry(file, dtype, shape)
     problems = [*find_problems(planned, fmt, source.config), *_half_quantized(source)]
-    stated = source.family.num_experts(source.config)
+    stated = source.family.num_experts(source.family.settings(source.config))
     problems += [
         f"{name}: holds {count} experts, but config.json states {stated}"
         for name, count in count_experts(source.sizes).items()

@@ -264,7 +264,7 @@ def _quantized_layers(reader: ModelReader, conversion: Conversion) -> tuple[list
     ignore = (*reader.ignore, *conversion.ignore)
     unknown = unknown_modules(reader)
     check_ignore(conversion.ignore, reader.matrices, list(unknown))
-    refuse_unknown(unknown, conversion.ignore, reader.family.model_type)
+    refuse_unknown(unknown, conversion.ignore, reader.family)
     layers = [without_ignored(layer, ignore) for layer in reader.layers]
     if not any(layer.matrices for layer in layers):
         raise ConversionError("--ignore leaves no matrix to quantize")
@@ -342,8 +342,8 @@ def _stated_dtype(reader: ModelReader) -> dict[str, Any]:
     """Return the model's config, with the dtype that its tensors have where it states none: 16-bit factors have it."""
     stated = str(reader.config.get("dtype", reader.config.get("torch_dtype")))
     if safetensors_name(stated) in MODEL_DTYPES:
-        return dict(reader.config)
-    return reader.config | {"dtype": str(reader.dtype).removeprefix("torch.")}
+        return dict(reader.whole_config)
+    return reader.whole_config | {"dtype": str(reader.dtype).removeprefix("torch.")}
 
 
 def _decided(recipe: Recipe) -> dict[str, Any]:

@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from ..source.layers import Layer, layer_index
 from ..source.reader import ModelReader, Uses
 
-EMBEDDING = "model.embed_tokens.weight"
-"""What a text is begun with, also where the layers that it goes through first were quantized before."""
-
 
 def shard_uses(reader: ModelReader, layers: Sequence[Layer], start: int = 0, along_text: bool = False) -> Uses:
     """Return the names of the shards that a conversion uses for each layer, by the layer's name.
@@ -23,8 +20,10 @@ def shard_uses(reader: ModelReader, layers: Sequence[Layer], start: int = 0, alo
     uses = {layer.name: _files(reader, _tensors(layer)) for layer in layers[start:]}
     if not along_text or all(layer_index(layer.name) is None for layer in layers[start:]):
         return uses
+    # a text is begun with the embeddings, also where the layers that it goes through first were quantized before
+    begun = [reader.family.embedding]
     again = {
-        layer.name: _files(reader, [EMBEDDING] if layer_index(layer.name) is None else _tensors(layer))
+        layer.name: _files(reader, begun if layer_index(layer.name) is None else _tensors(layer))
         for layer in layers[:start]
     }
     return again | uses

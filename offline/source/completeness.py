@@ -33,7 +33,7 @@ _Kind = tuple[bool, str, str]
 """Of a layer: whether it has experts, which mixer, and which kind of it where the family has several."""
 
 
-def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
+def check_names(tensors: Mapping[str, TensorEntry], folder: Path, family: Family) -> None:
     """Refuse tensors that are those of a quantized model, whatever its config.json says, or have another prefix.
 
     Raises:
@@ -46,34 +46,34 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
                 f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; {advice()}"
             )
     for name in tensors:
-        number = re.match(r"model\.layers\.([^.]*)", name)
+        number = re.match(rf"{re.escape(family.body)}\.layers\.([^.]*)", name)
         if number is not None and not re.fullmatch(r"0|[1-9][0-9]{0,4}", number[1]):
             raise ConversionError(f"{folder}: tensor {shown_name(name)}: {shown(number[1])} is no number of a layer")
-    if any(re.match(r"model\.layers\.\d+\.", name) for name in tensors):
+    if any(family.layer_of(name) for name in tensors):
         return
     alike = [name for name in tensors if re.search(r"\blayers\.\d+\.", name)]
     found = min(alike or tensors, default=None)
     raise ConversionError(
-        f"{folder}: holds no tensor named model.layers.0.…, "
+        f"{folder}: holds no tensor named {family.layer_name(0)}.…, "
         + (f"but e.g. {found}; " if found else "and no other; ")
-        + "MiLo converts text models alone: if it is a part of a larger one, as language_model. is, save that part "
-        "by itself first"
+        + f"{family.model_type} has its layers there. Is config.json another model's? If this is a part of a larger "
+        "one, as language_model. is, save that part by itself first"
     )
 
 
 def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Family) -> None:
     """Refuse a folder that lacks a layer, or a tensor that the other layers of its kind have."""
     numbers = {number for layer in layers if (number := layer_index(layer.name)) is not None}
-    found = config.get("num_hidden_layers")
+    found = family.num_layers(config)
     stated = len(numbers) if found is None else int(found)
     for number in range(stated):
         if number not in numbers:
-            raise ConversionError(f"model.layers.{number}: missing; are the model's files complete?")
+            raise ConversionError(f"{family.layer_name(number)}: missing; are the model's files complete?")
     extra = sorted(number for number in numbers if number >= stated)
     if extra:
         raise ConversionError(
-            f"model.layers.{extra[0]}: extra, config.json states num_hidden_layers {stated}; is it another model's, or "
-            f"a layer that predicts more tokens, which this family does not have? Leave it out of the files"
+            f"{family.layer_name(extra[0])}: extra, config.json states {family.num_layers_key} {stated}; is it another "
+            f"model's, or a layer that predicts more tokens, which this family does not have? Leave it out of the files"
         )
     contents = {layer.name: _contents(layer, family) for layer in layers if layer_index(layer.name) is not None}
     kinds: dict[_Kind, dict[str, frozenset[str]]] = defaultdict(dict)
@@ -90,11 +90,11 @@ def check_complete(layers: list[Layer], config: Mapping[str, Any], family: Famil
                 if layer_name not in having:
                     raise ConversionError(f"{layer_name}.{name}: missing; are the model's files complete?")
     outside = {tensor for layer in layers if layer_index(layer.name) is None for tensor in layer.others}
-    for tensor in ("model.embed_tokens.weight", f"{family.norm}.weight"):
+    for tensor in (family.embedding, f"{family.last_norm}.weight"):
         if tensor not in outside:
             raise ConversionError(f"{tensor}: missing; are the model's files complete?")
-    if not config.get("tie_word_embeddings") and "lm_head.weight" not in outside:
-        raise ConversionError("lm_head.weight: missing, and config.json does not tie it to the embeddings")
+    if not config.get("tie_word_embeddings") and f"{family.head}.weight" not in outside:
+        raise ConversionError(f"{family.head}.weight: missing, and config.json does not tie it to the embeddings")
 
 
 def check_shapes(
@@ -117,20 +117,20 @@ def check_shapes(
 
 
 def check_stated(
-    matrices: list[Matrix], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], experts: int
+    matrices: list[Matrix], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], family: Family
 ) -> None:
     """Refuse a config.json whose numbers are not those of the tensors: whoever runs the model builds it by them.
 
     Args:
         matrices: of the model.
         tensors: of the model; the embedding is there.
-        config: of the model; a number that is missing or null is not looked at.
-        experts: routed ones of a layer.
+        config: of the text model; a number that is missing or null is not looked at.
+        family: of the model.
 
     Raises:
         ConversionError: names the key, and what contradicts it.
     """
-    embedding = "model.embed_tokens.weight"
+    embedding, experts = family.embedding, family.num_experts(config)
     shape = tensors[embedding].shape
     if len(shape) != 2:
         raise ConversionError(
@@ -154,7 +154,7 @@ def _compare(config: Mapping[str, Any], key: str, found: int, what: str) -> None
         raise ConversionError(f"config.json: {key} is {stated}, but {what}; is one of the two of another model?")
 
 
-def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], family: Family, experts: int) -> None:
+def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], family: Family, choices: int) -> None:
     """Refuse routed experts without what chooses among them, or with what chooses among another number of experts.
 
     Raises:
@@ -168,9 +168,9 @@ def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], famil
         if tensor is None:
             raise ConversionError(f"{name}: missing; are the model's files complete?")
         shape = tensors[tensor].shape
-        if shape[:1] != (experts,):
+        if shape[:1] != (choices,):
             raise ConversionError(
-                f"{tensors[tensor].file}: tensor {tensor} has shape {list(shape)}, but there are {experts} experts to "
+                f"{tensors[tensor].file}: tensor {tensor} has shape {list(shape)}, but there are {choices} experts to "
                 f"choose from; {BROKEN}"
             )
 
@@ -203,15 +203,15 @@ def _kind(name: str, held: frozenset[str], config: Mapping[str, Any], family: Fa
     stated: list[Any] = next((config[key] for key in family.layer_kinds_keys if isinstance(config.get(key), list)), [])
     index = layer_index(name)
     kind = str(stated[index]) if index is not None and index < len(stated) else ""
-    return any(".experts" in part for part in held), mixers[0] if mixers else "", kind
+    return any(re.search(r"\bexperts\.", part) for part in held), mixers[0] if mixers else "", kind
 
 
 def _contents(layer: Layer, family: Family) -> frozenset[str]:
     """Return the names a layer holds in checkpoints, relative to it, experts counted as one."""
     copied = {family.checkpoint_name(tensor) for tensor in layer.others}
     names = {source.matrix.name + ".weight" for source in layer.matrices} | copied
-    relative = (name.removeprefix(layer.name + ".") for name in names)
-    return frozenset(re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in relative)
+    alike = (re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in names)
+    return frozenset(name.removeprefix(layer.name + ".") for name in alike)
 
 
 def check_experts(matrices: list[Matrix], number: int) -> None:

@@ -10,9 +10,11 @@ from vllm_milo.shards import read_object
 from vllm_milo.values import require_int
 
 from ..errors import ConversionError
+from ..families.find import configs_within, text_settings
 
 _MOST = {
     "num_hidden_layers": 1000,
+    "num_layers": 1000,
     "hidden_size": 2**20,
     "vocab_size": 2**24,
     "num_attention_heads": 2**16,
@@ -25,6 +27,7 @@ _MOST = {
     "num_experts": 2**16,
     "num_local_experts": 2**16,
     "n_routed_experts": 2**16,
+    "zero_expert_num": 2**16,
     "moe_num_experts": 2**16,
     "moe_topk": 2**16,
     "num_experts_per_tok": 2**16,
@@ -48,8 +51,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_text_settings(folder: Path) -> dict[str, Any]:
+    """Return what the config.json of a model folder or checkpoint states of the text model.
+
+    Raises:
+        ConversionError, ShardError: see :func:`read_settings`; or the file has no part for the text model.
+    """
+    return text_settings(read_settings(folder))
+
+
 def check_numbers(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse a config whose numbers are none, or are larger than those of any model.
+    """Refuse a config whose numbers are none, or are larger than those of any model; those within it are looked at too.
 
     Raises:
         ConversionError: names the file and the key.
@@ -58,10 +70,11 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
     def error(message: str) -> ConversionError:
         return ConversionError(f"{path}: {message}; copy the file again")
 
-    for key, most in _MOST.items():
-        value = config.get(key)
-        for one in value if isinstance(value, list) and key in _LISTS else [value]:
-            require_int({key: one}, key, 0, most, error)
+    for part in configs_within(config):
+        for key, most in _MOST.items():
+            value = part.get(key)
+            for one in value if isinstance(value, list) and key in _LISTS else [value]:
+                require_int({key: one}, key, 0, most, error)
 
 
 def stated(config: Mapping[str, Any], key: str, folder: Path) -> int:

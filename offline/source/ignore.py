@@ -13,6 +13,7 @@ from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.names import FUSED_LAYERS, Keys, find_key
 
 from ..errors import ConversionError
+from ..families.family import Family
 from ..nouns import Matrix
 from .layers import Layer
 from .reader import ModelReader
@@ -49,7 +50,7 @@ def _is_ignored(matrix: Matrix, keys: Keys) -> bool:
 def unknown_modules(reader: ModelReader) -> dict[str, str]:
     """Return the 2-D weights that a family does not know in what looks like a layer: tensors by their modules' names.
 
-    What the family keeps is none of them: routers, and what predicts further tokens.
+    What the family keeps is none of them: routers, what predicts further tokens, what is beside the text model.
     """
     names = ((reader.family.checkpoint_name(tensor), tensor) for layer in reader.layers for tensor in layer.others)
     modules = {
@@ -60,25 +61,24 @@ def unknown_modules(reader: ModelReader) -> dict[str, str]:
     return {name: tensor for name, tensor in modules.items() if find_key(reader.ignore, name) is None}
 
 
-def refuse_unknown(unknown: Mapping[str, str], ignore: Sequence[str], family: str) -> None:
+def refuse_unknown(unknown: Mapping[str, str], ignore: Sequence[str], family: Family) -> None:
     """Refuse 2-D weights that the family does not know and ``ignore`` does not name: vLLM would not load them.
 
     Args:
         unknown: what :func:`unknown_modules` returned.
         ignore: the user's names and patterns.
-        family: its name, for the message.
+        family: of the model.
 
     Raises:
         ConversionError: names the first, and what to do.
     """
     left = {name: tensor for name, tensor in unknown.items() if find_key(ignore, name) is None}
     for name, tensor in left.items():
-        top = name.partition(".")[0]
-        key = name if top == "model" else rf"re:{top}\..*"
+        key = name if family.layer_of(name) else rf"re:{name.partition('.')[0]}\..*"
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise ConversionError(
-            f"{tensor}{more}: a weight that {family} does not have, which vLLM would refuse to load; leave it out of "
-            f"the model's files, or copy it as it is with --ignore '{key}'"
+            f"{tensor}{more}: a weight that {family.model_type} does not have, which vLLM would refuse to load; leave "
+            f"it out of the model's files, or copy it as it is with --ignore '{key}'"
         )
 
 

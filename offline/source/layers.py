@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_milo.dtypes import MODEL_DTYPES
 from vllm_milo.shards import TensorEntry
 
 from ..errors import ConversionError
-from ..families.family import Family
+from ..families.family import Family, FusedExperts
 from ..nouns import Kind, Matrix
 
 OUTSIDE = "outside the layers"
 """Name of what belongs to no decoder layer."""
-AHEAD = "predicts further tokens: "
-"""Begins the names of what predicts further tokens, which is copied and no decoder layer that the model runs."""
+WHOLE = "kept as a whole: "
+"""Begins the names of what is copied and no decoder layer that the text model runs."""
 BROKEN = "the source model is broken"
 """What errors say where a source's tensors contradict each other or hold no numbers."""
 
 
 class Source(NamedTuple):
-    """Where a matrix [N, K] comes from: a tensor, and for fused experts the slice of it."""
+    """Where a matrix [N, K] comes from: a tensor, and for fused experts the slice of it, which may be [K, N] there."""
 
     matrix: Matrix
     tensor: str
     expert: int | None = None
     rows: slice = slice(None)
+    transposed: bool = False
 
 
 class Layer(NamedTuple):
@@ -45,29 +45,29 @@ class Layer(NamedTuple):
 
 def layer_index(name: str) -> int | None:
     """Return the number of a decoder layer by its name; None for what belongs to none that the model runs."""
-    return None if name == OUTSIDE or name.startswith(AHEAD) else int(name.rpartition(".")[2])
+    return None if name == OUTSIDE or name.startswith(WHOLE) else int(name.rpartition(".")[2])
 
 
-def plan_layers(tensors: Mapping[str, TensorEntry], family: Family, number: int | None) -> list[Layer]:
+def plan_layers(tensors: Mapping[str, TensorEntry], family: Family, config: Mapping[str, Any]) -> list[Layer]:
     """Return the layers of a model in order, by the names and shapes of its tensors.
 
     Args:
         tensors: all of the model, by name.
         family: of the model.
-        number: of decoder layers, by config.json; None where it does not say.
+        config: the text model's settings.
 
     Raises:
         ConversionError: a tensor that a matrix should come from has another shape or dtype.
     """
     layers: dict[str, Layer] = {}
+    number, hidden = family.num_layers(config), config.get("hidden_size")
     for tensor, entry in sorted(tensors.items(), key=lambda item: _natural_key(item[0])):
-        match = re.match(r"model\.layers\.\d+", tensor)
-        name = match[0] if match else OUTSIDE
-        ahead = family.ahead_pattern(tensor, number)
-        if ahead is not None:
-            name = AHEAD + ahead.removeprefix("re:")
+        name = family.layer_of(tensor) or OUTSIDE
+        whole = family.whole_pattern(tensor, number)
+        if whole is not None:
+            name = WHOLE + whole.removeprefix("re:")
         layer = layers.setdefault(name, Layer(name, [], []))
-        sources = [] if ahead is not None else _sources(tensor, entry, family)
+        sources = [] if whole is not None else _sources(tensor, entry, family, hidden)
         layer.matrices.extend(sources)
         if not sources:
             layer.others.append(tensor)
@@ -81,11 +81,11 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _sources(tensor: str, entry: TensorEntry, family: Family) -> list[Source]:
+def _sources(tensor: str, entry: TensorEntry, family: Family, hidden: int | None) -> list[Source]:
     """Return the matrices to quantize that a tensor holds; none for a tensor that is copied."""
     fused = family.fused_experts(tensor)
     if fused is not None:
-        return _fused_sources(tensor, entry, fused.experts, fused.projections)
+        return _fused_sources(tensor, entry, fused, hidden)
     module, _, leaf = family.checkpoint_name(tensor).rpartition(".")
     kind = family.kind(module) if leaf == "weight" else None
     if kind is None:
@@ -100,14 +100,24 @@ def _sources(tensor: str, entry: TensorEntry, family: Family) -> list[Source]:
     return [Source(Matrix(module, kind, *entry.shape, experts, index), tensor)]
 
 
-def _fused_sources(tensor: str, entry: TensorEntry, experts: str, projections: tuple[str, ...]) -> list[Source]:
-    if len(entry.shape) != 3 or entry.shape[1] % len(projections):
+def _fused_sources(tensor: str, entry: TensorEntry, fused: FusedExperts, hidden: int | None) -> list[Source]:
+    experts, projections = fused.experts, fused.projections
+    transposed = fused.lies_transposed(entry.shape, hidden)
+    number, stacked, k = [0, 0, 0] if len(entry.shape) != 3 else entry.shape
+    if transposed:
+        stacked, k = k, stacked
+    if len(entry.shape) != 3 or stacked % len(projections):
         raise ConversionError(
             f"{entry.file}: fused experts {tensor} must have shape [experts, {len(projections)}·N, K], "
             f"found {list(entry.shape)}"
         )
+    if fused.transposed and stacked == k:
+        raise ConversionError(
+            f"{entry.file}: fused experts {tensor} of shape {list(entry.shape)} may be [experts, N, K] or "
+            f"[experts, K, N]: this family has both, and these sizes do not tell which; save the model with each "
+            f"expert by itself first"
+        )
     _check_weights(tensor, entry)
-    number, stacked, k = entry.shape
     n = stacked // len(projections)
     return [
         Source(
@@ -115,6 +125,7 @@ def _fused_sources(tensor: str, entry: TensorEntry, experts: str, projections: t
             tensor,
             index,
             slice(part * n, (part + 1) * n),
+            transposed,
         )
         for index in range(number)
         for part, projection in enumerate(projections)

@@ -24,12 +24,14 @@ Stored = torch.Tensor | Encoded
 
 
 class Part(NamedTuple):
-    """A file, a tensor in it, and of fused experts the slice that is one matrix; how it is stored, if in fewer bits."""
+    """A file, a tensor in it, and of fused experts the slice that is one matrix, which may be [K, N] there; how it is
+    stored, if in fewer bits."""
 
     file: Path
     tensor: str
     expert: int | None = None
     rows: slice = slice(None)
+    transposed: bool = False
     encoding: Encoding | None = None
 
     @property
@@ -71,7 +73,9 @@ def read_part(part: Part, shard: Open = opened.shard) -> Stored:
     if part.expert is None:
         return _read(Place(part.file, part.tensor), shard, lambda file: file.get_tensor(part.tensor))
     one = slice(part.expert, part.expert + 1)
-    return _read(Place(part.file, part.tensor), shard, lambda file: file.get_slice(part.tensor)[one, part.rows][0])
+    index = (one, slice(None), part.rows) if part.transposed else (one, part.rows)
+    held = _read(Place(part.file, part.tensor), shard, lambda file: file.get_slice(part.tensor)[index][0])
+    return held.mT.contiguous() if part.transposed else held
 
 
 def on_device(stored: Stored, device: torch.device) -> torch.Tensor:

@@ -112,9 +112,9 @@ class SourceTensors:
         stated = safetensors_name(str(settings.get("dtype", settings.get("torch_dtype"))))
         self.view: PlainView = view_plain(shards.tensors, schemes, stated if stated in MODEL_DTYPES else "BF16")
 
-    def part(self, tensor: str, expert: int | None = None, rows: slice = slice(None)) -> Part:
+    def part(self, tensor: str, expert: int | None = None, rows: slice = slice(None), transposed: bool = False) -> Part:
         """Return where a tensor, or of one that holds several matrices one, lies in the model's files."""
-        return Part(self.view.tensors[tensor].file, tensor, expert, rows, self.view.encodings.get(tensor))
+        return Part(self.view.tensors[tensor].file, tensor, expert, rows, transposed, self.view.encodings.get(tensor))
 
     def load(self, tensor: str, device: torch.device = CPU) -> torch.Tensor:
         """Return a tensor as it is stored, on the CPU; one with fewer than 16 bits a weight as values on ``device``."""
@@ -129,6 +129,10 @@ class ModelReader:
         folder: of the model.
         shards: its files of weights, where they do not lie there.
 
+    Attributes:
+        config: what config.json states of the text model.
+        whole_config: all of it.
+
     Raises:
         ConversionError: no model, an unknown family, or tensors that do not fit the config.
         ShardError: a file is missing, truncated or unreadable.
@@ -140,19 +144,20 @@ class ModelReader:
         self.folder = folder
         settings = read_settings(folder)
         schemes = find_schemes(settings, folder / "config.json")
-        self.config: dict[str, Any] = {key: value for key, value in settings.items() if key != "quantization_config"}
-        self.family: Family = find_family(self.config)
+        self.whole_config: dict[str, Any] = {key: one for key, one in settings.items() if key != "quantization_config"}
+        self.family: Family = find_family(self.whole_config)
+        self.config: dict[str, Any] = self.family.settings(self.whole_config)
         self.shards: Shards = FolderShards(folder) if shards is None else shards
-        self.source = SourceTensors(settings, schemes, self.shards)
+        self.source = SourceTensors(self.whole_config | self.config, schemes, self.shards)
         self.tensors = self.source.view.tensors
-        check_names(self.tensors, folder)
-        self.layers = plan_layers(self.tensors, self.family, self.config.get("num_hidden_layers"))
+        check_names(self.tensors, folder, self.family)
+        self.layers = plan_layers(self.tensors, self.family, self.config)
         check_complete(self.layers, self.config, self.family)
         check_shapes(self.layers, self.tensors, self.config, self.family)
         check_fused(self.layers, self.tensors, self.config)
         check_experts(self.matrices, self.family.num_experts(self.config))
-        check_routers(self.layers, self.tensors, self.family, self.family.num_experts(self.config))
-        check_stated(self.matrices, self.tensors, self.config, self.family.num_experts(self.config))
+        check_routers(self.layers, self.tensors, self.family, self.family.num_choices(self.config))
+        check_stated(self.matrices, self.tensors, self.config, self.family)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -169,9 +174,9 @@ class ModelReader:
         names = (family.checkpoint_name(tensor) for layer in self.layers for tensor in layer.others)
         kept = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         exact = [name for name in kept if family.is_kept(name) and find_key(patterns, name) is None]
-        number = self.config.get("num_hidden_layers")
-        ahead = dict.fromkeys(family.ahead_pattern(tensor, number) for tensor in self.tensors)
-        return (*patterns, *exact, *(pattern for pattern in ahead if pattern is not None))
+        number = family.num_layers(self.config)
+        whole = dict.fromkeys(family.whole_pattern(tensor, number) for tensor in self.tensors)
+        return (*patterns, *exact, *(pattern for pattern in whole if pattern is not None))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,7 +193,7 @@ class ModelReader:
 
     def part(self, source: Source) -> Part:
         """Return where a matrix lies in the model's files."""
-        return self.source.part(source.tensor, source.expert, source.rows)
+        return self.source.part(*source[1:])
 
     def load_matrix(self, source: Source) -> Stored:
         """Return a matrix as it is stored, on the CPU; of a tensor that holds several, no more is read."""
@@ -217,7 +222,7 @@ class ModelReader:
         for tensor, parts in sources.items():
             values = self.load(tensor, device)
             for source in parts:
-                part = values if source.expert is None else values[source.expert, source.rows]
+                part = values if source.expert is None else _matrix_of(values[source.expert], source)
                 matrix = part.to(device).float()  # in this order: the host would take longer to convert than to copy
                 if not torch.isfinite(matrix).all():
                     raise ConversionError(
@@ -225,3 +230,8 @@ class ModelReader:
                         f"(matrix {source.matrix.name}); {BROKEN}"
                     )
                 yield source.matrix, matrix
+
+
+def _matrix_of(expert: torch.Tensor, source: Source) -> torch.Tensor:
+    """Return a matrix [N, K] of the two or one that an expert has in a fused tensor."""
+    return expert[:, source.rows].mT if source.transposed else expert[source.rows]

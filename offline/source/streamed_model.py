@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from vllm_milo.names import leaf_of, split_expert_name
+from vllm_milo.names import split_expert_name
 
 from ..errors import ConversionError
 from ..families.family import Family
 from .foreign import empty_model, load_config
 from .layers import BROKEN
 from .states import StatesHome
+from .whole_model import model_class
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 """Names and tensors, as they stand in a source model."""
@@ -26,6 +27,8 @@ _WINDOWS = 8
 """Windows whose embeddings are made ready for the first layer at once."""
 _POSITIONS = ("rotary_emb", "pos_emb")
 """Names of what makes a model's position embeddings, which has no weights in files."""
+_EMBEDDING_SCALE = "scalar_embed_scale"
+"""Attribute of embeddings that are multiplied before the text model gets them."""
 _LAYER_KINDS = ("attention_type", "layer_type")
 """Attributes of a layer by which models choose what they call it with."""
 
@@ -56,21 +59,22 @@ class StreamedModel:
     ) -> None:
         self.folder, self._family, self._load, self._advice = folder, family, load, advice
         self.device, self.dtype = device, dtype
-        self._model = _empty_model(folder, dtype)
-        self._arguments: list[dict[str, Any]] = []
+        self._model = _empty_model(folder, family, dtype)
+        self._body = self._model.get_submodule(family.body)
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __len__(self) -> int:
-        return len(self._model.model.layers)
+        return len(self._body.layers)
 
     @property
     def hidden_size(self) -> int:
         """Return the numbers in the hidden state of a token."""
-        return int(self._model.config.hidden_size)
+        return int(self._body.config.hidden_size)
 
     @property
     def vocabulary(self) -> int:
         """Return the number of logits of a token."""
-        return int(self._model.config.vocab_size)
+        return int(self._body.config.vocab_size)
 
     def begin(self, windows: torch.Tensor, home: StatesHome | None = None) -> torch.Tensor:
         """Return the hidden states [W, T, H] before the first layer.
@@ -84,16 +88,17 @@ class StreamedModel:
         """
         empty = torch.zeros(1, windows.shape[1], self.hidden_size, device=self.device, dtype=self.dtype)
         self._arguments = self._enter(empty)[1]
-        embedding = self._one("model.embed_tokens.weight")
+        embedding = self._one(self._family.embedding)
         if windows.max() >= len(embedding):
             raise ConversionError(
-                f"{self.folder}: the tokenizer gives token id {int(windows.max())}, but model.embed_tokens.weight has "
-                f"{len(embedding)} rows; do tokenizer and model belong together?"
+                f"{self.folder}: the tokenizer gives token id {int(windows.max())}, but {self._family.embedding} "
+                f"has {len(embedding)} rows; do tokenizer and model belong together?"
             )
+        scale = torch.tensor(getattr(getattr(self._body, self._family.embed), _EMBEDDING_SCALE, 1.0), dtype=self.dtype)
         states = (home or StatesHome(self.device)).empty((*windows.shape, self.hidden_size), self.dtype)
         for part, place in zip(windows.split(_WINDOWS), states.split(_WINDOWS), strict=True):
-            embedded = torch.nn.functional.embedding(part.to(embedding.device), embedding)
-            place.copy_(self._enter(embedded.to(self.device, self.dtype))[0])
+            embedded = torch.nn.functional.embedding(part.to(embedding.device), embedding).to(self.dtype)
+            place.copy_(self._enter((embedded * scale.to(embedded.device)).to(self.device))[0])
         return states
 
     def layer(self, index: int) -> torch.nn.Module:
@@ -103,9 +108,9 @@ class StreamedModel:
             ConversionError: the files lack a parameter or an expert that transformers needs, or hold one that it does
                 not know, that has another shape, or with NaN or Inf.
         """
-        module = self._model.model.layers[index]
+        module = self._body.layers[index]
         module.to_empty(device=self.device)
-        name = f"model.layers.{index}."
+        name = f"{self._family.layer_name(index)}."
         _widen_buffers(module)
         held = (*module.named_parameters(), *module.named_buffers())
         parameters = {self._family.checkpoint_name(name + n): values.data for n, values in held}
@@ -115,6 +120,9 @@ class StreamedModel:
             target, place = self.place(tensor, parameters)
             if target not in parameters:
                 raise ConversionError(f"{self.folder}: {tensor}: transformers has no such parameter; {self._advice}")
+            fused = self._family.fused_experts(tensor)
+            if fused is not None and fused.lies_transposed(values.shape, self.hidden_size):
+                values = values.mT
             if place.shape != values.shape:
                 raise ConversionError(
                     f"{self.folder}: tensor {tensor} has shape {list(values.shape)}, but by config.json it must have "
@@ -126,8 +134,8 @@ class StreamedModel:
         missing = sorted(parameter for parameter, numbers in needed.items() if numbers)
         if missing:
             raise ConversionError(
-                f"{self.folder}: model.layers.{index}: transformers needs {missing}, which the model's files lack as a "
-                f"whole or in part; {self._advice}"
+                f"{self.folder}: {name[:-1]}: transformers needs {missing}, which the model's files lack as a whole or "
+                f"in part; {self._advice}"
             )
         if finite and not torch.stack(list(finite.values())).all():
             bad = next(tensor for tensor, good in finite.items() if not good)
@@ -136,7 +144,7 @@ class StreamedModel:
 
     def parameters(self, index: int, module: torch.nn.Module) -> dict[str, str]:
         """Return the module's own name of each of a layer's parameters, by its name in checkpoints."""
-        name = f"model.layers.{index}."
+        name = f"{self._family.layer_name(index)}."
         return {self._family.checkpoint_name(name + n): n for n, _ in module.named_parameters()}
 
     def drop(self, module: torch.nn.Module) -> None:
@@ -145,7 +153,8 @@ class StreamedModel:
 
     def run(self, index: int, module: Callable[..., Any], states: torch.Tensor) -> torch.Tensor:
         """Return the hidden states [b, T, H] after a layer; ``module`` is the layer or what calls it."""
-        out = module(states.to(self.device), **self._arguments[index])
+        further, named = self._arguments[index]
+        out = module(states.to(self.device), *further, **named)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -167,22 +176,28 @@ class StreamedModel:
         Raises:
             ConversionError: the files lack the output head, or it has another shape than config.json says.
         """
-        norm = getattr(self._model.model, leaf_of(self._family.norm)).to_empty(device=self.device)
+        family, config = self._family, self._body.config
+        norm = getattr(self._body, family.norm).to_empty(device=self.device)
         for part, values in norm.named_parameters():
-            values.data.copy_(self._one(f"{self._family.norm}.{part}"))
-        tied = self._model.config.tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+            values.data.copy_(self._one(f"{family.last_norm}.{part}"))
+        name = family.embedding if config.tie_word_embeddings else f"{family.head}.weight"
         weight = self._one(name).to(self.device, self.dtype)
         bias = None
-        if self._model.get_output_embeddings().bias is not None:
-            bias = self._one("lm_head.bias").to(self.device, self.dtype)
-        divisor = getattr(self._model.config, self._family.logits_divisor_key or "", 1)
+        if self._model.get_submodule(family.head).bias is not None:
+            bias = self._one(f"{family.head}.bias").to(self.device, self.dtype)
+        divisor = getattr(config, family.logits_divisor_key or "", 1)
         if weight.shape != (self.vocabulary, self.hidden_size):
             raise ConversionError(
                 f"{self.folder}: tensor {name} has shape {list(weight.shape)}, but by config.json it must have "
                 f"{[self.vocabulary, self.hidden_size]}; do they belong together?"
             )
-        return lambda states: torch.nn.functional.linear(norm(states), weight, bias).float() / divisor
+        cap = getattr(config, family.logits_cap_key or "", None)
+
+        def logits(states: torch.Tensor) -> torch.Tensor:
+            plain = torch.nn.functional.linear(norm(states), weight, bias).float() / divisor
+            return plain if cap is None else cap * torch.tanh(plain / cap)
+
+        return logits
 
     def place(self, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
         """Return which of a layer's parameters a tensor belongs to, and its place in it; see :func:`place_tensor`."""
@@ -195,16 +210,16 @@ class StreamedModel:
         return found[name]
 
     @torch.no_grad()
-    def _enter(self, embedded: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    def _enter(self, embedded: torch.Tensor) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """Return hidden states [b, T, H] before the first layer, and what each layer is called with beside them.
 
         The latter are masks and positions. Some models multiply the embeddings before the first layer.
         """
-        body, last = self._model.model, leaf_of(self._family.norm)
+        body, last = self._body, self._family.norm
         layers, norm = body.layers, getattr(body, last)
         for name in _POSITIONS:
             if getattr(body, name, None) is not None:
-                setattr(body, name, type(getattr(body, name))(config=self._model.config).to(self.device))
+                setattr(body, name, type(getattr(body, name))(config=body.config).to(self.device))
         body.layers = torch.nn.ModuleList(_Recorder(layer) for layer in layers)
         setattr(body, last, torch.nn.Identity())
         body(inputs_embeds=embedded, use_cache=False)
@@ -220,13 +235,13 @@ class _Recorder(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.states = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         for name in _LAYER_KINDS:
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.states, self.arguments = hidden_states, arguments
+    def forward(self, hidden_states: torch.Tensor, *further: Any, **named: Any) -> torch.Tensor:
+        self.states, self.arguments = hidden_states, (further, named)
         return hidden_states
 
 
@@ -237,14 +252,21 @@ def _widen_buffers(module: torch.nn.Module) -> None:
             buffer.data = buffer.data.float()
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
+def _empty_model(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     """Return the Hugging Face model without weights, on the meta device."""
     import transformers
 
+    if family.not_run:
+        raise ConversionError(
+            f"{folder}: transformers {transformers.__version__} cannot run {family.model_type} a layer at a time: "
+            f"{family.not_run}"
+        )
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = empty_model(transformers.AutoModelForCausalLM, config, folder, dtype)
+    # what has a text model within itself is no causal language model to transformers
+    found = model_class(config, folder) if family.text_config else transformers.AutoModelForCausalLM
+    model = empty_model(found, config, folder, dtype)
     use_grouped_experts(model)
     return model.requires_grad_(False)
 
@@ -252,7 +274,8 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
 def place_tensor(family: Family, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
     """Return which parameter of a model of transformers a tensor belongs to, and its place in it.
 
-    Tensors of one expert have their place in the fused 3-D tensors that transformers 5 holds.
+    Tensors of one expert have their place in the fused 3-D tensors that transformers 5 holds; others, which it stacks,
+    in what it makes of them.
 
     Args:
         family: of the model.
@@ -263,6 +286,10 @@ def place_tensor(family: Family, tensor: str, parameters: Mapping[str, torch.Ten
         ConversionError: transformers holds the experts of this model otherwise.
     """
     name = family.checkpoint_name(tensor)
+    stacked = family.stacked_place(name)
+    if stacked is not None:
+        memory, part, parts = stacked
+        return memory, parameters[memory].chunk(parts)[part] if memory in parameters else torch.empty(0)
     expert = split_expert_name(name.removesuffix(".weight"))
     if expert is None or name in parameters:
         return name, parameters.get(name, torch.empty(0))

@@ -10,7 +10,7 @@ import torch
 from vllm_milo.values import one_line
 
 from ..errors import ConversionError, OtherTokenizerError
-from .config import read_settings
+from .config import read_settings, read_text_settings
 from .foreign import check_settings, transformers_errors
 
 
@@ -77,7 +77,7 @@ def check_known(tokens: torch.Tensor, folder: Path) -> None:
     Raises:
         OtherTokenizerError: names the largest.
     """
-    number = read_settings(folder).get("vocab_size")
+    number = read_text_settings(folder).get("vocab_size")
     largest = int(tokens.max()) if tokens.numel() else 0
     if number is not None and largest >= number:
         raise OtherTokenizerError(

@@ -13,6 +13,7 @@ from vllm_milo.shards import read_tensors
 from vllm_milo.values import shown_name
 
 from ..errors import ConversionError
+from ..families.table import FAMILIES
 from .config import read_settings
 from .foreign import class_name, empty_model, load_config, transformers_errors
 from .formats.settings import find_schemes
@@ -90,6 +91,10 @@ def fill_model(found: Any, folder: Path, config: Any, state: Mapping[str, Any] |
     missing = sorted(said["missing_keys"])
     if missing:
         raise ConversionError(f"{folder}: transformers needs {missing[0]}, which the model's files lack")
+    family = FAMILIES.get(config.model_type)
+    if family is not None and type(model).forward is torch.nn.Module.forward:
+        # models that speak generate, and are not called; their part for text is
+        model.forward = model.get_submodule(family.head.rpartition(".")[0]).forward
     return model
 
 

@@ -10,7 +10,12 @@ from plugin_layers import routed_experts
 from tiny_models import make_model
 
 from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTable
-from vllm_milo.models.checkpoint_names import experts_in_checkpoint, module_in_checkpoint, names_in_checkpoint
+from vllm_milo.models.checkpoint_names import (
+    experts_in_checkpoint,
+    module_in_checkpoint,
+    names_in_checkpoint,
+    values_of_keys,
+)
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.nouns import Recipe
@@ -117,6 +122,15 @@ def test_a_module_is_found_by_its_last_part():
     assert module_in_checkpoint("model.layers.10.mixer.out_proj", known) == layer.format(10, "out_proj")
     for name in ("model.layers.1.mixer.out_proj", "model.layers.2.mixer.in_proj", "mixer.in_proj", *known):
         assert module_in_checkpoint(name, known) == name, "there are two, none, or it is known"
+
+
+def test_keys_are_values_where_there_are_no_others():
+    q, k, v = (f"model.layers.1.self_attn.{leaf}_proj" for leaf in "qkv")
+    assert values_of_keys([q, k, v], {q, k}) == [q, k, k]
+    for known in ({q, k, v}, {q}, set()):
+        assert values_of_keys([q, k, v], known) == [q, k, v]
+    gate = ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+    assert values_of_keys(gate, {q, k}) == gate
 
 
 TABLES = {

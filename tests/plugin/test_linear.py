@@ -149,3 +149,35 @@ def test_splits_that_cut_a_group_are_refused(kind, widths, k, message, monkeypat
 def test_split_of_a_layer_without_compensators_needs_only_groups(monkeypatch: pytest.MonkeyPatch):
     as_rank(monkeypatch, 0, 2)
     make_layer("qkv", MiLoFormat(), [256, 64, 64], f"{PREFIX}.qkv_proj", heads=2)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_keys_that_are_values_too(tp: int, monkeypatch: pytest.MonkeyPatch):
+    """As in Gemma-4's full attention, which has no other: vLLM loads each tensor of the keys for both."""
+    from vllm_milo.config import MiLoConfig
+
+    names = [f"{PREFIX}.{leaf}_proj" for leaf in "qk"]
+    fmt = make_format(dict(zip(names, (16, 8), strict=True)))
+    weights, spec = random_linear([512, 128], [16, 8], K, 64, 3)
+    x = torch.randn(5, K)
+    queries, keys = reference.linear(x, weights, spec).split([512, 128], -1)
+    tensors = checkpoint_tensors(weights, spec)
+    monkeypatch.setattr(MiLoConfig, "__init__", with_modules(MiLoConfig.__init__, set(names)))
+
+    def make() -> torch.nn.Module:
+        return make_layer("qkv", fmt, [512, 128, 128], f"{PREFIX}.qkv_proj", 2)
+
+    found = outputs_of_ranks("qkv", tp, x, [*tensors, tensors[1]], monkeypatch, make)
+    parts = [part.split([512 // tp, 128 // tp, 128 // tp], -1) for part in found]
+    for expected, own in zip((queries, keys, keys), zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(own, -1), expected, atol=1e-4, rtol=1e-4)
+
+
+def with_modules(init: Callable[..., None], names: set[str]) -> Callable[..., None]:
+    """Return what makes a config that knows a checkpoint's modules."""
+
+    def made(self, *arguments) -> None:
+        init(self, *arguments)
+        self._stored_modules = names
+
+    return made

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from vllm_milo.names import leaf_of
+from vllm_milo.names import QKV_PARTS, leaf_of
 from vllm_milo.values import CheckpointError
 
 _LAYER = re.compile(r"(?:.+\.)?layers\.[0-9]+(?=\.)")
@@ -74,6 +74,18 @@ def module_in_checkpoint(name: str, known: Collection[str]) -> str:
     end = f".{leaf_of(name)}"
     same = [other for other in known if other.endswith(end) and _layer_of(other) == layer]
     return same[0] if len(same) == 1 else name
+
+
+def values_of_keys(parts: list[str], known: Collection[str]) -> list[str]:
+    """Return the matrices of attention's q, k and v where there is none of the values: keys are values there.
+
+    Args:
+        parts: names of the matrices of a linear layer; of any other layer they stay as they are.
+        known: names of modules in the checkpoint; none where it has no files.
+    """
+    if [leaf_of(part) for part in parts] != QKV_PARTS or parts[2] in known or parts[1] not in known:
+        return parts
+    return [parts[0], parts[1], parts[1]]
 
 
 def _layer_of(name: str) -> str | None:

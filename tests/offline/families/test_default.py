@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_families import make_family
 
+from vllm_milo.offline.calibration.choose import check_runs
 from vllm_milo.offline.cli import main
+from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.families.table import FAMILIES
+from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.validation import validate_checkpoint
 
 
@@ -23,3 +27,9 @@ def test_without_a_class_there_is_no_text(bundled_model: Path, tmp_path: Path, c
     assert "Quantizing without one (--calibration none), " in said
     assert validate_checkpoint(out).recipe["calibration"] == "none"
     assert "matrices get groups of 64 weights: 128 does not divide their input size (192, 704)" in said
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.not_run])
+def test_a_class_that_holds_it_otherwise(name: str, tmp_path: Path):
+    with pytest.raises(ConversionError, match=f"cannot run {name} a layer at a time: {FAMILIES[name].not_run}"):
+        check_runs(ModelReader(make_family(name, tmp_path / "source")))
