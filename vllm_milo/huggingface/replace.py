@@ -76,7 +76,8 @@ def replace_quantized(model: Any, folder: Path) -> Callable[[], None]:
     missing = set(shapes).difference(*(replacement.matrices for replacement in replacements.values()))
     if missing:
         raise CheckpointError(
-            f"{folder}: {type(model).__name__} of transformers has no place for {min(missing)}; upgrade transformers"
+            f"{folder}: {type(model).__name__} of transformers has no place for {min(missing)}; upgrade transformers, "
+            f"or load it with the class that config.json names, {', '.join(settings.get('architectures') or ['none'])}"
         )
     for name, replacement in replacements.items():
         model.set_submodule(name, replacement.module)
