@@ -5,8 +5,9 @@ loads MiLo checkpoints once this package is imported.
 """
 
 from vllm_milo.huggingface.on_import import register_in_transformers
+from vllm_milo.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "register"]
 
 
 def register() -> None:

@@ -31,8 +31,8 @@ from vllm_milo.kernels import ops
 from vllm_milo.kernels.reference import ACTIVATIONS
 from vllm_milo.kernels.warm_up import warm_up_moe
 from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
+from vllm_milo.models.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
 from vllm_milo.names import EXPERT_PROJECTIONS
-from vllm_milo.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
 _SHARDS = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}

@@ -29,8 +29,8 @@ from vllm_milo.checkpoint import (
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.warm_up import warm_up_linear
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
+from vllm_milo.models.parameters import ANY_FLOAT, Cut, FillGuard, factor_dtype, require_split
 from vllm_milo.models.partitions import Split, keep_unquantized, spans_of
-from vllm_milo.parameters import ANY_FLOAT, Cut, FillGuard, factor_dtype, require_split
 
 _Loader = Callable[..., None]
 

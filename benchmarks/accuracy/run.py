@@ -22,9 +22,9 @@ from benchmarks.accuracy.gptq import quantize_model
 from benchmarks.accuracy.pool import Job, QuantizePool
 from benchmarks.accuracy.quantized_model import QuantizedModel
 from benchmarks.records import device_name
-from vllm_milo import __version__
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.evaluation.expert_use import count_experts_used
+from vllm_milo.version import __version__
 
 REFERENCES = ("HQQ", *GPTQ_ROWS)
 BUDGETS = (3.5525, 3.6, 3.605, 3.75)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vllm_milo import __version__
+from vllm_milo.version import __version__
 
 from ..durable.files import flush
 from ..errors import ConversionError

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_milo import __version__
 from vllm_milo.checkpoint import GROUP_SIZES, PACKED, SCALE, ZERO, CheckpointError, GroupTable, MiLoFormat
 from vllm_milo.names import FUSED_LAYERS, find_key, split_expert_name
 from vllm_milo.shards import TensorEntry, read_tensors
 from vllm_milo.validation import count_experts, find_problems, first_problems, validate_checkpoint
 from vllm_milo.values import shown
+from vllm_milo.version import __version__
 
 from ..checkpoint.card import CardNotes, write_card
 from ..checkpoint.claim import Claim

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from vllm_milo import __version__
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.dtypes import MODEL_DTYPES, safetensors_name
 from vllm_milo.names import find_key
 from vllm_milo.shards import TensorEntry
+from vllm_milo.version import __version__
 
 from ..calibration import memory
 from ..calibration.generated_text import OWN_TEXT

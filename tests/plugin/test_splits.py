@@ -21,10 +21,10 @@ from random_layers import random_linear
 
 from vllm_milo.checkpoint import CheckpointError, CompensatorFormat, MiLoFormat, RankTable
 from vllm_milo.kernels import reference
+from vllm_milo.models.parameters import Cut, require_split
 from vllm_milo.offline.families.table import FAMILIES
 from vllm_milo.offline.nouns import Kind, Matrix
 from vllm_milo.offline.planning.splits import allowed_splits
-from vllm_milo.parameters import Cut, require_split
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 ODD = {

@@ -8,8 +8,8 @@ import torch
 
 from vllm_milo.checkpoint import PACKED, SCALE, U_SCALE, V_SCALE, ZERO, CompensatorFormat, MiLoFormat, U, V
 from vllm_milo.kernels.weights import ExpertWeights, LinearSpec, LinearWeights, offsets
+from vllm_milo.models.parameters import factor_dtype
 from vllm_milo.offline.checkpoint.dequantize import DequantizedTensors
-from vllm_milo.parameters import factor_dtype
 
 Matrix = Mapping[str, torch.Tensor]
 """The tensors of a quantized matrix by their last names."""

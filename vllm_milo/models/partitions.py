@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from vllm_milo.models.parameters import FactorSlice
 from vllm_milo.names import QKV_PARTS, leaf_of
-from vllm_milo.parameters import FactorSlice
 from vllm_milo.values import CheckpointError
 
 _QKV = tuple(part[0] for part in QKV_PARTS)
