@@ -38,12 +38,11 @@ from ..learn.layer import LearnOptions
 from ..nouns import METHODS, PLAIN_METHODS, RANK_MULTIPLE, Recipe
 from ..planning.describe import describe, format_description, group_notes
 from ..planning.devices import find_devices
-from ..planning.plan import Plan, make_plan
+from ..planning.plan import Plan, make_plan, quantized_layers
 from ..planning.splits import narrow_groups
 from ..presets import CALIBRATED_ROUNDS, DEFAULT_PRESET, PLAIN_ROUNDS, PRESETS, Preset, milo_recipe
 from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
-from ..source.ignore import without_ignored
 from ..source.reader import ModelReader
 from ..threads import threads_for
 from .arguments import OR_HUB, check_number, command_of, default_device
@@ -253,8 +252,8 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         _refuse_whole_model(arguments, preset, policies)
     recipe = _recipe(arguments, preset, method, None)
     if budget is not None and arguments.group_size is None and not policies:
-        ignored = (*reader.ignore, *arguments.ignore)
-        held = [source.matrix for layer in reader.layers for source in without_ignored(layer, ignored).matrices]
+        layers, _ = quantized_layers(reader, arguments.ignore)
+        held = [source.matrix for layer in layers for source in layer.matrices]
         recipe = replace(recipe, narrow=narrow_groups(held, recipe, budget, reader.family))
     return Conversion(
         recipe=recipe,

@@ -217,7 +217,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
         claim.check()
     devices = _devices(conversion)
     layout = _layout(reader, conversion, out, claim)
-    layers, unknown = _quantized_layers(reader, conversion)
+    layers, unknown = quantized_layers(reader, conversion.ignore)
     matrices = [source.matrix for layer in layers for source in layer.matrices]
     refuse_large_matrices(matrices, devices, conversion.device_memory)
     unranked = _unranked(reader, matrices, conversion, layout)
@@ -251,7 +251,7 @@ def decide_format(reader: ModelReader, conversion: Conversion) -> MiLoFormat:
     Raises:
         ConversionError, CheckpointError: the options contradict each other or the model.
     """
-    layers, _ = _quantized_layers(reader, conversion)
+    layers, _ = quantized_layers(reader, conversion.ignore)
     matrices = [source.matrix for layer in layers for source in layer.matrices]
     unranked = _unranked(reader, matrices, conversion, memory.SIMPLE)
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
@@ -259,13 +259,20 @@ def decide_format(reader: ModelReader, conversion: Conversion) -> MiLoFormat:
     return replace(unranked, ranks=rank_table(matrices, ranks))
 
 
-def _quantized_layers(reader: ModelReader, conversion: Conversion) -> tuple[list[Layer], Collection[str]]:
-    """Return the layers with what of them is quantized, and the modules that the family does not know."""
-    ignore = (*reader.ignore, *conversion.ignore)
+def quantized_layers(reader: ModelReader, ignore: Sequence[str]) -> tuple[list[Layer], Collection[str]]:
+    """Return the layers with what of them is quantized, and the modules that the family does not know.
+
+    Args:
+        reader: the source model.
+        ignore: names and patterns that the user keeps, beside the family's own.
+
+    Raises:
+        ConversionError: one of them matches nothing or is none, the family does not know a weight, or none is left.
+    """
     unknown = unknown_modules(reader)
-    check_ignore(conversion.ignore, reader.matrices, list(unknown))
-    refuse_unknown(unknown, conversion.ignore, reader.family)
-    layers = [without_ignored(layer, ignore) for layer in reader.layers]
+    check_ignore(ignore, reader.matrices, list(unknown))
+    refuse_unknown(unknown, ignore, reader.family)
+    layers = [without_ignored(layer, (*reader.ignore, *ignore)) for layer in reader.layers]
     if not any(layer.matrices for layer in layers):
         raise ConversionError("--ignore leaves no matrix to quantize")
     return layers, unknown
