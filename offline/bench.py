@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +31,7 @@ class Bench(NamedTuple):
         report: takes what there is to say of each matrix, with the rank that it got.
         progress: show progress bars.
         layout: of a conversion along a text in memory.
-        scratch: folder for what memory is too small for.
+        scratch: folder for what memory is too small for, where the layout puts anything on the disk.
     """
 
     reader: ModelReader
@@ -41,7 +40,7 @@ class Bench(NamedTuple):
     report: Report
     progress: bool
     layout: Layout = SIMPLE
-    scratch: Path = Path(tempfile.gettempdir())
+    scratch: Path | None = None
 
     @property
     def device(self) -> torch.device:

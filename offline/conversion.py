@@ -46,6 +46,8 @@ class Conversion:
             by what a matrix is part of (see :mod:`.ranks.roles`).
         measure_ranks: along a text and within a budget, without policies, share the ranks of each layer by what its
             roles need (see :mod:`.along.need`); the layer keeps its bits and gets its part of those that are left.
+        splittable: within a budget, without policies, give experts that no tensor parallel size could cut smaller
+            groups (see :func:`.planning.splits.narrow_groups`).
         text: a calibration text that goes through the model while it is converted (method ``milo``), or None.
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
@@ -63,6 +65,7 @@ class Conversion:
     policies: Sequence[Policy] = ()
     budget_bits: float | None = None
     measure_ranks: bool = True
+    splittable: bool = False
     text: Text | None = None
     ignore: Sequence[str] = ()
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)

@@ -270,6 +270,25 @@ class MiLoMoEMethod(FusedMoEMethodBase):
     def _loader(self, tensor: str, base: Callable[..., Any] | None) -> Callable[..., bool | None]:
         """Return a weight loader that checks a tensor, then hands it to vLLM's or cuts the factor itself."""
 
+        def take(
+            param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, local: int
+        ) -> None:
+            if not param.is_meta:  # as where vLLM counts first what a loader copies
+                self.guard.fill(self._piece(expert_id, shard_id, tensor), loaded_weight)
+            if base is None:
+                self._load_factor(param, loaded_weight, tensor, shard_id, local)
+            else:
+                base(param, loaded_weight, weight_name, shard_id, expert_id)
+
+        return self._local_loader(take)
+
+    def _local_loader(self, take: Callable[..., None]) -> Callable[..., bool | None]:
+        """Return a weight loader as vLLM calls it, which passes over the experts of other processes.
+
+        Args:
+            take: gets the parameter, the tensor, its name, the shard, and the expert's number in the model and here.
+        """
+
         def load(
             param: Parameter,
             loaded_weight: torch.Tensor,
@@ -281,12 +300,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             local = self.local.index(expert_id)
             if local is None:
                 return False if return_success else None
-            if not param.is_meta:  # as where vLLM counts first what a loader copies
-                self.guard.fill(self._piece(expert_id, shard_id, tensor), loaded_weight)
-            if base is None:
-                self._load_factor(param, loaded_weight, tensor, shard_id, local)
-            else:
-                base(param, loaded_weight, weight_name, shard_id, expert_id)
+            take(param, loaded_weight, weight_name, shard_id, expert_id, local)
             return True if return_success else None
 
         return load

@@ -100,9 +100,7 @@ class SequentialPass:
             ConversionError: it puts out NaN or Inf.
         """
         self.original = target  # before there is one more stream: what it was is needed no more
-        held = self.parameters(index, module)
-        for matrix, values in weights:
-            self.model.place(f"{matrix.name}.weight", held)[1].copy_(values)
+        self.model.fill(self.parameters(index, module), weights)
         after = self.model.advance(index, module, self.quantized, self._batch, self._home)
         refuse_broken(self.model, self._family, index, module, self.quantized, after, quantized=True)
         self.quantized = after

@@ -11,6 +11,7 @@ import torch
 
 from vllm_milo.checkpoint import PACKED, SCALE, U_SCALE, V_SCALE, ZERO, GroupTable, RankTable, U, V
 from vllm_milo.kernels.packing import pack_codes, unpack_codes
+from vllm_milo.names import split_expert_name
 
 from ..nouns import Matrix, Recipe
 from ..solve.base.group import GroupQuantized
@@ -49,14 +50,25 @@ def group_table(matrices: Sequence[Matrix], recipe: Recipe) -> tuple[int, GroupT
     """
     sizes = {matrix.name: recipe.group_size_for(matrix.k) for matrix in matrices}
     default = recipe.group_size if recipe.group_size in sizes.values() else max(sizes.values())
-    modules = {matrix.name: sizes[matrix.name] for matrix in matrices if matrix.experts is None}
+    return default, exceptions(sizes, default)
+
+
+def exceptions(sizes: Mapping[str, int], default: int) -> GroupTable:
+    """Return the table of matrices whose group size is not ``default``.
+
+    Args:
+        sizes: of all matrices by name, the same for one projection of all experts of a layer.
+        default: the checkpoint's.
+    """
+    modules: dict[str, int] = {}
     experts: dict[str, dict[str, int]] = defaultdict(dict)
-    for matrix in matrices:
-        if matrix.experts is not None:
-            own = experts[matrix.experts]
-            if sizes[matrix.name] != default:
-                own[matrix.name.rpartition(".")[2]] = sizes[matrix.name]
-    return default, GroupTable(_without(modules, default), _without(experts, {}))
+    for name, size in sizes.items():
+        expert = split_expert_name(name)
+        if expert is None:
+            modules[name] = size
+        else:
+            experts[expert[0]] |= {} if size == default else {expert[2]: size}
+    return GroupTable(_without(modules, default), _without(experts, {}))
 
 
 def _without(values: Mapping[str, Value], usual: Value) -> dict[str, Value]:

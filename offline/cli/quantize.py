@@ -38,8 +38,7 @@ from ..learn.layer import LearnOptions
 from ..nouns import METHODS, PLAIN_METHODS, RANK_MULTIPLE, Recipe
 from ..planning.describe import describe, format_description, group_notes
 from ..planning.devices import find_devices
-from ..planning.plan import Plan, make_plan, quantized_layers
-from ..planning.splits import narrow_groups
+from ..planning.plan import Plan, make_plan
 from ..presets import CALIBRATED_ROUNDS, DEFAULT_PRESET, PLAIN_ROUNDS, PRESETS, Preset, milo_recipe
 from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
@@ -226,8 +225,8 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim, reader: ModelRe
     method = preset.method if preset else arguments.method or Recipe.method
     reader = reader or ModelReader(arguments.model, arguments.shards)
     plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method), claim)
-    if not arguments.quiet:
-        print(*(f"note: {line}\n" for line in group_notes(plan)), sep="", end="", file=sys.stderr)
+    for line in [] if arguments.quiet else group_notes(plan):
+        print(f"note: {line}", file=sys.stderr)
     text = _text(arguments, reader, preset, method)
     recipe = replace(_recipe(arguments, preset, method, text), narrow=plan.conversion.recipe.narrow)
     return plan.along(replace(plan.conversion, recipe=recipe, text=text), claim)
@@ -250,15 +249,11 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
         policies = _policies(arguments, method)
     if arguments.delete_source_shards:
         _refuse_whole_model(arguments, preset, policies)
-    recipe = _recipe(arguments, preset, method, None)
-    if budget is not None and arguments.group_size is None and not policies:
-        layers, _ = quantized_layers(reader, arguments.ignore)
-        held = [source.matrix for layer in layers for source in layer.matrices]
-        recipe = replace(recipe, narrow=narrow_groups(held, recipe, budget, reader.family))
     return Conversion(
-        recipe=recipe,
+        recipe=_recipe(arguments, preset, method, None),
         policies=policies,
         budget_bits=budget,
+        splittable=arguments.group_size is None,
         ignore=arguments.ignore,
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vllm_milo.checkpoint import GROUP_SIZES, PACKED, SCALE, ZERO, CheckpointError, GroupTable, MiLoFormat
+from vllm_milo.checkpoint import GROUP_SIZES, PACKED, SCALE, ZERO, CheckpointError, MiLoFormat
 from vllm_milo.names import FUSED_LAYERS, find_key, split_expert_name
-from vllm_milo.shards import TensorEntry, read_tensors
+from vllm_milo.shards import TensorEntry
 from vllm_milo.validation import count_experts, find_problems, first_problems, validate_checkpoint
 from vllm_milo.values import shown
 from vllm_milo.version import __version__
 
 from ..checkpoint.card import CardNotes, write_card
 from ..checkpoint.claim import Claim
+from ..checkpoint.matrices import exceptions
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import ConversionError
 from ..families.family import Family
 from ..families.find import find_family
 from ..progress import progress_bar
 from ..source.config import read_settings
-from ..source.parts import Opened, Part, on_device, read_part
+from ..source.reader import FolderShards, SourceTensors
 from .compressed import CompressedTensors
 from .gptq import Gptq
 from .grid import Format, Load, Size
@@ -101,8 +101,8 @@ def _open(source: Path) -> _Source:
     """Read a source's headers, and plan what becomes of each tensor."""
     config = read_settings(source)
     form = _find_format(config.pop("quantization_config", None), source / "config.json")
-    family, tensors = find_family(config), read_tensors(source)
-    load = partial(_load, tensors, Opened())
+    family, held = find_family(config), SourceTensors(config, (), FolderShards(source))
+    tensors, load = held.view.tensors, held.load
     matrices: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for name, entry in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -134,10 +134,6 @@ def _refuse_other_groups(name: str, size: Size) -> None:
         )
 
 
-def _load(tensors: Mapping[str, TensorEntry], opened: Opened, name: str) -> torch.Tensor:
-    return on_device(read_part(Part(tensors[name].file, name), opened.shard), torch.device("cpu"))
-
-
 def _find_format(quantization: Any, path: Path) -> Format:
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if method not in FORMATS:
@@ -157,21 +153,14 @@ def _format(source: _Source) -> MiLoFormat:
     """
     sizes = {module: size.group_size for module, size in source.sizes.items()}
     (default, _), *_ = Counter(sizes.values()).most_common()
-    modules: dict[str, int] = {}
-    experts: dict[str, dict[str, int]] = defaultdict(dict)
+    experts: dict[tuple[str, str], int] = {}
     for module, size in sizes.items():
         expert = split_expert_name(module)
-        if expert is None:
-            modules |= {} if size == default else {module: size}
-        elif experts[expert[0]].setdefault(expert[2], size) != size:
+        if expert is not None and experts.setdefault((expert[0], expert[2]), size) != size:
             raise ConversionError(f"{module}: has groups of {size}, other experts of its layer have other ones")
-    unusual = {
-        name: {projection: size for projection, size in held.items() if size != default}
-        for name, held in experts.items()
-    }
     return MiLoFormat(
         group_size=default,
-        groups=GroupTable(modules, {name: held for name, held in unusual.items() if held}),
+        groups=exceptions(sizes, default),
         ignore=_ignore(source),
         recipe={"tool": f"vllm-milo {__version__}", "imported": source.format.title},
     )

@@ -115,7 +115,8 @@ def learn_layer(
             learned |= {matrix: one.to(_device(theirs)) for group in groups for matrix, one in group.stored().items()}
         else:
             after = before
-            _put_back(model, parameters, theirs)
+            held = {name: parameter.data for name, parameter in parameters.items()}
+            model.fill(held, ((matrix, one.dequantize()) for matrix, one in theirs.items()))
     return learned, LearnReport(earlier + before, after, untrained)
 
 
@@ -131,15 +132,6 @@ def in_rounds(matrices: Iterable[Matrix], rounds: int) -> list[list[Matrix]]:
 
 def _device(solved: Mapping[Matrix, Solved]) -> torch.device:
     return next(iter(solved.values())).base.codes.device
-
-
-def _put_back(
-    model: StreamedModel, parameters: Mapping[str, torch.nn.Parameter], solved: Mapping[Matrix, Solved]
-) -> None:
-    """Let the layer have what the solver made of its matrices."""
-    held = {name: parameter.data for name, parameter in parameters.items()}
-    for matrix, one in solved.items():
-        model.place(f"{matrix.name}.weight", held)[1].copy_(one.dequantize())
 
 
 class _Training:

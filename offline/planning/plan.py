@@ -23,6 +23,7 @@ from ..checkpoint.companions import Companions, check_objects, find_companions
 from ..checkpoint.matrices import group_table, rank_table
 from ..conversion import Conversion
 from ..errors import ConversionError
+from ..families.family import Family
 from ..nouns import Matrix, Recipe
 from ..ranks.plan import Pass, RankChoice, assume_ranks, known_from_headers, plan_ranks
 from ..source.ignore import check_ignore, kept_experts, refuse_unknown, unknown_modules, without_ignored
@@ -34,7 +35,7 @@ from .kept import Kept, find_kept
 from .layout import arrange
 from .pieces import refuse_large_matrices, solver_weights
 from .shards import shard_uses
-from .splits import allowed_splits
+from .splits import allowed_splits, narrow_groups
 from .tensors import bytes_of, bytes_of_json, planned_tensors, refuse_broken_plan
 
 LEARN_ROUNDS = "learn_rounds"
@@ -217,8 +218,9 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
         claim.check()
     devices = _devices(conversion)
     layout = _layout(reader, conversion, out, claim)
-    layers, unknown = quantized_layers(reader, conversion.ignore)
+    layers, unknown = _quantized_layers(reader, conversion.ignore)
     matrices = [source.matrix for layer in layers for source in layer.matrices]
+    conversion = _narrowed(conversion, matrices, reader.family)
     refuse_large_matrices(matrices, devices, conversion.device_memory)
     unranked = _unranked(reader, matrices, conversion, layout)
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
@@ -245,30 +247,34 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     return plan
 
 
-def decide_format(reader: ModelReader, conversion: Conversion) -> MiLoFormat:
+def decide_format(reader: ModelReader, conversion: Conversion) -> tuple[MiLoFormat, Recipe, list[Matrix]]:
     """Return the format of what a conversion without a text makes, where headers decide its ranks.
+
+    Returns:
+        The format, the recipe with the groups that were decided, and the matrices that are quantized.
 
     Raises:
         ConversionError, CheckpointError: the options contradict each other or the model.
     """
-    layers, _ = quantized_layers(reader, conversion.ignore)
+    layers, _ = _quantized_layers(reader, conversion.ignore)
     matrices = [source.matrix for layer in layers for source in layer.matrices]
+    conversion = _narrowed(conversion, matrices, reader.family)
     unranked = _unranked(reader, matrices, conversion, memory.SIMPLE)
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     ranks, _ = plan_ranks(Pass(reader, layers, find_device("cpu"), False), choice, conversion.recipe)
-    return replace(unranked, ranks=rank_table(matrices, ranks))
+    return replace(unranked, ranks=rank_table(matrices, ranks)), conversion.recipe, matrices
 
 
-def quantized_layers(reader: ModelReader, ignore: Sequence[str]) -> tuple[list[Layer], Collection[str]]:
-    """Return the layers with what of them is quantized, and the modules that the family does not know.
+def _narrowed(conversion: Conversion, matrices: Sequence[Matrix], family: Family) -> Conversion:
+    """Return the conversion with smaller groups where it wants experts that can be split."""
+    recipe, budget = conversion.recipe, conversion.budget_bits
+    if not conversion.splittable or budget is None or conversion.policies:
+        return conversion
+    return replace(conversion, recipe=replace(recipe, narrow=narrow_groups(matrices, recipe, budget, family)))
 
-    Args:
-        reader: the source model.
-        ignore: names and patterns that the user keeps, beside the family's own.
 
-    Raises:
-        ConversionError: one of them matches nothing or is none, the family does not know a weight, or none is left.
-    """
+def _quantized_layers(reader: ModelReader, ignore: Sequence[str]) -> tuple[list[Layer], Collection[str]]:
+    """Return the layers with what of them is quantized, and the modules that the family does not know."""
     unknown = unknown_modules(reader)
     check_ignore(ignore, reader.matrices, list(unknown))
     refuse_unknown(unknown, ignore, reader.family)

@@ -12,6 +12,7 @@ from vllm_milo.names import split_expert_name
 
 from ..errors import ConversionError
 from ..families.family import Family
+from ..nouns import LoadedMatrix
 from .foreign import empty_model, load_config
 from .layers import BROKEN
 from .states import StatesHome
@@ -202,6 +203,16 @@ class StreamedModel:
     def place(self, tensor: str, parameters: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
         """Return which of a layer's parameters a tensor belongs to, and its place in it; see :func:`place_tensor`."""
         return place_tensor(self._family, tensor, parameters)
+
+    def fill(self, parameters: Mapping[str, torch.Tensor], weights: Iterable[LoadedMatrix]) -> None:
+        """Overwrite matrices of a layer that is in memory.
+
+        Args:
+            parameters: of the layer, by their names in checkpoints.
+            weights: the matrices with their new values, [N, K] each, one after the other.
+        """
+        for matrix, values in weights:
+            self.place(f"{matrix.name}.weight", parameters)[1].copy_(values)
 
     def _one(self, name: str) -> torch.Tensor:
         found = dict(self._load(name))

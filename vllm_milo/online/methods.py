@@ -7,7 +7,7 @@ parallelism is known here too. Each process quantizes whole matrices, so that al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class OnlineLinearMethod(MiLoLinearMethod):
             name = self.parts[part]
             device = getattr(layer, PACKED).device
             found = quantize_loaded({name: loaded_weight}, {name: self.ranks[part]}, self._recipe, device)
-            for tensor, values in _of(name, found).items():
+            for tensor, values in found[name].items():
                 target = getattr(layer, tensor)
                 target.weight_loader(target, values, shard_id)
 
@@ -102,17 +102,10 @@ class OnlineMoEMethod(MiLoMoEMethod):
         super().process_weights_after_loading(layer)
 
     def _collector(self, layer: Any) -> Callable[..., bool | None]:
-        def load(
-            param: Parameter,
-            loaded_weight: torch.Tensor,
-            weight_name: str,
-            shard_id: str,
-            expert_id: int,
-            return_success: bool = False,
-        ) -> bool | None:
+        def take(
+            param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, local: int
+        ) -> None:
             _refuse_reload(param, self.prefix)
-            if self.local.index(expert_id) is None:
-                return False if return_success else None
             if loaded_weight.dim() != 2:
                 raise CheckpointError(
                     f"{weight_name}: has shape {list(loaded_weight.shape)}; experts are quantized while they are "
@@ -121,9 +114,8 @@ class OnlineMoEMethod(MiLoMoEMethod):
             self._loaded[shard_id, expert_id] = loaded_weight
             if len(self._loaded) == 3 * len(self.local.global_ids):
                 self._quantize(layer)
-            return True if return_success else None
 
-        return load
+        return self._local_loader(take)
 
     def _quantize(self, layer: Any) -> None:
         """Quantize the layer's experts, and load the result."""
@@ -134,7 +126,7 @@ class OnlineMoEMethod(MiLoMoEMethod):
         found = quantize_loaded(weights, ranks, self._recipe, device)
         for (shard, expert), name in names.items():
             gemm, _ = self._place(shard)
-            for tensor, values in _of(name, found).items():
+            for tensor, values in found[name].items():
                 target = getattr(layer, f"{gemm.name}_{tensor}")
                 target.weight_loader(target, values, f"{self.prefix}.{gemm.name}_{tensor}", shard, expert)
         self._loaded.clear()
@@ -153,9 +145,3 @@ def _refuse_reload(param: torch.Tensor, layer: str) -> None:
             f"{layer}: weights that were quantized while they were loaded cannot be loaded once more; start a new "
             f"server, or serve a checkpoint of `milo quantize`"
         )
-
-
-def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a matrix's tensors by the last part of their names."""
-    start = f"{name}."
-    return {tensor.removeprefix(start): values for tensor, values in tensors.items() if tensor.startswith(start)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -49,21 +50,20 @@ class OnlineOptions:
         return cls(**found)
 
 
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "budget_bits": (lambda value: type(value) in (int, float) and 0 < value <= 16, "a number of bits above 0"),
+    "group_size": (lambda value: value in GROUP_SIZES, f"one of {', '.join(map(str, GROUP_SIZES))}"),
+    "max_rounds": (lambda value: type(value) is int and value > 0, "a number above 0"),
+    "ignore": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names",
+    ),
+}
+"""What each choice must be, and how messages say that."""
+
+
 def _check(found: dict[str, Any]) -> None:
-    budget, size, rounds, ignore = (found.get(field.name) for field in fields(OnlineOptions))
-    wrong = {
-        "budget_bits": budget is not None and not (type(budget) in (int, float) and 0 < budget <= 16),
-        "group_size": size is not None and size not in GROUP_SIZES,
-        "max_rounds": rounds is not None and not (type(rounds) is int and rounds > 0),
-        "ignore": ignore is not None
-        and not (isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)),
-    }
-    bad = next((name for name, is_wrong in wrong.items() if is_wrong), None)
-    if bad is not None:
-        kinds = {
-            "budget_bits": "a number of bits above 0",
-            "group_size": f"one of {', '.join(map(str, GROUP_SIZES))}",
-            "max_rounds": "a number above 0",
-            "ignore": "a list of names",
-        }
-        raise CheckpointError(f"{WHERE}: {bad} must be {kinds[bad]}, found {shown(found[bad])}")
+    for name, value in found.items():
+        fits, kind = _KINDS[name]
+        if value is not None and not fits(value):
+            raise CheckpointError(f"{WHERE}: {name} must be {kind}, found {shown(value)}")

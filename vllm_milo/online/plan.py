@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from vllm_milo.checkpoint import MiLoFormat
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.nouns import Recipe
-from vllm_milo.offline.planning.plan import decide_format, quantized_layers
-from vllm_milo.offline.planning.splits import narrow_groups
+from vllm_milo.offline.planning.plan import decide_format
 from vllm_milo.offline.presets import PRESETS, milo_recipe
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.online.options import OnlineOptions
@@ -59,11 +57,9 @@ def plan_online(folder: Path, options: OnlineOptions) -> OnlinePlan:
     reader = ModelReader(folder)
     rounds = {} if options.max_rounds is None else {"max_rounds": options.max_rounds}
     recipe = milo_recipe(False, group_size=options.group_size or PRESETS["fast"].group_size, **rounds)
-    layers, _ = quantized_layers(reader, options.ignore)
-    held = [source.matrix for layer in layers for source in layer.matrices]
-    if options.group_size is None:
-        recipe = replace(recipe, narrow=narrow_groups(held, recipe, options.budget_bits, reader.family))
-    conversion = Conversion(recipe, budget_bits=options.budget_bits, ignore=options.ignore)
+    splittable = options.group_size is None
+    conversion = Conversion(recipe, budget_bits=options.budget_bits, splittable=splittable, ignore=options.ignore)
+    fmt, recipe, held = decide_format(reader, conversion)
     experts = frozenset(matrix.experts for matrix in held if matrix.experts is not None)
     modules = frozenset(matrix.name for matrix in held if matrix.experts is None)
-    return OnlinePlan(decide_format(reader, conversion), recipe, experts, modules)
+    return OnlinePlan(fmt, recipe, experts, modules)
