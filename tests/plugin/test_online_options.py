@@ -18,6 +18,7 @@ def test_options_of_a_model_that_is_quantized_at_load():
     text = json.loads(overrides)["quantization_config_dict_json"]
     assert OnlineOptions.from_json(text) == OnlineOptions(budget_bits=3.4, max_rounds=3)
     assert OnlineOptions.from_json('{"ignore": ["lm_head"]}') == OnlineOptions(ignore=("lm_head",))
+    assert OnlineOptions.from_json('{"budget_bits": null, "ignore": null}') == OnlineOptions()
     for wrong, message in (
         ("{", "is no JSON"),
         ("[]", "must be a JSON object of some of budget_bits, group_size, max_rounds, ignore"),

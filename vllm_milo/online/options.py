@@ -44,6 +44,7 @@ class OnlineOptions:
         names = [field.name for field in fields(cls)]
         if not isinstance(found, dict) or set(found) - set(names):
             raise CheckpointError(f"{WHERE}: must be a JSON object of some of {', '.join(names)}, found {shown(found)}")
+        found = {name: value for name, value in found.items() if value is not None}  # null is as good as left out
         _check(found)
         if "ignore" in found:
             found["ignore"] = tuple(found["ignore"])
@@ -65,5 +66,5 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _check(found: dict[str, Any]) -> None:
     for name, value in found.items():
         fits, kind = _KINDS[name]
-        if value is not None and not fits(value):
+        if not fits(value):
             raise CheckpointError(f"{WHERE}: {name} must be {kind}, found {shown(value)}")
