@@ -46,11 +46,14 @@ class Repeat:
         if self._failed:
             return False
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self._device)
         try:
-            with torch.cuda.graph(graph):
+            # threads that read the next layer may use the device meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()
         except RuntimeError as error:  # a layer that waits for the host: it runs, but slowly
             self._failed = True
+            _leave_failed_capture(stream)
             logger.warning("a training step cannot be captured and runs launch by launch: %s", error)
             return False
         self._graph = graph
@@ -63,3 +66,13 @@ class Repeat:
         with torch.cuda.stream(stream):
             self._step()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+def _leave_failed_capture(stream: torch.cuda.Stream) -> None:
+    """Go back to a stream, and give its device's random numbers a state again that is not being captured.
+
+    ``torch.cuda.graph`` leaves both as they were within, where the end of a capture raises.
+    """
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device.index]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -119,7 +119,10 @@ def test_a_step_that_waits_for_the_host_still_runs():
         held.add_(1)
         held.item()
 
+    stream = torch.cuda.current_stream()
     step = Repeat(body, torch.device("cuda"))
     for _ in range(8):
         step()
     assert int(held) == 8
+    assert torch.cuda.current_stream() == stream
+    torch.randn(4, device="cuda")  # which random numbers refuse while a graph is captured
