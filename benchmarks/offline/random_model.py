@@ -74,6 +74,13 @@ def layer(config: dict[str, Any], name: str, index: int) -> Iterator[tuple[str, 
     for norm in ("input_layernorm", "post_attention_layernorm"):
         yield f"{prefix}.{norm}.weight", (hidden,)
     block = f"{prefix}.{'block_sparse_moe' if name == 'mixtral' else 'mlp'}"
+    if config["model_type"] == "qwen2_moe":
+        for leaf, size in (("q", queries), ("k", values), ("v", values)):
+            yield f"{prefix}.self_attn.{leaf}_proj.bias", (size,)
+        shared = config["shared_expert_intermediate_size"]
+        for leaf, shape in (("gate", (shared, hidden)), ("up", (shared, hidden)), ("down", (hidden, shared))):
+            yield f"{block}.shared_expert.{leaf}_proj.weight", shape
+        yield f"{block}.shared_expert_gate.weight", (1, hidden)
     experts = config.get("num_local_experts") or config["num_experts"]
     inner = config.get("moe_intermediate_size") or config["intermediate_size"]
     yield f"{block}.gate.weight", (experts, hidden)

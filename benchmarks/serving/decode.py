@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks.processes import main_command
 from benchmarks.records import markdown_table, write_json
-from benchmarks.serving.models import CONTENDERS, MODELS, kv_bytes, write_model
+from benchmarks.serving.contenders import CONTENDERS, write_model
+from benchmarks.serving.models import MODELS, kv_bytes
 
 MAX_MODEL_LEN = 512
 ENVIRONMENT = {

@@ -1,10 +1,7 @@
-"""Model folders with nothing but a config.json, for vLLM's dummy weights: shapes of known models, quantized."""
+"""Shapes of known models, and how configs say that they are quantized."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 BASE = {
@@ -136,36 +133,6 @@ def humming(model: Model) -> dict[str, Any]:
         "has_zero_point": True,
         "ignore": ["lm_head", r"re:.*\.gate$", r"re:.*shared_expert_gate$"],
     }
-
-
-class Contender(NamedTuple):
-    """A way to serve a model: its ``quantization_config`` (None is bf16) and vLLM's choice of MoE kernels."""
-
-    quantization: Callable[[Model], dict[str, Any]] | None
-    moe_backend: str = "auto"
-
-
-CONTENDERS = {
-    "milo-s1": Contender(lambda model: milo(model, 1 / 8, 16)),
-    "milo-s2": Contender(lambda model: milo(model, 1 / 4, 32)),
-    "milo-no-compensators": Contender(lambda model: milo(model, 0, 0)),
-    "marlin-int4-g128": Contender(gptq),
-    "bf16": Contender(None),
-    "humming-int4-g128": Contender(gptq, "humming"),
-    "humming-uint3-g64": Contender(humming),
-}
-
-
-def write_model(folder: Path, name: str, contender: str, layers: int) -> dict[str, Any]:
-    """Write the folder's config.json and return its content."""
-    model = MODELS[name]
-    config = BASE | model.config | {"num_hidden_layers": layers}
-    quantization = CONTENDERS[contender].quantization
-    if quantization is not None:
-        config["quantization_config"] = quantization(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return config
 
 
 def kv_bytes(config: dict[str, Any], tokens: int) -> int:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.serving import decode
-from benchmarks.serving.models import CONTENDERS, MODELS, gptq, kv_bytes, milo, write_model
+from benchmarks.serving import decode, traffic
+from benchmarks.serving.contenders import CONTENDERS, write_model
+from benchmarks.serving.models import MODELS, gptq, kv_bytes, milo
+from benchmarks.serving.shipped import shipped_format
+from benchmarks.serving.word_tokenizer import write_tokenizer
 from benchmarks.serving.worker import stored_bytes
 from vllm_milo.checkpoint import MiLoFormat
 
@@ -30,7 +33,7 @@ def test_configs_are_read_back(name: str, tmp_path: Path):
 def test_ranks_are_those_of_the_papers_strategies(name: str, dense: int, experts: int):
     quantization = CONTENDERS[name].quantization
     assert quantization is not None
-    ranks = MiLoFormat.from_dict(quantization(MODELS["mixtral"])).ranks
+    ranks = MiLoFormat.from_dict(quantization("mixtral", 8)).ranks
     assert ranks.of_module("model.layers.0.self_attn.q_proj") == dense
     assert ranks.of_module("model.layers.7.self_attn.o_proj") == dense
     for projection in ("w1", "w2", "w3"):
@@ -92,3 +95,49 @@ def test_tiny_model_is_measured(tmp_path: Path):
     weights, factors = 4 * 3 * 64 * 128, 4 * 3 * 16 * (64 + 128)
     assert row["weight_bytes"]["experts"] == pytest.approx((3.5 * weights + 3.25 * factors) / 8, rel=0.01)
     assert "| milo-s1 |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3", "deepseek"])
+def test_what_is_shipped_has_compensators_and_groups_of_128(name: str):
+    fmt = MiLoFormat.from_dict(shipped_format(name, 2))
+    assert fmt.group_size == 128
+    assert fmt.ranks.of_module("model.layers.1.self_attn.o_proj") > 0
+    assert fmt.ignores("model.layers.0.mlp.gate")
+    small = MiLoFormat.from_dict(shipped_format(name, 2, "small")).ranks
+    assert small.of_module("model.layers.1.self_attn.o_proj") < fmt.ranks.of_module("model.layers.1.self_attn.o_proj")
+
+
+def test_words_are_tokens_there_and_back(tmp_path: Path):
+    write_tokenizer(tmp_path, 300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 300
+    ids = [3, 299, 17]
+    assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
+
+
+def test_turns_become_medians_with_their_ends():
+    def row(contender: str, turn: int, tpot: float) -> dict:
+        about = {"contender": contender, "turn": turn, "load": [128, 128], "concurrency": 16}
+        return about | {"tpot": tpot, "ttft": 50.0, "tokens_per_second": 100.0}
+
+    turns = [row("milo", turn, tpot) for turn, tpot in enumerate([8.0, 10.0, 9.0])]
+    turns += [row("bf16", turn, tpot) for turn, tpot in enumerate([18.0, 20.0, 19.0])]
+    environment = {"vllm": "0.33.0", "device": "a card"}
+    text = traffic.format_report({"model": "mixtral", "layers": 32, "environment": environment, "turns": turns})
+    assert "| 128 in, 128 out | 16 | milo | 9.00 (8.00 to 10.00) | 1.00 | 50 (50 to 50) | 100 |" in text
+    assert "| bf16 | 19.00 (18.00 to 20.00) | 2.11 |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_servers_are_measured_in_turns(tmp_path: Path):
+    """Two servers at once, each asked over HTTP; answers are as long as they should be, or it raises."""
+    output = tmp_path / "traffic.json"
+    words = ["-o", str(output), "--model", "tiny", "--layers", "1", "--contenders", "milo", "bf16", "--eager"]
+    traffic.main([*words, "--loads", "16:8", "--concurrency", "2", "--turns", "1"])
+    turns = json.loads(output.read_text())["turns"]
+    assert [row["contender"] for row in turns] == ["milo", "bf16"]
+    for row in turns:
+        assert row["tpot"] > 0.5  # milliseconds: pieces of an answer came one after the other
+        assert row["ttft"] > 0

@@ -1,0 +1,48 @@
+"""Ways to serve a model with dummy weights: what its config.json says, and vLLM's choice of kernels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.serving.models import BASE, MODELS, gptq, humming, milo
+from benchmarks.serving.shipped import shipped_format
+
+
+class Contender(NamedTuple):
+    """A way to serve a model.
+
+    Attributes:
+        quantization: ``quantization_config`` of a model by its name and its layers; None is bf16.
+        moe_backend: vLLM's choice of MoE kernels.
+    """
+
+    quantization: Callable[[str, int], dict[str, Any]] | None
+    moe_backend: str = "auto"
+
+
+CONTENDERS = {
+    "milo": Contender(shipped_format),
+    "milo-small": Contender(lambda name, layers: shipped_format(name, layers, "small")),
+    "milo-s1": Contender(lambda name, layers: milo(MODELS[name], 1 / 8, 16)),
+    "milo-s2": Contender(lambda name, layers: milo(MODELS[name], 1 / 4, 32)),
+    "milo-no-compensators": Contender(lambda name, layers: milo(MODELS[name], 0, 0)),
+    "marlin-int4-g128": Contender(lambda name, layers: gptq(MODELS[name])),
+    "bf16": Contender(None),
+    "humming-int4-g128": Contender(lambda name, layers: gptq(MODELS[name]), "humming"),
+    "humming-uint3-g64": Contender(lambda name, layers: humming(MODELS[name])),
+}
+"""``milo`` and ``milo-small`` are the bits, groups and ranks by role of the presets ``balanced`` and ``small``."""
+
+
+def write_model(folder: Path, name: str, contender: str, layers: int) -> dict[str, Any]:
+    """Write a folder with nothing but a config.json, for vLLM's dummy weights, and return its content."""
+    config = BASE | MODELS[name].config | {"num_hidden_layers": layers}
+    quantization = CONTENDERS[contender].quantization
+    if quantization is not None:
+        config["quantization_config"] = quantization(name, layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return config
