@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pytest
-from readme import ROOT, readme_commands
+from hub_server import HubServer, of_folder
+from readme import PAGES, ROOT, readme_commands
 
 from vllm_milo.offline.cli import main as milo
 
@@ -254,17 +256,30 @@ def test_only_the_plugin_imports_vllm():
 IN_CI = {"make demo", "make test", "make lint", "make test-slow"}
 
 
-def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every `milo` command of the README runs as it stands, from a folder that looks like the repository.
+def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundled_model: Path):
+    """Every `milo` command of the README and of docs/ runs as it stands, from a folder that looks like the repository.
 
-    The first runs as a user's does; the others, in this process, need not import torch again.
+    The first runs as a user's does, from a Hub; the others, in this process, need not import torch again.
     """
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     first, *others = [shlex.split(command)[1:] for command in readme_commands() if command.startswith("milo ")]
-    python("-m", "vllm_milo.offline.cli", *first, cwd=tmp_path, TRITON_INTERPRET="0")
+    hub = HubServer()
+    hub.repositories[first[1]] = of_folder(bundled_model)
+    variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    try:
+        python("-m", "vllm_milo.offline.cli", *first, cwd=tmp_path, TRITON_INTERPRET="0", **variables)
+    finally:
+        hub.shutdown()
+        hub.server_close()
     for words in others:
         assert milo(words) == 0, words
+
+
+def test_pages_link_to_what_is_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_every_readme_command_is_known():

@@ -1,4 +1,4 @@
-"""The table of families as people read it: what ``milo families`` prints, and the README's list."""
+"""The table of families as people read it: what ``milo families`` prints, and the list in docs/families.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(families: Iterable[Family] = FAMILIES.values()) -> list[dict[str, str]]
 
 
 def markdown() -> str:
-    """Return the table for the README."""
+    """Return the table for docs/families.md."""
     lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
     for row in rows():
         name, *others = row.values()

@@ -24,7 +24,7 @@ from vllm_milo.offline.ranks.policies import parse_policies
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 README_MODEL, *README_ARGUMENTS = readme_words("vllm serve ")[2:]
 NAMES = ["--served-model-name", "milo", README_MODEL]
-SMALL = ["--enforce-eager", "--max-num-seqs", "16"]
+SMALL = ["--enforce-eager", "--max-num-seqs", "16", "--max-model-len", "512"]
 EXACT = ["--dtype", "float32"]  # batching then tips no near-tie
 PROMPTS = ["The function returns", "In the morning the old man", "To install the package, run", "The definition of"]
 
@@ -114,7 +114,7 @@ def test_concurrent_requests(url: str):
 @pytest.mark.slow
 def test_serves_without_the_flag_and_compiled(checkpoint: Path, tmp_path: Path):
     """From config.json alone, and as vLLM runs by default: through torch.compile."""
-    arguments = [*README_ARGUMENTS[2:], "--max-num-seqs", "16", *EXACT]
+    arguments = [*README_ARGUMENTS[2:], *SMALL[1:], *EXACT]
     with serve(checkpoint, *arguments, log=tmp_path / "server.log", timeout=500) as url:
         assert_exact(url, checkpoint)
 

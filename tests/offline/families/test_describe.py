@@ -1,4 +1,4 @@
-"""`milo families` and the README's list are the table."""
+"""`milo families` and the list in docs/families.md are the table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_milo.offline.families.table import FAMILIES
 
 def test_the_readme_has_the_table():
     (block,) = re.findall(r"<!-- families:[^\n]*-->\n(.*?)<!-- end of families -->", README, flags=re.DOTALL)
-    assert block.strip() == markdown(), f"the README's list must be:\n{markdown()}"
+    assert block.strip() == markdown(), f"docs/families.md must have:\n{markdown()}"
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]):
