@@ -55,7 +55,10 @@ def choose_backend(operator: str, device_type: str) -> str:
 def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> list[torch.Tensor]:
     """Return a linear layer's tensors as ``backend`` takes them."""
     if backend == "triton":
-        from .serving.layout import prepare_linear
+        if weights.packed.is_cuda:
+            from .serving.repack.layer import prepare_linear
+        else:
+            from .serving.layout import prepare_linear
 
         return list(prepare_linear(weights, spec))
     return list(weights)
@@ -64,7 +67,10 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> li
 def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list[torch.Tensor]:
     """Return one expert GEMM's tensors as ``backend`` takes them."""
     if backend == "triton":
-        from .serving.layout import prepare_experts
+        if weights.packed.is_cuda:
+            from .serving.repack.layer import prepare_experts
+        else:
+            from .serving.layout import prepare_experts
 
         return list(prepare_experts(weights, spec.factor_bits))
     return list(weights)
