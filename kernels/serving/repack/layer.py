@@ -40,7 +40,14 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:
     check_factors(spec.widths, spec.ranks, checkpoint_columns(weights.packed), spec.factor_bits)
     base = (tensor.contiguous().unsqueeze(0) for tensor in weights[:3])
     norms = weights.scale.new_empty(0).float()
-    return _repack((*base, *(tensor.contiguous() for tensor in weights[3:])), spec.widths, spec.ranks, spec.widths, spec.factor_bits, norms)
+    return _repack(
+        (*base, *(tensor.contiguous() for tensor in weights[3:])),
+        spec.widths,
+        spec.ranks,
+        spec.widths,
+        spec.factor_bits,
+        norms,
+    )
 
 
 def _repack(
