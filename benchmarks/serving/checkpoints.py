@@ -72,7 +72,8 @@ def random_tensors(
         yield name, (torch.ones if len(shape) == 1 else torch.zeros)(shape, dtype=torch.bfloat16)
         return
     rank = rank_of(fmt, module, experts)
-    specs = fmt.base_tensors(*shape, fmt.group_size) | fmt.factor_tensors(*shape, rank, MODEL_DTYPE)
+    n, k = shape
+    specs = fmt.base_tensors(n, k, fmt.group_size) | fmt.factor_tensors(n, k, rank, MODEL_DTYPE)
     for tensor, (dtype, sizes) in specs.items():
         kind = DTYPES[dtype]
         if kind.is_floating_point:

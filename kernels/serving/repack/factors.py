@@ -14,7 +14,7 @@ from ...weights import RANK_BLOCK
 from ..layout import ROW_BLOCK, UNIT
 from ..padding import padded
 from .base import PLAIN
-from .units import repack_unit
+from .units import load_codes, repack_unit
 
 ZERO_CODE = tl.constexpr(FACTOR_ZERO)
 EIGHT_ZEROS = tl.constexpr(sum(FACTOR_ZERO << 3 * code for code in range(8)))
@@ -61,19 +61,6 @@ def repack_down_kernel(
     tl.store(scale_out_ptr + target * 16 + rank, first | (second << 16))
 
 
-@triton.jit
-def _load_nibble(u_ptr, start, rank, column, width, there):
-    """Load 3-bit codes of U at (rank, column), what stands for 0 where there is none."""
-    bit = 3 * column
-    shift = bit & 31
-    place = u_ptr + start + rank * (3 * width // 32) + (bit >> 5)
-    low = tl.load(place, mask=there, other=0)
-    high = tl.load(place + 1, mask=there & (shift > 29), other=0)
-    code = (low >> shift) & ((1 << (32 - shift)) - 1) & 7
-    code |= (high << ((32 - shift) & 31)) & 7
-    return tl.where(there, code, ZERO_CODE)
-
-
 @triton.jit(do_not_specialize=["blocks"])
 def repack_up_kernel(
     u_out_ptr, scale_out_ptr, u_ptr, scale_ptr, table_ptr, blocks,
@@ -98,7 +85,8 @@ def repack_up_kernel(
                 for low in tl.static_range(2):
                     own_rank = (8 * half + 2 * lane + low)[None, :]
                     there = (own_rank < count) & (column < width)[:, None]
-                    code = _load_nibble(u_ptr, start, own_rank, column[:, None], width, there)
+                    row = u_ptr + start + own_rank * (3 * width // 32)
+                    code = tl.where(there, load_codes(row, column[:, None], there), ZERO_CODE)
                     word |= code << (4 * (2 * half + low))
             tl.store(u_out_ptr + target * 4 + lane[None, :], word.to(tl.int16))
         else:

@@ -11,21 +11,10 @@ from ...packing import FACTOR_ZERO
 from ...weights import ExpertWeights
 from ..layout import ROW_BLOCK
 from .base import PLAIN
+from .units import load_codes
 
 ZERO_CODE = tl.constexpr(FACTOR_ZERO)
 COLUMNS = 64
-
-
-@triton.jit
-def _load_codes(row_ptr, column, there):
-    """Load 3-bit codes at columns of rows, fp32; 0 where there is none."""
-    bit = 3 * column
-    shift = bit & 31
-    place = row_ptr + (bit >> 5)
-    low = tl.load(place, mask=there, other=0).to(tl.uint32, bitcast=True)
-    high = tl.load(place + 1, mask=there & (shift > 29), other=0).to(tl.uint32, bitcast=True)
-    codes = (low >> shift.to(tl.uint32)) | (high << ((32 - shift) & 31).to(tl.uint32))
-    return (codes & 7).to(tl.float32)
 
 
 @triton.jit
@@ -38,7 +27,7 @@ def _load_factor(row_ptr, scale_ptr, columns, column, there, BITS: tl.constexpr)
         if BITS == 8:
             value *= tl.load(row_ptr + column, mask=there, other=0).to(tl.float32)
         else:
-            value *= _load_codes(row_ptr, column, there) - ZERO_CODE
+            value *= load_codes(row_ptr, column, there).to(tl.float32) - ZERO_CODE
     return value
 
 
@@ -63,10 +52,10 @@ def row_norms_kernel(
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         there = valid[:, None] & (column < columns)[None, :]
-        codes = _load_codes(packed_ptr + row[:, None] * (3 * columns // 32), column[None, :], there)
+        codes = load_codes(packed_ptr + row[:, None] * (3 * columns // 32), column[None, :], there)
         group = row[:, None] * (columns // GROUP) + (column // GROUP)[None, :]
         zero = tl.load(zero_ptr + group, mask=there, other=0.0).to(tl.float32)
-        weight = tl.load(scale_ptr + group, mask=there, other=0.0).to(tl.float32) * (codes - zero)
+        weight = tl.load(scale_ptr + group, mask=there, other=0.0).to(tl.float32) * (codes.to(tl.float32) - zero)
         for block in range(first, stop, 16):
             rank = block + tl.arange(0, 16)
             inside = rank < stop

@@ -1,9 +1,21 @@
-"""A unit of 128 codes on its way from 12 words of a row to 3 words of each of the 4 lanes that share it."""
+"""Codes of the checkpoint layout, and units of 128 on their way to 3 words of each of the 4 lanes that share one."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_codes(row_ptr, column, there):
+    """Load 3-bit codes at columns of rows in the checkpoint layout, int32; 0 where ``there`` is off."""
+    bit = 3 * column
+    shift = bit & 31
+    place = row_ptr + (bit >> 5)
+    low = tl.load(place, mask=there, other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(place + 1, mask=there & (shift > 29), other=0).to(tl.uint32, bitcast=True)
+    codes = (low >> shift.to(tl.uint32)) | (high << ((32 - shift) & 31).to(tl.uint32))
+    return (codes & 7).to(tl.int32)
 
 
 @triton.jit
