@@ -123,7 +123,7 @@ def warm_up_moe(
     def call(tokens: int) -> None:
         x = torch.zeros(tokens, hidden, dtype=dtype, device=device)
         pairs = torch.arange(tokens * top_k, dtype=torch.int32, device=device).view(tokens, top_k)
-        router = torch.full((tokens, top_k), 1 / top_k, device=device)
+        router = torch.full((tokens, top_k), 1 / top_k, dtype=torch.float32, device=device)
         ops.fused_moe(x, router, pairs % experts, expert_map, w13, w2, spec, backend)
 
     def make_key() -> Hashable:

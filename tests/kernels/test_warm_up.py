@@ -142,6 +142,21 @@ def test_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch):
     assert Share(1, 2).order("abcde") == list("cdeab")
 
 
+def test_router_weights_are_float32_as_in_serving(monkeypatch: pytest.MonkeyPatch):
+    """While vLLM makes a model, its dtype is the default."""
+    found = []
+    monkeypatch.setattr(warm_up, "_warm_up", lambda what, key, call, *_: call(3))
+    monkeypatch.setattr(ops, "fused_moe", lambda x, router, *_: found.append((x.dtype, router.dtype)))
+    layer = stand_in(2, [64], 64, 64, 3, torch.bfloat16, torch.device("cpu"))
+    spec = moe_spec([[16, 16]] * 2, [[16]] * 2, 3, "silu", False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        warm_up_moe(layer, layer, None, spec, "triton", 64, 2, 2, torch.bfloat16, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == [(torch.bfloat16, torch.float32)]
+
+
 def compiled() -> int:
     """Return how many kernels this process has compiled or read from disk."""
     kernels = (gemm_kernel, project_kernel, prepare._prepare_kernel)
