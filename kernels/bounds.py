@@ -24,7 +24,7 @@ def largest_row_norms(weights: ExpertWeights, factor_bits: int) -> torch.Tensor:
     experts, n = weights.packed.shape[:2]
     parts = (len(weights.rank_offsets) - 1) // experts
     width = n // parts
-    largest = torch.zeros(experts, parts, device=weights.packed.device)
+    largest = torch.zeros(experts, parts, dtype=torch.float32, device=weights.packed.device)
     for expert in range(experts):
         factors = expert_factors(weights, expert, factor_bits, torch.float32)
         for part in range(parts):

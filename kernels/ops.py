@@ -55,18 +55,24 @@ def choose_backend(operator: str, device_type: str) -> str:
 def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> list[torch.Tensor]:
     """Return a linear layer's tensors as ``backend`` takes them."""
     if backend == "triton":
-        from .serving.layout import prepare_linear
+        from .launch import device_of
+        from .serving import layout
+        from .serving.repack import layer
 
-        return list(prepare_linear(weights, spec))
+        with device_of(weights.packed):
+            return list((layer if weights.packed.is_cuda else layout).prepare_linear(weights, spec))
     return list(weights)
 
 
 def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list[torch.Tensor]:
     """Return one expert GEMM's tensors as ``backend`` takes them."""
     if backend == "triton":
-        from .serving.layout import prepare_experts
+        from .launch import device_of
+        from .serving import layout
+        from .serving.repack import layer
 
-        return list(prepare_experts(weights, spec.factor_bits))
+        with device_of(weights.packed):
+            return list((layer if weights.packed.is_cuda else layout).prepare_experts(weights, spec.factor_bits))
     return list(weights)
 
 

@@ -1,9 +1,14 @@
-"""Compiles a layer's kernels when it is loaded, many at a time.
+"""Compiles a layer's kernels ahead of its first use, many at a time and beside the reading of weights.
 
 Triton compiles a kernel at its first use, and there are dozens, by number of tokens: otherwise the first requests, or
-the capture of CUDA graphs, would wait for one after the other. Here the layer is called for many numbers of tokens
-while launches are only noted, and what differs is compiled in threads. Layers share the kernels if their keys are equal
-(:func:`linear_key`, :func:`moe_key`): a key holds no ranks, but what kernels are compiled for of them.
+the capture of CUDA graphs, would wait for one after the other. Here a layer is called for many numbers of tokens while
+launches are only noted, and what differs is compiled in threads (:mod:`.compiling`). A layer's weights need not be
+there for that: tensors of their shapes do (:mod:`.stand_in`), so that compiling begins when a layer is made, and who
+loads it waits at the end.
+
+What is compiled is told apart twice. Layers of equal keys (:func:`linear_key`, :func:`moe_key`) launch the same
+kernels, and only the first is called: a key holds no ranks, but what kernels are compiled for of them. And of the noted
+launches each is compiled once by its own key (:meth:`.launch.Launch.key`), whatever layers share it.
 ``VLLM_MILO_WARM_UP=0`` leaves it to the first use. Triton keeps compiled kernels on disk for the next start.
 """
 
@@ -11,22 +16,42 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 
 from . import ops
+from .compiling import Compiler, Share
 from .weights import LinearSpec, MoESpec, largest_rank
 
 logger = logging.getLogger("vllm.milo")
 
 WARM_UP_VARIABLE = "VLLM_MILO_WARM_UP"
-THREADS = 16
 MAX_TOKENS = 8192
 """Above this the tiles stay the same."""
-_done: set[Hashable] = set()
+Waiting = list[Future[float]]
+"""What a layer's kernels are compiled by."""
+_noted: dict[Hashable, Waiting] = {}
+_compiler: Compiler | None = None
+
+
+def compiler(share: Share | None = None) -> Compiler:
+    """Return what compiles in this process, which the first call makes.
+
+    Args:
+        share: of this process among those of its host; None for all of the cores.
+    """
+    global _compiler
+    if _compiler is None:
+        _compiler = Compiler(share or Share())
+    return _compiler
+
+
+def wait(waiting: Waiting) -> None:
+    """Wait until a layer's kernels are compiled; raises what a compilation raised."""
+    for future in waiting:
+        future.result()
 
 
 def token_counts(max_tokens: int) -> list[int]:
@@ -42,23 +67,26 @@ def token_counts(max_tokens: int) -> list[int]:
 
 def warm_up_linear(
     weights: list[torch.Tensor], spec: LinearSpec, backend: str, k: int, dtype: torch.dtype, max_tokens: int
-) -> None:
-    """Compile the kernels of a dense layer for up to ``max_tokens`` tokens; see :func:`.ops.linear`.
+) -> Waiting:
+    """Begin to compile the kernels of a dense layer for up to ``max_tokens`` tokens; see :func:`.ops.linear`.
 
     Args:
-        weights: as prepared for ``backend``.
+        weights: as prepared for ``backend``, or tensors that stand in for them.
         spec: of the layer.
         backend: of the layer; nothing is done for ``torch``.
         k: inputs of the layer.
         dtype: of the activations.
         max_tokens: most tokens of a step.
+
+    Returns:
+        What :func:`wait` waits for.
     """
     device = weights[0].device
 
     def call(tokens: int) -> None:
         ops.linear(torch.zeros(tokens, k, dtype=dtype, device=device), weights, spec, backend)
 
-    _warm_up("dense layer", lambda: linear_key(weights, spec, k, dtype), call, backend, device, max_tokens)
+    return _warm_up("dense layer", lambda: linear_key(weights, spec, k, dtype), call, backend, device, max_tokens)
 
 
 def warm_up_moe(
@@ -72,11 +100,11 @@ def warm_up_moe(
     top_k: int,
     dtype: torch.dtype,
     max_tokens: int,
-) -> None:
-    """Compile the kernels of routed experts for up to ``max_tokens`` tokens; see :func:`.ops.fused_moe`.
+) -> Waiting:
+    """Begin to compile the kernels of routed experts for up to ``max_tokens`` tokens; see :func:`.ops.fused_moe`.
 
     Args:
-        w13: gate and up projections, as prepared for ``backend``.
+        w13: gate and up projections, as prepared for ``backend``, or tensors that stand in for them.
         w2: down projections, likewise.
         expert_map: global expert -> local expert or -1; None if all experts are local.
         spec: of the layer.
@@ -86,19 +114,22 @@ def warm_up_moe(
         top_k: experts of a token.
         dtype: of the activations.
         max_tokens: most tokens of a step.
+
+    Returns:
+        What :func:`wait` waits for.
     """
     device = w13[0].device
 
     def call(tokens: int) -> None:
         x = torch.zeros(tokens, hidden, dtype=dtype, device=device)
         pairs = torch.arange(tokens * top_k, dtype=torch.int32, device=device).view(tokens, top_k)
-        router = torch.full((tokens, top_k), 1 / top_k, device=device)
+        router = torch.full((tokens, top_k), 1 / top_k, dtype=torch.float32, device=device)
         ops.fused_moe(x, router, pairs % experts, expert_map, w13, w2, spec, backend)
 
     def make_key() -> Hashable:
         return moe_key(w13, w2, expert_map, spec, top_k, dtype)
 
-    _warm_up("experts", make_key, call, backend, device, max_tokens)
+    return _warm_up("experts", make_key, call, backend, device, max_tokens)
 
 
 def linear_key(weights: Sequence[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.dtype) -> Hashable:
@@ -146,6 +177,27 @@ def _tensor_kinds(weights: Sequence[torch.Tensor]) -> Hashable:
     return shapes, tuple((weight.dtype, weight.data_ptr() % 16) for weight in layer), layer.packed.device
 
 
+def warm_up_repack(parts: int, group_size: int, factor_bits: int, dtype: torch.dtype, device: torch.device) -> Waiting:
+    """Begin to compile what brings weights into the kernel layout.
+
+    Args:
+        parts: of an expert; 1 for dense layers, which take the same kernels.
+        group_size: 32, 64 or 128.
+        factor_bits: 3, 8 or 16.
+        dtype: of factors of 16 bits.
+        device: of the weights.
+    """
+
+    def note() -> None:
+        from .serving.repack.layer import prepare_experts
+        from .stand_in import smallest_experts
+
+        prepare_experts(smallest_experts(parts, group_size, factor_bits, dtype, device), factor_bits)
+
+    key = "repack", parts, group_size, factor_bits, dtype
+    return _note(lambda: key, "repacking", note, device)
+
+
 def _warm_up(
     what: str,
     make_key: Callable[[], Hashable],
@@ -153,30 +205,30 @@ def _warm_up(
     backend: str,
     device: torch.device,
     max_tokens: int,
-) -> None:
-    """Compile what ``call`` launches for up to ``max_tokens`` tokens, unless that was done for a layer of this key."""
-    if backend != "triton" or device.type != "cuda" or os.environ.get(WARM_UP_VARIABLE) == "0":
-        return
-    key = make_key(), max_tokens
-    if key in _done:
-        return
-    _done.add(key)
-    from .launch import Launch, noting
+) -> Waiting:
+    """Compile what ``call`` launches for up to ``max_tokens`` tokens."""
 
-    start = time.monotonic()
+    def note() -> None:
+        for tokens in token_counts(max_tokens):
+            call(tokens)
 
-    def compile_(launch: Launch) -> None:
-        with torch.cuda.device(device):  # a thread's own
-            launch.compile()
+    return _note(lambda: (make_key(), max_tokens), what, note, device) if backend == "triton" else []
 
-    try:
+
+def _note(make_key: Callable[[], Hashable], what: str, note: Callable[[], None], device: torch.device) -> Waiting:
+    """Begin to compile what ``note`` launches, unless that was done under its key; return what to wait for."""
+    if device.type != "cuda" or os.environ.get(WARM_UP_VARIABLE) == "0":
+        return []
+    place = device, make_key()
+    if place not in _noted:
+        from .launch import noting
+
         with torch.cuda.device(device), torch.inference_mode(), noting() as launches:
-            for tokens in token_counts(max_tokens):
-                call(tokens)
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(compile_, launches.values()))  # raises what a thread raised
-    except torch.OutOfMemoryError:
-        logger.warning("MiLo found no memory to compile all kernels of its %s ahead; the rest is compiled in use", what)
-    torch.cuda.empty_cache()
-    counted = (len(launches), what, max_tokens, time.monotonic() - start)
-    logger.info("MiLo compiled %d kernels of its %s for up to %d tokens in %.1f s", *counted)
+            try:
+                note()
+            except torch.OutOfMemoryError:
+                text = "MiLo found no memory to compile all kernels of its %s ahead; the rest is compiled in use"
+                logger.warning(text, what)
+        torch.cuda.empty_cache()
+        _noted[place] = compiler().start(launches, device)
+    return _noted[place]

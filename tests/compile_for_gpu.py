@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import triton
-from meta_layers import run_converter, run_dense, run_experts
+from meta_layers import run_converter, run_dense, run_experts, run_repack
 from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
 from triton.backends.compiler import GPUTarget
@@ -58,9 +58,11 @@ def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
     yield partial(run_dense, 1, [4096], 4096, 0)
     for group in (32, 64, 128):
         yield partial(run_converter, group)
+        yield partial(run_repack, group, 3)
     if not everything:
         return
     for group, bits, intermediate in ((32, 8, 320), (128, 3, 384), (64, 16, 320)):
+        yield partial(run_repack, group, bits)
         for tokens in (1, 1000):
             yield partial(run_experts, tokens, 8, 2, 512, intermediate, groups=(group, group), bits=bits)
             yield partial(run_dense, tokens, [320], intermediate, 64, group=group, bits=bits)

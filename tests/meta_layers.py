@@ -1,14 +1,16 @@
-"""Layers in the kernel layout that have shapes but no memory, for tests of what is launched."""
+"""Layers in the kernel layout that have shapes but no memory, and other work for tests of what is launched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from random_layers import random_experts
 
 from vllm_milo.kernels.convert import feedback, grid_fit
 from vllm_milo.kernels.serving import fused_moe, linear
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
+from vllm_milo.kernels.serving.repack import layer
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
@@ -89,3 +91,8 @@ def run_converter(group: int) -> None:
     row = torch.empty(2, 256, device="meta")
     factor = torch.empty(1, group, group, device="meta")
     feedback.quantize_group(weights[..., :group], factor, row, row, codes[..., :group])
+
+
+def run_repack(group: int, bits: int) -> None:
+    """Launch what brings experts into the kernel layout."""
+    layer.prepare_experts(random_experts([[16, 8]], 128, 256, group, bits), bits)

@@ -5,7 +5,8 @@
 The layers have shapes but no memory. Prints a JSON object: "left", by layer, how many of the kernels that any number of
 tokens takes are not among those that are compiled ahead ("ahead"); "compiled", how many kernels Triton made of some
 noted launches ("noted"), and how many more when they were launched; "ranks", of layers that differ in their ranks, how
-many there are, how many keys of the warm-up they have, and for how many of the keys the launched kernels differ.
+many there are, how many keys of the warm-up they have, for how many of the keys the launched kernels differ, how many
+kernels the layers launch that differ from each other, how many are compiled, and how many would be layer by layer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import triton
 from compile_for_gpu import Driver
 from meta_layers import make_experts, meta_layer, run_dense, run_experts
 
+from vllm_milo.kernels import compiling
+from vllm_milo.kernels.compiling import Compiler, Share
 from vllm_milo.kernels.launch import Launch, LaunchMode, noting
 from vllm_milo.kernels.serving import activation, dispatch, fused_moe, linear, prepare, reduce
 from vllm_milo.kernels.serving.gemm import kernel as gemm
@@ -79,12 +82,19 @@ def ragged_dense() -> Iterator[tuple[Any, Callable[[int], None]]]:
 
 
 def compare_ranks(layers: Iterable[tuple[Any, Callable[[int], None]]]) -> list[int]:
-    """Return the number of layers, of their keys, and of keys whose layers launch different kernels."""
+    """Return what "ranks" says of some layers, which are compiled in the order of a load."""
     launched: dict[Any, list[frozenset[Any]]] = defaultdict(list)
-    for key, run in layers:
-        launched[key].append(frozenset(note(run, [*range(1, 40), 64, 65, 130, 300, 1000, MOST])))
+    done: list[Launch] = []
+    with mock.patch.object(compiling, "_compile", lambda launch, device: done.append(launch) or 0.0):
+        compiler = Compiler(Share())
+        for key, run in layers:
+            noted = note(run, [*range(1, 40), 64, 65, 130, 300, 1000, MOST])
+            launched[key].append(frozenset(noted))
+            for future in compiler.start(noted, torch.device("meta")):
+                future.result()
     different = sum(len(set(kernels)) > 1 for kernels in launched.values())
-    return [sum(map(len, launched.values())), len(launched), different]
+    every = [kernels for alike in launched.values() for kernels in alike]
+    return [len(every), len(launched), different, len(frozenset.union(*every)), len(done), sum(map(len, every))]
 
 
 def main() -> None:

@@ -105,7 +105,8 @@ def moe_layer(**options):
 def create_experts(layer, fmt: MiLoFormat | None = None, intermediate: int = 128, **moe):
     from vllm_milo.fused_moe import MiLoMoEMethod
 
-    config = SimpleNamespace(**{"has_bias": False, "is_act_and_mul": True, "is_lora_enabled": False, **moe})
+    options = {"has_bias": False, "is_act_and_mul": True, "is_lora_enabled": False, "experts_per_token": 2}
+    config = SimpleNamespace(**options | moe)
     method = MiLoMoEMethod(fmt or MiLoFormat(ranks=RankTable(8)), config, EXPERTS)
     method.create_weights(layer, 4, 128, intermediate, torch.float32, weight_loader=None)
     return method

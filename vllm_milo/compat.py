@@ -62,6 +62,15 @@ def max_tokens() -> int:
     return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)
 
 
+def place_on_host() -> tuple[int, int]:
+    """Return which of this host's processes of the model under construction this is, from 0, and how many there are."""
+    parallel = get_current_vllm_config().parallel_config
+    local = max(1, int(getattr(parallel, "local_world_size", parallel.world_size)))
+    replicas = max(1, int(getattr(parallel, "data_parallel_size_local", 1)))
+    replica = int(getattr(parallel, "data_parallel_rank_local", None) or 0) % replicas
+    return replica * local + int(parallel.rank) % local, replicas * local
+
+
 def architectures() -> tuple[str, ...]:
     """Return the architectures of the model under construction, by its config.json."""
     model = get_current_vllm_config().model_config

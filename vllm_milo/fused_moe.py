@@ -29,8 +29,10 @@ from vllm_milo.checkpoint import (
 )
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.reference import ACTIVATIONS
-from vllm_milo.kernels.warm_up import warm_up_moe
+from vllm_milo.kernels.warm_up import wait, warm_up_moe
 from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
+from vllm_milo.loading import account
+from vllm_milo.loading.ahead import start_experts
 from vllm_milo.models.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
 from vllm_milo.names import EXPERT_PROJECTIONS
 
@@ -128,6 +130,17 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         self.guard.expect(self._expected_pieces())
         for gemm in self.gemms:
             self._register(layer, gemm, num_experts, params_dtype, extra_weight_attrs["weight_loader"])
+        self.kernels = start_experts(
+            self.spec,
+            (num_experts, self.hidden, self.intermediate),
+            [gemm.group_size for gemm in self.gemms],
+            layer.global_num_experts,
+            self.moe.experts_per_token,
+            self.dtype,
+            self.max_tokens,
+            getattr(layer, f"w13_{PACKED}").device,
+        )
+        account.make(self.prefix)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything was loaded, then bring it into the backend's layout.
@@ -137,8 +150,17 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         """
         if not self.dummy:
             self.guard.check()
-        device_type = getattr(layer, f"w13_{PACKED}").device.type
-        self.backend = ops.choose_backend("fused_moe", device_type)
+        device = getattr(layer, f"w13_{PACKED}").device
+        self.backend = ops.choose_backend("fused_moe", device.type)
+        load = account.current()
+        with load.spend(account.REPACKING):
+            self._repack(layer)
+        with load.spend(account.WARMING_UP):
+            self._finish_kernels(layer)
+        account.finish(self.prefix, device)
+
+    def _repack(self, layer: Any) -> None:
+        """Replace the layer's parameters by the backend's; beside all layers there is one GEMM more in memory."""
         self.names: dict[str, list[str]] = {}
         for gemm in self.gemms:
             names = [f"{gemm.name}_{tensor}" for tensor in BASE_TENSORS + _FACTOR_ORDER]
@@ -151,16 +173,22 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.names[gemm.name] = [names[0], *(f"{gemm.name}_milo_{i}" for i in range(1, len(prepared)))]
             for name, tensor in zip(self.names[gemm.name], prepared, strict=True):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        warm_up_moe(
-            *self._weights(layer),
-            layer.expert_map,
-            self.spec,
-            self.backend,
-            self.hidden,
-            layer.global_num_experts,
-            self.moe.experts_per_token,
-            self.dtype,
-            self.max_tokens,
+
+    def _finish_kernels(self, layer: Any) -> None:
+        """Wait until the layer's kernels are compiled, also those that :func:`start_experts` did not foresee."""
+        wait(self.kernels)
+        wait(
+            warm_up_moe(
+                *self._weights(layer),
+                layer.expert_map,
+                self.spec,
+                self.backend,
+                self.hidden,
+                layer.global_num_experts,
+                self.moe.experts_per_token,
+                self.dtype,
+                self.max_tokens,
+            )
         )
 
     def apply(
@@ -279,6 +307,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
                 self._load_factor(param, loaded_weight, tensor, shard_id, local)
             else:
                 base(param, loaded_weight, weight_name, shard_id, expert_id)
+            account.current().arrive()
 
         return self._local_loader(take)
 

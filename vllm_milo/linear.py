@@ -27,8 +27,10 @@ from vllm_milo.checkpoint import (
     packed_words,
 )
 from vllm_milo.kernels import ops
-from vllm_milo.kernels.warm_up import warm_up_linear
+from vllm_milo.kernels.warm_up import wait, warm_up_linear
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
+from vllm_milo.loading import account
+from vllm_milo.loading.ahead import start_linear
 from vllm_milo.models.parameters import ANY_FLOAT, Cut, FillGuard, factor_dtype, require_split
 from vllm_milo.models.partitions import Split, keep_unquantized, spans_of
 
@@ -86,6 +88,9 @@ class MiLoLinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         self._register_base(layer, sum(widths), input_size_per_partition, loader)
         self._register_factors(layer, input_size_per_partition, params_dtype)
+        device = getattr(layer, PACKED).device
+        self.kernels = start_linear(self.spec, self.split.k, self.dtype, self.max_tokens, device)
+        account.make(self.prefix)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that everything was loaded, then bring it into the backend's layout.
@@ -95,8 +100,20 @@ class MiLoLinearMethod(LinearMethodBase):
         """
         if not self.dummy:
             self.guard.check()
+        device = getattr(layer, PACKED).device
+        self.backend = ops.choose_backend("linear", device.type)
+        load = account.current()
+        with load.spend(account.REPACKING):
+            prepared = self._repack(layer)
+        with load.spend(account.WARMING_UP):
+            wait(self.kernels)
+            # what start_linear did not foresee
+            wait(warm_up_linear(prepared, self.spec, self.backend, self.split.k, self.dtype, self.max_tokens))
+        account.finish(self.prefix, device)
+
+    def _repack(self, layer: torch.nn.Module) -> list[torch.Tensor]:
+        """Replace the layer's parameters by the backend's, and return those."""
         weights = LinearWeights(*(getattr(layer, name).data for name in BASE_TENSORS + _FACTOR_ORDER))
-        self.backend = ops.choose_backend("linear", weights.packed.device.type)
         prepared = ops.prepare_linear(weights, self.spec, self.backend)
         for name in BASE_TENSORS + _FACTOR_ORDER:
             delattr(layer, name)
@@ -104,7 +121,7 @@ class MiLoLinearMethod(LinearMethodBase):
         self.names = [PACKED, *(f"milo_{index}" for index in range(1, len(prepared)))]
         for name, tensor in zip(self.names, prepared, strict=True):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        warm_up_linear(prepared, self.spec, self.backend, self.split.k, self.dtype, self.max_tokens)
+        return prepared
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + (x·Vᵀ)·U + bias."""
@@ -176,6 +193,7 @@ class MiLoLinearMethod(LinearMethodBase):
             else:
                 for partition, rows in self.split.rows(self.spans[part]):
                     base(param, loaded_weight[rows], self.split.shard_id(partition))
+            account.current().arrive()
 
         return load
 

@@ -159,19 +159,18 @@ def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
         ValueError: the factors are integers with a scale for 64 values, and a size is no multiple of 64.
     """
     experts, n = weights.packed.shape[:2]
-    bounds = weights.rank_offsets.tolist()
-    parts = (len(bounds) - 1) // experts
+    ranks = ranks_of_experts(weights)
+    parts = len(ranks) // experts
     widths = [n // parts] * parts
-    rows = [slice(*bound) for bound in pairwise(bounds)]
-    ranks = [r.stop - r.start for r in rows]
-    check_factors(widths * experts, ranks, _columns(weights.packed), factor_bits)
+    rows = [slice(*bound) for bound in pairwise(offsets(ranks))]
+    check_factors(widths * experts, ranks, checkpoint_columns(weights.packed), factor_bits)
     scale = factor_bits != 16
     return KernelWeights(
         _repack_experts(pad_rows(weights.packed, widths)),
         join_scale_zero(pad_rows(weights.scale, widths), pad_rows(weights.zero, widths), weights.group_size),
         *_up_factors([(weights.u[r], weights.u_scale[r] if scale else None, n // parts) for r in rows], factor_bits),
-        *_down_factors(weights.v, weights.v_scale, rows, _columns(weights.packed), factor_bits),
-        *_tables(ranks, widths * experts, weights.packed.device),
+        *_down_factors(weights.v, weights.v_scale, rows, checkpoint_columns(weights.packed), factor_bits),
+        *serving_tables(ranks, widths * experts, weights.packed.device),
         largest_row_norms(weights, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
     )
 
@@ -182,7 +181,7 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:
     Raises:
         ValueError: the factors are integers with a scale for 64 values, and a size is no multiple of 64.
     """
-    k = _columns(weights.packed)
+    k = checkpoint_columns(weights.packed)
     check_factors(spec.widths, spec.ranks, k, spec.factor_bits)
     elements = [factor_elements(width, spec.factor_bits) for width in spec.widths]
     starts = offsets([rank * row for rank, row in zip(spec.ranks, elements, strict=True)])
@@ -203,12 +202,17 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:
         ).unsqueeze(0),
         *_up_factors(factors, spec.factor_bits),
         *_down_factors(weights.v, weights.v_scale, rows, k, spec.factor_bits),
-        *_tables(spec.ranks, spec.widths, weights.packed.device),
+        *serving_tables(spec.ranks, spec.widths, weights.packed.device),
         weights.scale.new_empty(0).float(),
     )
 
 
-def _columns(packed: torch.Tensor) -> int:
+def ranks_of_experts(weights: ExpertWeights) -> list[int]:
+    """Return the ranks of all parts of all experts; waits for the device."""
+    return [stop - start for start, stop in pairwise(weights.rank_offsets.tolist())]
+
+
+def checkpoint_columns(packed: torch.Tensor) -> int:
     """Return K of packed codes [.., N, 3K/32]."""
     return packed.shape[-1] * CODES_PER_UNIT // WORDS_PER_UNIT
 
@@ -275,7 +279,7 @@ def _down_factors(
     return values.contiguous(), scale.mT.contiguous()
 
 
-def _tables(ranks: list[int], widths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def serving_tables(ranks: list[int], widths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rank_blocks and u_starts."""
     blocks = [rank_blocks(rank) for rank in ranks]
     sizes = [count * (padded(width) // 64) * RANK_BLOCK for count, width in zip(blocks, widths, strict=True)]

@@ -26,6 +26,19 @@ def test_norms_are_those_of_weights_and_compensators(bits: int, rows: int, monke
         assert torch.allclose(found[2 * expert :][:2].double(), torch.stack(expected), rtol=1e-4)
 
 
+def test_norms_are_in_float32_while_a_model_is_made():
+    """vLLM makes the model's dtype the default."""
+    weights = random_experts(RANKS, 2 * 64, 128, 64, 3)
+    expected = largest_row_norms(weights, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = largest_row_norms(weights, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_outputs_stay_below_the_bound():
     weights = random_experts(RANKS, 2 * 64, 128, 64, 3)
     spec = moe_spec(RANKS, [[0]] * 3, 3)

@@ -1,0 +1,91 @@
+"""Compiles kernels in threads beside other work, each distinct one once in a process.
+
+Most of a compilation runs outside of Python's lock, and at its end in a process of its own (``ptxas``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from .launch import Launch
+
+MOST_THREADS = 16
+
+
+class Share(NamedTuple):
+    """Which of several like processes on a host this is: they share its cores, and begin at different kernels.
+
+    What one of them has compiled the others find in Triton's cache on the disk.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def threads(self) -> int:
+        """Return how many threads this process compiles in: its part of the cores that it may use, at most 16."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(MOST_THREADS, cores // self.size))
+
+    def order(self, keys: Sequence[Hashable]) -> list[Hashable]:
+        """Return all keys, those first that are this process's part."""
+        start = len(keys) * self.rank // self.size
+        return [*keys[start:], *keys[:start]]
+
+
+class Compiler:
+    """Compiles launches in threads.
+
+    Args:
+        share: of this process.
+    """
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self._pool = ThreadPoolExecutor(share.threads(), thread_name_prefix="milo-compile")
+        self._started: dict[Hashable, Future[float]] = {}
+
+    def start(self, launches: Mapping[Hashable, Launch], device: torch.device) -> list[Future[float]]:
+        """Begin to compile what was not begun before, and return what to wait for, for all of the launches.
+
+        Args:
+            launches: by their keys.
+            device: of the kernels.
+        """
+        futures = []
+        for key in self.share.order(list(launches)):
+            place = device, key
+            if place not in self._started:
+                self._started[place] = self._pool.submit(_compile, launches[key], device)
+            futures.append(self._started[place])
+        return futures
+
+    @property
+    def number(self) -> int:
+        """Kernels that were compiled, or are being, in this process."""
+        return len(self._started)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that threads have spent on those that are done, added up."""
+        done = [future for future in self._started.values() if future.done() and not future.cancelled()]
+        return sum(future.result() for future in done if future.exception() is None)
+
+
+def _compile(launch: Launch, device: torch.device) -> float:
+    start = time.monotonic()
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # a thread's own
+            launch.compile()
+    else:
+        launch.compile()
+    return time.monotonic() - start

@@ -1,0 +1,92 @@
+"""Tensors that stand in for weights where only their kinds matter: kernels are compiled before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .packing import CODES_PER_UNIT, WORDS_PER_UNIT
+from .serving.layout import ROW_BLOCK, UNIT, KernelWeights
+from .serving.padding import padded
+from .weights import RANK_BLOCK, ExpertWeights, factor_elements
+
+_FACTOR_DTYPES = {3: (torch.int16, torch.int32), 8: (torch.int8, torch.int8)}
+"""Of U and V in the kernel layout; factors of 16 bits keep theirs."""
+
+
+def stand_in(
+    experts: int,
+    widths: Sequence[int],
+    k: int,
+    group_size: int,
+    factor_bits: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    bounded: bool = False,
+) -> list[torch.Tensor]:
+    """Return tensors of the shapes, dtypes and device of a prepared layer, each with a single element in memory.
+
+    The compensators' tensors, whose shapes depend on the ranks, are of one element: no kernel is compiled for these.
+
+    Args:
+        experts: on this process; 1 for a dense layer.
+        widths: outputs of each part of an expert.
+        k: inputs.
+        group_size: 32, 64 or 128.
+        factor_bits: 3, 8 or 16.
+        dtype: of factors of 16 bits.
+        device: of the layer.
+        bounded: whether the layer has norms, as gate and up projections of experts do.
+    """
+    units, columns, parts = -(-k // UNIT), sum(map(padded, widths)), len(widths)
+    u, v = _FACTOR_DTYPES.get(factor_bits, (dtype, dtype))
+    norms = torch.empty(0, dtype=torch.float32, device=device)
+    if bounded:
+        norms = _empty((experts * parts,), torch.float32, device)
+    layer = KernelWeights(
+        _empty((experts, units, columns // ROW_BLOCK, 3, ROW_BLOCK, 4), torch.int32, device),
+        _empty((experts, units, columns, UNIT // group_size), torch.int32, device),
+        _empty((1,), u, device),
+        _empty((1,), torch.float16, device),
+        _empty((1,), v, device),
+        _empty((1,), torch.int32, device),
+        _empty((experts * parts + 1,), torch.int32, device),
+        _empty((experts * parts,), torch.int64, device),
+        norms,
+    )
+    return list(layer)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)
+
+
+def smallest_experts(
+    parts: int, group_size: int, factor_bits: int, dtype: torch.dtype, device: torch.device
+) -> ExpertWeights:
+    """Return one expert of 16 ranks in the checkpoint layout, of zeros and as small as can be.
+
+    Args:
+        parts: of the expert.
+        group_size: 32, 64 or 128.
+        factor_bits: 3, 8 or 16.
+        dtype: of factors of 16 bits.
+        device: of the tensors.
+    """
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    factor = {3: torch.int32, 8: torch.int8, 16: dtype}[factor_bits]
+    groups, ranks = (1, parts * ROW_BLOCK, UNIT // group_size), parts * RANK_BLOCK
+    return ExpertWeights(
+        zeros(1, parts * ROW_BLOCK, UNIT // CODES_PER_UNIT * WORDS_PER_UNIT, dtype=torch.int32),
+        zeros(*groups),
+        zeros(*groups),
+        zeros(ranks, factor_elements(ROW_BLOCK, factor_bits), dtype=factor),
+        zeros(ranks, 1),
+        zeros(ranks, factor_elements(UNIT, factor_bits), dtype=factor),
+        zeros(ranks, 2),
+        torch.arange(parts + 1, dtype=torch.int32, device=device) * RANK_BLOCK,
+    )

@@ -1,0 +1,86 @@
+"""Kernels of a model's layers, compiled from the moment the layers are made: beside the reading of the weights.
+
+vLLM makes all layers, reads all files, then brings layer after layer into the kernels' layout. Its loaders keep the
+parameters that they fill until they are through, whatever the version, so that bringing over a layer sooner would free
+nothing; and it takes milliseconds. What takes long, the compiler, does not wait for weights at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_milo import compat
+from vllm_milo.kernels import ops
+from vllm_milo.kernels.compiling import Share
+from vllm_milo.kernels.warm_up import Waiting, compiler, warm_up_linear, warm_up_moe, warm_up_repack
+from vllm_milo.kernels.weights import LinearSpec, MoESpec
+
+
+def start_linear(spec: LinearSpec, k: int, dtype: torch.dtype, max_tokens: int, device: torch.device) -> Waiting:
+    """Begin to compile a dense layer's kernels; return what to wait for, nothing without a GPU.
+
+    Args:
+        spec: of the layer.
+        k: its inputs on this process.
+        dtype: of the activations, and of factors of 16 bits.
+        max_tokens: most tokens of a step.
+        device: of the layer.
+    """
+    if not _compiles("linear", device):
+        return []
+    from vllm_milo.kernels.stand_in import stand_in
+
+    weights = stand_in(1, spec.widths, k, spec.group_size, spec.factor_bits, dtype, device)
+    repack = warm_up_repack(1, spec.group_size, spec.factor_bits, dtype, device)
+    return repack + warm_up_linear(weights, spec, "triton", k, dtype, max_tokens)
+
+
+def start_experts(
+    spec: MoESpec,
+    sizes: tuple[int, int, int],
+    group_sizes: Sequence[int],
+    global_experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    max_tokens: int,
+    device: torch.device,
+) -> Waiting:
+    """Begin to compile the kernels of a layer's experts; return what to wait for, nothing without a GPU.
+
+    Args:
+        spec: of the layer.
+        sizes: experts, hidden and intermediate size, on this process.
+        group_sizes: of both GEMMs.
+        global_experts: number of the model's; where this process has fewer, there will be a map of them.
+        top_k: experts of a token.
+        dtype: of the activations, and of factors of 16 bits.
+        max_tokens: most tokens of a step.
+        device: of the layer.
+    """
+    if not _compiles("fused_moe", device):
+        return []
+    from vllm_milo.kernels.stand_in import stand_in
+
+    experts, hidden, intermediate = sizes
+    bits = spec.factor_bits
+    w13 = stand_in(experts, [intermediate] * 2, hidden, group_sizes[0], bits, dtype, device, bounded=True)
+    w2 = stand_in(experts, [hidden], intermediate, group_sizes[1], bits, dtype, device)
+    expert_map = None
+    if experts < global_experts:
+        expert_map = torch.zeros(global_experts, dtype=torch.int32, device=device)
+    repack = [
+        future
+        for parts, group_size in zip((2, 1), group_sizes, strict=True)
+        for future in warm_up_repack(parts, group_size, bits, dtype, device)
+    ]
+    return repack + warm_up_moe(w13, w2, expert_map, spec, "triton", hidden, global_experts, top_k, dtype, max_tokens)
+
+
+def _compiles(operator: str, device: torch.device) -> bool:
+    """Return whether kernels of a layer on this device are compiled; makes the compiler with its share of the cores."""
+    if device.type != "cuda" or ops.choose_backend(operator, device.type) != "triton":
+        return False
+    compiler(Share(*compat.place_on_host()))
+    return True
