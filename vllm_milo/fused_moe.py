@@ -151,6 +151,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.names[gemm.name] = [names[0], *(f"{gemm.name}_milo_{i}" for i in range(1, len(prepared)))]
             for name, tensor in zip(self.names[gemm.name], prepared, strict=True):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        top_k = self.moe.experts_per_token
+        ops.find_tiles(*self._weights(layer), self.spec, top_k, self.dtype, self.backend)
         warm_up_moe(
             *self._weights(layer),
             layer.expert_map,
@@ -158,7 +160,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.backend,
             self.hidden,
             layer.global_num_experts,
-            self.moe.experts_per_token,
+            top_k,
             self.dtype,
             self.max_tokens,
         )
