@@ -116,10 +116,11 @@ def parse_name(path: Path) -> Key:
     found = _NAME.fullmatch(path.name)
     if found is None:
         raise ValueError(f"{path}: not named as files of tiles are in this version of vllm-milo; {_AGAIN}")
-    sizes = (int(found[name]) for name in ("experts", "intermediate", "hidden", "top_k"))
+    experts, intermediate, hidden, top_k = (int(found[name]) for name in ("experts", "intermediate", "hidden", "top_k"))
     first_group, second_group = map(int, found["groups"].split("+"))
     ranks = CLASSES.index(found["first"]), CLASSES.index(found["second"])
-    return Key(*sizes, (first_group, second_group), ranks, found["device"], found["dtype"])
+    groups = first_group, second_group
+    return Key(experts, intermediate, hidden, top_k, groups, ranks, found["device"], found["dtype"])
 
 
 def read_file(path: Path) -> dict[int, Tiles]:

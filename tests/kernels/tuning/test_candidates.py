@@ -48,11 +48,11 @@ def test_tiles_are_about_as_large_as_an_experts_load():
 
 
 def test_what_costs_far_more_is_not_tried():
-    """With 128 experts at work no part of K helps; with one token it does."""
+    """With 128 experts at work K in many parts is a loss; with one token it may be a gain."""
     many = {second.split_k for _, second in all_candidates(128, QWEN, CPU)}
     few = {second.split_k for _, second in all_candidates(1, QWEN, CPU)}
-    assert many == {1}
-    assert {1, 2} <= few
+    assert max(many) <= 2 <= max(few)
+    assert {second.split_k for _, second in all_candidates(1, MIXTRAL, CPU)} >= {4, 8}
 
 
 def test_tiles_fit_the_shared_memory_of_the_device(monkeypatch: pytest.MonkeyPatch):
