@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from meta_layers import make_experts
 
-from vllm_milo.kernels import tuned
+from vllm_milo.kernels import ops, tuned
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.weights import MoEShape
 
@@ -205,6 +207,25 @@ def test_find_uses_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuned, "device_name", lambda device: H200)
     assert tuned.find(SHAPE, 20, torch.device("cuda"), torch.bfloat16) == TILES[16]
     assert tuned.find(SHAPE, 20, torch.device("cpu"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_layers_tiles_are_looked_up_when_it_is_loaded(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that a file which is broken stops a server at its start."""
+    spec, w13, w2 = make_experts(8, 4096, 14336, ranks=(32, 0), groups=(128, 128))
+    looked: list[MoEShape] = []
+
+    def find(shape: MoEShape, tokens: int, device: torch.device, dtype: torch.dtype) -> tuned.Tiles | None:
+        looked.append(shape)
+        return (tuned.load(key(shape)) or {}).get(tokens)
+
+    monkeypatch.setattr(tuned, "find", find)
+    ops.find_tiles(w13, w2, spec, 2, torch.bfloat16, backend)
+    assert looked == ([SHAPE] if backend == "triton" else [])
+    write(tmp_path / "user").write_text("{}")
+    tuned.forget()
+    with pytest.raises(ValueError, match="this version reads 2") if backend == "triton" else contextlib.nullcontext():
+        ops.find_tiles(w13, w2, spec, 2, torch.bfloat16, backend)
 
 
 def test_files_of_the_package_hold_tiles_at_every_token_count():
