@@ -6,12 +6,13 @@ What every backend shares stands here:
 - :mod:`.weights`: the tensors of a layer in the checkpoint layout. :mod:`.packing`: its 3-bit codes.
 - :mod:`.reference`: the operators in plain torch. :mod:`.bounds`: how large an expert's outputs can get.
 
-For Triton there are two rooms, and what both need:
+For Triton there are three rooms, and what they need:
 
 - :mod:`.serving`: the kernels that serve a layer.
 - :mod:`.convert`: the kernels that the converter uses on GPUs.
+- :mod:`.tuning`: searches tiles for a shape on a device.
 - :mod:`.launch`: how kernels are launched, or noted. :mod:`.warm_up`: compiles noted kernels when a layer is loaded.
-- :mod:`.tuned`: files of tiles that were tuned for a shape and a device.
+- :mod:`.tuned`: files of tiles, and which one counts for a layer.
 
 The package imports only torch, and triton where it is used.
 """

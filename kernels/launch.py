@@ -148,3 +148,15 @@ def shared_memory(device: torch.device) -> int:
         return 227 * 1024
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@cache
+def bandwidth(device: torch.device) -> float:
+    """Return the bytes that a GPU's memory moves in a second, by its clock and width; without one, those of an H100.
+
+    Versions of torch that do not say them count as an H100 too.
+    """
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    kilohertz = getattr(properties, "memory_clock_rate", 0) or 2_619_000
+    bits = getattr(properties, "memory_bus_width", 0) or 5120
+    return 2 * kilohertz * 1000 * bits / 8  # twice a cycle

@@ -76,6 +76,30 @@ def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list
     return list(weights)
 
 
+def find_tiles(
+    w13: list[torch.Tensor], w2: list[torch.Tensor], spec: MoESpec, top_k: int, dtype: torch.dtype, backend: str
+) -> None:
+    """Look for tuned tiles of routed experts: the log says which are used, and a broken file is an error at once.
+
+    Args:
+        w13: gate and up projections, as prepared for ``backend``.
+        w2: down projections, likewise.
+        spec: of the layer.
+        top_k: experts of a token.
+        dtype: of the activations.
+        backend: of the layer; only ``triton`` has tiles.
+
+    Raises:
+        ValueError: a file of tiles is broken, or made by another version; the message names it.
+    """
+    if backend == "triton":
+        from . import tuned
+        from .serving.fused_moe import moe_shape
+        from .serving.layout import KernelWeights
+
+        tuned.find(moe_shape(KernelWeights(*w13), KernelWeights(*w2), spec, top_k), 1, w13[0].device, dtype)
+
+
 def linear(x: torch.Tensor, weights: list[torch.Tensor], spec: LinearSpec, backend: str) -> torch.Tensor:
     """Return x·Wᵀ + (x·Vᵀ)·U, [..., K] -> [..., N]; see :func:`.reference.linear`.
 

@@ -58,6 +58,26 @@ class MoESpec(NamedTuple):
     max_ranks: list[int]
 
 
+class MoEShape(NamedTuple):
+    """What decides the tiles of a MoE layer in this process, beside the device and the number of tokens.
+
+    Attributes:
+        experts: local experts.
+        top_k: experts of a token.
+        hidden: hidden size, padded to a multiple of 64.
+        intermediate: this process's share of an expert's intermediate size, likewise.
+        groups: group sizes of both GEMMs.
+        ranks: largest ranks of both GEMMs, as in :class:`MoESpec`.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    groups: tuple[int, int]
+    ranks: tuple[int, int]
+
+
 class ExpertWeights(NamedTuple):
     """One grouped GEMM over E experts, of P parts each (w13: gate and up; w2: one) with N/P outputs a part.
 

@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vllm_milo.kernels.launch import LaunchMode
-from vllm_milo.kernels.serving import dispatch, fused_moe, linear
+from vllm_milo.kernels.serving import fused_moe, linear
+from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
 SERVING = "vllm_milo.kernels.serving."
@@ -107,8 +108,8 @@ def main(capability: int, everything: bool, asm: bool) -> None:
         return LaunchMode(asm, few_tokens and capability >= 90)
 
     patches = [mock.patch.object(module, "launch_mode", mode) for module in (fused_moe, linear)]
-    patches.append(mock.patch.object(dispatch, "processors", return_value=132))
-    patches.append(mock.patch.object(dispatch, "shared_memory", return_value=SHARED_BYTES[capability]))
+    patches.append(mock.patch.object(heuristic, "processors", return_value=132))
+    patches.append(mock.patch.object(heuristic, "shared_memory", return_value=SHARED_BYTES[capability]))
     patches.append(mock.patch.object(JITFunction, "__getitem__", compile_only))
     for patch in patches:
         patch.start()

@@ -27,7 +27,8 @@ from meta_layers import make_experts, meta_layer, run_dense, run_experts
 from vllm_milo.kernels import compiling
 from vllm_milo.kernels.compiling import Compiler, Share
 from vllm_milo.kernels.launch import Launch, LaunchMode, noting
-from vllm_milo.kernels.serving import activation, dispatch, fused_moe, linear, prepare, reduce
+from vllm_milo.kernels.serving import activation, fused_moe, linear, prepare, reduce
+from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm import kernel as gemm
 from vllm_milo.kernels.serving.projection import kernel as projection
 from vllm_milo.kernels.warm_up import linear_key, moe_key, token_counts
@@ -108,7 +109,7 @@ def main() -> None:
         return lambda *values, **options: kernel.warmup(*values, grid=grid, **options)
 
     patches = [mock.patch.object(module, "launch_mode", mode) for module in (fused_moe, linear)]
-    patches.append(mock.patch.object(dispatch, "processors", return_value=132))
+    patches.append(mock.patch.object(heuristic, "processors", return_value=132))
     for patch in patches:
         patch.start()
     left, ahead = {}, {}

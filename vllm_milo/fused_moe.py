@@ -176,20 +176,11 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     def _finish_kernels(self, layer: Any) -> None:
         """Wait until the layer's kernels are compiled, also those that :func:`start_experts` did not foresee."""
+        weights, top_k = self._weights(layer), self.moe.experts_per_token
+        ops.find_tiles(*weights, self.spec, top_k, self.dtype, self.backend)
         wait(self.kernels)
-        wait(
-            warm_up_moe(
-                *self._weights(layer),
-                layer.expert_map,
-                self.spec,
-                self.backend,
-                self.hidden,
-                layer.global_num_experts,
-                self.moe.experts_per_token,
-                self.dtype,
-                self.max_tokens,
-            )
-        )
+        sizes = self.hidden, layer.global_num_experts, top_k
+        wait(warm_up_moe(*weights, layer.expert_map, self.spec, self.backend, *sizes, self.dtype, self.max_tokens))
 
     def apply(
         self,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.random_weights import CODE_SPREAD, random_scales, random_words
 from benchmarks.kernels.run import DTYPE
+from vllm_milo.kernels.tuning.random_weights import CODE_SPREAD, random_scales, random_words
 
 
 class HummingGemm:

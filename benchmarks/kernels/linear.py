@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.kernels import run
-from benchmarks.kernels.moe_contenders import int4_scales
-from benchmarks.kernels.random_weights import random_linear, random_words
+from benchmarks.kernels.moe_contenders import GROUP, int4_scales
 from benchmarks.kernels.run import DTYPE, Point, Subject
-from benchmarks.kernels.timing import CALLS_IN_GRAPH, l2_bytes
 from vllm_milo.kernels import ops, reference
+from vllm_milo.kernels.tuning.random_weights import random_linear, random_words
+from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, l2_bytes
 
 
 class LinearShape(NamedTuple):
@@ -77,7 +77,7 @@ class Dense(NamedTuple):
 def milo(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: int) -> Dense:
     """Ours: 3 bits, groups of 64, compensators of ``rank`` in 3 bits."""
     backend = ops.choose_backend("linear", device.type)
-    weights, spec = random_linear(shape.widths, rank, shape.k, device)
+    weights, spec = random_linear(shape.widths, rank, shape.k, GROUP, device)
     return Dense(
         ops.prepare_linear(weights, spec, backend),
         lambda tensors, x: ops.linear(x, list(tensors), spec, backend),

@@ -11,9 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.kernels.random_weights import moe_spec, random_experts, random_scales, random_words
 from benchmarks.kernels.run import DTYPE
 from vllm_milo.kernels import ops, reference
+from vllm_milo.kernels.tuning.random_weights import moe_spec, random_experts, random_scales, random_words
+
+GROUP = 64
+"""Group size of ours."""
 
 LayerCall = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(weights, x [T, H], router weights fp32 [T, k], expert ids int32 [T, k]) -> [T, H]."""
@@ -57,9 +60,9 @@ class Layer(NamedTuple):
 def milo(shape: MoEShape, tokens: Sequence[int], device: torch.device, rank: int) -> Layer:
     """Ours: 3 bits, groups of 64 with real-valued zero points, 3-bit compensators of ``rank``."""
     backend = ops.choose_backend("fused_moe", device.type)
-    spec = moe_spec(rank)
-    gate_up = random_experts(shape.experts, 2, rank, 2 * shape.intermediate, shape.hidden, device)
-    down = random_experts(shape.experts, 1, rank, shape.hidden, shape.intermediate, device)
+    spec = moe_spec(rank, rank)
+    gate_up = random_experts(shape.experts, 2, rank, 2 * shape.intermediate, shape.hidden, GROUP, device)
+    down = random_experts(shape.experts, 1, rank, shape.hidden, shape.intermediate, GROUP, device)
     w13, w2 = (ops.prepare_experts(weights, spec, backend) for weights in (gate_up, down))
     split = len(w13)
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.kernels import run
 from benchmarks.kernels.moe_contenders import DEFAULT, Layer, MoEShape, contenders
 from benchmarks.kernels.run import DTYPE, Point, Subject
-from benchmarks.kernels.timing import CALLS_IN_GRAPH, l2_bytes
+from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, l2_bytes
 
 SHAPES = {
     "mixtral": MoEShape("Mixtral-8x7B", 8, 2, 4096, 14336),

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.kernels.report import format_report, plot
-from benchmarks.kernels.timing import Budget, Ceilings, error_text, measure_ceilings, roof, time_calls
+from benchmarks.kernels.timing import Ceilings, measure_ceilings, roof
 from benchmarks.records import environment, write_json
+from vllm_milo.kernels.tuning.timing import Budget, error_text, time_calls
 
 DTYPE = torch.bfloat16
 MAX_ERROR = 0.02

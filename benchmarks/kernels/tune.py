@@ -1,299 +1,176 @@
-"""Tunes the tiles of our MoE layer for a shape on this GPU and writes a configuration file for it.
+"""Tunes tiles for the experts of well-known models on this GPU, and says how far from them the heuristic is.
 
-    python -m benchmarks.kernels.tune -o kernels/tuned --shape mixtral
-    python -m benchmarks.kernels.tune -o out/tuned --experts 60 --top-k 4 --hidden 2048 --intermediate 1408
+    python -m benchmarks.kernels.tune mixtral qwen3 -o kernels/tuned --minutes 4 --record out/tuning.json
+    python -m benchmarks.kernels.tune olmoe qwen2-57b --minutes 2 --record out/unseen.json
+    python -m benchmarks.kernels.tune --replay out/unseen.json
 
-Every candidate is timed as in ``moe_layer.py`` (8 routings in a CUDA graph), after its result was compared with the
-float32 reference; the fastest correct one is kept: first among tiles of the first GEMM, then of the second. Processes
-that only compile fill Triton's cache first, since compiling takes far longer than timing.
-``VLLM_MILO_TUNED_CONFIG_FOLDER`` makes a folder other than the package's own known to the kernels.
+The minutes are for all models together. Ranks and groups are those that the default preset plans from the models'
+headers (``named_models.py``). The record holds, for each number of tokens, every candidate's time or error, the
+heuristic's first. Without ``-o`` no file of tiles is written. ``--replay`` needs no GPU: it prints how far from the
+record's best tiles today's heuristic is, where the record has the times of its choice.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
-import os
-import subprocess
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.kernels.moe_contenders import Layer, MoEShape, milo
-from benchmarks.kernels.moe_layer import SHAPES, copies_needed, make_point, random_inputs
-from benchmarks.kernels.random_weights import GROUP as GROUP_SIZE
-from benchmarks.kernels.run import measure_point
-from benchmarks.kernels.timing import Budget, Ceilings, error_text, l2_bytes, measure_ceilings
-from benchmarks.processes import main_command
-from benchmarks.records import environment
-from vllm_milo.kernels import tuned
-from vllm_milo.kernels.serving import fused_moe
-from vllm_milo.kernels.serving.dispatch import THREE_TILES, TUNED_KEYS, heuristic_configs
-from vllm_milo.kernels.serving.dispatch import MoEShape as LocalShape
-from vllm_milo.kernels.serving.gemm.config import GemmConfig
-from vllm_milo.kernels.serving.padding import padded
+from benchmarks.kernels.named_models import MODELS, named_shape
+from benchmarks.records import environment, write_json
+from vllm_milo.command.tune import describe
+from vllm_milo.kernels import launch, tuned
+from vllm_milo.kernels.serving.gemm import heuristic
+from vllm_milo.kernels.tuned import Tiles, make_key
+from vllm_milo.kernels.tuning.search import Result, best
+from vllm_milo.kernels.tuning.tune import TOKENS, Results, chosen, tune
+from vllm_milo.kernels.weights import MoEShape
 
-Configs = tuple[GemmConfig, GemmConfig]
-"""The tiles of a layer's two GEMMs, gate/up first."""
-
-TILES = [
-    GemmConfig(16, 128, 1, False, 4, 3),
-    GemmConfig(16, 128, 1, False, 4, 4),
-    GemmConfig(16, 128, 1, False, 4, 5),
-    GemmConfig(32, 128, 1, False, 4, 3),
-    GemmConfig(32, 128, 1, False, 4, 4),
-    GemmConfig(32, 128, 1, False, 4, 4, max_registers=THREE_TILES),
-    GemmConfig(64, 128, 1, True, 4, 3, 4),
-    GemmConfig(64, 128, 1, True, 4, 4, 4),
-    GemmConfig(64, 128, 1, True, 4, 3, 4, max_registers=THREE_TILES),
-    GemmConfig(128, 128, 1, True, 4, 3, 4),
-    GemmConfig(128, 256, 1, True, 8, 3, 4),
-    GemmConfig(256, 128, 1, True, 8, 3, 4),
-]
-"""Tiles that are tried, each with several tails and splits of K."""
-SPLITS = (1, 2, 4, 8)
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-"""Close to each other, since the nearest entry of a file is used."""
+LEAST_SECONDS = 20.0
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Result(NamedTuple):
-    """A candidate's time, or why it has none."""
+def distances(results: Results) -> dict[int, float]:
+    """Return by how much longer than the best tiles the heuristic's take, by number of tokens; 0.1 for 10 %.
 
-    config: Configs
-    microseconds: float | None
-    error: str | None
-
-
-def heuristic(tokens: int, shape: MoEShape, device: torch.device) -> Configs:
-    """Return the tiles that are used without a file."""
-    local = LocalShape(shape.experts, shape.hidden, shape.intermediate, GROUP_SIZE, GROUP_SIZE)
-    return heuristic_configs(tokens * shape.top_k, local, device)
-
-
-def first_candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[Configs]:
-    """Return pairs of tiles that differ in the first GEMM's, the heuristic's own first.
-
-    Tiles far larger or smaller than the mean number of pairs of an expert are left out. The second GEMM has the same
-    tile, with K split as the heuristic does.
+    Numbers of tokens at which one of the two has no time are left out.
     """
-    default = heuristic(tokens, shape, device)
-    tried = [default]
-    for tile in _tiles(_mean_load(tokens, shape)):
-        for split in (1,) if tile.scaled else _splits(tokens):
-            pair = (tile._replace(split_k=split), tile._replace(split_k=default[1].split_k))
-            if pair not in tried:
-                tried.append(pair)
-    return tried
+    found = {}
+    for tokens, rows in results.items():
+        times = [row.microseconds for row in rows if row.microseconds is not None]
+        if rows and rows[0].microseconds is not None:
+            found[tokens] = rows[0].microseconds / min(times) - 1
+    return found
 
 
-def second_candidates(tokens: int, shape: MoEShape, winner: Configs) -> list[Configs]:
-    """Return the pairs that keep the winner's first tile: the second's agrees with it in block_m."""
-    tiles = [tile for tile in _tiles(_mean_load(tokens, shape)) if tile.block_m == winner[0].block_m]
-    pairs = [(winner[0], tile._replace(split_k=split)) for tile in tiles for split in _splits(tokens)]
-    return [pair for pair in pairs if pair != winner]
+def summary(name: str, found: Mapping[int, float]) -> str:
+    """Return a line on the heuristic's distances."""
+    if not found:
+        return f"{name}: the heuristic's tiles have no times"
+    worst = max(found, key=lambda tokens: found[tokens])
+    return (
+        f"{name}: the heuristic takes {statistics.mean(found.values()):.1%} longer than the best tiles on average of "
+        f"{len(found)} numbers of tokens, {found[worst]:.1%} at worst, at {worst} tokens"
+    )
 
 
-def to_compile(tokens: int, shape: MoEShape, device: torch.device) -> list[Configs]:
-    """Return pairs that hold every tile that may be tried, each once as far as possible."""
-    firsts = first_candidates(tokens, shape, device)
-    pairs = list(firsts)
-    for block_m in sorted({first.block_m for first, _ in firsts}):
-        same = [pair for pair in firsts if pair[0].block_m == block_m]
-        seconds = [second for _, second in second_candidates(tokens, shape, same[0])]
-        pairs += zip(itertools.cycle([first for first, _ in same]), seconds, strict=False)
-    return pairs
+def as_entry(tiles: Tiles) -> dict[str, Any]:
+    """Return tiles as JSON."""
+    return {gemm: tile._asdict() for gemm, tile in zip(tuned.GEMMS, tiles, strict=True)}
 
 
-def _mean_load(tokens: int, shape: MoEShape) -> float:
-    return tokens * shape.top_k / min(shape.experts, tokens * shape.top_k)
-
-
-def _splits(tokens: int) -> tuple[int, ...]:
-    return SPLITS if tokens <= 64 else SPLITS[:2]
-
-
-def _tiles(mean: float) -> list[GemmConfig]:
-    tiles = [tile._replace(tail_m=tail) for tile in TILES for tail in _tails(tile)]
-    fitting = [tile for tile in tiles if mean / 8 <= tile.block_m <= max(16, 3 * mean)]
-    return fitting or tiles[-1:]
-
-
-def _tails(tile: GemmConfig) -> tuple[int, ...]:
-    if tile.block_m == 16:
-        return (0,)
-    return (tile.block_m // 2, tile.block_m // 4) if tile.scaled else (0, 16)
-
-
-@contextlib.contextmanager
-def forced(configs: Configs) -> Iterator[None]:
-    """Make the layer use these tiles, whatever the number of tokens."""
-    with mock.patch.object(fused_moe, "moe_configs", return_value=configs):
-        yield
-
-
-def best(results: Sequence[Result]) -> Result | None:
-    """Return the fastest candidate; None where none is correct."""
-    timed = [result for result in results if result.microseconds is not None]
-    return min(timed, key=lambda result: result.microseconds or 0.0, default=None)
-
-
-def measure(configs: Sequence[Configs], time_one: Callable[[], float], budget: Budget) -> Iterator[Result]:
-    """Time each tile; one that does not compile, does not fit or is wrong is reported and passed over."""
-    for config in configs:
-        if budget.spent():
-            return
-        try:
-            with forced(config):
-                yield Result(config, time_one(), None)
-        except Exception as error:  # out of shared memory, unsupported tiles, wrong results: all of interest
-            yield Result(config, None, error_text(error))
-
-
-class Tuner:
-    """Tunes one shape.
-
-    Args:
-        shape: the layer.
-        arguments: of the command line.
-    """
-
-    def __init__(self, shape: MoEShape, arguments: argparse.Namespace) -> None:
-        self.shape = shape
-        self.device = arguments.device
-        self.seconds = arguments.point_seconds
-        self.budget = Budget(arguments.seconds)
-        self.ceilings: Ceilings = measure_ceilings(self.device)
-        torch.manual_seed(0)
-        self.layer: Layer = milo(shape, arguments.tokens, self.device, arguments.rank)
-        copies = copies_needed(shape, l2_bytes(self.device))
-        self.copies = [self.layer.weights, *([w.clone() for w in self.layer.weights] for _ in range(copies - 1))]
-
-    def tune(self, tokens: int, counts_left: int) -> list[Result]:
-        """Return the results of the candidates at one token count, in its share of the time that is left."""
-        budget = Budget(self.budget.left() / counts_left)
-        torch.manual_seed(tokens)
-        point = make_point(self.shape, self.layer, self.copies, self.device, tokens)
-        if point.expected is not None:
-            expected = point.expected()
-            point = point._replace(expected=lambda: expected)
-
-        def time_one() -> float:
-            return float(measure_point(point, self.ceilings, self.seconds, self.device)["microseconds"])
-
-        results = list(measure(first_candidates(tokens, self.shape, self.device), time_one, budget))
-        winner = best(results)
-        if winner is not None:
-            results += measure(second_candidates(tokens, self.shape, winner.config), time_one, budget)
-        return results
-
-
-def compile_part(shape: MoEShape, arguments: argparse.Namespace) -> None:
-    """Compile every ``parts``-th candidate by running it once; failures show when they are timed."""
-    part, parts = arguments.compile_part
-    layer = milo(shape, arguments.tokens, arguments.device, arguments.rank)
-    wanted = [(pair, tokens) for tokens in arguments.tokens for pair in to_compile(tokens, shape, arguments.device)]
-    for config, tokens in wanted[part::parts]:
-        inputs = random_inputs(shape, tokens, arguments.device)
-        with forced(config), contextlib.suppress(Exception):
-            layer.call(layer.weights, inputs.x[0], inputs.router[0], inputs.ids[0])
-
-
-def compile_all(words: Sequence[str], parts: int, seconds: float) -> None:
-    """Run ``parts`` processes that compile, and wait for them; what they do not finish is compiled later."""
-    command = main_command("benchmarks.kernels.tune", *words)
-    processes = [subprocess.Popen([*command, "--compile-part", f"{part}/{parts}"]) for part in range(parts)]
-    budget = Budget(seconds)
-    for process in processes:
-        try:
-            process.wait(max(0.1, budget.left()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def as_entry(configs: Configs) -> dict[str, Any]:
-    """Return tiles as an entry of a tuned file."""
-    return {key: config._asdict() for key, config in zip(TUNED_KEYS, configs, strict=True)}
-
-
-def write_results(folder: Path, shape: MoEShape, device: torch.device, results: Mapping[int, Sequence[Result]]) -> Path:
-    """Write the configuration file of the best candidates, and all times beside it; return the file."""
-    about = environment(device)
-    path = folder / tuned.file_name(shape.experts, padded(shape.intermediate), about["device"])
-    chosen = {tokens: winner for tokens, rows in results.items() if (winner := best(rows)) is not None}
-    if chosen:
-        configs = {tokens: as_entry(winner.config) for tokens, winner in chosen.items()}
-        tuned.write_file(path, configs, str(about["triton"]))
+def as_record(shape: MoEShape, results: Results, seconds: float) -> dict[str, Any]:
+    """Return the results of a model as JSON."""
     rows = {
-        str(tokens): [result._asdict() | {"config": as_entry(result.config)} for result in rows]
+        str(tokens): {
+            "heuristic_microseconds": rows[0].microseconds,
+            "tuned_microseconds": None if (winner := best(rows)) is None else winner.microseconds,
+            "candidates": [row._asdict() | {"tiles": as_entry(row.tiles)} for row in rows],
+        }
         for tokens, rows in results.items()
     }
-    log = {"environment": about, "shape": shape._asdict(), "results": rows}
-    folder.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".log").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    return path
+    return {"shape": shape._asdict(), "seconds": seconds, "tokens": rows}
+
+
+def read_record(record: Mapping[str, Any]) -> tuple[MoEShape, dict[int, list[Result]]]:
+    """Return the shape and the results of a model from JSON."""
+    held = record["shape"]
+    shape = MoEShape(**held | {key: tuple(held[key]) for key in ("groups", "ranks")})
+    results = {
+        int(tokens): [
+            Result(tuned.read_tiles(one["tiles"]), one["microseconds"], one["error"]) for one in rows["candidates"]
+        ]
+        for tokens, rows in record["tokens"].items()
+    }
+    return shape, results
+
+
+def replay(record: Mapping[str, Any]) -> list[str]:
+    """Return lines on today's heuristic by the times of a record, for the device of the record."""
+    about, lines = record["environment"], []
+    device = torch.device("cpu")
+    with (
+        mock.patch.object(heuristic, "processors", return_value=about["multiprocessors"]),
+        mock.patch.object(heuristic, "shared_memory", return_value=about["shared_memory"]),
+        mock.patch.object(heuristic, "bandwidth", return_value=about["bandwidth"]),
+    ):
+        for name, held in record["models"].items():
+            shape, results = read_record(held)
+            found, unknown = {}, []
+            for tokens, rows in results.items():
+                times = {row.tiles: row.microseconds for row in rows if row.microseconds is not None}
+                choice = heuristic.heuristic_configs(tokens * shape.top_k, shape, device)
+                if choice in times:
+                    found[tokens] = times[choice] / min(times.values()) - 1
+                else:
+                    unknown.append(str(tokens))
+            lines.append(summary(name, found))
+            lines += [f"  {tokens} tokens: {distance:+.1%}" for tokens, distance in found.items()]
+            lines += [f"  not timed: {', '.join(unknown)} tokens"] if unknown else []
+    return lines
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the configuration file")
-    parser.add_argument("--shape", choices=list(SHAPES))
-    for name in ("experts", "top-k", "hidden", "intermediate"):
-        parser.add_argument(f"--{name}", type=int, help="of a shape that --shape does not know")
-    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=TOKENS)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=300, help="time no new candidate after this long")
-    parser.add_argument("--point-seconds", type=float, default=0.02, help="measuring time of one candidate")
-    parser.add_argument("--compilers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="0: no processes")
-    parser.add_argument("--compile-seconds", type=float, default=240, help="stop the compiling processes after this")
-    parser.add_argument("--compile-part", type=_part, help=argparse.SUPPRESS)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("-o", "--output", type=Path, help="folder of the files of tiles")
+    parser.add_argument("--record", type=Path, help="JSON of all candidates' times")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0"))
+    parser.add_argument("--minutes", type=float, default=5.0, help="for all models together")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--replay", type=Path, help="a record; nothing is timed")
     arguments = parser.parse_args(words)
-    if arguments.shape is None and None in (
-        arguments.experts, arguments.top_k, arguments.hidden, arguments.intermediate
-    ):  # fmt: skip
-        parser.error("give --shape, or all of --experts, --top-k, --hidden and --intermediate")
+    if unknown := [name for name in arguments.models if name not in MODELS]:
+        parser.error(f"unknown {', '.join(unknown)}: choose from {', '.join(MODELS)}")
+    if bool(arguments.models) == bool(arguments.replay):
+        parser.error("give names of models, or --replay RECORD")
     return arguments
 
 
-def _part(text: str) -> tuple[int, int]:
-    part, parts = text.split("/")
-    return int(part), int(parts)
+def about(device: torch.device) -> dict[str, Any]:
+    """Return what the heuristic knows of a device, beside its name and versions."""
+    return environment(device) | {
+        "multiprocessors": launch.processors(device),
+        "shared_memory": launch.shared_memory(device),
+        "bandwidth": launch.bandwidth(device),
+    }
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Tune what the command line asks for; files are written after each token count."""
-    words = sys.argv[1:] if words is None else words
-    arguments = parse(words)
-    shape = (
-        SHAPES[arguments.shape]
-        if arguments.shape is not None
-        else MoEShape("given", arguments.experts, arguments.top_k, arguments.hidden, arguments.intermediate)
-    )
-    if arguments.compile_part is not None:
-        compile_part(shape, arguments)
+    """Tune what the command line asks for; files are written after each model."""
+    arguments = parse(sys.argv[1:] if words is None else words)
+    if arguments.replay is not None:
+        print("\n".join(replay(json.loads(arguments.replay.read_text(encoding="utf-8")))))
         return
-    if arguments.compilers:
-        compile_all(words, arguments.compilers, arguments.compile_seconds)
-    tuner = Tuner(shape, arguments)
-    results: dict[int, list[Result]] = {}
-    for done, tokens in enumerate(arguments.tokens):
-        results[tokens] = tuner.tune(tokens, len(arguments.tokens) - done)
-        path = write_results(arguments.output, shape, arguments.device, results)
-        winner = best(results[tokens])
-        if winner is None or winner.microseconds is None:
-            print(f"{tokens} tokens: no correct candidate of {len(results[tokens])}", flush=True)
-        else:
-            default = results[tokens][0].microseconds
-            was = "failed" if default is None else f"{default:.1f}"
-            print(f"{tokens} tokens: {winner.microseconds:.1f} us (heuristic {was}), {winner.config}", flush=True)
-    print(f"wrote {path}")
+    end = time.monotonic() + 60 * arguments.minutes
+    shapes = {name: named_shape(name, arguments.tensor_parallel) for name in arguments.models}
+    device, dtype = arguments.device, DTYPES[arguments.dtype]
+    found = about(device)
+    record: dict[str, Any] = {"environment": found, "dtype": arguments.dtype, "models": {}}
+    for place, (name, shape) in enumerate(shapes.items()):
+        start = time.monotonic()
+        seconds = max(LEAST_SECONDS, (end - start) / (len(shapes) - place))
+        print(f"{MODELS[name].title}: {describe(shape)}; {seconds:.0f} s", flush=True)
+        results = tune(shape, device, seconds, dtype, arguments.tokens, lambda line: print(f"  {line}", flush=True))
+        print(summary(name, distances(results)), flush=True)
+        record["models"][name] = as_record(shape, results, time.monotonic() - start)
+        if arguments.record is not None:
+            write_json(arguments.record, record)
+        if arguments.output is not None:
+            path = arguments.output / make_key(shape, found["device"], dtype).file_name
+            tuned.write_file(path, chosen(results, shape, device), str(found["triton"]))
+            print(f"wrote {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 
 from ..launch import launch_mode
-from ..weights import MoESpec
+from ..weights import MoEShape, MoESpec
 from .activation import activate
-from .dispatch import MoEShape, moe_configs
+from .dispatch import moe_configs
 from .gemm.config import GemmConfig
 from .gemm.launcher import gemm, gemm_gated
 from .layout import KernelWeights
@@ -63,8 +63,10 @@ def fused_moe(
     hidden_size = x.shape[1]
     x = pad_inputs(x)
     num_experts = gate_up.packed.shape[0]
-    shape = MoEShape(num_experts, down.columns, gate_up.columns // 2, gate_up.group_size, down.group_size)
-    first, second = configs or moe_configs(tokens, top_k, shape, x.device)
+    if configs is None:
+        held = 1.0 if expert_map is None else num_experts / expert_map.numel()
+        configs = moe_configs(tokens, moe_shape(gate_up, down, spec, top_k), held, x.device, x.dtype)
+    first, second = configs
     mode = launch_mode(x.device, few_tokens=routes.num_pairs <= FEW_PAIRS)
     rank13, rank2 = spec.max_ranks
     downs = [DownShape(rank13, gate_up.units, first.split_k), DownShape(rank2, down.units, second.split_k)]
@@ -89,6 +91,13 @@ def fused_moe(
     y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)
     out = weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
     return cut_outputs(out, [hidden_size])
+
+
+def moe_shape(gate_up: KernelWeights, down: KernelWeights, spec: MoESpec, top_k: int) -> MoEShape:
+    """Return what decides a layer's tiles."""
+    first, second = spec.max_ranks
+    groups = (gate_up.group_size, down.group_size)
+    return MoEShape(gate_up.packed.shape[0], top_k, down.columns, gate_up.columns // 2, groups, (first, second))
 
 
 def _is_fast(

@@ -6,8 +6,8 @@ import torch
 
 from ..launch import launch_mode
 from ..weights import LinearSpec, largest_rank
-from .dispatch import linear_config
 from .gemm.config import GemmConfig
+from .gemm.heuristic import linear_config
 from .gemm.launcher import gemm
 from .layout import KernelWeights
 from .padding import cut_outputs, pad_inputs, padded

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
@@ -21,15 +21,22 @@ from . import evaluate, families, hub, importing, inspect, quantize, stats, veri
 from .summary import silence_stdout
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
+class Subcommand(Protocol):
+    """A module with a subcommand."""
+
+    def add_parser(self, commands: Any) -> None:
+        """Add the subcommand to the parser's ``commands``."""
+
+
+def main(argv: Sequence[str] | None = None, further: Sequence[Subcommand] = ()) -> int:
+    """Run the command line, with the subcommands of other packages that ``further`` holds; return the exit status.
 
     That is 0, or 1 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more.
     """
     signal.signal(signal.SIGTERM, _terminate)
     if sys.stderr is None:  # closed by whoever started this
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(further).parse_args(argv)
     arguments.words = list(sys.argv[1:] if argv is None else argv)
     try:
         with recording(getattr(arguments, "log_json", None)):
@@ -96,11 +103,11 @@ def _unforeseen(error: Exception) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(further: Sequence[Subcommand]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="milo", description="3-bit MoE checkpoints with low-rank compensators, for vLLM."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for subcommand in (quantize, importing, inspect, verify, evaluate, stats, families):
+    for subcommand in (quantize, importing, inspect, verify, evaluate, stats, families, *further):
         subcommand.add_parser(commands)
     return parser

@@ -27,7 +27,7 @@ _QUANTIZED = {
     "absmax": "bitsandbytes",
 }
 """Last parts of tensors' names that only quantized models have, and whose they are."""
-_CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """Of config.json: how many experts a token goes to."""
 _Kind = tuple[bool, str, str]
 """Of a layer: whether it has experts, which mixer, and which kind of it where the family has several."""
@@ -142,7 +142,7 @@ def check_stated(
         if matrix.expert is not None and EXPERT_PROJECTIONS[leaf_of(matrix.name)] == "up":
             _compare(config, "moe_intermediate_size", matrix.n, f"{matrix.name} has {matrix.n} rows")
             break
-    for key in _CHOSEN_KEYS:
+    for key in CHOSEN_KEYS:
         chosen = config.get(key)
         if type(chosen) is int and not 1 <= chosen <= experts:
             raise ConversionError(f"config.json: {key} is {chosen}, but a layer has {experts} experts to choose from")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import linear, moe_layer, report, tune
+from benchmarks.kernels import linear, moe_layer, report
 from benchmarks.kernels.moe_contenders import Layer, MoEShape, contenders
 from benchmarks.kernels.report import format_report
-from benchmarks.kernels.timing import BadOutputError, Budget, Ceilings, check_outputs, microseconds, roof, time_calls
+from benchmarks.kernels.timing import Ceilings, microseconds, roof
 from benchmarks.records import markdown_table
-from vllm_milo.kernels import tuned
+from vllm_milo.kernels.tuning.timing import BadOutputError, check_outputs, time_calls
 
 CPU = torch.device("cpu")
 
@@ -203,58 +203,3 @@ def test_linear_dry_run(tmp_path: Path):
     assert rows["milo"]["bits_per_weight"] == 3.5 + 3.25 * 32 * (128 + 64 + 2 * 128) / (192 * 128)
     assert rows["bf16"]["bits_per_weight"] == 16
     assert "| milo / fastest peer |" in output.with_suffix(".md").read_text()
-
-
-def test_tiles_are_tried_near_the_mean_and_the_heuristic_first():
-    shape, device = moe_layer.SHAPES["mixtral"], torch.device("cpu")
-    for tokens in (1, 16, 64, 4096):
-        firsts = tune.first_candidates(tokens, shape, device)
-        assert firsts[0] == tune.heuristic(tokens, shape, device)
-        seconds = tune.second_candidates(tokens, shape, firsts[-1])
-        assert {first for first, _ in seconds} == {firsts[-1][0]}
-        for tried in (firsts, seconds):
-            assert len(set(tried)) == len(tried) > 2
-            assert all(first.block_m == second.block_m for first, second in tried)
-            assert all(first.split_k == 1 for first, _ in tried if first.scaled)
-        compiled = tune.to_compile(tokens, shape, device)
-        assert {first for first, _ in firsts} == {first for first, _ in compiled}
-        assert {second for _, second in seconds} <= {second for _, second in compiled}
-    assert {first.block_m for first, _ in tune.first_candidates(1, shape, device)} == {16}
-    winner = tune.heuristic(1, shape, device)
-    assert {second.split_k for _, second in tune.second_candidates(1, shape, winner)} == {1, 2, 4, 8}
-    assert max(first.block_m for first, _ in tune.first_candidates(4096, shape, device)) == 256
-
-
-def test_failing_tiles_are_passed_over_and_the_fastest_is_kept():
-    configs = tune.first_candidates(1, moe_layer.SHAPES["mixtral"], torch.device("cpu"))[:3]
-    times = iter([30.0, RuntimeError("out of resource: shared memory"), 20.0])
-
-    def time_one() -> float:
-        assert tune.fused_moe.moe_configs() in configs  # the tile is forced while it is timed
-        value = next(times)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    results = list(tune.measure(configs, time_one, Budget(10)))
-    assert [result.microseconds for result in results] == [30.0, None, 20.0]
-    assert results[1].error == "RuntimeError: out of resource: shared memory"
-    winner = tune.best(results)
-    assert winner is not None
-    assert winner.config == configs[2]
-    assert tune.best(results[1:2]) is None
-    assert list(tune.measure(configs, time_one, Budget(-1))) == []
-
-
-def test_tuning_writes_a_file_that_the_loader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tiles = tune._tiles
-    monkeypatch.setattr(tune, "_tiles", lambda load: tiles(load)[:2])
-    monkeypatch.setattr(tune, "SPLITS", (1, 2))
-    words = ["-o", str(tmp_path), "--shape", "tiny", "--tokens", "1,64", "--device", "cpu", "--compilers", "0"]
-    tune.main([*words, "--point-seconds", "0.001"])
-    path = next(tmp_path.glob("E=4,N=192,*.json"))
-    configs = tuned.read_file(path)
-    assert set(configs) == {1, 64}
-    assert [set(configs[64][key]) for key in tune.TUNED_KEYS] == [set(tune.GemmConfig._fields)] * 2
-    log = json.loads(path.with_suffix(".log").read_text())
-    assert all(row["microseconds"] > 0 for row in log["results"]["1"])

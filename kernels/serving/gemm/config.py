@@ -10,6 +10,10 @@ def rank_step(max_rank: int, parts: int) -> int:
     return 64 if max_rank >= 64 * parts else 16
 
 
+MAX_SPLIT = 16
+"""Most parts of K."""
+
+
 class GemmConfig(NamedTuple):
     """A tile and how it is run.
 
@@ -42,3 +46,28 @@ class GemmConfig(NamedTuple):
     def needs_sums(self, group_size: int) -> bool:
         """Whether the GEMM reads the sums of its input: scaled weights hold the zero points already."""
         return not self.scales_weights(group_size)
+
+    def fault(self) -> str | None:
+        """Return why no kernel has this tile, for tiles that come from a file; None where one may."""
+        numbers = {name: value for name, value in self._asdict().items() if name not in ("scaled", "max_registers")}
+        if bad := [name for name, value in numbers.items() if type(value) is not int]:
+            return f"{bad[0]} must be a number, found {numbers[bad[0]]!r}"
+        allowed = {
+            "block_m": (16, 32, 64, 128, 256),
+            "block_n": (64, 128, 256),
+            "split_k": range(1, MAX_SPLIT + 1),
+            "num_warps": (4, 8),
+            "num_stages": range(1, 9),
+            "group_blocks": range(1, 65),
+            "tail_m": (0, 16, 32, 64, 128),
+        }
+        if bad := [name for name, values in allowed.items() if numbers[name] not in values]:
+            return f"{bad[0]} is {numbers[bad[0]]}, and must be one of {', '.join(map(str, allowed[bad[0]]))}"
+        if self.tail_m >= self.block_m:
+            return f"tail_m is {self.tail_m}, and must be less than block_m, {self.block_m}"
+        if type(self.scaled) is not bool:
+            return f"scaled must be true or false, found {self.scaled!r}"
+        most = self.max_registers
+        if most is not None and (type(most) is not int or not 24 <= most <= 255):
+            return f"max_registers must be null or from 24 to 255, found {most!r}"
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_milo.kernels.weights import (
+from ..weights import (
     ExpertWeights,
     LinearSpec,
     LinearWeights,
@@ -14,7 +14,6 @@ from vllm_milo.kernels.weights import (
     offsets,
 )
 
-GROUP = 64
 FACTOR_BITS = 3
 CODE_SPREAD = 2.29
 """Standard deviation of a code drawn evenly from 0..7."""
@@ -30,19 +29,23 @@ def random_scales(shape: tuple[int, ...], mean: float, device: torch.device) -> 
     return ((torch.rand(shape, device=device) + 0.5) * mean).half()
 
 
-def _base(shape: tuple[int, ...], k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _base(
+    shape: tuple[int, ...], k: int, group: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Packed codes, scales and zeros of [*shape, k], such that a product with unit inputs has unit size."""
-    groups = (*shape, k // GROUP)
+    groups = (*shape, k // group)
     scale = random_scales(groups, 1 / (CODE_SPREAD * k**0.5), device)
     zero = (3.5 + torch.randn(groups, device=device) * 0.2).half()
     return random_words((*shape, k * 3 // 32), device), scale, zero
 
 
-def random_experts(experts: int, parts: int, rank: int, n: int, k: int, device: torch.device) -> ExpertWeights:
+def random_experts(
+    experts: int, parts: int, rank: int, n: int, k: int, group: int, device: torch.device
+) -> ExpertWeights:
     """Return one expert GEMM, n counting all parts, with compensators of ``rank`` in 3 bits."""
     rows = experts * parts * rank
     return ExpertWeights(
-        *_base((experts, n), k, device),
+        *_base((experts, n), k, group, device),
         random_words((rows, factor_elements(n // parts, FACTOR_BITS)), device),
         random_scales((rows, n // parts // 64), 0.1 / CODE_SPREAD, device),
         random_words((rows, factor_elements(k, FACTOR_BITS)), device),
@@ -51,20 +54,22 @@ def random_experts(experts: int, parts: int, rank: int, n: int, k: int, device: 
     )
 
 
-def moe_spec(rank: int) -> MoESpec:
-    """Return the spec of a layer whose gate, up and down projections all have ``rank``."""
-    return MoESpec(FACTOR_BITS, "silu", False, [largest_rank([[rank, rank]]), largest_rank([[rank]])])
+def moe_spec(rank13: int, rank2: int) -> MoESpec:
+    """Return the spec of a layer whose gate and up projections have one rank and whose down projections another."""
+    return MoESpec(FACTOR_BITS, "silu", False, [largest_rank([[rank13, rank13]]), largest_rank([[rank2]])])
 
 
-def random_linear(widths: list[int], rank: int, k: int, device: torch.device) -> tuple[LinearWeights, LinearSpec]:
+def random_linear(
+    widths: list[int], rank: int, k: int, group: int, device: torch.device
+) -> tuple[LinearWeights, LinearSpec]:
     """Return a linear layer of several parts, each with a compensator of ``rank`` (at most its width) in 3 bits."""
     ranks = [min(rank, width) for width in widths]
     pairs = list(zip(ranks, widths, strict=True))
     weights = LinearWeights(
-        *_base((sum(widths),), k, device),
+        *_base((sum(widths),), k, group, device),
         random_words((sum(r * factor_elements(width, FACTOR_BITS) for r, width in pairs),), device),
         random_scales((sum(r * (width // 64) for r, width in pairs),), 0.1 / CODE_SPREAD, device),
         random_words((sum(ranks), factor_elements(k, FACTOR_BITS)), device),
         random_scales((sum(ranks), k // 64), 1 / (CODE_SPREAD * k**0.5), device),
     )
-    return weights, LinearSpec(widths, ranks, GROUP, FACTOR_BITS)
+    return weights, LinearSpec(widths, ranks, group, FACTOR_BITS)

@@ -1,0 +1,146 @@
+"""Which tiles are worth a try at a number of tokens: those that fit the device, the cheapest by a model of their cost.
+
+The model is rough, so it only drops what costs far more than the best. Tiles that scale products and tiles that scale
+weights have models of their own and are not compared with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ..launch import processors, shared_memory
+from ..serving.gemm.config import GemmConfig
+from ..serving.gemm.heuristic import (
+    SCALING_TOKENS,
+    THREE_TILES,
+    GemmShape,
+    expected_load,
+    gemm_shapes,
+    heuristic_configs,
+    pipeline_bytes,
+    resident,
+    streaming_time,
+)
+from ..tuned import Tiles
+from ..weights import MoEShape
+
+TILES = (
+    *(GemmConfig(16, 128, 1, False, 4, stages) for stages in (3, 4, 5)),
+    *(GemmConfig(32, 128, 1, False, 4, stages) for stages in (3, 4)),
+    GemmConfig(32, 128, 1, False, 4, 4, max_registers=THREE_TILES),
+    GemmConfig(32, 256, 1, False, 8, 3),
+    *(GemmConfig(64, 128, 1, True, 4, stages, 4) for stages in (3, 4)),
+    GemmConfig(64, 128, 1, True, 4, 3, 4, max_registers=THREE_TILES),
+    GemmConfig(64, 256, 1, True, 8, 3, 4),
+    GemmConfig(128, 128, 1, True, 4, 3, 4),
+    GemmConfig(128, 256, 1, True, 8, 3, 4),
+    GemmConfig(256, 128, 1, True, 8, 3, 4),
+)
+"""Tiles that are tried, each with several tails and parts of K."""
+SPLITS = (1, 2, 4, 8)
+WORSE = 1.5
+"""Tiles that should take so many times as long as the best of their kind are left out."""
+MOST = 14
+"""Candidates for one GEMM at one number of tokens."""
+
+
+def first_candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[Tiles]:
+    """Return pairs of tiles that differ in the first GEMM's, the heuristic's own first, then those that should do best.
+
+    The second GEMM's tile is the same, with K in as many parts as the heuristic's.
+    """
+    default = heuristic_configs(tokens * shape.top_k, shape, device)
+    tried = [default]
+    for tile in _best(tokens, shape, 0, device):
+        pair = (tile, tile._replace(split_k=default[1].split_k))
+        if pair not in tried:
+            tried.append(pair)
+    return tried[: MOST + 1]
+
+
+def second_candidates(tokens: int, shape: MoEShape, winner: Tiles, device: torch.device) -> list[Tiles]:
+    """Return the pairs that keep the winner's first tile; the second's agrees with it in block_m."""
+    same = [tile for tile in _best(tokens, shape, 1, device) if tile.block_m == winner[0].block_m]
+    return [pair for tile in same if (pair := (winner[0], tile)) != winner][:MOST]
+
+
+def all_candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[Tiles]:
+    """Return pairs that hold every tile that may be tried, the likely ones first."""
+    firsts = first_candidates(tokens, shape, device)
+    pairs = list(firsts)
+    for block_m in dict.fromkeys(first.block_m for first, _ in firsts):
+        same = next(pair for pair in firsts if pair[0].block_m == block_m)
+        pairs += second_candidates(tokens, shape, same, device)
+    return list(dict.fromkeys(pairs))
+
+
+def fits(tile: GemmConfig, device: torch.device) -> bool:
+    """Whether a tile's load pipeline fits into the device's shared memory."""
+    return pipeline_bytes(tile.block_m, tile.num_stages, tile.block_n) <= shared_memory(device)
+
+
+def cost(tile: GemmConfig, gemm: GemmShape, tokens: int, shape: MoEShape, device: torch.device) -> float:
+    """Return about what a GEMM costs with a tile; to be compared among tiles that scale the same."""
+    pairs = tokens * shape.top_k
+    load = expected_load(pairs, shape.experts, tile.block_m)
+    if not tile.scaled:
+        return streaming_time(gemm, load, tile.split_k, device)
+    mean = max(1.0, pairs / shape.experts)
+    rows = sum(_rows(round(mean + z * mean**0.5), tile) for z in (-1.3, -0.5, 0.0, 0.5, 1.3)) / 5
+    work = load.experts * gemm.tiles * gemm.units * rows
+    places = resident(tile.block_m) * processors(device) / (tile.block_n / 128)
+    longest = (tile.block_m + SCALING_TOKENS) * gemm.units / tile.split_k
+    sums = 0.0 if tile.split_k == 1 else tile.split_k * pairs * gemm.width * gemm.parts / 2e6
+    return work / places / (tile.block_n / 128) + longest / 2 + sums
+
+
+def _rows(load: int, tile: GemmConfig) -> int:
+    """Return the time of an expert's blocks, in that of one token's products."""
+    whole, rest = divmod(max(1, load), tile.block_m)
+    last = 0 if rest == 0 else (tile.tail_m if 0 < rest <= tile.tail_m else tile.block_m) + SCALING_TOKENS
+    return whole * (tile.block_m + SCALING_TOKENS) + last
+
+
+def _best(tokens: int, shape: MoEShape, place: int, device: torch.device) -> list[GemmConfig]:
+    """Return the tiles for one of the GEMMs that are worth a try, the cheapest first, of both kinds in turn."""
+    gemm = gemm_shapes(shape)[place]
+    kinds: dict[bool, list[tuple[float, GemmConfig]]] = {}
+    for tile in _tiles(tokens, shape, gemm, place, device):
+        kinds.setdefault(tile.scaled, []).append((cost(tile, gemm, tokens, shape, device), tile))
+    kept = []
+    for found in kinds.values():
+        found.sort(key=lambda pair: pair[0])
+        kept.append([tile for price, tile in found if price <= WORSE * found[0][0]])
+    return list(_in_turn(kept))
+
+
+def _in_turn(lists: Iterable[list[GemmConfig]]) -> Iterator[GemmConfig]:
+    rest = [list(reversed(one)) for one in lists]
+    while any(rest):
+        for one in rest:
+            if one:
+                yield one.pop()
+
+
+def _tiles(tokens: int, shape: MoEShape, gemm: GemmShape, place: int, device: torch.device) -> Iterator[GemmConfig]:
+    """Yield tiles for about as many tokens as an expert gets, with the tails and parts of K that they may have."""
+    pairs = tokens * shape.top_k
+    mean = pairs / min(shape.experts, pairs)
+    for tile in TILES:
+        least = mean / 8 if tile.scaled else mean / 1.5
+        if not fits(tile, device) or not least <= tile.block_m <= max(16, 3 * mean):
+            continue
+        if tile.scaled and min(shape.groups) == 32:
+            tile = tile._replace(scaled=False, group_blocks=1)
+        splits = (1,) if tile.scaled and place == 0 else SPLITS
+        for split in splits:
+            if split == 1 or gemm.units >= 2 * split:
+                yield from (tile._replace(split_k=split, tail_m=tail) for tail in _tails(tile))
+
+
+def _tails(tile: GemmConfig) -> tuple[int, ...]:
+    if tile.block_m == 16:
+        return (0,)
+    return (tile.block_m // 2, tile.block_m // 4) if tile.scaled else (0, 16)
