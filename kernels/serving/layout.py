@@ -82,7 +82,8 @@ class KernelWeights(NamedTuple):
     v_scale int32 [R, ⌈K/128⌉, 16], the fp16 scales of a unit's halves in its halves, 0 in the rows and groups that
     padding added; rank_blocks int32 [E·P + 1],
     the blocks of part p of expert e; u_starts int64 [E·P], where its part of u starts, in elements of u_scale;
-    norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty.
+    norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty; bias fp32 [E, N],
+    0 in the rows that padding added, or None.
     """
 
     packed: torch.Tensor
@@ -94,6 +95,12 @@ class KernelWeights(NamedTuple):
     rank_blocks: torch.Tensor
     u_starts: torch.Tensor
     norms: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def present(self) -> list[torch.Tensor]:
+        """The tensors that there are: all but the bias of experts that have none, and of dense layers."""
+        return [tensor for tensor in self if tensor is not None]
 
     @property
     def columns(self) -> int:
@@ -173,6 +180,7 @@ def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
         *_down_factors(weights.v, weights.v_scale, rows, _columns(weights.packed), factor_bits),
         *_tables(ranks, widths * experts, weights.packed.device),
         largest_row_norms(weights, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
+        None if weights.bias is None else pad_rows(weights.bias.float().unsqueeze(-1), widths).squeeze(-1).contiguous(),
     )
 
 
