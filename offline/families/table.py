@@ -364,6 +364,31 @@ _GEMMA_LIKE = (
     ),
 )
 
-_ALL = (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE, *_BAILING_LIKE, *_MOONSHOT_LIKE, *_LLAMA_LIKE)
+_OPENAI = Family(
+    "gpt_oss",
+    "gpt-oss-20b, 120b",
+    attention(),
+    kept=("mlp.router",),
+    fused=(
+        FusedTensor("experts.gate_up_proj", ("gate", "up"), transposed=True, in_memory=True, interleaved=True),
+        FusedTensor("experts.down_proj", ("down",), transposed=True, in_memory=True),
+    ),
+    only_fused=True,
+    num_experts_keys=_LOCAL,
+    layer_kinds_keys=("layer_types",),
+    not_learned="its experts have biases, of which the calibration knows nothing",
+    note="no calibration text; biases of experts stay as they are",
+)
+_ALL = (
+    *_MIXTRAL_LIKE,
+    *QWEN,
+    *_DEEPSEEK_LIKE,
+    *_OTHERS,
+    *_GEMMA_LIKE,
+    *_BAILING_LIKE,
+    *_MOONSHOT_LIKE,
+    *_LLAMA_LIKE,
+    _OPENAI,
+)
 FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""
