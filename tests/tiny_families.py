@@ -199,6 +199,18 @@ TINY = {
         architecture="DeepseekV3ForCausalLM",
     ),
     # vLLM wants a norm after the dense FFN too, which transformers' class does not have, and never uses it
+    **{
+        name: Tiny(
+            LATENT
+            | ROUTED
+            | GROUPED
+            | QUERIES
+            | NO_AHEAD
+            | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "index_topk": 64, "index_n_heads": 4}
+            | {"index_head_dim": 128}
+        )
+        for name in ("deepseek_v32", "glm_moe_dsa")
+    },
     "axk1": Tiny(LATENT | ROUTED | GROUPED | QUERIES | {"first_k_dense_replace": 0}),
     "glm4_moe_lite": Tiny(LATENT | ROUTED | QUERIES | NO_AHEAD),
     "glm4_moe": Tiny(HEADS | ROUTED | NO_AHEAD | {"attention_bias": True, "use_qk_norm": True}),

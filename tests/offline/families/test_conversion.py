@@ -42,6 +42,10 @@ KEPT = {
     "hy_v3": {"mlp.router.gate"},
     "afmoe": {"mlp.router.gate"},
     "gpt_oss": {"mlp.router"},
+    **{
+        name: {"mlp.gate", *(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))}
+        for name in ("deepseek_v32", "glm_moe_dsa")
+    },
     **{name: {"block_sparse_moe.gate"} for name in ("mixtral", "minimax_m2", "phimoe")},
     **{
         name: {"mlp.gate", "mlp.shared_expert_gate"}
