@@ -125,7 +125,7 @@ def test_triton(kind, dtype, kernel_device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split_k", [1, 2])
 def test_tiles(split_k, dtype, kernel_device):
-    """The partial sums of a split K get one bias; tiles that scale weights, as with many tokens, leave the fast path."""
+    """The partial sums of a split K get one bias."""
     tile = GemmConfig(16, 64, split_k, False, 4, 2)
     for kind in (KINDS[2], Kind("relu2_no_mul", bias=True)):
         layer, x = Layer(kind), torch.randn(9, HIDDEN).to(dtype)
