@@ -29,7 +29,8 @@ _library.define(
 )
 _library.define(
     "fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] w13, Tensor[] w2, "
-    "int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, str backend) -> Tensor",
+    "int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, float limit, float alpha, "
+    "float beta, str backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -60,7 +61,7 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> li
         from .serving.repack import layer
 
         with device_of(weights.packed):
-            return list((layer if weights.packed.is_cuda else layout).prepare_linear(weights, spec))
+            return (layer if weights.packed.is_cuda else layout).prepare_linear(weights, spec).present
     return list(weights)
 
 
@@ -72,8 +73,8 @@ def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list
         from .serving.repack import layer
 
         with device_of(weights.packed):
-            return list((layer if weights.packed.is_cuda else layout).prepare_experts(weights, spec.factor_bits))
-    return list(weights)
+            return (layer if weights.packed.is_cuda else layout).prepare_experts(weights, spec.factor_bits).present
+    return weights.present
 
 
 def find_tiles(
@@ -129,9 +130,9 @@ def fused_moe(
         topk_weights: router weights [T, k].
         topk_ids: global expert ids [T, k].
         expert_map: global expert -> local expert or -1; None if all experts are local.
-        w13: gate and up projections as :func:`prepare_experts` returned them for ``backend``.
+        w13: gate and up projections, or up alone, as :func:`prepare_experts` returned them for ``backend``.
         w2: down projections, likewise.
-        spec: factor bits, activation, where the router weight applies, largest ranks.
+        spec: factor bits, activation and its constants, where the router weight applies, largest ranks.
         backend: ``torch`` or ``triton``.
     """
     return torch.ops.milo.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, *spec, backend)
@@ -171,9 +172,12 @@ def _fused_moe(
     activation: str,
     router_weight_on_input: bool,
     max_ranks: list[int],
+    limit: float,
+    alpha: float,
+    beta: float,
     backend: str,
 ) -> torch.Tensor:
-    spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks)
+    spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks, limit, alpha, beta)
     if backend == "triton":
         from .launch import device_of
         from .serving import fused_moe as triton_moe

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .packing import dequantize, dequantize_factor
-from .weights import ExpertWeights, LinearSpec, LinearWeights, MoESpec, factor_elements, offsets
+from .weights import UNGATED, ExpertWeights, LinearSpec, LinearWeights, MoESpec, factor_elements, offsets
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -20,6 +20,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 """Gated activations act(gate)·up, by vLLM's names."""
+UNGATED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu2_no_mul": lambda x: F.relu(x).square()}
+"""Activations of experts without a gate, by vLLM's names."""
+assert tuple(UNGATED_ACTIVATIONS) == UNGATED
 
 
 def linear(x: torch.Tensor, weights: LinearWeights, spec: LinearSpec) -> torch.Tensor:
@@ -58,7 +61,7 @@ def fused_moe(
     """Return the routed experts' weighted sum for each token.
 
     Compensators read the same activations as the base GEMMs; w13's term is added before the activation,
-    w2's before the router weight and the top-k sum.
+    w2's before the router weight and the top-k sum. So are biases.
 
     Args:
         x: activations [T, H].
@@ -72,7 +75,6 @@ def fused_moe(
     Returns:
         [T, H] in the dtype of x.
     """
-    activation = ACTIVATIONS[spec.activation]
     local_ids = local_expert_ids(topk_ids, expert_map)
     router_weights = topk_weights.to(_sum_dtype(x))
     out = torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device)
@@ -84,18 +86,31 @@ def fused_moe(
         weight = router_weights[tokens, slots].unsqueeze(-1)
         if spec.router_weight_on_input:
             rows = (rows * weight).to(x.dtype).to(out.dtype)
-        gate, up = expert_gemm(rows, w13, expert, spec).chunk(2, dim=-1)
-        hidden = (activation(gate) * up).to(x.dtype).to(out.dtype)
+        hidden = activate(expert_gemm(rows, w13, expert, spec), spec).to(x.dtype).to(out.dtype)
         result = expert_gemm(hidden, w2, expert, spec)
         out.index_add_(0, tokens, result if spec.router_weight_on_input else result * weight)
     return out.to(x.dtype)
 
 
+def activate(y: torch.Tensor, spec: MoESpec) -> torch.Tensor:
+    """Return the hidden activations [.., I] of gate and up [.., 2I], or of up alone [.., I], in the dtype of ``y``."""
+    if not spec.is_gated:
+        return UNGATED_ACTIVATIONS[spec.activation](y)
+    gate, up = y.chunk(2, dim=-1)
+    if spec.limit:
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    if spec.activation == "silu" and (spec.alpha, spec.beta) != (1.0, 0.0):
+        return gate * torch.sigmoid(spec.alpha * gate) * (up + spec.beta)
+    return ACTIVATIONS[spec.activation](gate) * up
+
+
 def expert_gemm(rows: torch.Tensor, weights: ExpertWeights, expert: int, spec: MoESpec) -> torch.Tensor:
-    """Return rows·Wᵀ + (rows·Vᵀ)·U for one expert: [M, K] -> [M, N] in the dtype of ``rows``."""
+    """Return rows·Wᵀ + (rows·Vᵀ)·U + b for one expert: [M, K] -> [M, N] in the dtype of ``rows``."""
     packed, scale, zero = (tensor[expert] for tensor in (weights.packed, weights.scale, weights.zero))
     base = dequantize(packed, scale, zero, weights.group_size, rows.dtype)
     out = rows @ base.T
+    if weights.bias is not None:
+        out = out + weights.bias[expert].to(out.dtype)
     factors = expert_factors(weights, expert, spec.factor_bits, rows.dtype)
     if not factors:
         return out

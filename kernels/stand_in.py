@@ -24,6 +24,7 @@ def stand_in(
     dtype: torch.dtype,
     device: torch.device,
     bounded: bool = False,
+    biased: bool = False,
 ) -> list[torch.Tensor]:
     """Return tensors of the shapes, dtypes and device of a prepared layer, each with a single element in memory.
 
@@ -38,6 +39,7 @@ def stand_in(
         dtype: of factors of 16 bits.
         device: of the layer.
         bounded: whether the layer has norms, as gate and up projections of experts do.
+        biased: whether it has a bias.
     """
     units, columns, parts = -(-k // UNIT), sum(map(padded, widths)), len(widths)
     u, v = _FACTOR_DTYPES.get(factor_bits, (dtype, dtype))
@@ -54,8 +56,9 @@ def stand_in(
         _empty((experts * parts + 1,), torch.int32, device),
         _empty((experts * parts,), torch.int64, device),
         norms,
+        _empty((experts, columns), torch.float32, device) if biased else None,
     )
-    return list(layer)
+    return layer.present
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

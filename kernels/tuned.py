@@ -217,8 +217,12 @@ def nearest(tiles: Mapping[int, Tiles], tokens: int) -> Tiles:
 
 
 def find(shape: MoEShape, tokens: int, device: torch.device, dtype: torch.dtype) -> Tiles | None:
-    """Return the tuned tiles for a layer and a number of tokens on a device; None where there are none."""
-    tiles = load(make_key(shape, device_name(device), dtype)) if device.type == "cuda" else None
+    """Return the tuned tiles for a layer and a number of tokens on a device; None where there are none.
+
+    Experts without a gate have none: a file's name does not tell them from others.
+    """
+    tuned = device.type == "cuda" and shape.parts == 2
+    tiles = load(make_key(shape, device_name(device), dtype)) if tuned else None
     return None if tiles is None else nearest(tiles, tokens)
 
 

@@ -149,7 +149,7 @@ def moe_key(
     """Return what determines the kernels of routed experts; arguments as of :func:`warm_up_moe`."""
     rank13, rank2 = spec.max_ranks
     ranks = rank_kind(rank13, 2), rank_kind(rank2, 1)
-    own = spec.factor_bits, spec.activation, spec.router_weight_on_input
+    own = spec.factor_bits, spec.activation, spec.router_weight_on_input, spec.limit, spec.alpha, spec.beta
     return "moe", _tensor_kinds(w13), _tensor_kinds(w2), ranks, own, expert_map is None, top_k, dtype
 
 
@@ -174,7 +174,7 @@ def _tensor_kinds(weights: Sequence[torch.Tensor]) -> Hashable:
 
     layer = KernelWeights(*weights)
     shapes = layer.packed.shape, layer.scale_zero.shape, layer.rank_blocks.shape
-    return shapes, tuple((weight.dtype, weight.data_ptr() % 16) for weight in layer), layer.packed.device
+    return shapes, tuple((weight.dtype, weight.data_ptr() % 16) for weight in weights), layer.packed.device
 
 
 def warm_up_repack(parts: int, group_size: int, factor_bits: int, dtype: torch.dtype, device: torch.device) -> Waiting:

@@ -45,17 +45,38 @@ class LinearWeights(NamedTuple):
     v_scale: torch.Tensor
 
 
+UNGATED = ("relu2_no_mul",)
+"""Activations, by vLLM's names, of experts that have no gate: the up projection is all that they read."""
+
+
 class MoESpec(NamedTuple):
     """What the shapes of :class:`ExpertWeights` do not say, for both GEMMs of a layer.
 
     ``max_ranks`` are what :func:`largest_rank` says of w13 and w2: buffers and grids are sized by them, since
     reading the ranks would wait for the device. The group sizes of the two GEMMs may differ; the shapes say them.
+
+    ``activation`` is a name in :mod:`.reference`; :data:`UNGATED` ones have no gate, so that w13 is the up projection
+    alone. With a gate, gate is at most ``limit`` and up within ±limit, where that is not 0, and ``silu`` is
+    gate·sigmoid(alpha·gate)·(up + beta).
     """
 
     factor_bits: int
     activation: str
     router_weight_on_input: bool
     max_ranks: list[int]
+    limit: float = 0.0
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether w13 holds gate and up, not up alone."""
+        return self.activation not in UNGATED
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the activation has a gate and none of the constants changes it."""
+        return self.is_gated and (self.limit, self.alpha, self.beta) == (0.0, 1.0, 0.0)
 
 
 class MoEShape(NamedTuple):
@@ -68,6 +89,7 @@ class MoEShape(NamedTuple):
         intermediate: this process's share of an expert's intermediate size, likewise.
         groups: group sizes of both GEMMs.
         ranks: largest ranks of both GEMMs, as in :class:`MoESpec`.
+        parts: 2, gate and up, or 1 where experts have no gate.
     """
 
     experts: int
@@ -76,15 +98,17 @@ class MoEShape(NamedTuple):
     intermediate: int
     groups: tuple[int, int]
     ranks: tuple[int, int]
+    parts: int = 2
 
 
 class ExpertWeights(NamedTuple):
-    """One grouped GEMM over E experts, of P parts each (w13: gate and up; w2: one) with N/P outputs a part.
+    """One grouped GEMM over E experts, of P parts each (w13: gate and up, or up alone; w2: one), N/P outputs a part.
 
     Shapes, with R = all ranks of all experts and parts and 3-bit factors: packed int32 [E, N, 3K/32]; scale,
     zero fp16 [E, N, K/g]; u int32 [R, 3(N/P)/32]; u_scale fp16 [R, N/P/64]; v int32 [R, 3K/32]; v_scale fp16
     [R, K/64]; rank_offsets int32 [E·P + 1]: part p of expert e owns the factor rows rank_offsets[e·P + p] to
-    rank_offsets[e·P + p + 1]. Ranks are ragged: nothing is padded to the largest.
+    rank_offsets[e·P + p + 1]. Ranks are ragged: nothing is padded to the largest. bias fp32 [E, N], in the order of the
+    rows; None where experts have none.
     """
 
     packed: torch.Tensor
@@ -95,6 +119,12 @@ class ExpertWeights(NamedTuple):
     v: torch.Tensor
     v_scale: torch.Tensor
     rank_offsets: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def present(self) -> list[torch.Tensor]:
+        """The tensors that there are: all but the bias of experts that have none."""
+        return [tensor for tensor in self if tensor is not None]
 
     @property
     def group_size(self) -> int:

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import triton
-from meta_layers import run_converter, run_dense, run_experts, run_repack
+from meta_layers import run_converter, run_dense, run_experts, run_openai_experts, run_repack
 from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
 from triton.backends.compiler import GPUTarget
@@ -57,6 +57,9 @@ def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
         yield partial(mixtral, tokens)
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
     yield partial(run_dense, 1, [4096], 4096, 0)
+    for tokens in (1, 2000):
+        yield partial(run_openai_experts, tokens)
+    yield partial(run_openai_experts, 1, gated=False)
     for group in (32, 64, 128):
         yield partial(run_converter, group)
         yield partial(run_repack, group, 3)

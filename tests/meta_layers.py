@@ -14,7 +14,9 @@ from vllm_milo.kernels.serving.repack import layer
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
-def meta_layer(parts: int, experts: int, n: int, k: int, group: int, bits: int) -> list[torch.Tensor]:
+def meta_layer(
+    parts: int, experts: int, n: int, k: int, group: int, bits: int, bias: bool = False
+) -> list[torch.Tensor]:
     """Return a layer as :class:`vllm_milo.kernels.serving.layout.KernelWeights` holds it."""
     units = -(-k // 128)
     u, v = {3: (torch.int16, torch.int32), 8: (torch.int8, torch.int8), 16: (torch.bfloat16, torch.bfloat16)}[bits]
@@ -29,6 +31,8 @@ def meta_layer(parts: int, experts: int, n: int, k: int, group: int, bits: int) 
         "u_starts": ((experts * parts,), torch.int64),
         "norms": ((experts * parts,), torch.float32),
     }
+    if bias:
+        tensors["bias"] = ((experts, n), torch.float32)
     return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in tensors.values()]
 
 
@@ -63,6 +67,18 @@ def run_experts(
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     router = torch.empty(tokens, top_k, device="meta")
     fused_moe.fused_moe(x, router, router.int(), None, w13, w2, spec, None if tile is None else (tile, tile))
+
+
+def run_openai_experts(tokens: int, gated: bool = True) -> None:
+    """Launch a layer of gpt-oss-20b, or one of its sizes without a gate."""
+    hidden, intermediate, experts, top_k = 2880, 2880, 32, 4
+    own = ("silu", False, [32, 16], 7.0, 1.702, 1.0) if gated else ("relu2_no_mul", False, [32, 16])
+    parts = 2 if gated else 1
+    w13 = meta_layer(parts, experts, parts * intermediate, hidden, 64, 3, bias=gated)
+    w2 = meta_layer(1, experts, hidden, intermediate, 64, 3, bias=gated)
+    x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
+    router = torch.empty(tokens, top_k, device="meta")
+    fused_moe.fused_moe(x, router, router.int(), None, w13, w2, MoESpec(3, *own))
 
 
 def run_dense(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import hand_made
 import torch
 import vllm_runner
-from tiny_families import TINY, has_class, make_family, publish
+from tiny_families import TINY, has_class, learns, make_family, publish
 from tiny_models import VOCABULARY, compare, make_prompts
 from vllm_jobs import job
 
@@ -60,7 +60,7 @@ def make(name: str, root: Path, kinds: Iterable[str] = KINDS) -> dict[str, Path]
 def _conversion(name: str, kind: str) -> Conversion:
     if kind == "rank 16":
         return Conversion(Recipe(max_rounds=1), parse_policies("uniform=16"))
-    text = Text("random", TEXT, LearnOptions(steps=1, batch=2)) if has_class(name) else None
+    text = Text("random", TEXT, LearnOptions(steps=1, batch=2)) if learns(name) else None
     recipe = Recipe(max_rounds=1, feedback_rounds=1, group_size=128)
     return Conversion(recipe if text else Recipe(max_rounds=1, group_size=128, base="hqq"), budget_bits=4.0, text=text)
 

@@ -125,6 +125,7 @@ class Tiny(NamedTuple):
         dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
         published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
         around: the larger config that the text model's is part of.
+        louder: pattern of parameters that are eight times as large as in other models.
     """
 
     config: dict[str, Any]
@@ -134,6 +135,7 @@ class Tiny(NamedTuple):
     dtype: str = "float32"
     published: tuple[tuple[str, str], ...] = ()
     around: Mapping[str, Any] = MappingProxyType({})
+    louder: str | None = None
 
 
 BAILING = Tiny(
@@ -197,6 +199,18 @@ TINY = {
         architecture="DeepseekV3ForCausalLM",
     ),
     # vLLM wants a norm after the dense FFN too, which transformers' class does not have, and never uses it
+    **{
+        name: Tiny(
+            LATENT
+            | ROUTED
+            | GROUPED
+            | QUERIES
+            | NO_AHEAD
+            | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "index_topk": 64, "index_n_heads": 4}
+            | {"index_head_dim": 128}
+        )
+        for name in ("deepseek_v32", "glm_moe_dsa")
+    },
     "axk1": Tiny(LATENT | ROUTED | GROUPED | QUERIES | {"first_k_dense_replace": 0}),
     "glm4_moe_lite": Tiny(LATENT | ROUTED | QUERIES | NO_AHEAD),
     "glm4_moe": Tiny(HEADS | ROUTED | NO_AHEAD | {"attention_bias": True, "use_qk_norm": True}),
@@ -302,6 +316,10 @@ TINY = {
     "bailing_moe_v2": BAILING._replace(architecture="BailingMoeV2ForCausalLM"),
     "llama4_text": Tiny(LLAMA),
     "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
+    "gpt_oss": Tiny(
+        HEADS | PLAIN | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+        louder=r"experts\.gate_up_proj$",  # its activation is clamped at 7
+    ),
     "jamba": Tiny(
         {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "num_experts": 4}
         | {"num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
@@ -313,6 +331,11 @@ assert TINY.keys() == TABLE.keys(), f"the table and the tiny models differ in {T
 def has_class(name: str) -> bool:
     """Whether transformers can run a family."""
     return not TABLE[name].not_run and _is_known(name)
+
+
+def learns(name: str) -> bool:
+    """Whether a family is converted along a text."""
+    return has_class(name) and not TABLE[name].not_learned
 
 
 def _is_known(name: str) -> bool:
@@ -358,6 +381,9 @@ def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = tor
     found = transformers.AutoModelForMultimodalLM if tiny.around else transformers.AutoModelForCausalLM
     model = found.from_config(config)
     fill(model)
+    for key, parameter in model.named_parameters():
+        if tiny.louder and re.search(tiny.louder, key):
+            parameter.data.mul_(8)
     model.to(dtype).save_pretrained(folder)
     publish(name, folder)
     written = json.loads((folder / "config.json").read_text())

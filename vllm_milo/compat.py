@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,15 +112,43 @@ def check_after_loading(check: Callable[..., None]) -> None:
     Args:
         check: takes the model and the names of what was loaded, or None.
     """
+    loader, model_config = _loader_on_stack()
+    is_draft = getattr(model_config, "runner_type", None) == "draft"
+    if getattr(loader, "enable_weights_track", False) is None and not is_draft:
+        loader.enable_weights_track = True
+        setattr(loader, _CHECK, check)
+
+
+def loads_experts_itself(layer: Any) -> bool:
+    """Return whether a layer of routed experts has another loader of weights than vLLM's: its model has one too."""
+    return type(layer).weight_loader is not RoutedExperts.weight_loader
+
+
+def divert_weights(take: Callable[[str, torch.Tensor], bool]) -> None:
+    """Let the loader of the model under construction offer each tensor of the checkpoint before the model sees it.
+
+    Args:
+        take: gets its name in the checkpoint and the tensor, and returns whether the model should not get it.
+    """
+    loader, _ = _loader_on_stack()
+    if loader is None:
+        return  # of another kind: the layers will say what they lack
+    everything = loader.get_all_weights
+
+    def rest(*arguments: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for name, tensor in everything(*arguments, **options) if not take(name, tensor))
+
+    loader.get_all_weights = rest
+
+
+def _loader_on_stack() -> tuple[Any, Any]:
+    """Return vLLM's default loader of the model under construction, and its model's configuration, or None twice."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     frame = inspect.currentframe()
     while frame is not None:
         loader = frame.f_locals.get("self")
         if isinstance(loader, DefaultModelLoader):
-            is_draft = getattr(frame.f_locals.get("model_config"), "runner_type", None) == "draft"
-            if getattr(loader, "enable_weights_track", False) is None and not is_draft:
-                loader.enable_weights_track = True
-                setattr(loader, _CHECK, check)
-            return
+            return loader, frame.f_locals.get("model_config")
         frame = frame.f_back
+    return None, None

@@ -25,12 +25,13 @@ from vllm_milo.models.checkpoint_names import (
 )
 from vllm_milo.models.completeness import check_loaded
 from vllm_milo.models.refused import refuse_permuted
-from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of
+from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of, split_expert_name
 from vllm_milo.online.options import OnlineOptions
 from vllm_milo.shards import TensorEntry, read_tensors
 from vllm_milo.validation import experts_of, is_fused_experts, modules_of, validate_checkpoint
 
 if TYPE_CHECKING:
+    from vllm_milo.fused_moe import MiLoMoEMethod
     from vllm_milo.offline.nouns import Recipe
 
 logger = logging.getLogger("vllm.milo")
@@ -57,6 +58,7 @@ class MiLoConfig(QuantizationConfig):
         self._mappers: list[Any] = []
         self._stored_experts: set[str] = set()
         self._stored_modules: set[str] = set()
+        self._diverted: dict[str, tuple[Any, MiLoMoEMethod]] = {}
 
     def __repr__(self) -> str:
         fmt = self.format
@@ -185,7 +187,14 @@ class MiLoConfig(QuantizationConfig):
             if self.format.ignores(name):
                 return None
             what = (self.format, layer.moe_config, name)
-            return MiLoMoEMethod(*what) if self._recipe is None else _online().OnlineMoEMethod(*what, self._recipe)
+            if self._recipe is not None:
+                return _online().OnlineMoEMethod(*what, self._recipe)
+            method = MiLoMoEMethod(*what)
+            if compat.loads_experts_itself(layer):
+                if not self._diverted:
+                    compat.divert_weights(self._take_expert)
+                self._diverted[name] = layer, method
+            return method
         if not isinstance(layer, LinearBase):
             return None
         if not prefix:
@@ -196,6 +205,16 @@ class MiLoConfig(QuantizationConfig):
         refuse_permuted(parts, compat.architectures())
         named = (self.format, prefix, parts)
         return MiLoLinearMethod(*named) if self._recipe is None else _online().OnlineLinearMethod(*named, self._recipe)
+
+    def _take_expert(self, name: str, tensor: torch.Tensor) -> bool:
+        """Load a tensor of experts whose model knows no tensors of quantized experts; return whether it was one."""
+        module, _, leaf = name.rpartition(".")
+        expert = split_expert_name(module)
+        if expert is None or expert[0] not in self._diverted:
+            return False
+        layer, method = self._diverted[expert[0]]
+        method.load_expert(layer, *expert[1:], leaf, tensor)
+        return True
 
     def parts(self, prefix: str) -> list[str]:
         """Return the checkpoint names of the matrices that the linear layer ``prefix`` holds."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,40 +26,19 @@ from vllm_milo.checkpoint import (
     packed_words,
 )
 from vllm_milo.kernels import ops
-from vllm_milo.kernels.reference import ACTIVATIONS
 from vllm_milo.kernels.warm_up import wait, warm_up_moe
-from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank, offsets
+from vllm_milo.kernels.weights import ExpertWeights, MoESpec, largest_rank
 from vllm_milo.loading import account
 from vllm_milo.loading.ahead import start_experts
+from vllm_milo.models.activations import read_activation
+from vllm_milo.models.local_experts import Gemm, LocalExperts
 from vllm_milo.models.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
 from vllm_milo.names import EXPERT_PROJECTIONS
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
-_SHARDS = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}
-"""vLLM's shard ids: which GEMM's parameters, and which part of them, a projection fills."""
-
-
-@dataclass(frozen=True)
-class _Gemm:
-    """One of the layer's two grouped GEMMs, in this process.
-
-    ``ranks[e][p]`` is the compensator rank of part p of local expert e; ``n`` counts all parts.
-    """
-
-    name: str
-    n: int
-    k: int
-    group_size: int
-    ranks: list[list[int]]
-
-    @property
-    def parts(self) -> int:
-        return 2 if self.name == "w13" else 1
-
-    @cached_property
-    def rank_offsets(self) -> list[int]:
-        """Where the factors of each part of each expert begin; asked for by every factor tensor of a load."""
-        return offsets([rank for expert in self.ranks for rank in expert])
+_SHARD_OF = {"gate": "w1", "up": "w3", "down": "w2"}
+"""vLLM's shard ids by role; experts without a gate have their up projection as w1."""
+_UNGATED_SHARD_OF = {"up": "w1", "down": "w2"}
 
 
 class MiLoMoEMethod(FusedMoEMethodBase):
@@ -109,19 +86,23 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         Raises:
             CheckpointError: the layer has a feature, a size or a split that is not supported.
         """
-        activation = _activation(layer, self.moe, self.prefix)
+        self.activation = read_activation(layer, self.moe, self.prefix)
+        _refuse_adapters(self.moe, self.prefix)
+        self.shard_of = _SHARD_OF if self.moe.is_act_and_mul else _UNGATED_SHARD_OF
         self.hidden, self.intermediate = hidden_size, intermediate_size_per_partition
         self.tp_rank, self.tp_size = layer.moe_config.tp_rank, layer.moe_config.tp_size
-        self.local = _LocalExperts(layer)
+        self.local = LocalExperts(layer)
+        inputs = tuple(shard for shard in self.shard_of.values() if shard != "w2")
         self.gemms = [
-            self._gemm(layer, "w13", 2 * self.intermediate, hidden_size, ("w1", "w3")),
+            self._gemm(layer, "w13", len(inputs) * self.intermediate, hidden_size, inputs),
             self._gemm(layer, "w2", hidden_size, self.intermediate, ("w2",)),
         ]
         self.spec = MoESpec(
             self.format.compensator.bits,
-            activation,
+            self.activation.name,
             bool(layer.apply_router_weight_on_input),
             [largest_rank(gemm.ranks) for gemm in self.gemms],
+            *self.activation[1:4],
         )
         self._check_sizes()
         self.dummy = compat.loads_dummy_weights()
@@ -130,8 +111,14 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         self.guard.expect(self._expected_pieces())
         for gemm in self.gemms:
             self._register(layer, gemm, num_experts, params_dtype, extra_weight_attrs["weight_loader"])
+            if self.moe.has_bias:
+                # NaN, since vLLM's models may load biases expert by expert
+                bias = torch.full((num_experts, gemm.n), torch.nan, dtype=params_dtype)
+                layer.register_parameter(f"{gemm.name}_bias", Parameter(bias, requires_grad=False))
+                set_weight_attrs(getattr(layer, f"{gemm.name}_bias"), extra_weight_attrs)
         self.kernels = start_experts(
             self.spec,
+            self.moe.has_bias,
             (num_experts, self.hidden, self.intermediate),
             [gemm.group_size for gemm in self.gemms],
             layer.global_num_experts,
@@ -166,7 +153,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             names = [f"{gemm.name}_{tensor}" for tensor in BASE_TENSORS + _FACTOR_ORDER]
             tensors = [getattr(layer, name).data for name in names]
             tensors.append(torch.tensor(gemm.rank_offsets, dtype=torch.int32, device=tensors[0].device))
-            prepared = ops.prepare_experts(ExpertWeights(*tensors), self.spec, self.backend)
+            weights = ExpertWeights(*tensors, self._take_bias(layer, gemm))
+            prepared = ops.prepare_experts(weights, self.spec, self.backend)
             for name in names:
                 delattr(layer, name)
             # the first keeps its name: other parts of vLLM look for it
@@ -195,6 +183,43 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         w13, w2 = self._weights(layer)
         return ops.fused_moe(x, topk_weights, topk_ids, layer.expert_map, w13, w2, self.spec, self.backend)
 
+    def _take_bias(self, layer: Any, gemm: Gemm) -> torch.Tensor | None:
+        """Take a GEMM's biases from the layer, fp32 [experts, n] in the order of the rows; None where it has none.
+
+        Raises:
+            CheckpointError: some were not loaded, or are no numbers.
+        """
+        if not self.moe.has_bias:
+            return None
+        name = f"{gemm.name}_bias"
+        bias = getattr(layer, name).data.float()
+        delattr(layer, name)
+        if not bias.isfinite().all():
+            raise CheckpointError(f"{self.prefix}: {name} was not loaded for all experts, or holds NaN or Inf")
+        if self.activation.interleaved and gemm.parts == 2:
+            bias = bias.unflatten(1, (-1, 2)).mT.flatten(1).contiguous()
+        return bias
+
+    def load_expert(self, layer: Any, expert: int, projection: str, tensor: str, values: torch.Tensor) -> None:
+        """Load a tensor of an expert's matrix, where the model's own loader knows no such tensors.
+
+        Args:
+            layer: vLLM's.
+            expert: its number in the model.
+            projection: last part of the matrix's name in the checkpoint.
+            tensor: last part of the tensor's name.
+            values: the tensor.
+
+        Raises:
+            CheckpointError: a checkpoint has no such tensor, or of another shape or dtype.
+        """
+        shard = self.shard_of.get(EXPERT_PROJECTIONS.get(projection, ""))
+        if shard is None or tensor not in BASE_TENSORS + _FACTOR_ORDER:
+            raise CheckpointError(f"{self.prefix}.{expert}.{projection}.{tensor} is extra: experts have no such tensor")
+        name = f"{self._place(shard)[0].name}_{tensor}"
+        parameter: Any = getattr(layer, name)
+        parameter.weight_loader(parameter, values, f"{self.prefix}.{name}", shard, expert)
+
     def _weights(self, layer: torch.nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return both GEMMs' tensors as the backend takes them."""
         w13, w2 = ([getattr(layer, name) for name in self.names[gemm]] for gemm in ("w13", "w2"))
@@ -207,10 +232,10 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         topk_weights, topk_ids = compat.select_experts(layer, x, router_logits)
         return self.apply(layer, x, topk_weights, topk_ids)
 
-    def _gemm(self, layer: Any, name: str, n: int, k: int, shards: tuple[str, ...]) -> _Gemm:
+    def _gemm(self, layer: Any, name: str, n: int, k: int, shards: tuple[str, ...]) -> Gemm:
         """Return one of the layer's GEMMs, of the shards that it computes together."""
         group_size = self.format.groups.of_experts(self.prefix, shards[0], self.format.group_size)
-        return _Gemm(name, n, k, group_size, self._local_ranks(layer, shards))
+        return Gemm(name, n, k, group_size, self._local_ranks(layer, shards), shards)
 
     def _local_ranks(self, layer: Any, shards: tuple[str, ...]) -> list[list[int]]:
         """Return the ranks of this process's experts, by local expert and part."""
@@ -225,7 +250,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
     def _projection(self, shard: str) -> str:
         """Return the checkpoint's name of a shard, by the rank table; w1 and gate_proj mean the same."""
         roles = {EXPERT_PROJECTIONS[name]: name for name in self.format.ranks.projections_of(self.prefix)}
-        return roles.get(EXPERT_PROJECTIONS[shard], shard)
+        role = next(role for role, known in self.shard_of.items() if known == shard)
+        return roles.get(role, shard if self.moe.is_act_and_mul else f"{role}_proj")
 
     def _check_sizes(self) -> None:
         cuts = []
@@ -242,8 +268,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     def _expected_pieces(self) -> Iterator[tuple[str, TensorSpec]]:
         full = self.intermediate * self.tp_size
-        shapes = {"w1": (full, self.hidden), "w3": (full, self.hidden), "w2": (self.hidden, full)}
-        for shard, (n, k) in shapes.items():
+        for shard in self.shard_of.values():
+            n, k = (self.hidden, full) if shard == "w2" else (full, self.hidden)
             gemm, part = self._place(shard)
             for local, expert in enumerate(self.local.global_ids):
                 specs = self.format.base_tensors(n, k, gemm.group_size)
@@ -254,12 +280,12 @@ class MiLoMoEMethod(FusedMoEMethodBase):
     def _piece(self, expert: int, shard: str, tensor: str) -> str:
         return f"{self.prefix}.{expert}.{self._projection(shard)}.{tensor}"
 
-    def _place(self, shard: str) -> tuple[_Gemm, int]:
-        name, part = _SHARDS[shard]
-        return next(gemm for gemm in self.gemms if gemm.name == name), part
+    def _place(self, shard: str) -> tuple[Gemm, int]:
+        gemm = next(gemm for gemm in self.gemms if shard in gemm.shards)
+        return gemm, gemm.shards.index(shard)
 
     def _register(
-        self, layer: torch.nn.Module, gemm: _Gemm, experts: int, params_dtype: torch.dtype, loader: Callable[..., Any]
+        self, layer: torch.nn.Module, gemm: Gemm, experts: int, params_dtype: torch.dtype, loader: Callable[..., Any]
     ) -> None:
         compensator = self.format.compensator
         columns = gemm.n // gemm.parts
@@ -337,52 +363,17 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         param.data[first:stop].copy_(cut.elements(self.format.compensator, loaded, is_scale))
 
 
-class _LocalExperts:
-    """Which global experts this process holds, by local index."""
-
-    def __init__(self, layer: Any) -> None:
-        number = layer.global_num_experts
-        local = {expert: layer._map_global_expert_id_to_local_expert_id(expert) for expert in range(number)}
-        self._index = {expert: int(index) for expert, index in local.items() if index >= 0}
-        self.global_ids = sorted(self._index, key=lambda expert: self._index[expert])
-
-    def index(self, expert: int) -> int | None:
-        """Return the local index of a global expert; None if another process holds it."""
-        return self._index.get(expert)
-
-
-_ACTIVATION_CHANGES = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
-"""What vLLM passes, with the layer or with its description, where the activation is not what its name says."""
-
-
-def _is_set(owner: Any, key: str) -> bool:
-    return getattr(owner, key, None) is not None
-
-
-def _activation(layer: Any, moe: FusedMoEConfig, prefix: str) -> str:
-    """Return the layer's activation by name, or refuse the layer.
+def _refuse_adapters(moe: FusedMoEConfig, prefix: str) -> None:
+    """Refuse LoRA that may change experts.
 
     Raises:
-        CheckpointError: the layer has biases, no gate, a clamp, or an activation that MiLo does not know.
+        CheckpointError: it may.
     """
-    name = str(getattr(layer.activation, "value", layer.activation))
-    reason = None
-    if moe.has_bias:
-        reason = "experts with biases"
-    elif not moe.is_act_and_mul:
-        reason = "experts without a gate"
-    elif name not in ACTIVATIONS:
-        reason = f"the activation {name!r} (known are {', '.join(ACTIVATIONS)})"
-    elif changed := [key for key in _ACTIVATION_CHANGES if any(_is_set(owner, key) for owner in (layer, moe))]:
-        reason = f"a clamped or scaled activation ({', '.join(changed)})"
-    elif moe.is_lora_enabled and _may_change_experts(compat.lora_targets()):
+    if moe.is_lora_enabled and _may_change_experts(compat.lora_targets()):
         raise CheckpointError(
             f"{prefix}: MiLo does not support LoRA on experts; where adapters have none there, name what they change, "
             f"as in --lora-target-modules q_proj k_proj v_proj o_proj"
         )
-    if reason is not None:
-        raise CheckpointError(f"{prefix}: MiLo does not support {reason}; serve the model unquantized")
-    return name
 
 
 def _may_change_experts(targets: Sequence[str] | None) -> bool:

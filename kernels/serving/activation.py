@@ -1,4 +1,7 @@
-"""The gated activation between the GEMMs while tokens are few; with many the first GEMM's epilogue applies it."""
+"""The activation between the GEMMs while tokens are few; with many the first GEMM's epilogue applies it.
+
+Biases of the first GEMM, clamps, other constants than SiLU's, and experts without a gate are always here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import triton
 import triton.language as tl
 
 from ..launch import LaunchMode, launch
+from ..weights import MoESpec
 from .layout import UNIT
+from .routing import Routes, local_expert
 
 
 class Activated(NamedTuple):
@@ -30,12 +35,28 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
     return gate * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0)) * up  # 0.5·(1 + tanh(inner))
 
 
+@triton.jit
+def _limited(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """What :class:`...weights.MoESpec` says of an activation with constants, in fp32."""
+    if LIMIT != 0.0:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + BETA)
+    return gated(gate, up, ACTIVATION)
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def _activation_kernel(
-    y_ptr, h_ptr, sums_ptr, size, num_pairs,
-    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
+    y_ptr, h_ptr, sums_ptr, bias_ptr, ids_ptr, map_ptr, size, num_pairs,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """h = act(gate)·up of one pair over UNITS units, and its sums; y [SPLIT_K, num_pairs, 2·size], gate first.
+
+    Without a gate h = act(up), y [SPLIT_K, num_pairs, size]. Biases [experts, 2·size or size] are those of the pair's
+    expert.
 
     Its step in :mod:`.protocol` is ``ACTIVATE``.
     """
@@ -49,10 +70,27 @@ def _activation_kernel(
     gate = tl.zeros((UNITS * 128,), tl.float32)
     up = tl.zeros((UNITS * 128,), tl.float32)
     for split in tl.static_range(SPLIT_K):
-        row = y_ptr + (split * num_pairs + pair) * (2 * size) + k
-        gate += tl.load(row, mask=inside, other=0.0).to(tl.float32)
-        up += tl.load(row + size, mask=inside, other=0.0).to(tl.float32)
-    h = gated(gate, up, ACTIVATION).to(h_ptr.dtype.element_ty)
+        if GATED:
+            row = y_ptr + (split * num_pairs + pair) * (2 * size) + k
+            gate += tl.load(row, mask=inside, other=0.0).to(tl.float32)
+            up += tl.load(row + size, mask=inside, other=0.0).to(tl.float32)
+        else:
+            up += tl.load(y_ptr + (split * num_pairs + pair) * size + k, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        # rows of pairs whose expert is not local hold nothing of use, whatever is added
+        expert = tl.maximum(local_expert(ids_ptr, map_ptr, pair, True, HAS_MAP), 0).to(tl.int64)
+        if GATED:
+            gate += tl.load(bias_ptr + expert * (2 * size) + k, mask=inside, other=0.0)
+            up += tl.load(bias_ptr + expert * (2 * size) + size + k, mask=inside, other=0.0)
+        else:
+            up += tl.load(bias_ptr + expert * size + k, mask=inside, other=0.0)
+    if not GATED:
+        root = tl.maximum(up, 0.0)
+        h = (root * root).to(h_ptr.dtype.element_ty)
+    elif LIMIT != 0.0 or ALPHA != 1.0 or BETA != 0.0:
+        h = _limited(gate, up, ACTIVATION, LIMIT, ALPHA, BETA).to(h_ptr.dtype.element_ty)
+    else:
+        h = gated(gate, up, ACTIVATION).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + pair * size + k, h, mask=inside)
     per_unit: tl.constexpr = 128 // SUM
     group = tl.arange(0, UNITS * per_unit)
@@ -70,20 +108,31 @@ def power_of_two(largest):
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
-def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dtype, mode: LaunchMode) -> Activated:
+def activate(
+    y: torch.Tensor,
+    spec: MoESpec,
+    bias: torch.Tensor | None,
+    routes: Routes,
+    group_size: int,
+    dtype: torch.dtype,
+    mode: LaunchMode,
+) -> Activated:
     """Return act(gate)·up, ``dtype`` [pairs, I], and its sums, as in :class:`.projection.launcher.Projected`.
 
     Rows of pairs whose expert is not local hold nothing of use.
 
     Args:
-        y: the first GEMM's output [split_k, pairs, 2I], gate first.
-        activation: a key of :data:`..reference.ACTIVATIONS`.
+        y: the first GEMM's output [split_k, pairs, 2I], gate first; without a gate [split_k, pairs, I].
+        spec: the activation and its constants.
+        bias: what is added to y before, fp32 [E, 2I] or [E, I] by the pair's expert; None for nothing.
+        routes: the pairs' experts.
         group_size: 32, 64 or 128.
         dtype: fp16 or bf16.
         mode: how to launch.
     """
     split_k, num_pairs, both = y.shape
-    size = both // 2
+    size = both // 2 if spec.is_gated else both
+    has_bias = bias is not None
     units = triton.cdiv(size, UNIT)
     sum_size = min(group_size, 64)
     h = torch.empty(num_pairs, size, dtype=dtype, device=y.device)
@@ -96,9 +145,18 @@ def activate(y: torch.Tensor, activation: str, group_size: int, dtype: torch.dty
         y,
         h,
         sums,
+        bias,
+        routes.ids if has_bias else None,
+        routes.expert_map if has_bias else None,
         size,
         num_pairs,
-        ACTIVATION=activation,
+        ACTIVATION=spec.activation,
+        LIMIT=spec.limit,
+        ALPHA=spec.alpha,
+        BETA=spec.beta,
+        GATED=spec.is_gated,
+        HAS_BIAS=has_bias,
+        HAS_MAP=has_bias and routes.expert_map is not None,
         SPLIT_K=split_k,
         SUM=sum_size,
         UNITS=units_a_program,

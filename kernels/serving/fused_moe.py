@@ -4,12 +4,13 @@
    the counters of 2 and 5 to 0
 2. project: V13·x, which the epilogues of the first GEMM need
 3. gemm: gate and up, with U13 in the epilogue
-4. activate: h = act(gate)·up and its sums
+4. activate: h = act(gate)·up and its sums, after the biases of gate and up
 5. project: V2·h
 6. gemm: down, with U2 in the epilogue
-7. weighted_sum: over top-k
+7. weighted_sum: over top-k, after the biases of down
 
-With many tokens of a bf16 model 3 applies the activation itself, and hidden activations are read and written once.
+With many tokens of a bf16 model 3 applies the activation itself, and hidden activations are read and written once; not
+where gate and up have biases or the activation is not plain: such outputs have no bound by norms alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def fused_moe(
     rank13, rank2 = spec.max_ranks
     downs = [DownShape(rank13, gate_up.units, first.split_k), DownShape(rank2, down.units, second.split_k)]
     formats = [(weights.group_size, spec.factor_bits) for weights in (gate_up, down)]
-    fast = _is_fast(x, gate_up, down, first, second)
+    fast = spec.is_plain and gate_up.bias is None and _is_fast(x, gate_up, down, first, second)
     dtype = x.dtype
     needs_sums = first.needs_sums(gate_up.group_size)
     source, blocks, (planned13, planned2) = prepare(
@@ -83,21 +84,24 @@ def fused_moe(
         hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode, spec.activation)
         source = Projected(hidden.x, source.sums, None, hidden.row_scale)
     else:
-        half = [gate_up.columns // 2] * 2
-        y = gemm(source, gate_up, half, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
-        source = Projected(*activate(y, spec.activation, down.group_size, dtype, mode), None)
+        widths = [gate_up.columns // 2] * 2 if spec.is_gated else [gate_up.columns]
+        y = gemm(source, gate_up, widths, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
+        activated = activate(y, spec, gate_up.bias, routes, down.group_size, dtype, mode)
+        source = Projected(*activated, None)
     down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)
-    out = weighted_sum(y, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
+    out = weighted_sum(y, down.bias, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
     return cut_outputs(out, [hidden_size])
 
 
 def moe_shape(gate_up: KernelWeights, down: KernelWeights, spec: MoESpec, top_k: int) -> MoEShape:
     """Return what decides a layer's tiles."""
     first, second = spec.max_ranks
+    parts = 2 if spec.is_gated else 1
     groups = (gate_up.group_size, down.group_size)
-    return MoEShape(gate_up.packed.shape[0], top_k, down.columns, gate_up.columns // 2, groups, (first, second))
+    experts, intermediate = gate_up.packed.shape[0], gate_up.columns // parts
+    return MoEShape(experts, top_k, down.columns, intermediate, groups, (first, second), parts)
 
 
 def _is_fast(

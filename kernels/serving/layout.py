@@ -82,7 +82,8 @@ class KernelWeights(NamedTuple):
     v_scale int32 [R, ⌈K/128⌉, 16], the fp16 scales of a unit's halves in its halves, 0 in the rows and groups that
     padding added; rank_blocks int32 [E·P + 1],
     the blocks of part p of expert e; u_starts int64 [E·P], where its part of u starts, in elements of u_scale;
-    norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty.
+    norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty; bias fp32 [E, N],
+    0 in the rows that padding added, or None.
     """
 
     packed: torch.Tensor
@@ -94,6 +95,12 @@ class KernelWeights(NamedTuple):
     rank_blocks: torch.Tensor
     u_starts: torch.Tensor
     norms: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def present(self) -> list[torch.Tensor]:
+        """The tensors that there are: all but the bias of experts that have none, and of dense layers."""
+        return [tensor for tensor in self if tensor is not None]
 
     @property
     def columns(self) -> int:
@@ -152,6 +159,13 @@ def join_scale_zero(scale: torch.Tensor, zero: torch.Tensor, group_size: int) ->
     return pad(words, (0, -words.shape[-1] % groups)).unflatten(-1, (-1, groups)).movedim(-2, -3).contiguous()
 
 
+def padded_bias(weights: ExpertWeights, widths: list[int]) -> torch.Tensor | None:
+    """Return the bias in fp32 with 0 in the rows that padding adds to parts of these widths; None without one."""
+    if weights.bias is None:
+        return None
+    return pad_rows(weights.bias.float().unsqueeze(-1), widths).squeeze(-1).contiguous()
+
+
 def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
     """Bring one expert GEMM's tensors from the checkpoint layout to the kernel layout.
 
@@ -172,6 +186,7 @@ def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
         *_down_factors(weights.v, weights.v_scale, rows, checkpoint_columns(weights.packed), factor_bits),
         *serving_tables(ranks, widths * experts, weights.packed.device),
         largest_row_norms(weights, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
+        padded_bias(weights, widths),
     )
 
 

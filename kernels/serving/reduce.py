@@ -12,11 +12,11 @@ from .routing import Routes, local_expert
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _weighted_sum_kernel(
-    y_ptr, weights_ptr, ids_ptr, map_ptr, out_ptr, H, num_pairs,
-    TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTED: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    y_ptr, bias_ptr, weights_ptr, ids_ptr, map_ptr, out_ptr, H, num_pairs,
+    TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTED: tl.constexpr, HAS_MAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[token] = Σ weight·y over its pairs with a local expert, y [SPLIT_K, pairs, H] as partial sums.
+    """out[token] = Σ weight·(y + bias) over its pairs with a local expert, y [SPLIT_K, pairs, H] as partial sums.
 
     Its step in :mod:`.protocol` is ``WEIGHTED_SUM``.
     """
@@ -28,11 +28,14 @@ def _weighted_sum_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
-        is_local = local_expert(ids_ptr, map_ptr, pair, True, HAS_MAP) >= 0
+        expert = local_expert(ids_ptr, map_ptr, pair, True, HAS_MAP)
+        is_local = expert >= 0
         mask = (h < H) & is_local
         value = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLIT_K):
             value += tl.load(y_ptr + (split * num_pairs + pair) * H + h, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            value += tl.load(bias_ptr + expert.to(tl.int64) * H + h, mask=mask, other=0.0)
         if WEIGHTED:
             value *= tl.load(weights_ptr + pair).to(tl.float32)
         acc += value
@@ -40,11 +43,18 @@ def _weighted_sum_kernel(
 
 
 def weighted_sum(
-    y: torch.Tensor, topk_weights: torch.Tensor, routes: Routes, weighted: bool, dtype: torch.dtype, mode: LaunchMode
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    routes: Routes,
+    weighted: bool,
+    dtype: torch.dtype,
+    mode: LaunchMode,
 ) -> torch.Tensor:
     """Return ``dtype`` [T, H]: the weighted sum of y [split_k, T·k, H] over each token's local experts.
 
-    Rows of experts that are not local are never read: nothing wrote them.
+    Rows of experts that are not local are never read: nothing wrote them. ``bias`` fp32 [E, H] is added to those of its
+    expert before they are weighted.
     """
     split_k, pairs, hidden = y.shape
     tokens, top_k = routes.ids.shape
@@ -55,6 +65,7 @@ def weighted_sum(
         (tokens, triton.cdiv(hidden, block)),
         mode,
         y,
+        bias,
         topk_weights,
         routes.ids,
         routes.expert_map,
@@ -65,6 +76,7 @@ def weighted_sum(
         SPLIT_K=split_k,
         WEIGHTED=weighted,
         HAS_MAP=routes.expert_map is not None,
+        HAS_BIAS=bias is not None,
         BLOCK=block,
         PDL=mode.early,
         num_warps=2 if block == 256 else 4,

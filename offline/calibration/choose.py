@@ -133,4 +133,8 @@ def check_runs(reader: ModelReader) -> None:
         ConversionError: transformers has no class for it.
     """
     tensors = reader_tensors(reader.load, reader.tensors)
+    if reader.family.not_learned:
+        raise ConversionError(
+            f"{reader.folder}: no text goes through a model of {reader.family.model_type}: {reader.family.not_learned}"
+        )
     StreamedModel(reader.folder, reader.family, tensors, torch.device("meta"), torch.float32)

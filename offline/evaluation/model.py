@@ -61,8 +61,9 @@ def _fuse(state: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.
         parts[tensor][index, part] = values
     for tensor, held in parts.items():
         number = 1 + max(index for index, _ in held)
-        each = (torch.cat([held[index, part] for one, part in sorted(held) if one == index]) for index in range(number))
-        stacked = torch.stack(list(each))
         found = family.fused_experts(tensor)
-        fused[tensor] = stacked.mT.contiguous() if found is not None and found.transposed else stacked
+        assert found is not None, tensor
+        parts_of = range(len(found.projections))
+        stacked = torch.stack([found.joined([held[index, part] for part in parts_of]) for index in range(number)])
+        fused[tensor] = stacked.mT.contiguous() if found.transposed else stacked
     return fused

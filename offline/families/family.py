@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
+
 from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 
 from ..errors import ConversionError
@@ -33,19 +35,31 @@ class FusedExperts(NamedTuple):
         projections: whose matrices they are.
         hidden_side: which dimension of [E, N, K] is the hidden size.
         transposed: whether the family's makers store it as [E, K, N].
+        in_memory: whether transformers holds it so as well.
+        interleaved: whether the rows of the two matrices alternate.
     """
 
     experts: str
     projections: tuple[str, ...]
     hidden_side: int
     transposed: bool
+    in_memory: bool
+    interleaved: bool
+
+    def rows(self, part: int, n: int) -> slice:
+        """Return which rows are those of a matrix, the ``part``-th of n rows each."""
+        return slice(part, None, len(self.projections)) if self.interleaved else slice(part * n, (part + 1) * n)
+
+    def joined(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the matrices [N, K] of an expert, one or two, in one as the tensor has them, [.., K]."""
+        return torch.stack(list(matrices), 1).flatten(0, 1) if self.interleaved else torch.cat(list(matrices))
 
     def lies_transposed(self, shape: Sequence[int], hidden: int | None) -> bool:
         """Return whether a tensor of these experts is [E, K, N], by its shape and the model's hidden size.
 
         A family whose makers store that has the other layout in transformers' memory.
         """
-        return self.transposed and len(shape) == 3 and shape[self.hidden_side] != hidden
+        return self.transposed and len(shape) == 3 and (self.in_memory or shape[self.hidden_side] != hidden)
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class Family:
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
         logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
         not_run: why transformers' class does not run what the files hold; empty where it does.
+        not_learned: why nothing is learned of the family along a text, though transformers runs it; empty where it is.
         runs_as: ``model_type`` under which transformers runs the family, where it has no class for its own.
         note: what a user should know of it.
         status: ``served`` where vLLM has served a tiny checkpoint of it like the dequantized model, else ``converts``.
@@ -109,6 +124,7 @@ class Family:
     logits_divisor_key: str | None = None
     logits_cap_key: str | None = None
     not_run: str = ""
+    not_learned: str = ""
     runs_as: str | None = None
     note: str = ""
     status: str = "converts"
@@ -217,7 +233,7 @@ class Family:
             return None
         projections = tuple(getattr(self.projections, role) for role in held.holds)
         hidden_side = 1 if "down" in held.holds else 2
-        return FusedExperts(f"{layer[1]}.{self.in_block}experts", projections, hidden_side, held.transposed)
+        return FusedExperts(f"{layer[1]}.{self.in_block}experts", projections, hidden_side, *held[2:])
 
     def fused_places(self, experts: str, projection: str) -> list[tuple[str, int, int]]:
         """Return the fused tensors that may hold a projection of all experts: name, which part of N, of how many.

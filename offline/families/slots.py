@@ -40,12 +40,15 @@ class Projections(NamedTuple):
 class FusedTensor(NamedTuple):
     """A 3-D tensor [E, N, K] of the MoE block: its name inside the block, and whose matrices are stacked along N.
 
-    ``holds`` are roles: ``gate``, ``up``, ``down``. ``transposed`` says that its makers store [E, K, N].
+    ``holds`` are roles: ``gate``, ``up``, ``down``. ``transposed`` says that its makers store [E, K, N], ``in_memory``
+    that transformers holds it so as well. ``interleaved`` says that rows of gate and of up alternate.
     """
 
     name: str
     holds: tuple[str, ...]
     transposed: bool = False
+    in_memory: bool = False
+    interleaved: bool = False
 
 
 class Rename(NamedTuple):

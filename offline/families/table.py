@@ -19,6 +19,8 @@ _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
 _NO_ROUTER = "vLLM's CPU build refuses its router's scores"
 _NO_BIAS = "vLLM's CPU build drops its router's bias"
 _KEEPS_MAMBA = "Mamba layers stay as they are"
+_INDEXER = tuple(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))
+_SPARSE = "what chooses tokens for sparse attention stays as it is, and vLLM's CPU build has no sparse attention"
 _GRANITE_FUSED = (
     FusedTensor("input_linear.weight", ("gate", "up")),
     FusedTensor("output_linear.weight", ("down",)),
@@ -125,6 +127,25 @@ _DEEPSEEK_LIKE = (
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
         status=_SERVED,
+    ),
+    Family(
+        "deepseek_v32",
+        "DeepSeek-V3.2",
+        (*latent_attention(), *shared(), *dense()),
+        kept=("mlp.gate", *_INDEXER),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        note=_SPARSE,
+    ),
+    Family(
+        "glm_moe_dsa",
+        "GLM-5",
+        (*latent_attention(), *shared(), *dense()),
+        kept=("mlp.gate", *_INDEXER),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        not_run="its layers hand on which tokens they chose",
+        note=f"no calibration text; {_SPARSE}",
     ),
     Family("dots1", "dots.llm1", (*attention(), *shared(), *dense()), num_experts_keys=_ROUTED, status=_SERVED),
     Family(
@@ -364,6 +385,32 @@ _GEMMA_LIKE = (
     ),
 )
 
-_ALL = (*_MIXTRAL_LIKE, *QWEN, *_DEEPSEEK_LIKE, *_OTHERS, *_GEMMA_LIKE, *_BAILING_LIKE, *_MOONSHOT_LIKE, *_LLAMA_LIKE)
+_OPENAI = Family(
+    "gpt_oss",
+    "gpt-oss-20b, 120b",
+    attention(),
+    kept=("mlp.router",),
+    fused=(
+        FusedTensor("experts.gate_up_proj", ("gate", "up"), transposed=True, in_memory=True, interleaved=True),
+        FusedTensor("experts.down_proj", ("down",), transposed=True, in_memory=True),
+    ),
+    only_fused=True,
+    num_experts_keys=_LOCAL,
+    layer_kinds_keys=("layer_types",),
+    not_learned="its experts have biases, of which the calibration knows nothing",
+    note="no calibration text; biases of experts stay as they are",
+    status=_SERVED,
+)
+_ALL = (
+    *_MIXTRAL_LIKE,
+    *QWEN,
+    *_DEEPSEEK_LIKE,
+    *_OTHERS,
+    *_GEMMA_LIKE,
+    *_BAILING_LIKE,
+    *_MOONSHOT_LIKE,
+    *_LLAMA_LIKE,
+    _OPENAI,
+)
 FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""

@@ -111,7 +111,7 @@ def _fused_sources(tensor: str, entry: TensorEntry, fused: FusedExperts, hidden:
             f"{entry.file}: fused experts {tensor} must have shape [experts, {len(projections)}·N, K], "
             f"found {list(entry.shape)}"
         )
-    if fused.transposed and stacked == k:
+    if fused.transposed and not fused.in_memory and stacked == k:
         raise ConversionError(
             f"{entry.file}: fused experts {tensor} of shape {list(entry.shape)} may be [experts, N, K] or "
             f"[experts, K, N]: this family has both, and these sizes do not tell which; save the model with each "
@@ -124,7 +124,7 @@ def _fused_sources(tensor: str, entry: TensorEntry, fused: FusedExperts, hidden:
             Matrix(f"{experts}.{index}.{projection}", Kind.ROUTED_EXPERT, n, k, experts, index),
             tensor,
             index,
-            slice(part * n, (part + 1) * n),
+            fused.rows(part, n),
             transposed,
         )
         for index in range(number)

@@ -14,6 +14,7 @@ from vllm_milo.values import one_line
 
 from ..errors import PassingError
 from .formats.encoding import Encoded, Encoding, Place
+from .formats.fused import EncodedExperts, FusedEncoding
 
 Open = Callable[[Path], Any]
 """Returns a safetensors file, opened."""
@@ -21,6 +22,8 @@ Open = Callable[[Path], Any]
 
 Stored = torch.Tensor | Encoded
 """A matrix or tensor as files have it."""
+StoredTensor = Stored | EncodedExperts
+"""The same, or a tensor that holds matrices of all experts."""
 
 
 class Part(NamedTuple):
@@ -69,18 +72,38 @@ def read_part(part: Part, shard: Open = opened.shard) -> Stored:
         PassingError: it cannot be read.
     """
     if part.encoding is not None:
-        return part.encoding.read(lambda place: _read(place, shard, lambda file: file.get_tensor(place.tensor)))
+        return part.encoding.read(lambda place: _read_place(place, shard))
     if part.expert is None:
         return _read(Place(part.file, part.tensor), shard, lambda file: file.get_tensor(part.tensor))
     one = slice(part.expert, part.expert + 1)
-    index = (one, slice(None), part.rows) if part.transposed else (one, part.rows)
+    # files are sliced by ranges only: of rows that alternate with others, both are read
+    every = part.rows.step not in (None, 1)
+    rows = slice(None) if every else part.rows
+    index = (one, slice(None), rows) if part.transposed else (one, rows)
     held = _read(Place(part.file, part.tensor), shard, lambda file: file.get_slice(part.tensor)[index][0])
-    return held.mT.contiguous() if part.transposed else held
+    held = held.mT if part.transposed else held
+    return (held[part.rows] if every else held).contiguous()
 
 
-def on_device(stored: Stored, device: torch.device) -> torch.Tensor:
+def read_whole(part: Part, encoding: Encoding | FusedEncoding | None, shard: Open = opened.shard) -> StoredTensor:
+    """Return what :func:`read_part` does, or all experts of a tensor that is stored as ``encoding`` says."""
+    if isinstance(encoding, FusedEncoding):
+        return encoding.read(lambda place: _read_place(place, shard))
+    return read_part(part, shard)
+
+
+def on_device(stored: StoredTensor, device: torch.device) -> torch.Tensor:
     """Return a matrix or tensor on a device; one that is stored with fewer than 16 bits becomes values there."""
-    return stored.dequantize(device) if isinstance(stored, Encoded) else stored.to(device)
+    return stored.to(device) if isinstance(stored, torch.Tensor) else stored.dequantize(device)
+
+
+def _read_place(place: Place, shard: Open) -> torch.Tensor:
+    """Return a tensor; of one that holds matrices of all experts one expert's rows, all else of it in one dimension."""
+    if place.expert is None:
+        return _read(place, shard, lambda file: file.get_tensor(place.tensor))
+    one = slice(place.expert, place.expert + 1)
+    held = _read(place, shard, lambda file: file.get_slice(place.tensor)[one][0])
+    return held[place.rows].flatten(1).contiguous()
 
 
 def _read(place: Place, shard: Open, get: Callable[[Any], torch.Tensor]) -> torch.Tensor:

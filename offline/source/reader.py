@@ -30,11 +30,12 @@ from .completeness import (
 )
 from .config import read_settings
 from .finite import is_finite
+from .formats.fused import FusedEncoding
 from .formats.plain import PlainView, view_plain
 from .formats.scheme import Scheme
 from .formats.settings import find_schemes
 from .layers import BROKEN, Layer, Source, plan_layers
-from .parts import Opened, Part, Stored, on_device, read_part
+from .parts import Opened, Part, Stored, on_device, read_part, read_whole
 
 Uses = Mapping[str, Sequence[str]]
 """The names of the shards that hold a layer, by the layer's name, in the order that layers are worked on."""
@@ -114,11 +115,14 @@ class SourceTensors:
 
     def part(self, tensor: str, expert: int | None = None, rows: slice = slice(None), transposed: bool = False) -> Part:
         """Return where a tensor, or of one that holds several matrices one, lies in the model's files."""
-        return Part(self.view.tensors[tensor].file, tensor, expert, rows, transposed, self.view.encodings.get(tensor))
+        file, encoding = self.view.tensors[tensor].file, self.view.encodings.get(tensor)
+        if isinstance(encoding, FusedEncoding):
+            return Part(file, tensor, encoding=encoding.matrix(expert or 0, rows))
+        return Part(file, tensor, expert, rows, transposed, encoding)
 
     def load(self, tensor: str, device: torch.device = CPU) -> torch.Tensor:
         """Return a tensor as it is stored, on the CPU; one with fewer than 16 bits a weight as values on ``device``."""
-        stored = read_part(self.part(tensor), self.shards.shard)
+        stored = read_whole(self.part(tensor), self.view.encodings.get(tensor), self.shards.shard)
         return stored if isinstance(stored, torch.Tensor) else on_device(stored, device)
 
 

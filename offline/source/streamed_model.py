@@ -122,7 +122,7 @@ class StreamedModel:
             if target not in parameters:
                 raise ConversionError(f"{self.folder}: {tensor}: transformers has no such parameter; {self._advice}")
             fused = self._family.fused_experts(tensor)
-            if fused is not None and fused.lies_transposed(values.shape, self.hidden_size):
+            if fused is not None and not fused.in_memory and fused.lies_transposed(values.shape, self.hidden_size):
                 values = values.mT
             if place.shape != values.shape:
                 raise ConversionError(
@@ -308,7 +308,10 @@ def place_tensor(family: Family, tensor: str, parameters: Mapping[str, torch.Ten
     places = family.fused_places(experts, projection)
     for fused, part, parts in places:
         if fused in parameters:
-            return fused, parameters[fused][index].chunk(parts)[part]
+            held, whole = family.fused_experts(fused), parameters[fused][index]
+            if held is not None and held.in_memory:
+                return fused, whole.mT[held.rows(part, whole.shape[1] // parts)]
+            return fused, whole.chunk(parts)[part]
     raise ConversionError(f"{places[0][0]}: transformers holds the experts of this model otherwise; use its version 5")
 
 

@@ -184,7 +184,7 @@ def test_nothing_is_left_to_compile_for_experts():
     ranks13, ranks2 = [[16, 16]] * 8, [[16]] * 8
     spec = moe_spec(ranks13, ranks2, 3, "silu", False)
     w13, w2 = (
-        ops.prepare_experts(type(w)(*(t.cuda() for t in w)), spec, "triton")
+        ops.prepare_experts(type(w)(*(t.cuda() for t in w.present)), spec, "triton")
         for w in (random_experts(ranks13, 1024, 512, 64, 3), random_experts(ranks2, 512, 512, 64, 3))
     )
     common = (torch.bfloat16, w13[0].device)

@@ -16,15 +16,16 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 @pytest.mark.parametrize(
     ("layer", "moe", "message"),
     [
-        ({}, {"has_bias": True}, "experts with biases"),
-        ({}, {"is_act_and_mul": False}, "experts without a gate"),
+        ({}, {"is_act_and_mul": False}, "experts without a gate and the activation 'silu'"),
+        ({"activation": SimpleNamespace(value="relu2_no_mul")}, {}, "experts with a gate and the activation 'relu2_no"),
         ({}, {"is_lora_enabled": True}, "LoRA on experts; .* --lora-target-modules q_proj"),
         ({"activation": SimpleNamespace(value="relu2")}, {}, "the activation 'relu2'"),
-        ({"swiglu_limit": 7.0}, {}, "swiglu_limit"),
-        ({"swiglu_limit": 0.0}, {}, "swiglu_limit"),
-        ({}, {"swiglu_limit": 7.0}, "swiglu_limit"),
-        ({"swiglu_alpha": 1.702, "swiglu_beta": 1.0}, {}, r"swiglu_alpha, swiglu_beta"),
-        ({}, {"swiglu_beta": 1.0}, "swiglu_beta"),
+        ({"swiglu_limit": 0.0}, {}, r"silu with swiglu_limit 0\.0"),
+        ({"swiglu_alpha": 1.702, "swiglu_beta": 1.0}, {}, r"swiglu_alpha 1\.702, swiglu_beta 1\.0"),
+        ({"swiglu_limit": 7.0}, {"swiglu_beta": 1.0}, r"swiglu_limit 7\.0, swiglu_beta 1\.0"),
+        ({"activation": SimpleNamespace(value="gelu"), "swiglu_limit": 7.0}, {}, "gelu with swiglu_limit"),
+        ({"activation": SimpleNamespace(value="swigluoai"), "swiglu_limit": 5.0}, {}, "swigluoai with swiglu_limit 5"),
+        ({"activation": SimpleNamespace(value="swigluoai_uninterleave")}, {}, "with no swiglu_limit"),
     ],
 )
 def test_unsupported_experts_are_refused(layer, moe, message):
@@ -32,16 +33,67 @@ def test_unsupported_experts_are_refused(layer, moe, message):
         create_experts(moe_layer(**layer), **moe)
 
 
+COMPUTED = {
+    "silu": ("silu", 0.0, 1.0, 0.0),
+    "gelu": ("gelu", 0.0, 1.0, 0.0),
+    "gelu_tanh": ("gelu_tanh", 0.0, 1.0, 0.0),
+    "swigluoai": ("silu", 7.0, 1.702, 1.0),
+    "relu2_no_mul": ("relu2_no_mul", 0.0, 1.0, 0.0),
+}
+"""What the kernels get of vLLM's activations."""
+
+
 def test_every_activation_of_vllm_is_computed_or_refused():
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
+    assert COMPUTED.keys() <= {activation.value for activation in MoEActivation}
     for activation in MoEActivation:
         layer, name = moe_layer(activation=activation), activation.value
-        if name in ("silu", "gelu", "gelu_tanh"):
-            assert create_experts(layer).spec.activation == name
+        if name in COMPUTED:
+            spec = create_experts(layer, is_act_and_mul=activation.is_gated).spec
+            assert (spec.activation, spec.limit, spec.alpha, spec.beta) == COMPUTED[name]
             continue
-        with pytest.raises(CheckpointError, match=r"does not support (experts without a gate|the activation)"):
+        with pytest.raises(CheckpointError, match=r"does not support (a clamped|the activation)"):
             create_experts(layer, is_act_and_mul=activation.is_gated)
+
+
+@pytest.mark.parametrize("owner", ["layer", "description"])
+def test_constants_of_the_activation_reach_the_kernels(owner: str):
+    def spec_of(name: str, **constants: float) -> tuple:
+        on_layer = constants if owner == "layer" else {}
+        layer = moe_layer(activation=SimpleNamespace(value=name), **on_layer)
+        return create_experts(layer, **({} if on_layer else constants)).spec[4:]
+
+    assert spec_of("silu", swiglu_limit=10.0) == (10.0, 1.0, 0.0)
+    assert spec_of("swigluoai_uninterleave", swiglu_limit=7.0) == (7.0, 1.0, 0.0)
+    assert spec_of("swigluoai_uninterleave", swiglu_limit=7.0, swiglu_alpha=1.702, swiglu_beta=1.0) == (7.0, 1.702, 1.0)
+
+
+def test_experts_without_a_gate_have_two_matrices():
+    layer = moe_layer(activation=SimpleNamespace(value="relu2_no_mul"))
+    method = create_experts(layer, is_act_and_mul=False)
+    assert layer.w13_weight_packed.shape == (4, 128, 12)
+    assert not method.spec.is_gated
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.mlp\.experts\.0\.up_proj\.weight_packed"):
+        method.process_weights_after_loading(layer)
+
+
+def test_biases_of_gate_and_up_are_taken_apart():
+    layer = moe_layer(activation=SimpleNamespace(value="swigluoai"))
+    method = create_experts(layer, has_bias=True)
+    up_first = torch.arange(4 * 256).view(4, 256).float()
+    layer.w13_bias.data.copy_(up_first)
+    found = method._take_bias(layer, method.gemms[0])
+    assert torch.equal(found[:, :128], up_first[:, ::2])
+    assert torch.equal(found[:, 128:], up_first[:, 1::2])
+
+
+def test_biases_that_vllm_did_not_load_are_refused():
+    layer = moe_layer()
+    method = create_experts(layer, has_bias=True)
+    layer.w13_bias.data[:3] = 0
+    with pytest.raises(CheckpointError, match="w13_bias was not loaded for all experts"):
+        method._take_bias(layer, method.gemms[0])
 
 
 @pytest.mark.parametrize("on_input", [True, False])
@@ -115,6 +167,6 @@ def test_rank_offsets_are_worked_out_once():
     """Every factor tensor of a load asks for them: with 256 experts, 3072 times."""
     from vllm_milo.fused_moe import _Gemm  # which imports vLLM
 
-    gemm = _Gemm("w13", 128, 64, 64, [[8, 16], [0, 24]])
+    gemm = _Gemm("w13", 128, 64, 64, [[8, 16], [0, 24]], ("w1", "w3"))
     assert gemm.rank_offsets == [0, 8, 24, 24, 48]
     assert gemm.rank_offsets is gemm.rank_offsets

@@ -21,8 +21,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 if DEVICE != "cpu":
     pytestmark.append(pytest.mark.skip(reason="in float32, on the CPU"))
 
-QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe")
-"""What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one."""
+QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe", "gpt_oss")
+"""What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one;
+experts with biases and a clamped activation, whose model loads them by itself."""
 SLOW = ("hunyuan_v1_moe", "deepseek", "qwen3_next")
 """Each of another kind: norms after rotation, layers without a name, attention without a softmax."""
 LARGEST = {"float32": (1e-5, 2e-3), "bfloat16": (0.1, 1.0)}

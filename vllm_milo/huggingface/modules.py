@@ -27,7 +27,7 @@ class Packed(nn.Module):
         super().__init__()
         self._operator, self._spec, self._type = operator, spec, type(weights)
         self._backend = "torch"
-        self._hold(list(weights))
+        self._hold([tensor for tensor in weights if tensor is not None])
 
     def on(self, x: torch.Tensor) -> tuple[list[torch.Tensor], str]:
         """Return the tensors as the backend that computes with these activations takes them, and that backend.

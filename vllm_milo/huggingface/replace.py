@@ -109,6 +109,11 @@ def _replacement(name: str, module: nn.Module, stored: _Stored) -> _Replacement 
     fused = stored.family.fused_experts(f"{name}.{FUSED_EXPERTS[0]}")
     if fused is None or fused.experts not in stored.experts:
         return None
+    if not hasattr(module, "act_fn"):
+        raise CheckpointError(
+            f"{name}: MiLo does not run experts of {type(module).__name__} in transformers, which has biases or an "
+            f"activation of its own; serve the checkpoint with vLLM"
+        )
     number, projections = stored.experts[fused.experts], (fused.projections, (stored.family.projections.down,))
     gemms = [
         [[f"{fused.experts}.{index}.{part}" for part in parts] for index in range(number)] for parts in projections

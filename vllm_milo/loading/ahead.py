@@ -39,6 +39,7 @@ def start_linear(spec: LinearSpec, k: int, dtype: torch.dtype, max_tokens: int, 
 
 def start_experts(
     spec: MoESpec,
+    biased: bool,
     sizes: tuple[int, int, int],
     group_sizes: Sequence[int],
     global_experts: int,
@@ -51,6 +52,7 @@ def start_experts(
 
     Args:
         spec: of the layer.
+        biased: whether experts have biases.
         sizes: experts, hidden and intermediate size, on this process.
         group_sizes: of both GEMMs.
         global_experts: number of the model's; where this process has fewer, there will be a map of them.
@@ -65,15 +67,17 @@ def start_experts(
 
     experts, hidden, intermediate = sizes
     bits = spec.factor_bits
-    w13 = stand_in(experts, [intermediate] * 2, hidden, group_sizes[0], bits, dtype, device, bounded=True)
-    w2 = stand_in(experts, [hidden], intermediate, group_sizes[1], bits, dtype, device)
+    parts = 2 if spec.is_gated else 1
+    widths = [intermediate] * parts
+    w13 = stand_in(experts, widths, hidden, group_sizes[0], bits, dtype, device, bounded=parts == 2, biased=biased)
+    w2 = stand_in(experts, [hidden], intermediate, group_sizes[1], bits, dtype, device, biased=biased)
     expert_map = None
     if experts < global_experts:
         expert_map = torch.zeros(global_experts, dtype=torch.int32, device=device)
     repack = [
         future
-        for parts, group_size in zip((2, 1), group_sizes, strict=True)
-        for future in warm_up_repack(parts, group_size, bits, dtype, device)
+        for number, group_size in zip((parts, 1), group_sizes, strict=True)
+        for future in warm_up_repack(number, group_size, bits, dtype, device)
     ]
     return repack + warm_up_moe(w13, w2, expert_map, spec, "triton", hidden, global_experts, top_k, dtype, max_tokens)
 

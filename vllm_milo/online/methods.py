@@ -80,6 +80,9 @@ class OnlineMoEMethod(MiLoMoEMethod):
 
     def create_weights(self, layer: Any, *sizes: Any, **options: Any) -> None:
         """Register a checkpoint's parameters, and two without values that take 16-bit weights."""
+        if self.moe.has_bias or not self.moe.is_act_and_mul:
+            kind = "with biases" if self.moe.has_bias else "without a gate"
+            raise CheckpointError(f"{self.prefix}: experts {kind} are not quantized while they are loaded; {_LEFT}")
         super().create_weights(layer, *sizes, **options)
         for gemm in self.gemms:
             nothing = Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)

@@ -52,7 +52,7 @@ class GemmShape(NamedTuple):
 
     Attributes:
         width: outputs of a part.
-        parts: 2 for gate and up.
+        parts: 2 for gate and up, else 1.
         units: units of 128 inputs.
         group: group size.
         rank: largest rank of an expert, its parts padded and added, in whole tiles of V·x: layers whose kernels are the
@@ -97,7 +97,7 @@ class Load(NamedTuple):
 
 def gemm_shapes(shape: MoEShape) -> tuple[GemmShape, GemmShape]:
     """Return both GEMMs of a layer, gate/up first."""
-    sizes = (shape.intermediate, 2, shape.hidden), (shape.hidden, 1, shape.intermediate)
+    sizes = (shape.intermediate, shape.parts, shape.hidden), (shape.hidden, 1, shape.intermediate)
     first, second = (
         GemmShape(width, parts, triton.cdiv(k, UNIT), group, RANKS * rank_tiles(rank), rank_step(rank, parts))
         for (width, parts, k), group, rank in zip(sizes, shape.groups, shape.ranks, strict=True)

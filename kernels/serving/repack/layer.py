@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...weights import ExpertWeights, LinearSpec, LinearWeights
-from ..layout import KernelWeights, checkpoint_columns, ranks_of_experts, serving_tables
+from ..layout import KernelWeights, checkpoint_columns, padded_bias, ranks_of_experts, serving_tables
 from ..padding import check_factors
 from .base import repack_base
 from .factors import repack_down, repack_up
@@ -26,9 +26,10 @@ def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
     parts = len(ranks) // experts
     widths = [rows // parts] * parts
     check_factors(widths * experts, ranks, checkpoint_columns(weights.packed), factor_bits)
-    weights = ExpertWeights(*(tensor.contiguous() for tensor in weights))
+    weights = ExpertWeights(*(tensor.contiguous() for tensor in weights.present))
     norms = largest_row_norms(weights, factor_bits) if parts == 2 else weights.scale.new_empty(0).float()
-    return _repack(weights[:7], widths, ranks, widths * experts, factor_bits, norms)
+    repacked = _repack(weights[:7], widths, ranks, widths * experts, factor_bits, norms)
+    return repacked._replace(bias=padded_bias(weights, widths))
 
 
 def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:

@@ -14,10 +14,12 @@ from .scheme import Scheme
 
 
 class Place(NamedTuple):
-    """A tensor in a file."""
+    """A tensor in a file; of one that holds matrices of all experts, some rows of one expert's."""
 
     file: Path
     tensor: str
+    expert: int | None = None
+    rows: slice = slice(None)
 
     def __str__(self) -> str:
         return f"{self.file}: tensor {self.tensor}"

@@ -14,8 +14,9 @@ from vllm_milo.shards import TensorEntry
 from ...errors import ConversionError
 from ..layers import BROKEN
 from .encoding import Encoding, Place
+from .fused import FusedEncoding, fused_modules
 from .scheme import Format, Scheme
-from .table import IGNORED
+from .table import IGNORED, MXFP4_EXPERTS
 
 Tensors = Mapping[str, TensorEntry]
 WEIGHT = "weight"
@@ -33,7 +34,7 @@ class PlainView(NamedTuple):
     """
 
     tensors: Tensors
-    encodings: Mapping[str, Encoding]
+    encodings: Mapping[str, Encoding | FusedEncoding]
     format: str | None = None
     notes: Sequence[str] = ()
 
@@ -56,8 +57,11 @@ def view_plain(stored: Tensors, schemes: Sequence[Scheme], dtype: str) -> PlainV
     """
     if not schemes:
         return PlainView(stored, {})
+    if schemes[0].format is MXFP4_EXPERTS:
+        return _view_fused(stored, schemes[0], dtype)
     choose = _Choice(schemes)
-    tensors, encodings, used, ignored = {}, {}, set(), Counter[str]()
+    encodings: dict[str, Encoding | FusedEncoding] = {}
+    tensors, used, ignored = {}, set(), Counter[str]()
     for module, scheme in _encoded_modules(stored, schemes, choose):
         name, encoding = f"{module}.{WEIGHT}", _encoding(stored, module, scheme, dtype)
         codes = encoding.places[scheme.format.codes]
@@ -79,6 +83,19 @@ def view_plain(stored: Tensors, schemes: Sequence[Scheme], dtype: str) -> PlainV
     notes = [f"{count} tensors {leaf} are left out: {IGNORED[leaf]}" for leaf, count in sorted(ignored.items())]
     names = sorted({scheme.name for scheme in {encoding.scheme for encoding in encodings.values()}})
     return PlainView(tensors, encodings, "; ".join(names) or None, notes)
+
+
+def _view_fused(stored: Tensors, scheme: Scheme, dtype: str) -> PlainView:
+    """Return the tensors of a model whose experts are stored together."""
+    found = list(fused_modules(stored, scheme, dtype))
+    encodings = {name: encoding for name, _, encoding in found}
+    used = {place.tensor for encoding in encodings.values() for place in encoding.places.values()}
+    tensors = {name: entry for name, entry in stored.items() if name not in used}
+    twice = next((name for name in encodings if name in tensors), None)
+    if twice is not None:
+        raise ConversionError(f"{tensors[twice].file}: tensor {twice} is there twice, in MXFP4 too; {BROKEN}")
+    entries = {name: entry for name, entry, _ in found}
+    return PlainView(tensors | entries, encodings, scheme.name if found else None)
 
 
 class _Choice:

@@ -11,7 +11,7 @@ from vllm_milo.values import shown, shown_name
 
 from ...errors import ConversionError
 from .scheme import Format, Scheme
-from .table import FINE_FP8, FLOAT, INT8, MXFP4, PACKED, PLAIN_FP8
+from .table import FINE_FP8, FLOAT, INT8, MXFP4, MXFP4_EXPERTS, PACKED, PLAIN_FP8
 
 Config = Mapping[str, Any]
 _FURTHER = (("sparsity_config", "format", "dense"), ("transform_config", "config_groups", None))
@@ -40,7 +40,7 @@ _COMPRESSED = {
 }
 """By compressed-tensors' names of a format and of the type of numbers."""
 KNOWN = (
-    "16 bits, float32, FP8 e4m3 (quant_method fp8), and compressed-tensors' "
+    "16 bits, float32, FP8 e4m3 (quant_method fp8), gpt-oss's MXFP4 (quant_method mxfp4), and compressed-tensors' "
     + ", ".join(dict.fromkeys(name for name, _ in _COMPRESSED))
     + " of 4 or 8 bits"
 )
@@ -83,6 +83,11 @@ def _read_fp8(stated: Config, path: Path) -> tuple[Scheme, ...]:
     if block is None:
         return (Scheme(PLAIN_FP8, (None, None)),)
     return (Scheme(FINE_FP8, _sides(block, path, "weight_block_size")),)
+
+
+def _read_experts(stated: Config, path: Path) -> tuple[Scheme, ...]:
+    """Read what OpenAI publishes gpt-oss in: experts in MXFP4, all else in 16 bits."""
+    return (Scheme(MXFP4_EXPERTS, (1, 32), bits=4),)
 
 
 def _read_compressed(stated: Config, path: Path) -> tuple[Scheme, ...]:
@@ -153,5 +158,6 @@ def _unknown(path: Path, what: str) -> ConversionError:
 _METHODS: dict[str, Callable[[Config, Path], tuple[Scheme, ...]]] = {
     "fp8": _read_fp8,
     "compressed-tensors": _read_compressed,
+    "mxfp4": _read_experts,
 }
 """Readers of a ``quantization_config``, by its ``quant_method``."""

@@ -21,6 +21,8 @@ PACKED = Format(
     zero="weight_zero_point",
     order="weight_g_idx",
 )
+MXFP4_EXPERTS = Format("MXFP4 (gpt-oss)", "blocks", ("U8",), "scales", ("U8",), dequantize_fp4)
+"""The experts of a layer together: these are ends of names, of tensors that :mod:`.fused` describes."""
 MXFP4 = Format("MXFP4 (compressed-tensors)", "weight_packed", ("U8",), "weight_scale", ("U8",), dequantize_fp4)
 
 IGNORED = {

@@ -99,7 +99,8 @@ class Layer:
             for expert, index in self.local.items():
                 self.expert_map[expert] = index
         self.prepared = [
-            ops.prepare_experts(type(w)(*(t.to(device) for t in w)), self.spec, "triton") for w in (self.w13, self.w2)
+            ops.prepare_experts(type(w)(*(t.to(device) for t in w.present)), self.spec, "triton")
+            for w in (self.w13, self.w2)
         ]
 
     def run(self, x, weights, ids, configs=None):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import TINY, has_class, make_family
+from tiny_families import TINY, has_class, learns, make_family
 from tiny_models import VOCABULARY
 
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
@@ -41,6 +41,11 @@ KEPT = {
     "hunyuan_v1_moe": {"mlp.gate.wg"},
     "hy_v3": {"mlp.router.gate"},
     "afmoe": {"mlp.router.gate"},
+    "gpt_oss": {"mlp.router"},
+    **{
+        name: {"mlp.gate", *(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))}
+        for name in ("deepseek_v32", "glm_moe_dsa")
+    },
     **{name: {"block_sparse_moe.gate"} for name in ("mixtral", "minimax_m2", "phimoe")},
     **{
         name: {"mlp.gate", "mlp.shared_expert_gate"}
@@ -131,7 +136,9 @@ def test_the_checkpoint_predicts_about_what_the_source_does(name: str, uniform):
     assert 1e-5 < divergence < 0.2 * shuffled
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUN])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUN if learns(n)]
+)
 def test_along_a_text_within_a_budget(name: str, uniform, tmp_path: Path):
     """As by default, with little text: ranks are measured, codes learned."""
     source, _ = uniform(name)

@@ -33,3 +33,9 @@ def test_without_a_class_there_is_no_text(bundled_model: Path, tmp_path: Path, c
 def test_a_class_that_holds_it_otherwise(name: str, tmp_path: Path):
     with pytest.raises(ConversionError, match=f"cannot run {name} a layer at a time: {FAMILIES[name].not_run}"):
         check_runs(ModelReader(make_family(name, tmp_path / "source")))
+
+
+def test_a_family_that_is_not_learned(tmp_path: Path):
+    """Transformers runs it, and so does `milo eval`; the calibration would leave biases of experts out of its sums."""
+    with pytest.raises(ConversionError, match=f"through a model of gpt_oss: {FAMILIES['gpt_oss'].not_learned}"):
+        check_runs(ModelReader(make_family("gpt_oss", tmp_path / "source")))

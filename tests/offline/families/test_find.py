@@ -28,8 +28,8 @@ def test_known_families(family):
         ({"model_type": "gemma4", "text_config": {"num_experts": None}}, "no num_experts; is this gemma4 model a MoE"),
         ({"model_type": "x", "text_config": {"num_experts": 1}}, "'x' is not a Mixture-of-Experts model"),
         (
-            {"model_type": "gpt_oss", "num_local_experts": 32},
-            "'gpt_oss' is a MoE family that MiLo does not know; ",
+            {"model_type": "minimax_m3", "num_local_experts": 32},
+            "'minimax_m3' is a MoE family that MiLo does not know; the nearest that it knows is minimax_m2; ",
         ),
         ({"model_type": "qwen4_moe", **MOE}, "does not know; the nearest that it knows is qwen3_moe; `milo families`"),
         ({"model_type": "glm4v_moe", "text_config": MOE}, "'glm4v_moe' is a MoE family .* nearest .* is glm4_moe;"),

@@ -133,8 +133,8 @@ def test_scale_that_does_not_fit_names_tensor_and_group(source: Path, tmp_path: 
 
 
 def test_unknown_family(source: Path, tmp_path: Path):
-    edit_config(source, model_type="gpt_oss")
-    refused(source, tmp_path / "out", "'gpt_oss' is a MoE family that MiLo does not know; `milo families` lists")
+    edit_config(source, model_type="dbrx_moe")
+    refused(source, tmp_path / "out", "'dbrx_moe' is a MoE family that MiLo does not know; `milo families` lists")
 
 
 def test_not_a_moe(source: Path, tmp_path: Path):
