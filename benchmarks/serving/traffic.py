@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -87,7 +87,7 @@ async def ask(http: httpx.AsyncClient, request: Request) -> Answer:
     return _read(response.json()["choices"][0])
 
 
-async def stream(http: httpx.AsyncClient, request: Request) -> AsyncIterator[Answer]:
+async def stream(http: httpx.AsyncClient, request: Request) -> AsyncGenerator[Answer, None]:
     """Yield the pieces of an answer as they come.
 
     Raises:
