@@ -100,6 +100,8 @@ class Recipe:
             second moments, or ``hqq``, whose norm is robust where nothing is known of them (see
             :mod:`.solve.base.robust`).
         narrow: numbers of inputs K whose matrices get smaller groups, and which.
+        integer_zeros: whether zero points of methods without compensators are integers from 0 to 7, as other tools'
+            formats want them; see :mod:`.solve.base.integer_zeros`.
     """
 
     method: str = "milo"
@@ -110,6 +112,7 @@ class Recipe:
     feedback_rounds: int | None = None
     base: str = "least squares"
     narrow: tuple[tuple[int, int], ...] = ()
+    integer_zeros: bool = False
 
     def group_size_for(self, k: int) -> int:
         """Return the group size of matrices with ``k`` inputs: the wanted one, or the largest smaller one that fits.

@@ -87,6 +87,7 @@ FLOORS = {
     "presets": {"errors", "nouns", "ranks"},
     "checkpoint": {"errors", "nouns", "durable", "solve", "families", "source", "hub_names"},
     "importing": {"errors", "progress", "families", "source", "checkpoint"},
+    "exporting": {"errors", "progress", "durable", "families", "checkpoint"},
     "evaluation": {"errors", "progress", "durable", "families", "source", "checkpoint"},
     "spread": {"errors", "nouns", "solve", "source", "calibration", "batches", "checkpoint"},
     "conversion": {"nouns", "learn", "ranks", "checkpoint"},
@@ -121,7 +122,18 @@ FLOORS = {
         "checkpoint",
         "evaluation",
     }
-    | {"conversion", "planning", "convert", "importing", "hub_names", "hub", "progress", "threads", "effort"},
+    | {
+        "conversion",
+        "planning",
+        "convert",
+        "importing",
+        "exporting",
+        "hub_names",
+        "hub",
+        "progress",
+        "threads",
+        "effort",
+    },
 }
 """The rooms of offline/, each with those that it may import: only what stands above it in this list."""
 

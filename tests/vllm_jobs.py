@@ -41,3 +41,11 @@ def assert_matches(name: str, checkpoints: dict[str, Path], outputs: dict, dtype
         outliers = sum(value > 0.3 for value in found.differences + found.shortfalls)
         assert mean < 0.05
         assert outliers <= (2 if name == "bundled" else 10)
+
+
+def assert_same_answers(first: list[dict], second: list[dict], tolerance: float = 2e-3) -> None:
+    """Assert that two rounds of answers have the same tokens, with the same log-probabilities."""
+    for one, other in zip(first, second, strict=True):
+        assert one["generated"] == other["generated"]
+        differences = [abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True)]
+        assert max(differences) < tolerance

@@ -3,7 +3,10 @@
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
 "mend_router": true, vLLM's router of CPUs routes as those of GPUs do; with "lora": folder, an adapter is on; with
 "reload": true, weights are loaded once more after a first run.
-OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}.
+OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}. With "rounds": n, prompts are
+answered n times by one engine and without their own log-probabilities, which nothing could be taken from a cache for:
+{name: [[{"generated": [...], "logprobs": [...], "cached": tokens}]]}, by round; with "sleep": level, the engine sleeps
+and wakes between rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +35,11 @@ def run(job: dict[str, Any], folder: Path, timeout: float = 600) -> dict[str, An
     """Run a job in a subprocess and return its results."""
     (folder / "job.json").write_text(json.dumps(job))
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
-    if job["engine"].get("tensor_parallel_size", 1) == 1:
+    # for what vLLM's own processes import of the tests
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)])
+    )
+    if all(job["engine"].get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "pipeline")):
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, __file__, str(folder / "job.json"), str(folder / "out.json")]
     log = folder / "vllm.log"
@@ -54,6 +61,8 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
     if job.get("reload"):
         llm.generate([{"prompt_token_ids": prompts[0]}], use_tqdm=False)
         llm.collective_rpc("reload_weights")
+    if "rounds" in job:
+        return _answer(llm, prompts, job)
     parameters = SamplingParams(
         max_tokens=job["max_tokens"], temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
     )
@@ -68,6 +77,44 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
         }
         for ids, output in zip(prompts, outputs, strict=True)
     ]
+
+
+def _answer(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> list[Any]:
+    """Return the answers of each round; between rounds the engine sleeps where the job says so."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        max_tokens=job["max_tokens"], temperature=0, logprobs=0, detokenize=False, ignore_eos=True
+    )
+    rounds = []
+    for number in range(job["rounds"]):
+        if number and "sleep" in job:
+            _sleep(llm, job["sleep"])
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        rounds.append(
+            [
+                {
+                    "generated": list(answer.token_ids),
+                    "logprobs": [
+                        table[token].logprob for token, table in zip(answer.token_ids, answer.logprobs, strict=True)
+                    ],
+                    "cached": output.num_cached_tokens,
+                }
+                for output, answer in ((output, output.outputs[0]) for output in outputs)
+            ]
+        )
+    return rounds
+
+
+def _sleep(llm: Any, level: int) -> None:
+    """Sleep and wake as users do; level 2 discards the weights, which are loaded again before the cache is back."""
+    llm.sleep(level=level)
+    if level == 1:
+        llm.wake_up()
+        return
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
 
 
 def main() -> None:

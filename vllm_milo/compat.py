@@ -71,6 +71,11 @@ def place_on_host() -> tuple[int, int]:
     return replica * local + int(parallel.rank) % local, replicas * local
 
 
+def balances_experts() -> bool:
+    """Return whether experts may move between processes while the model is served (``--enable-eplb``)."""
+    return bool(getattr(get_current_vllm_config().parallel_config, "enable_eplb", False))
+
+
 def architectures() -> tuple[str, ...]:
     """Return the architectures of the model under construction, by its config.json."""
     model = get_current_vllm_config().model_config

@@ -20,6 +20,7 @@ from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, GroupTable, MiLo
 from vllm_milo.models.checkpoint_names import (
     experts_in_checkpoint,
     module_in_checkpoint,
+    name_in_model,
     names_in_checkpoint,
     values_of_keys,
 )
@@ -181,6 +182,7 @@ class MiLoConfig(QuantizationConfig):
         from vllm_milo.linear import MiLoLinearMethod
         from vllm_milo.models.nameless import NamelessLinearMethod
 
+        prefix = name_in_model(prefix)
         if isinstance(layer, RoutedExperts):
             compat.check_after_loading(check_loaded)
             name = experts_in_checkpoint(prefix, self._experts())

@@ -48,12 +48,20 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         fmt: the checkpoint contract.
         moe: vLLM's description of the layer.
         prefix: vLLM's name of the layer's experts.
+
+    Raises:
+        CheckpointError: experts are to move between processes.
     """
 
     def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str) -> None:
         # asked once: torch.compile traces reads of is_monolithic, and cannot trace a search for modules
         self._routes = compat.routes_inside_method()
         super().__init__(moe)
+        if compat.balances_experts():
+            raise CheckpointError(
+                f"{prefix}: MiLo does not support --enable-eplb: each expert has compensators of ranks of its own, so "
+                f"that none fits into the place of another; leave the option out, --enable-expert-parallel needs it not"
+            )
         self.format = fmt
         self.prefix = prefix
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -22,11 +22,27 @@ class ServerError(RuntimeError):
     """The server did not come up; the message ends with its log."""
 
 
+class Server(NamedTuple):
+    """A server that answers: its base URL, and its process, which leads a session of its own."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
 @contextlib.contextmanager
 def serve(
     model: Path, *arguments: str, log: Path, timeout: float = 300, environment: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Serve a model and yield the server's base URL.
+    """Serve a model and yield the server's base URL; see :func:`start`."""
+    with start(model, *arguments, log=log, timeout=timeout, environment=environment) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def start(
+    model: Path, *arguments: str, log: Path, timeout: float = 300, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Serve a model and yield the server.
 
     ``python -m vllm.entrypoints.openai.api_server`` is what ``vllm serve`` runs; builds of vLLM for CPUs lack
     the metadata that the ``vllm`` command itself needs.
@@ -53,7 +69,7 @@ def serve(
     url = f"http://127.0.0.1:{port}"
     try:
         _wait(url, process, log, timeout)
-        yield url
+        yield Server(url, process)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

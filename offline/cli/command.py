@@ -17,7 +17,7 @@ from vllm_milo.values import one_line
 
 from ..errors import ConversionError
 from ..progress import recording
-from . import evaluate, families, hub, importing, inspect, quantize, stats, verify
+from . import evaluate, exchange, families, hub, inspect, quantize, stats, verify
 from .summary import silence_stdout
 
 
@@ -108,6 +108,6 @@ def _parser(further: Sequence[Subcommand]) -> argparse.ArgumentParser:
         prog="milo", description="3-bit MoE checkpoints with low-rank compensators, for vLLM."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for subcommand in (quantize, importing, inspect, verify, evaluate, stats, families, *further):
+    for subcommand in (quantize, exchange, inspect, verify, evaluate, stats, families, *further):
         subcommand.add_parser(commands)
     return parser

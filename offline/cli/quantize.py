@@ -69,6 +69,8 @@ preset fast): the text that comes with the package, a layer of the model in memo
 .jsonl with "text" or chat "messages" in each line; org/name, org/name:config or org/name:config:split: a dataset of the
 Hugging Face Hub with such columns, read by the library datasets; {OWN_TEXT}: what the model writes by itself, which
 takes it in memory as a whole; {NONE}: nothing, which takes minutes on a CPU too and is less accurate."""
+ZERO_POINTS_HELP = """with --method rtn, hqq or mse: integer for zero points that are integers from 0 to 7, so that
+`milo export` can write the checkpoint for other tools; a little less accurate. Default: real"""
 _IGNORE_HELP = """module to keep as it is, by name or re:PATTERN; a layer's routed experts stay as a whole, by the name
 of their module (model.layers.0.mlp.experts) or a pattern that matches them all"""
 OVERWRITE_HELP = """replace an existing MiLo checkpoint, once the new one is whole; without --resume also delete the
@@ -118,6 +120,7 @@ def add_parser(commands: Any) -> None:
         help="default: the preset's, or 64; a matrix whose input size it does not divide gets smaller groups",
     )
     parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
+    parser.add_argument("--zero-points", choices=["real", "integer"], default="real", help=ZERO_POINTS_HELP)
     rounds = f"of the solver; default: {CALIBRATED_ROUNDS}, with --calibration {NONE} {PLAIN_ROUNDS}, else 20"
     parser.add_argument("--max-rounds", type=int, default=None, help=rounds)
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help=_IGNORE_HELP)
@@ -300,6 +303,10 @@ def _recipe(arguments: argparse.Namespace, preset: Preset | None, method: str, t
         "seed": arguments.seed,
         **({"max_rounds": arguments.max_rounds} if arguments.max_rounds else {}),
     }
+    if arguments.zero_points == "integer":
+        if method not in PLAIN_METHODS:
+            raise ConversionError(f"--zero-points integer is for --method {', '.join(PLAIN_METHODS)} alone")
+        choices["integer_zeros"] = True
     return milo_recipe(text is not None, **choices) if method == "milo" else Recipe(method=method, **choices)
 
 

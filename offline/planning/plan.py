@@ -360,8 +360,9 @@ def _stated_dtype(reader: ModelReader) -> dict[str, Any]:
 
 
 def _decided(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as JSON; smaller groups of some matrices are named only where there are any."""
-    return {name: value for name, value in asdict(recipe).items() if name != "narrow" or value}
+    """Return a recipe as JSON; smaller groups of some matrices and integer zero points only where there are any."""
+    optional = ("narrow", "integer_zeros")
+    return {name: value for name, value in asdict(recipe).items() if name not in optional or value}
 
 
 def _recipe_record(reader: ModelReader, conversion: Conversion, layout: memory.Layout) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from ..nouns import PLAIN_METHODS, Moments, Recipe
 from .base.group import GroupQuantized, quantize_rtn
 from .base.hqq import quantize_hqq
+from .base.integer_zeros import with_integer_zeros
 from .base.least_squares import quantize_mse
 from .compensator.factors import StoredFactor, store_factor
 from .compensator.low_rank import StoredPair
@@ -101,7 +102,9 @@ def quantize_matrices(
         raise ValueError(f"method {recipe.method} takes batches of one rank")
     if recipe.method in PLAIN_METHODS or rank == 0:
         quantizer = {"rtn": quantize_rtn, "mse": quantize_mse}.get(recipe.method, quantize_hqq)
-        return _finish(weights, quantizer(weights, recipe.group_size), None, None, _rounds(weights, 1))
+        base = quantizer(weights, recipe.group_size)
+        base = with_integer_zeros(weights, base) if recipe.integer_zeros else base
+        return _finish(weights, base, None, None, _rounds(weights, 1))
     base, real_u, real_v, rounds = alternate(weights, rank, recipe)
     stored = [store_factor(factor, recipe.factor_bits, model_dtype) for factor in (real_u, real_v)]
     return _finish(weights, base, stored[0], stored[1], rounds)

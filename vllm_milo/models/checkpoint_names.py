@@ -9,6 +9,8 @@ from typing import Any
 from vllm_milo.names import QKV_PARTS, leaf_of
 from vllm_milo.values import CheckpointError
 
+_DRAFT = "draft_model."
+"""What vLLM calls a model that drafts for another, before the names that it has in its own checkpoint."""
 _LAYER = re.compile(r"(?:.+\.)?layers\.[0-9]+(?=\.)")
 
 
@@ -37,6 +39,11 @@ def _undone(name: str, mapper: Any) -> list[str]:
         table = getattr(mapper, f"orig_to_new_{kind}", None) or {}
         found += [undo(text, new, old) for text in list(found) for old, new in table.items() if new is not None]
     return [text for text in dict.fromkeys(found) if text != name and mapper.apply_list([text]) == [name]]
+
+
+def name_in_model(name: str) -> str:
+    """Return vLLM's name of a module inside its model, which may be one that drafts for another."""
+    return name.removeprefix(_DRAFT)
 
 
 def experts_in_checkpoint(name: str, known: Collection[str]) -> str:
