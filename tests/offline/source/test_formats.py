@@ -118,7 +118,7 @@ def edit_weights(folder: Path, **changes: Any) -> None:
     [
         (
             "awq",
-            r"quantized already \(awq\); .*: 16 bits, float32, FP8 e4m3 \(quant_method fp8\), gpt-oss's MXFP4 .*, and compressed-",
+            r"quantized already \(awq\); .*: 16 bits, float32, FP8 e4m3 \(quant_method fp8\), gpt-oss's MXFP4",
         ),
         ({"quant_method": "quark"}, r"quantized already \(quark\); convert the original, or a copy in a format"),
         ({"quant_method": ["fp8"]}, r"quantized already \(\['fp8'\]\)"),
