@@ -161,7 +161,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             names = [f"{gemm.name}_{tensor}" for tensor in BASE_TENSORS + _FACTOR_ORDER]
             tensors = [getattr(layer, name).data for name in names]
             tensors.append(torch.tensor(gemm.rank_offsets, dtype=torch.int32, device=tensors[0].device))
-            weights = ExpertWeights(*tensors, self._take_bias(layer, gemm))
+            weights = ExpertWeights(*tensors)._replace(bias=self._take_bias(layer, gemm))
             prepared = ops.prepare_experts(weights, self.spec, self.backend)
             for name in names:
                 delattr(layer, name)

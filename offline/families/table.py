@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..nouns import Kind
+from .deepseek import DEEPSEEK_LIKE
 from .family import LATER_LAYERS, Family
 from .qwen import QWEN
 from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, Stack, attention, dense, latent_attention, shared
@@ -19,8 +20,6 @@ _MIXTRAL_NAMES = (Rename("mlp.", "block_sparse_moe."),)
 _NO_ROUTER = "vLLM's CPU build refuses its router's scores"
 _NO_BIAS = "vLLM's CPU build drops its router's bias"
 _KEEPS_MAMBA = "Mamba layers stay as they are"
-_INDEXER = tuple(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))
-_SPARSE = "what chooses tokens for sparse attention stays as it is, and vLLM's CPU build has no sparse attention"
 _GRANITE_FUSED = (
     FusedTensor("input_linear.weight", ("gate", "up")),
     FusedTensor("output_linear.weight", ("down",)),
@@ -66,94 +65,6 @@ _MIXTRAL_LIKE = (
         projections=MIXTRAL,
         num_experts_keys=_LOCAL,
         renames=(Rename("mlp.router.", "block_sparse_moe.gate."), *_MIXTRAL_NAMES),
-        status=_SERVED,
-    ),
-)
-
-_DEEPSEEK_LIKE = (
-    Family(
-        "deepseek",
-        "DeepSeek-MoE-16B",
-        (*attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        note="no calibration text: transformers has no class for it",
-        status=_SERVED,
-    ),
-    Family(
-        "deepseek_v2",
-        "DeepSeek-V2, V2-Lite",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        status=_SERVED,
-    ),
-    Family(
-        "deepseek_v3",
-        "DeepSeek-V3, R1",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        status=_SERVED,
-    ),
-    Family(
-        "kimi_k2",
-        "Kimi-K2",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        runs_as="deepseek_v3",
-        status=_SERVED,
-    ),
-    Family(
-        "axk1",
-        "A.X-K1",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        renames=(Rename("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
-        status=_SERVED,
-    ),
-    Family(
-        "glm4_moe_lite",
-        "GLM-4.7-Flash",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        status=_SERVED,
-    ),
-    Family(
-        "glm4_moe",
-        "GLM-4.5, 4.6, 4.7, 4.5-Air",
-        (*attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        status=_SERVED,
-    ),
-    Family(
-        "deepseek_v32",
-        "DeepSeek-V3.2",
-        (*latent_attention(), *shared(), *dense()),
-        kept=("mlp.gate", *_INDEXER),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        note=_SPARSE,
-    ),
-    Family(
-        "glm_moe_dsa",
-        "GLM-5",
-        (*latent_attention(), *shared(), *dense()),
-        kept=("mlp.gate", *_INDEXER),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        not_run="its layers hand on which tokens they chose",
-        note=f"no calibration text; {_SPARSE}",
-    ),
-    Family("dots1", "dots.llm1", (*attention(), *shared(), *dense()), num_experts_keys=_ROUTED, status=_SERVED),
-    Family(
-        "solar_open",
-        "Solar-Open-100B",
-        (*attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
         status=_SERVED,
     ),
 )
@@ -404,7 +315,7 @@ _OPENAI = Family(
 _ALL = (
     *_MIXTRAL_LIKE,
     *QWEN,
-    *_DEEPSEEK_LIKE,
+    *DEEPSEEK_LIKE,
     *_OTHERS,
     *_GEMMA_LIKE,
     *_BAILING_LIKE,

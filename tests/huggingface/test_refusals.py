@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from folder_edits import edit_config, edit_format, edit_tensors
+from refusals import FAST
 from safetensors.torch import load_file
+from tiny_families import make_family
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.trainer_utils import validate_quantization_for_training
 
 from vllm_milo.checkpoint import CheckpointError, MiLoFormat
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
 from vllm_milo.shards import ShardError
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -117,3 +121,8 @@ def test_training(model):
         model(inputs_embeds=inputs)
     with torch.no_grad():
         model(inputs_embeds=inputs)
+
+
+def test_experts_with_biases(tmp_path: Path):
+    out = convert(make_family("gpt_oss", tmp_path / "source"), tmp_path / "out", Conversion(FAST), progress=False).out
+    refused(out, r"mlp\.experts: MiLo does not run experts of GptOssExperts in transformers, .*; serve .* with vLLM")

@@ -165,8 +165,8 @@ def test_extra_expert_factor_is_named():
 
 def test_rank_offsets_are_worked_out_once():
     """Every factor tensor of a load asks for them: with 256 experts, 3072 times."""
-    from vllm_milo.fused_moe import _Gemm  # which imports vLLM
+    from vllm_milo.models.local_experts import Gemm
 
-    gemm = _Gemm("w13", 128, 64, 64, [[8, 16], [0, 24]], ("w1", "w3"))
+    gemm = Gemm("w13", 128, 64, 64, [[8, 16], [0, 24]], ("w1", "w3"))
     assert gemm.rank_offsets == [0, 8, 24, 24, 48]
     assert gemm.rank_offsets is gemm.rank_offsets

@@ -92,7 +92,7 @@ def largest_row_norms(weights: ExpertWeights, factor_bits: int) -> torch.Tensor:
         (parts * blocks,),
         PLAIN,
         largest,
-        *weights,
+        *weights[:8],
         width,
         words * 32 // 3,
         blocks,

@@ -118,9 +118,9 @@ def edit_weights(folder: Path, **changes: Any) -> None:
     [
         (
             "awq",
-            r"quantized already \(awq\); .*: 16 bits, float32, FP8 e4m3 \(quant_method fp8\), and compressed-tensors'",
+            r"quantized already \(awq\); .*: 16 bits, float32, FP8 e4m3 \(quant_method fp8\), gpt-oss's MXFP4",
         ),
-        ({"quant_method": "mxfp4"}, r"quantized already \(mxfp4\); convert the original, or a copy in a format"),
+        ({"quant_method": "quark"}, r"quantized already \(quark\); convert the original, or a copy in a format"),
         ({"quant_method": ["fp8"]}, r"quantized already \(\['fp8'\]\)"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, r"fmt is 'e5m2', which is not e4m3"),
         ({"quant_method": "fp8", "fmt": []}, r"fmt is \[\], which is not e4m3"),
