@@ -1,11 +1,10 @@
 """Presets of ``milo quantize``: one name for method, group size, ranks and calibration, for models of all sizes.
 
-``balanced`` and ``best`` store groups of 64 and few ranks. Where codes are learned that leaves the KL divergence of groups
-of 128 with the same bits in ranks (0.0697 and 0.0692 nats on real weights, 3.6 bits), and ranks cost more when they are
-served than scales do: Mixtral's experts have ranks of 56 to 64 in place of 312. ``fast`` and ``small`` store groups of
-128: without a text ranks buy more accuracy than scales, and 3.3 bits have no room for the scales of groups of 64.
-``paper-s1`` and ``paper-s2`` are the paper's composites (dense 512 or 1024 and kurtosis 16 or 32 on a hidden size of
-4096).
+Groups of 128 spend the bytes that they save on ranks, which buys more accuracy than the scales of smaller groups where
+no codes are learned. Where they are (``balanced``, ``best``), groups of 64 and few ranks leave the same KL at the same
+bits (0.0697 and 0.0692 nats on real weights, 3.6 bits), and ranks cost more when they are served than scales
+do: Mixtral's experts have ranks of 56 to 64 in place of 312. ``paper-s1`` and ``paper-s2`` are the paper's composites
+(dense 512 or 1024 and kurtosis 16 or 32 on a hidden size of 4096).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ class Preset:
     Attributes:
         method: of the recipe.
         group_size: weights that share a scale and a zero point, in matrices whose inputs it divides.
+        learned_group_size: the same where codes are learned and the budget has room for it; None for no other.
         budget_bits: average stored bits of a weight, or None where the policies decide.
         fractions: rank of each policy as a fraction of the hidden size.
         calibrated: whether a text goes through the model, where none is asked for.
@@ -34,10 +34,23 @@ class Preset:
 
     method: str
     group_size: int
+    learned_group_size: int | None = None
     budget_bits: float | None = None
     fractions: tuple[tuple[str, float], ...] = ()
     calibrated: bool = False
     thorough: bool = False
+
+    def groups(self, learned: bool, budget_bits: float | None) -> int:
+        """Return the group size.
+
+        Args:
+            learned: whether codes are learned along a text.
+            budget_bits: the user's, in place of the preset's.
+        """
+        budget = self.budget_bits if budget_bits is None else budget_bits
+        small = self.learned_group_size
+        fits = learned and small is not None and budget is not None and budget >= 3 + 32 / small
+        return small if fits and small is not None else self.group_size
 
     def policies(self, config: Mapping[str, Any]) -> list[Policy]:
         """Return the rank policies for a model.
@@ -54,8 +67,8 @@ class Preset:
 
 
 PRESETS = {
-    "balanced": Preset("milo", 64, budget_bits=3.6, calibrated=True),
-    "best": Preset("milo", 64, budget_bits=3.6, calibrated=True, thorough=True),
+    "balanced": Preset("milo", 128, 64, budget_bits=3.6, calibrated=True),
+    "best": Preset("milo", 128, 64, budget_bits=3.6, calibrated=True, thorough=True),
     "small": Preset("milo", 128, budget_bits=3.3, calibrated=True),
     "fast": Preset("milo", 128, budget_bits=3.6),
     "paper-s1": Preset("paper", 64, fractions=(("dense", 1 / 8), ("kurtosis", 1 / 256))),

@@ -33,7 +33,7 @@ def shipped_format(name: str, layers: int, preset: str = "balanced") -> dict[str
     """
     chosen = PRESETS[preset]
     assert chosen.budget_bits is not None, f"{preset} has no budget of bits"
-    options = OnlineOptions(budget_bits=chosen.budget_bits, group_size=chosen.group_size)
+    options = OnlineOptions(budget_bits=chosen.budget_bits, group_size=chosen.groups(chosen.calibrated, None))
     with tempfile.TemporaryDirectory() as folder:
         write_headers(Path(folder), name, layers)
         return plan_online(Path(folder), options).format.to_dict()

@@ -227,11 +227,16 @@ def plan_conversion(arguments: argparse.Namespace, claim: Claim, reader: ModelRe
     preset = _preset(arguments)
     method = preset.method if preset else arguments.method or Recipe.method
     reader = reader or ModelReader(arguments.model, arguments.shards)
-    plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method), claim)
+    learned = _wanted(arguments, preset, method) != NONE and arguments.learn_steps != 0
+    plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method, learned), claim)
+    text = _text(arguments, reader, preset, method)
+    if learned and text is None:  # the default's text cannot go through this model: other groups are better
+        learned = False
+        plan = make_plan(reader, arguments.output, _without_text(arguments, reader, preset, method, learned), claim)
     for line in [] if arguments.quiet else group_notes(plan):
         print(f"note: {line}", file=sys.stderr)
-    text = _text(arguments, reader, preset, method)
-    recipe = replace(_recipe(arguments, preset, method, text), narrow=plan.conversion.recipe.narrow)
+    recipe = _recipe(arguments, preset, method, learned, text is not None)
+    recipe = replace(recipe, narrow=plan.conversion.recipe.narrow)
     return plan.along(replace(plan.conversion, recipe=recipe, text=text), claim)
 
 
@@ -242,7 +247,9 @@ def decide_conversion(arguments: argparse.Namespace) -> Conversion:
     return plan_conversion(arguments, claim).conversion
 
 
-def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str) -> Conversion:
+def _without_text(
+    arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str, learned: bool
+) -> Conversion:
     """Return what the options ask for, but for a calibration text."""
     budget = arguments.budget_bits
     if preset is not None:
@@ -253,7 +260,7 @@ def _without_text(arguments: argparse.Namespace, reader: ModelReader, preset: Pr
     if arguments.delete_source_shards:
         _refuse_whole_model(arguments, preset, policies)
     return Conversion(
-        recipe=_recipe(arguments, preset, method, None),
+        recipe=_recipe(arguments, preset, method, learned, False),
         policies=policies,
         budget_bits=budget,
         splittable=arguments.group_size is None,
@@ -296,9 +303,10 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ConversionError("--ranks: is empty; name a policy, as in dense=64, or leave the option out")
 
 
-def _recipe(arguments: argparse.Namespace, preset: Preset | None, method: str, text: Text | None) -> Recipe:
+def _recipe(arguments: argparse.Namespace, preset: Preset | None, method: str, learned: bool, along: bool) -> Recipe:
+    groups = preset.groups(learned, arguments.budget_bits) if preset is not None else Recipe.group_size
     choices = {
-        "group_size": arguments.group_size or (preset.group_size if preset is not None else Recipe.group_size),
+        "group_size": arguments.group_size or groups,
         "factor_bits": _FACTOR_BITS[arguments.factors],
         "seed": arguments.seed,
         **({"max_rounds": arguments.max_rounds} if arguments.max_rounds else {}),
@@ -307,7 +315,13 @@ def _recipe(arguments: argparse.Namespace, preset: Preset | None, method: str, t
         if method not in PLAIN_METHODS:
             raise ConversionError(f"--zero-points integer is for --method {', '.join(PLAIN_METHODS)} alone")
         choices["integer_zeros"] = True
-    return milo_recipe(text is not None, **choices) if method == "milo" else Recipe(method=method, **choices)
+    return milo_recipe(along, **choices) if method == "milo" else Recipe(method=method, **choices)
+
+
+def _wanted(arguments: argparse.Namespace, preset: Preset | None, method: str) -> str:
+    """Return the calibration text that is asked for, or the default of the preset and method."""
+    calibrated = method == "milo" and (preset is None or preset.calibrated)
+    return arguments.calibration or (PACKAGED if calibrated else NONE)
 
 
 def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str) -> Text | None:
@@ -315,8 +329,7 @@ def _text(arguments: argparse.Namespace, reader: ModelReader, preset: Preset | N
     asked = arguments.calibration
     if method != "milo" and asked not in (None, NONE):
         raise ConversionError(f"--method {method} cannot use --calibration; use --method milo")
-    calibrated = method == "milo" and (preset is None or preset.calibrated)
-    wanted = asked or (PACKAGED if calibrated else NONE)
+    wanted = _wanted(arguments, preset, method)
     thorough = preset is not None and preset.thorough
     if wanted == NONE:
         if thorough:

@@ -98,13 +98,16 @@ def test_tiny_model_is_measured(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3", "deepseek"])
-def test_what_is_shipped_has_compensators_and_groups_of_128(name: str):
+def test_what_is_shipped_is_the_presets(name: str):
     fmt = MiLoFormat.from_dict(shipped_format(name, 2))
-    assert fmt.group_size == 128
+    assert fmt.group_size == 64
     assert fmt.ranks.of_module("model.layers.1.self_attn.o_proj") > 0
     assert fmt.ignores("model.layers.0.mlp.gate")
-    small = MiLoFormat.from_dict(shipped_format(name, 2, "small")).ranks
-    assert small.of_module("model.layers.1.self_attn.o_proj") < fmt.ranks.of_module("model.layers.1.self_attn.o_proj")
+    small = MiLoFormat.from_dict(shipped_format(name, 2, "small"))
+    assert small.group_size == 128
+    fast = MiLoFormat.from_dict(shipped_format(name, 2, "fast")).ranks
+    output = "model.layers.1.self_attn.o_proj"
+    assert small.ranks.of_module(output) < fast.of_module(output)
 
 
 def test_words_are_tokens_there_and_back(tmp_path: Path):

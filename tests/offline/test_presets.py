@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,50 @@ def test_without_options_it_is_balanced(bundled_model: Path, tmp_path: Path):
     recipe = report["recipe"]
     assert (recipe["method"], recipe["base"], recipe["budget_bits"]) == ("milo", "least squares", 3.6)
     assert (recipe["calibration"], recipe["calibration_tokens"], recipe["learn_steps"]) == ("text", 2 * 512, 2)
-    assert report["group_size"] == 128
+    assert report["group_size"] == 64
     assert 3.59 < report["bits_per_weight"] <= 3.6
     # matrices that every token passes get more than routed experts
     assert report["ranks"]["attention"]["mean"] > 4 * report["ranks"]["routed_expert"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "learned", "budget", "expected"),
+    [
+        ("balanced", True, None, 64),
+        ("best", True, None, 64),
+        ("balanced", False, None, 128),  # ranks are worth more where nothing is learned
+        ("balanced", True, 3.49, 128),  # which scales of groups of 64 alone would exceed
+        ("balanced", True, 3.5, 64),
+        ("small", True, None, 128),
+        ("fast", False, None, 128),
+        ("paper-s1", True, None, 64),
+    ],
+)
+def test_groups(preset: str, learned: bool, budget: float | None, expected: int):
+    assert PRESETS[preset].groups(learned, budget) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "broken", "expected"),
+    [([], False, 64), (["--learn-steps", "0"], False, 128), (["--budget-bits", "3.4"], False, 128), ([], True, 128)],
+)
+def test_groups_are_larger_where_nothing_is_learned(
+    options: list[str],
+    broken: bool,
+    expected: int,
+    bundled_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    """By choice, or since the model has no tokenizer for the default's text."""
+    source = tmp_path / "source"
+    shutil.copytree(bundled_model, source)
+    if broken:
+        for file in source.glob("*token*"):
+            file.unlink()
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--dry-run", "--json", *options]) == 0
+    found = json.loads(capsys.readouterr().out)["by_kind"]["attention"]["group_sizes"]
+    assert list(found) == [str(expected)]
 
 
 def test_best_trains_the_whole_model(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

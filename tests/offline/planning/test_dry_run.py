@@ -59,7 +59,7 @@ def test_no_weight_is_read_and_no_text_cut(
         "rank",
     ):
         assert part in said
-    assert said.endswith("tensor parallel  1\n")
+    assert said.endswith("tensor parallel  1, 2\n")
     assert list(tmp_path.iterdir()) == []
 
 
