@@ -18,6 +18,10 @@ from .nouns import Recipe
 from .ranks.policies import Policy
 
 
+LEAST_RANKS = 0.05
+"""Bits a weight that smaller groups must leave for ranks, without which attention would have none."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """A named choice.
@@ -49,7 +53,7 @@ class Preset:
         """
         budget = self.budget_bits if budget_bits is None else budget_bits
         small = self.learned_group_size
-        fits = learned and small is not None and budget is not None and budget >= 3 + 32 / small
+        fits = learned and small is not None and budget is not None and budget >= 3 + 32 / small + LEAST_RANKS
         return small if fits and small is not None else self.group_size
 
     def policies(self, config: Mapping[str, Any]) -> list[Policy]:
