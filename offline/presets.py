@@ -17,7 +17,6 @@ from .errors import ConversionError
 from .nouns import Recipe
 from .ranks.policies import Policy
 
-
 LEAST_RANKS = 0.05
 """Bits a weight that smaller groups must leave for ranks, without which attention would have none."""
 
