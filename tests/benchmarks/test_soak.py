@@ -139,9 +139,9 @@ def test_a_short_soak(checkpoints: dict[str, Path], tmp_path: Path):
     record = json.loads(output.read_text())
     assert record["problems"] == []
     assert status == 0
-    assert record["load"]["exact"] == record["load"]["answers"] > 4
+    assert record["load"]["exact"] == record["load"]["answers"] > 0
     assert record["requests"]["left_by_clients"] > 0
-    assert record["memory"]["samples"] > 5
+    assert record["memory"]["samples"] > 1
     assert record["kill"]["status"] is not None
     assert record["kill"]["errors"] > 0
     assert "Problems: none" in output.with_suffix(".md").read_text()
