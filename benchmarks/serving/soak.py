@@ -36,10 +36,10 @@ from transformers import AutoTokenizer
 
 from benchmarks import ROOT
 from benchmarks.records import environment, write_json
-from benchmarks.serving.processes import Sampler, members
 from benchmarks.serving.server import Server, start
-from benchmarks.serving.soak_report import compare, count, find_notes, find_problems, format_report, summarize_memory
-from benchmarks.serving.soak_requests import Answer, Request, RequestError, ask, client, run, stream
+from benchmarks.serving.soaking.processes import Sampler, members
+from benchmarks.serving.soaking.report import compare, count, find_notes, find_problems, format_report, summarize_memory
+from benchmarks.serving.soaking.requests import Answer, Request, RequestError, ask, client, run, stream
 
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 """What must be 0 once nobody asks."""

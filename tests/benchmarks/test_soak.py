@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.processes import Sample, Sampler, members
 from benchmarks.serving.soak import main, make_requests
-from benchmarks.serving.soak_report import (
+from benchmarks.serving.soaking.processes import Sample, Sampler, members
+from benchmarks.serving.soaking.report import (
     compare,
     find_notes,
     find_problems,
@@ -20,7 +20,7 @@ from benchmarks.serving.soak_report import (
     format_report,
     summarize_memory,
 )
-from benchmarks.serving.soak_requests import Answer
+from benchmarks.serving.soaking.requests import Answer
 
 QUIET = Answer([5, 6, 7], [{5: -0.1, 9: -3.0}, {6: -0.7, 8: -0.72}, {7: -0.2, 4: -2.0}])
 

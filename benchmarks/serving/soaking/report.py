@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.records import markdown_table
-from benchmarks.serving.processes import Sample
-from benchmarks.serving.soak_requests import Answer, Outcome
+from benchmarks.serving.soaking.processes import Sample
+from benchmarks.serving.soaking.requests import Answer, Outcome
 
 
 def first_difference(quiet: Answer, loaded: Answer) -> tuple[int, float] | None:

@@ -1,0 +1,1 @@
+"""Parts of the soak: requests and their clients, the servers' processes, the report."""
