@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import statistics
@@ -29,7 +30,6 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.records import environment, markdown_table, write_json
-from benchmarks.serving.bench_client import bench_serve
 from benchmarks.serving.contenders import CONTENDERS, write_model
 from benchmarks.serving.decode import ENVIRONMENT
 from benchmarks.serving.models import MODELS, kv_bytes
@@ -143,6 +143,27 @@ def ask(url: str, model: Path, load: Load, concurrency: int) -> dict[str, float]
     if result["completed"] != wanted or result["total_output_tokens"] != wanted * load.output:
         raise RuntimeError(f"{model.name}: {result['completed']} of {wanted} answers, {result['total_output_tokens']}")
     return {figure: result[name] for figure, name in FIGURES.items()}
+
+
+def bench_serve(words: Sequence[str]) -> dict[str, Any]:
+    """Return what ``vllm bench serve`` measures with the words of a command line; what it prints is kept back.
+
+    It runs in this process: its start takes longer than a short measurement.
+
+    Raises:
+        RuntimeError: it ended with an error; the message has the end of what it printed.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(description="vllm bench serve")
+    add_cli_args(parser)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            return main(parser.parse_args(list(words)))
+        except (Exception, SystemExit) as error:
+            raise RuntimeError(f"vllm bench serve: {error!r}\n{printed.getvalue()[-2000:]}") from error
 
 
 def summary(record: Mapping[str, Any]) -> list[dict[str, Any]]:
