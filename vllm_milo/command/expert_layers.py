@@ -28,7 +28,7 @@ class ExpertMatrix(NamedTuple):
     """A routed expert's matrix: the name of its layer's experts, its number, its projection and its shape."""
 
     experts: str
-    index: int
+    number: int
     projection: str
     n: int
     k: int
@@ -93,7 +93,7 @@ def _top_k(folder: Path, config: Mapping[str, Any]) -> int:
 def _shape(name: str, matrices: Iterable[ExpertMatrix], fmt: MiLoFormat, top_k: int, tensor_parallel: int) -> MoEShape:
     """Return the shape of a layer's experts in one process."""
     roles = {EXPERT_PROJECTIONS[matrix.projection]: matrix for matrix in matrices}
-    experts = 1 + max(matrix.index for matrix in matrices)
+    experts = 1 + max(matrix.number for matrix in matrices)
     gate, down = roles["gate"], roles["down"]
     groups = tuple(fmt.groups.of_experts(name, matrix.projection, fmt.group_size) for matrix in (gate, down))
     ranks = {role: fmt.ranks.of_experts(name, roles[role].projection, experts) for role in ("gate", "up", "down")}
