@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 PROMPT = [3, 5, 7, 11]
 
@@ -19,7 +20,8 @@ def main() -> None:
     llm = LLM(model=job["folder"], skip_tokenizer_init=True, **job["engine"])
     started = time.time()
     sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
+    prompts: list[Any] = [{"prompt_token_ids": PROMPT}]
+    (output,) = llm.generate(prompts, sampling, use_tqdm=False)
     answered = time.time()
     import torch
 
