@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def draw_divergence(record: Mapping[str, Any], path: Path) -> None:
-    """Draw each method's mean KL divergence over its stored bits; the first row, HQQ, is what shares are of."""
+    """Draw each method's mean KL divergence over its stored bits."""
     figure, axes = _axes()
     for row in record["rows"]:
         ours = row["name"].startswith(OURS)

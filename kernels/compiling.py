@@ -18,6 +18,11 @@ from .launch import Launch
 MOST_THREADS = 16
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Share(NamedTuple):
     """Which of several like processes on a host this is: they share its cores, and begin at different kernels.
 
@@ -33,8 +38,7 @@ class Share(NamedTuple):
 
     def threads(self) -> int:
         """Return how many threads this process compiles in: its part of the cores that it may use, at most 16."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(MOST_THREADS, cores // self.size))
+        return max(1, min(MOST_THREADS, usable_cores() // self.size))
 
     def order(self, keys: Sequence[Hashable]) -> list[Hashable]:
         """Return all keys, those first that are this process's part."""

@@ -22,32 +22,16 @@ import triton
 from meta_layers import run_converter, run_dense, run_experts, run_openai_experts, run_repack
 from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vllm_milo.kernels.launch import LaunchMode
 from vllm_milo.kernels.serving import fused_moe, linear
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
+from vllm_milo.kernels.tuning.compiling import TargetDriver
 
 SERVING = "vllm_milo.kernels.serving."
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-
-
-class Driver:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def layers(capability: int, everything: bool) -> Iterator[Callable[[], None]]:
@@ -105,7 +89,7 @@ def main(capability: int, everything: bool, asm: bool) -> None:
 
         return launch
 
-    triton.runtime.driver.set_active(Driver(capability))
+    triton.runtime.driver.set_active(TargetDriver(capability))
 
     def mode(device: torch.device, few_tokens: bool) -> LaunchMode:
         return LaunchMode(asm, few_tokens and capability >= 90)

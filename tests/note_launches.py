@@ -21,7 +21,6 @@ from unittest import mock
 
 import torch
 import triton
-from compile_for_gpu import Driver
 from meta_layers import make_experts, meta_layer, run_dense, run_experts
 
 from vllm_milo.kernels import compiling
@@ -31,6 +30,7 @@ from vllm_milo.kernels.serving import activation, fused_moe, linear, prepare, re
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm import kernel as gemm
 from vllm_milo.kernels.serving.projection import kernel as projection
+from vllm_milo.kernels.tuning.compiling import TargetDriver
 from vllm_milo.kernels.warm_up import linear_key, moe_key, token_counts
 from vllm_milo.kernels.weights import LinearSpec
 
@@ -100,7 +100,7 @@ def compare_ranks(layers: Iterable[tuple[Any, Callable[[int], None]]]) -> list[i
 
 def main() -> None:
     """Print the object."""
-    triton.runtime.driver.set_active(Driver(90))
+    triton.runtime.driver.set_active(TargetDriver(90))
 
     def mode(device: object, few_tokens: bool) -> LaunchMode:
         return LaunchMode(True, few_tokens)

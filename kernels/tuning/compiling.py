@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ..compiling import usable_cores
 from ..launch import Launch, noting
 from ..tuned import Tiles
 from .layer import Layer
@@ -54,8 +54,7 @@ class TargetDriver:
 
 def processes() -> int:
     """Return how many processes compile: one for each core but one, and at most 24."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(24, cores - 1))
+    return max(1, min(24, usable_cores() - 1))
 
 
 def compile_candidates(layer: Layer, wanted: Iterable[tuple[int, Tiles]], workers: int, budget: Budget) -> int:
