@@ -118,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if unknown:
         raise ConversionError(f"--roles: the model has no {', '.join(unknown)}; it has {', '.join(found)}")
     names = [HQQ, *(name for name in OPTIONS if name in arguments.only and name != HQQ)]
-    conversions = {name: conversion_of(name, arguments.model, arguments.device) for name in names}
+    hqq = conversion_of(HQQ, arguments.model, arguments.device).recipe
     texts = {
         text.name: text_windows(arguments.model, arguments.model, text, 512, arguments.max_windows)
         for text in arguments.text
@@ -126,11 +126,10 @@ def _run(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     content = record(arguments, rows)
     for role in roles:
-        budget = least_bits(found[role], conversions[HQQ].recipe)
+        budget = least_bits(found[role], hqq)
         for name in names:
-            rows.append(
-                {"role": role, "name": name, **run(reader, found[role], conversions[name], budget, texts, arguments)}
-            )
+            conversion = conversion_of(name, arguments.model, arguments.device, budget)
+            rows.append({"role": role, "name": name, **run(reader, found[role], conversion, budget, texts, arguments)})
             first = next(row for row in rows if row["role"] == role)
             rows[-1]["share"] = 1 - rows[-1]["mean_kl"] / first["mean_kl"] if first["mean_kl"] else 0.0
             write_json(arguments.output / FILE_NAME, content)  # each at once: the next may take an hour
@@ -154,12 +153,16 @@ def find_roles(reader: ModelReader) -> dict[str, list[Matrix]]:
     return {role: found[role] for role in [*_ORDER, *others] if role in found}
 
 
-def conversion_of(name: str, model: Path, device: str) -> Conversion:
-    """Return what ``milo quantize`` does by a contender's options, with its calibration text."""
+def conversion_of(name: str, model: Path, device: str, budget: float | None = None) -> Conversion:
+    """Return what ``milo quantize`` does by a contender's options, with its calibration text.
+
+    A preset has the groups that there is room for within ``budget``, stored bits of a weight.
+    """
     parser = argparse.ArgumentParser()
     quantize.add_parser(parser.add_subparsers())
     always = ["quantize", str(model), "-o", "nowhere", "--device", device, "--quiet"]
-    return quantize.decide_conversion(parser.parse_args([*always, *OPTIONS[name]]))
+    within = [] if budget is None or name not in (FAST, BALANCED) else ["--budget-bits", str(budget)]
+    return quantize.decide_conversion(parser.parse_args([*always, *OPTIONS[name], *within]))
 
 
 def run(

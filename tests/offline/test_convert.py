@@ -84,7 +84,7 @@ def test_streaming_reads_each_tensor_once_and_a_batch_ahead(
 ):
     """What is copied is read when its layer is written, the matrices of the next layer's first batch before that."""
     order, read_part = [], parts.read_part
-    for module in ("source.reader", "spread.job"):
+    for module in ("source.parts", "source.reader", "spread.job"):
         read = f"vllm_milo.offline.{module}.read_part"
         monkeypatch.setattr(read, lambda part, *how: order.append(part.tensor) or read_part(part, *how))
     convert(sources["olmoe"], tmp_path / "out", Conversion(FAST), progress=False)

@@ -63,7 +63,7 @@ class Projection:
     def __init__(self, case: Case, dtype: torch.dtype, device: str):
         self.case, self.device = case, device
         self.weights = random_experts(case.ranks, 64 * len(case.ranks[0]), case.k, 64, case.bits)
-        moved = type(self.weights)(*(t.to(device) for t in self.weights))
+        moved = type(self.weights)(*(t if t is None else t.to(device) for t in self.weights))
         self.prepared: KernelWeights = prepare_experts(moved, case.bits)
         self.x = torch.randn(case.tokens, case.k).to(dtype)
         self.ids, self.map = None, None

@@ -184,7 +184,9 @@ def test_interrupts_end_all_processes(number: int, status: int, bundled_model: P
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == status, done.stderr
     assert done.stderr.splitlines()[-1].startswith("milo quantize: interrupted; ")
-    assert "Traceback" not in done.stderr
+    # Python drops an interrupt that comes while it runs a weak reference's callback, and says so with a traceback
+    said = re.sub(r"Exception ignored in: .*\nTraceback .*(\n .*)*\nKeyboardInterrupt: ?\n", "", done.stderr)
+    assert "Traceback" not in said
     (process,) = set(re.findall(r"process (\d+)", done.stderr))
     with pytest.raises(ProcessLookupError):
         os.kill(int(process), 0)
