@@ -5,9 +5,10 @@ its weights' bytes, and products are scaled; from 64 on that of its arithmetic, 
 tokens (:data:`SCALING_TOKENS`). An expert's last tokens take a smaller tile where that is expected to cost less.
 
 **Parts of K.** Few tiles leave multiprocessors idle, and many short ones start more often than they compute. Short
-tiles take the split with the least :func:`streaming_time`, whose constants are times on an H100 (``tuning-h100.json``
-in ``benchmarks/results/``); it is in microseconds, but only differences count. ``python -m
-benchmarks.kernels.tune`` prints how far from tuned tiles the choice is.
+tiles take the split with the least :func:`streaming_time`. Its constants are those with which the splits come nearest
+to what searches found best on an H100 (groups of 64, rank 16) and on an H200 (groups of 128, more ranks;
+``tuning-h200.json`` in ``benchmarks/results/``): none is more than twice or less than half. It is in microseconds, but
+only differences count. ``python -m benchmarks.kernels.tune`` prints how far from tuned tiles the choice is.
 
 Nothing here knows a card's name.
 """
@@ -35,13 +36,13 @@ THREE_TILES = 168
 """Registers of a thread with which three tiles of four warps fit on a multiprocessor."""
 SPLITS = (1, 2, 4, 8)
 
-START = 1.3
+START = 2.9
 """Microseconds from a tile's start to its first unit, and from the last one to its end."""
-PART, RANK_STEP = 0.3, 0.4
+PART, RANK_STEP = 0.25, 0.11
 """Microseconds in which a tile adds one part of V·x, and of each further step of the up-projection."""
-UNIT_ALONE, UNIT_ISSUE = 0.65, 0.2
+UNIT_ALONE, UNIT_ISSUE = 1.09, 0.18
 """Microseconds of a unit of a tile that runs alone, and the part of them in which no other tile can run."""
-ALIKE = 1.03
+ALIKE = 1.1
 """Times that differ by less count as equal, and fewer parts of K are taken."""
 REACHED = 0.9
 """Share of the memory's bandwidth that is reached."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from vllm_milo.kernels.weights import MoEShape
 
 SHAPES = [(8, 4096, 14336), (64, 2048, 1408), (128, 2048, 768), (1, 64, 64), (512, 7168, 2048)]
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
 
 def layer(experts: int, hidden: int, intermediate: int, *groups: int, ranks: tuple[int, int] = (32, 16)) -> MoEShape:
@@ -93,6 +97,26 @@ def test_k_is_split_about_as_the_search_found(sizes, found, monkeypatch: pytest.
         shape = MoEShape(experts, top_k, hidden, intermediate, (64, 64), (32, 16))
         chosen = [tile.split_k for tile in heuristic_configs(tokens * top_k, shape, CPU)]
         assert all(one <= 2 * best and best <= 2 * one for one, best in zip(chosen, parts, strict=True)), tokens
+
+
+def test_k_is_split_about_as_in_the_files_that_are_shipped(monkeypatch: pytest.MonkeyPatch):
+    """Where tiles stream weights: they are of an H200, with its bandwidth."""
+    monkeypatch.setattr(heuristic, "processors", lambda device: 132)
+    monkeypatch.setattr(heuristic, "bandwidth", lambda device: 4.8e12)
+    content = json.loads((RESULTS / "tuning-h200.json").read_text())
+    checked = 0
+    for row in content["rows"]:
+        tiles = re.findall(r"(\d+)x\d+(?: in (\d) parts)?", row["tiles"])
+        if row["tokens"] > 64 or any(int(block_m) > heuristic.SHORT for block_m, _ in tiles):
+            continue
+        of = content["shapes"][row["model"]]
+        sizes = [of[name] for name in ("experts", "top_k", "hidden", "intermediate")]
+        shape = MoEShape(*sizes, tuple(of["groups"]), tuple(of["ranks"]))
+        chosen = [tile.split_k for tile in heuristic_configs(row["tokens"] * shape.top_k, shape, CPU)]
+        best = [int(parts or 1) for _, parts in tiles]
+        assert all(one <= 2 * other and other <= 2 * one for one, other in zip(chosen, best, strict=True)), row
+        checked += 1
+    assert checked == 35
 
 
 def test_many_short_tiles_take_the_time_of_their_bytes(monkeypatch: pytest.MonkeyPatch):
