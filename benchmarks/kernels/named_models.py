@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from vllm_milo.command.expert_layers import expert_shapes
 from vllm_milo.kernels.weights import MoEShape
+from vllm_milo.offline.presets import DEFAULT_PRESET
 
 Tensor = tuple[str, tuple[int, ...]]
 
@@ -116,10 +117,10 @@ SHIPPED = ("mixtral", "qwen3", "qwen3.5", "deepseek", "glm")
 """Models whose tiles come with the package; the others show what the heuristic does for shapes that it has not seen."""
 
 
-def named_shape(name: str, tensor_parallel: int = 1) -> MoEShape:
-    """Return the shape of the experts of most layers, as the default preset makes them, in one process."""
+def named_shape(name: str, tensor_parallel: int = 1, preset: str = DEFAULT_PRESET) -> MoEShape:
+    """Return the shape of the experts of most layers, as a preset makes them, in one process."""
     with stand_in(name) as folder:
-        return next(iter(expert_shapes(folder, tensor_parallel)))
+        return next(iter(expert_shapes(folder, tensor_parallel, preset)))
 
 
 @contextmanager

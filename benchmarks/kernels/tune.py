@@ -1,13 +1,14 @@
 """Tunes tiles for the experts of well-known models on this GPU, and says how far from them the heuristic is.
 
     python -m benchmarks.kernels.tune mixtral qwen3 -o kernels/tuned --minutes 4 --record out/tuning.json
+    python -m benchmarks.kernels.tune mixtral qwen3 -o kernels/tuned --minutes 4 --preset fast
     python -m benchmarks.kernels.tune olmoe qwen2-57b --minutes 2 --record out/unseen.json
     python -m benchmarks.kernels.tune --replay out/unseen.json
 
-The minutes are for all models together. Ranks and groups are those that the default preset plans from the models'
-headers (``named_models.py``). The record holds, for each number of tokens, every candidate's time or error, the
-heuristic's first. Without ``-o`` no file of tiles is written. ``--replay`` needs no GPU: it prints how far from the
-record's best tiles today's heuristic is, where the record has the times of its choice.
+The minutes are for all models together. Ranks and groups are those that a preset (``balanced`` if none is named) plans
+from the models' headers (``named_models.py``). The record holds, for each number of tokens, every candidate's time or
+error, the heuristic's first. Without ``-o`` no file of tiles is written. ``--replay`` needs no GPU: it prints how far
+from the record's best tiles today's heuristic is, where the record has the times of its choice.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 from benchmarks.kernels.named_models import MODELS, named_shape
 from benchmarks.records import environment, write_json
+from vllm_milo.command.expert_layers import PLANNED
 from vllm_milo.command.tune import describe
 from vllm_milo.kernels import launch, tuned
 from vllm_milo.kernels.serving.gemm import heuristic
@@ -33,6 +35,7 @@ from vllm_milo.kernels.tuned import Tiles, make_key
 from vllm_milo.kernels.tuning.search import Result, best
 from vllm_milo.kernels.tuning.tune import TOKENS, Results, chosen, tune
 from vllm_milo.kernels.weights import MoEShape
+from vllm_milo.offline.presets import DEFAULT_PRESET
 
 LEAST_SECONDS = 20.0
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,6 +130,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0"))
     parser.add_argument("--minutes", type=float, default=5.0, help="for all models together")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--preset", choices=PLANNED, default=DEFAULT_PRESET, help=f"default: {DEFAULT_PRESET}")
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--replay", type=Path, help="a record; nothing is timed")
@@ -154,7 +158,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print("\n".join(replay(json.loads(arguments.replay.read_text(encoding="utf-8")))))
         return
     end = time.monotonic() + 60 * arguments.minutes
-    shapes = {name: named_shape(name, arguments.tensor_parallel) for name in arguments.models}
+    shapes = {name: named_shape(name, arguments.tensor_parallel, arguments.preset) for name in arguments.models}
     device, dtype = arguments.device, DTYPES[arguments.dtype]
     found = about(device)
     record: dict[str, Any] = {"environment": found, "dtype": arguments.dtype, "models": {}}

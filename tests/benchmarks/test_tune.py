@@ -37,7 +37,7 @@ def test_distances_are_from_the_best_tiles():
 
 
 def test_a_record_is_written_read_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(tune, "named_shape", lambda name, parts: SHAPE)
+    monkeypatch.setattr(tune, "named_shape", lambda *arguments: SHAPE)
     monkeypatch.setattr(tune, "tune", lambda shape, *arguments: results(shape))
     monkeypatch.setattr(tune, "about", lambda device: ABOUT)
     record = tmp_path / "record.json"

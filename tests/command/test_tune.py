@@ -73,10 +73,18 @@ def test_a_source_model_has_the_shapes_of_what_the_default_makes_of_it(sources: 
 
 
 def test_shards_have_a_share_of_the_intermediate_size():
-    assert named_shape("deepseek") == SHAPE
-    assert named_shape("deepseek", 2) == SHAPE._replace(intermediate=704)
+    assert named_shape("deepseek", 1, "fast") == SHAPE
+    assert named_shape("deepseek", 2, "fast") == SHAPE._replace(intermediate=704)
     with pytest.raises(ConversionError, match=r"intermediate size of 1408 in groups of 64 cannot be split over 3"):
         named_shape("deepseek", 3)
+
+
+def test_presets_along_a_text_have_smaller_groups_and_fewer_ranks(sources: dict[str, Path], gpu, tmp_path):
+    assert named_shape("deepseek") == SHAPE._replace(groups=(64, 64), ranks=(32, 16))
+    for preset in ("balanced", "fast"):
+        assert main(["tune", str(sources["mixtral"]), "-o", str(tmp_path), "--preset", preset]) == 0
+    (first, _), (second, _) = gpu
+    assert (first.groups, second.groups) == ((64, 64), (128, 128))
 
 
 def test_what_most_layers_have_is_tuned_in_one_file_a_name():
@@ -91,7 +99,7 @@ def test_what_most_layers_have_is_tuned_in_one_file_a_name():
 
 def test_minutes_are_shared_by_shapes(gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     shapes = {SHAPE: 20, SHAPE._replace(ranks=(0, 0)): 5}
-    monkeypatch.setattr(tune, "expert_shapes", lambda folder, parts: shapes)
+    monkeypatch.setattr(tune, "expert_shapes", lambda *arguments: shapes)
     assert main(["tune", str(tmp_path), "-o", str(tmp_path / "tuned"), "--minutes", "4"]) == 0
     assert [round(seconds) for _, seconds in gpu] == [120, 240], "what one leaves, the next has"
     assert len(list((tmp_path / "tuned").iterdir())) == 2

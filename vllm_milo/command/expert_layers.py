@@ -14,7 +14,7 @@ from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.families.find import find_family
 from vllm_milo.offline.planning.plan import decide_format
-from vllm_milo.offline.presets import DEFAULT_PRESET, PRESETS, milo_recipe
+from vllm_milo.offline.presets import DEFAULT_PRESET, PRESETS, Preset, milo_recipe
 from vllm_milo.offline.source.completeness import CHOSEN_KEYS
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.shards import read_object, read_tensors
@@ -34,12 +34,17 @@ class ExpertMatrix(NamedTuple):
     k: int
 
 
-def expert_shapes(folder: Path, tensor_parallel: int = 1) -> dict[MoEShape, int]:
+PLANNED = tuple(name for name, preset in PRESETS.items() if preset.budget_bits is not None)
+"""Presets whose ranks and groups follow from a source model's headers."""
+
+
+def expert_shapes(folder: Path, tensor_parallel: int = 1, preset: str = DEFAULT_PRESET) -> dict[MoEShape, int]:
     """Return how many layers have routed experts of each shape, the most frequent first.
 
     Args:
-        folder: of a MiLo checkpoint, or of a model that the default preset makes one of, whose headers decide ranks.
+        folder: of a MiLo checkpoint, or of a source model, whose headers decide ranks.
         tensor_parallel: processes that share each expert.
+        preset: of :data:`PLANNED`, that makes a checkpoint of a source model.
 
     Raises:
         CheckpointError, ConversionError, ShardError: the model cannot be read or converted, or not be split like this.
@@ -51,7 +56,7 @@ def expert_shapes(folder: Path, tensor_parallel: int = 1) -> dict[MoEShape, int]
         modules = quantized_modules(read_tensors(folder))
         matrices = list(_of_modules({name: matrix_shape(found) for name, found in modules.items()}))
     else:
-        fmt, matrices = _planned(folder)
+        fmt, matrices = _planned(folder, PRESETS[preset])
     top_k = _top_k(folder, config)
     layers: dict[str, list[ExpertMatrix]] = defaultdict(list)
     for matrix in matrices:
@@ -68,10 +73,9 @@ def _of_modules(shapes: Mapping[str, tuple[int, int]]) -> Iterable[ExpertMatrix]
             yield ExpertMatrix(*expert, n, k)
 
 
-def _planned(folder: Path) -> tuple[MiLoFormat, list[ExpertMatrix]]:
-    """Return what the default preset makes of a source model before it measures ranks."""
-    preset = PRESETS[DEFAULT_PRESET]
-    recipe = milo_recipe(False, group_size=preset.group_size)
+def _planned(folder: Path, preset: Preset) -> tuple[MiLoFormat, list[ExpertMatrix]]:
+    """Return what a preset makes of a source model before it measures ranks."""
+    recipe = milo_recipe(False, group_size=preset.groups(preset.calibrated, None))
     conversion = Conversion(recipe, budget_bits=preset.budget_bits, splittable=True)
     fmt, _, matrices = decide_format(ModelReader(folder), conversion)
     return fmt, list(_of_modules({matrix.name: (matrix.n, matrix.k) for matrix in matrices}))

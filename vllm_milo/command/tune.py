@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from vllm_milo.command.expert_layers import expert_shapes
+from vllm_milo.command.expert_layers import PLANNED, expert_shapes
 from vllm_milo.kernels.weights import MoEShape
 from vllm_milo.offline.cli.arguments import OR_HUB, check_number
 from vllm_milo.offline.cli.hub import model_place
 from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.presets import DEFAULT_PRESET
 
 MINUTES, LEAST_MINUTES = 5.0, 0.5
 WORTH = 10
@@ -35,6 +36,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="cuda:0", help="a GPU (default: cuda:0)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: 5)")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each expert (default: 1)")
+    parser.add_argument(
+        "--preset",
+        choices=PLANNED,
+        default=DEFAULT_PRESET,
+        help=f"that converts a source model (default: {DEFAULT_PRESET}); fast is what quantizing at load gives",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of activations")
     parser.set_defaults(run=_run, headers_only=True)
 
@@ -45,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if not LEAST_MINUTES <= arguments.minutes <= 600:
         raise ConversionError(f"--minutes {arguments.minutes:g}: must be from {LEAST_MINUTES:g} to 600")
     device = find_gpu(arguments.device)
-    shapes = frequent(expert_shapes(arguments.checkpoint, arguments.tensor_parallel))
+    shapes = frequent(expert_shapes(arguments.checkpoint, arguments.tensor_parallel, arguments.preset))
     written = []
     for place, (shape, layers) in enumerate(shapes.items()):
         left = 60 * arguments.minutes - (time.monotonic() - start)
