@@ -223,6 +223,7 @@ def imports(path: Path, known: Collection[str] = ()) -> set[str]:
         (
             "offline",
             {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
+            | {"vllm_milo.kernels.resident"}  # what a rank costs once it is loaded
             | {"vllm_milo", *(f"vllm_milo.{name}" for name in PURE)}
             | {"jinja2"}  # of chat templates; torch and transformers bring it
             | {"huggingface_hub"}  # model cards; download and upload only where a model of the Hub is named

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS, MiLoFormat
 from vllm_milo.dtypes import DTYPES
+from vllm_milo.kernels.resident import resident_bytes
 from vllm_milo.shards import ShardError, TensorEntry, read_object, read_tensors
 from vllm_milo.validation import (
     count_experts,
@@ -34,6 +35,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     codes, scales, zero points and factors over the quantized matrices; ``bytes`` is all tensors of the checkpoint,
     ``quantized_bytes`` those of quantized matrices. ``kept_weights`` and ``kept_bytes`` are of the matrices that could
     be quantized and are not, because ``ignore`` names them; ``bits_per_weight_with_kept`` counts them too.
+    ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU.
 
     Raises:
         CheckpointError, ShardError: the folder is no valid MiLo checkpoint.
@@ -51,6 +53,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     kept = [entry for name, entry in tensors.items() if _is_kept(name, modules, family, number)]
     kept_weights, kept_bytes = sum(math.prod(entry.shape) for entry in kept), sum(map(_tensor_bytes, kept))
     errors = _recorded_errors(folder)
+    ranks = _ranks(modules, fmt)
     return {
         "format_version": fmt.to_dict()["format_version"],
         "group_size": fmt.group_size,
@@ -59,13 +62,14 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": dict(fmt.recipe),
         "quantized_weights": weights,
         "bits_per_weight": 8 * (base + factors) / weights,
+        "resident_bits_per_weight": 8 * _resident_bytes(modules, ranks, fmt) / weights,
         "kept_weights": kept_weights,
         "kept_bytes": kept_bytes,
         "bits_per_weight_with_kept": 8 * (base + factors + kept_bytes) / (weights + kept_weights),
         "bytes": sum(_tensor_bytes(entry) for entry in tensors.values()),
         "quantized_bytes": base + factors,
         "factor_bytes": factors,
-        "ranks": _by_kind(modules, {m: float(r) for m, r in _ranks(modules, fmt).items()}, config),
+        "ranks": _by_kind(modules, {m: float(r) for m, r in ranks.items()}, config),
         "relative_error": _by_kind(modules, errors, config) if errors else None,
     }
 
@@ -79,7 +83,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"all tensors      {report['bytes'] / gib:.3f} GiB",
         f"quantized        {report['quantized_bytes'] / gib:.3f} GiB for {report['quantized_weights']:,} weights",
         f"  compensators   {report['factor_bytes'] / gib:.3f} GiB",
-        f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors)",
+        f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
+        f"{report['resident_bits_per_weight']:.3f} on a GPU",
     ]
     if report["kept_weights"]:
         lines.append(
@@ -119,6 +124,13 @@ def _group_sizes(modules: Iterable[str], fmt: MiLoFormat) -> dict[str, int]:
 def _ranks(modules: Mapping[str, Mapping[str, TensorEntry]], fmt: Any) -> dict[str, int]:
     experts = count_experts(modules)
     return {name: module_rank(name, fmt, experts) for name in modules}
+
+
+def _resident_bytes(modules: Mapping[str, Mapping[str, TensorEntry]], ranks: Mapping[str, int], fmt: MiLoFormat) -> int:
+    return sum(
+        resident_bytes(*matrix_shape(found), ranks[name], fmt.module_group_size(name), fmt.compensator.bits)
+        for name, found in modules.items()
+    )
 
 
 def _by_kind(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..calibration import memory
+from ..ranks.budget import resident_bits
 from .disk import free_bytes, size_text
 from .plan import Plan
 
@@ -19,7 +20,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     ``exact`` is false where ranks take a pass over the weights: sizes are then as if all experts had the same kurtosis;
     or the calibration text: ranks are then those by kind, and sizes may grow up to the budget.
     ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
-    ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too.
+    ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too,
+    ``resident_bits_per_weight`` of quantized weights as the kernels hold them on one GPU.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
     ``layout`` says where the hidden states of a text lie (``device``, ``host`` or ``disk``), in how many rounds experts
     are trained, and how many devices hold what is trained of them.
@@ -36,6 +38,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "by_kind": _by_kind(plan),
         "quantized_weights": plan.weights,
         "bits_per_weight": plan.bits_per_weight,
+        "resident_bits_per_weight": resident_bits(plan.matrices, plan.ranks, plan.conversion.recipe),
         "bits_per_weight_with_kept": plan.kept.bits_with(plan.weights, plan.quantized_bytes),
         "kept": plan.kept.to_dict(),
         "exact": plan.exact and not plan.conversion.measures_ranks,
@@ -65,7 +68,8 @@ def format_description(plan: Plan) -> str:
     lines = [
         f"model            {said['model']} ({said['family']}), {said['matrices']} matrices to quantize",
         f"output           {said['output']}: {about}{size_text(said['disk_bytes'])} on disk{fits}",
-        f"bits a weight    {about}{said['bits_per_weight']:.3f} (codes, scales, zero points and factors)",
+        f"bits a weight    {about}{said['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
+        f"{about}{said['resident_bits_per_weight']:.3f} on a GPU",
     ]
     if said["source_format"] is not None:
         lines.insert(1, f"stored as        {said['source_format']}; becomes {str(plan.reader.dtype)[6:]} as it is read")

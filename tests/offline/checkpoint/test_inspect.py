@@ -29,6 +29,8 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert report["quantized_bytes"] == quantized
     assert report["bytes"] == sum(tensor.nbytes for tensor in written.values())
     assert report["bits_per_weight"] == pytest.approx(8 * quantized / report["quantized_weights"])
+    # all sizes fill tiles; ranks of 8 are held as 16, and U in four bits in place of three
+    assert 1.05 < report["resident_bits_per_weight"] / report["bits_per_weight"] < 1.4
     assert report["ranks"]["attention"] == {"matrices": 8, "mean": 16, "min": 16, "max": 16}
     assert report["ranks"]["routed_expert"]["mean"] == 8
     assert (report["group_size"], report["group_sizes"]) == (64, {"64": 32})
@@ -36,7 +38,7 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", str(checkpoint)]) == 0
     said = capsys.readouterr().out
     assert said.startswith("3-bit, group size 64, compensators in 3 bits\n")
-    assert "bits a weight" in said
+    assert f"(codes, scales, zero points and factors), {report['resident_bits_per_weight']:.3f} on a GPU\n" in said
 
 
 def test_matrices_of_each_group_size_are_counted(odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -53,4 +55,5 @@ def test_matrices_of_each_group_size_are_counted(odd_model: Path, tmp_path: Path
 
 def test_plain_3_bit_is_3_5_bits_a_weight(sources: dict[str, Path], tmp_path: Path):
     out = convert(sources["olmoe"], tmp_path / "out", Conversion(Recipe(method="rtn")), progress=False).out
-    assert inspect_checkpoint(out)["bits_per_weight"] == 3.5
+    report = inspect_checkpoint(out)
+    assert report["bits_per_weight"] == report["resident_bits_per_weight"] == 3.5

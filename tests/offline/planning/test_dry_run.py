@@ -30,7 +30,7 @@ def test_it_says_what_will_be(bundled_model: Path, tmp_path: Path, capsys: pytes
     assert list(tmp_path.iterdir()) == []
     assert quantize(bundled_model, tmp_path / "out", *options, "--quiet") == 0
     report = inspect_checkpoint(tmp_path / "out")
-    for key in ("bits_per_weight", "bytes", "quantized_bytes", "quantized_weights"):
+    for key in ("bits_per_weight", "resident_bits_per_weight", "bytes", "quantized_bytes", "quantized_weights"):
         assert said[key] == report[key], key
     assert said["exact"]
     assert said["format"] == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
