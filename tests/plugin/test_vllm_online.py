@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import vllm_runner
+from tiny_models import compare, make_prompts
 from vllm_jobs import DEVICE, DTYPE, assert_matches, job
 
 from vllm_milo.offline.cli import main
+from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 FEW = {"max_rounds": 1}
@@ -34,17 +37,25 @@ def serve(
     return vllm_runner.run(job(models, dtype=DTYPE, **engine), folder, timeout=1500)
 
 
+def distance(source: Path, outputs: list[dict[str, Any]]) -> float:
+    """Return the mean difference of log-probabilities from the model in 16 bits."""
+    found = compare(load_model(source, torch.float32, DEVICE), make_prompts(source), outputs).differences
+    return sum(found) / len(found)
+
+
 def test_it_serves_what_the_converter_makes(sources: dict[str, Path], odd_model: Path, tmp_path: Path):
     """Fused and single layers, shared experts, a layer whose groups are smaller."""
     names = ("mixtral", "qwen2_moe", "olmoe")
     models = {name: sources[name] for name in names} | {"odd": odd_model}
     made = {name: checkpoint(source, tmp_path / name) for name, source in models.items()}
-    found = serve(models, tmp_path / "online", FEW)
+    found, offline = serve(models, tmp_path / "online", FEW), serve(made, tmp_path / "offline")
     for name in models:
-        assert_matches(name, made, found, DTYPE)
-    if DEVICE == "cpu":  # a GPU's solver may add up in another order in other batches
-        offline = serve(made, tmp_path / "offline")
-        assert {name: offline[name] == found[name] for name in models} == dict.fromkeys(models, True)
+        assert_matches(name, made, offline, DTYPE)
+        if DEVICE == "cpu":
+            assert offline[name] == found[name]
+        else:  # the solver adds up in another order in other batches, which gives other codes of the same worth
+            ratio = distance(models[name], found[name]) / distance(models[name], offline[name])
+            assert 0.8 < ratio < 1.25, f"{name}: {ratio}"
 
 
 @pytest.mark.slow
