@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from vllm_milo.kernels.resident import BLOCK
 from vllm_milo.offline.nouns import Kind, Matrix
 from vllm_milo.offline.ranks.budget import rank_bits
 from vllm_milo.offline.ranks.need import Need, group_roles, probe_ranks, share_by_need, share_left
@@ -29,7 +30,7 @@ def layer(experts: int = 4) -> list[Matrix]:
 
 
 ROLES = group_roles(layer())
-STEP = 8 * rank_bits(ROLES[f"{ATTENTION}.q_proj"][0], 3)
+STEP = BLOCK * rank_bits(ROLES[f"{ATTENTION}.q_proj"][0], 3)
 
 
 def spent(ranks: dict[str, int], factor_bits: int = 3) -> float:
@@ -60,10 +61,10 @@ def test_no_more_is_spent_than_there_is_and_no_step_more_would_fit(bits: float, 
     left = bits - spent(ranks, factor_bits)
     assert left >= 0
     for role, of in ROLES.items():
-        assert ranks[role] % 8 == 0
+        assert ranks[role] % BLOCK == 0
         assert ranks[role] <= largest_rank(of[0])
-        step = 8 * sum(rank_bits(matrix, factor_bits) for matrix in of)
-        assert ranks[role] == largest_rank(of[0]) or step > left
+        step = BLOCK * sum(rank_bits(matrix, factor_bits) for matrix in of)
+        assert ranks[role] + BLOCK > largest_rank(of[0]) or step > left
 
 
 def test_the_needier_role_gets_more():
@@ -82,7 +83,7 @@ def test_what_ranks_take_counts_beside_the_damage():
     found = needs()
     found[f"{ATTENTION}.q_proj"] = Need(1.0, {8: 0.2, 64: 0.1})
     ranks = share_by_need(ROLES, found, STEP, 3)
-    assert ranks[f"{ATTENTION}.q_proj"] == 8
+    assert ranks[f"{ATTENTION}.q_proj"] == BLOCK
 
 
 def test_one_projection_of_the_experts_may_get_ranks_alone():
@@ -119,11 +120,12 @@ def test_measurements_out_of_order_still_make_a_curve_that_falls_ever_less():
 @pytest.mark.parametrize("matrix", [of[0] for of in ROLES.values()], ids=lambda matrix: matrix.name)
 def test_probes_begin_with_the_first_step_and_keep_the_limit(matrix: Matrix, planned: int):
     ranks = probe_ranks(matrix, planned)
-    assert ranks[0] == 8
+    assert ranks[0] == BLOCK
     assert ranks == sorted(set(ranks))
-    assert all(rank % 8 == 0 for rank in ranks)
-    assert ranks[-1] == min(largest_rank(matrix), max(4 * planned, 32))
+    assert all(rank % BLOCK == 0 for rank in ranks)
+    assert ranks[-1] == min(largest_rank(matrix), max(4 * planned, 32)) // BLOCK * BLOCK
 
 
 def test_sizes_too_small_for_any_rank_are_not_tried():
     assert probe_ranks(Matrix("q_proj", Kind.ATTENTION, 4, 128), 8) == []
+    assert probe_ranks(Matrix("q_proj", Kind.ATTENTION, 8, 128), 8) == []
