@@ -1,8 +1,8 @@
 """Ranks within a layer by measured need: each step of 16 goes where it takes most from the error of the layer's output.
 
-A step is what the kernels hold: rank 8 would be read, multiplied and stored on the GPU as rank 16 is. Against steps of 8
-that costs nothing: 0.0221 for 0.0219 and 0.0308 for 0.0309 nats, at 3.596, 3.599 and twice 3.600 bits, on the models
-below by the default preset on a CPU (2026-11-28; ``milo eval``, 64 windows). Routed experts get none there.
+A step is what the kernels hold: rank 8 would be read and multiplied as rank 16 is. Against steps of 8 that costs
+nothing: 0.0221 for 0.0219 and 0.0308 for 0.0309 nats, at 3.596, 3.599 and twice 3.600 bits, on the models below by the
+default preset on a CPU (2026-11-28; ``milo eval``, 64 windows). Routed experts get none there.
 
 A role is what gets one rank: a linear layer, or one projection of all routed experts. Of each one it is known what
 quantizing it alone does to the output of the layer, and what share of that is left at a few ranks.
