@@ -125,6 +125,7 @@ class Tiny(NamedTuple):
         dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
         published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
         around: the larger config that the text model's is part of.
+        unquantized: whether vLLM's CPU build serves it unquantized too.
         louder: pattern of parameters that are eight times as large as in other models.
     """
 
@@ -135,6 +136,7 @@ class Tiny(NamedTuple):
     dtype: str = "float32"
     published: tuple[tuple[str, str], ...] = ()
     around: Mapping[str, Any] = MappingProxyType({})
+    unquantized: bool = True
     louder: str | None = None
 
 
@@ -319,6 +321,15 @@ TINY = {
     "gpt_oss": Tiny(
         HEADS | PLAIN | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
         louder=r"experts\.gate_up_proj$",  # its activation is clamped at 7
+    ),
+    "nemotron_h": Tiny(
+        HEADS
+        | ROUTED
+        | GROUPED
+        | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"], "moe_latent_size": 64}
+        | {"moe_shared_expert_intermediate_size": 256, "mamba_num_heads": 4, "mamba_head_dim": 64, "n_groups": 2}
+        | {"ssm_state_size": 64, "chunk_size": 64, "routed_scaling_factor": 2.5},
+        unquantized=False,  # its own experts have a gate on CPUs
     ),
     "jamba": Tiny(
         {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "num_experts": 4}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from ..nouns import Kind
 from .deepseek import DEEPSEEK_LIKE
 from .family import LATER_LAYERS, Family
+from .nvidia import NVIDIA
 from .qwen import QWEN
 from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, Stack, attention, dense, latent_attention, shared
 
@@ -322,6 +323,7 @@ _ALL = (
     *_MOONSHOT_LIKE,
     *_LLAMA_LIKE,
     _OPENAI,
+    *NVIDIA,
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""

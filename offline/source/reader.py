@@ -158,8 +158,8 @@ class ModelReader:
         self.layers = plan_layers(self.tensors, self.family, self.config)
         check_complete(self.layers, self.config, self.family)
         check_shapes(self.layers, self.tensors, self.config, self.family)
-        check_fused(self.layers, self.tensors, self.config)
-        check_experts(self.matrices, self.family.num_experts(self.config))
+        check_fused(self.layers, self.tensors, self.config, self.family)
+        check_experts(self.matrices, self.family.num_experts(self.config), self.family)
         check_routers(self.layers, self.tensors, self.family, self.family.num_choices(self.config))
         check_stated(self.matrices, self.tensors, self.config, self.family)
 

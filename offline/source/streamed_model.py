@@ -30,7 +30,7 @@ _POSITIONS = ("rotary_emb", "pos_emb")
 """Names of what makes a model's position embeddings, which has no weights in files."""
 _EMBEDDING_SCALE = "scalar_embed_scale"
 """Attribute of embeddings that are multiplied before the text model gets them."""
-_LAYER_KINDS = ("attention_type", "layer_type")
+_LAYER_KINDS = ("attention_type", "layer_type", "block_type")
 """Attributes of a layer by which models choose what they call it with."""
 
 
@@ -61,7 +61,7 @@ class StreamedModel:
         self.folder, self._family, self._load, self._advice = folder, family, load, advice
         self.device, self.dtype = device, dtype
         self._model = _empty_model(folder, family, dtype)
-        self._body = self._model.get_submodule(family.body)
+        self._body = self._model.get_submodule(family.body_in_memory or family.body)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __len__(self) -> int:

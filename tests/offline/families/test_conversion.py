@@ -65,6 +65,7 @@ KEPT = {
     "granitemoehybrid": {"block_sparse_moe.router.layer", "shared_mlp.input_linear"}
     | {"mamba.in_proj", "mamba.out_proj"},
     "lfm2_moe": {"feed_forward.gate", "conv.in_proj", "conv.out_proj"},
+    "nemotron_h": {"mixer.gate", "mixer.in_proj", "mixer.out_proj"},
     "jamba": {"feed_forward.router", *(f"mamba.{part}_proj" for part in ("in", "x", "dt", "out"))},
 }
 """All 2-D weights of the layers of some families that are not quantized; of the others the router alone."""
