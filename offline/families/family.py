@@ -93,6 +93,7 @@ class Family:
         embed: name, inside the body, of the tokens' embeddings.
         norm: name, inside the body, of the last norm before the output head.
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
+        logits_factor_key: config.json key of what logits are multiplied by, where there is such a thing.
         logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
         not_run: why transformers' class does not run what the files hold; empty where it does.
         not_learned: why nothing is learned of the family along a text, though transformers runs it; empty where it is.
@@ -126,6 +127,7 @@ class Family:
     embed: str = "embed_tokens"
     norm: str = "norm"
     logits_divisor_key: str | None = None
+    logits_factor_key: str | None = None
     logits_cap_key: str | None = None
     not_run: str = ""
     not_learned: str = ""

@@ -186,7 +186,9 @@ class StreamedModel:
         bias = None
         if self._model.get_submodule(family.head).bias is not None:
             bias = self._one(f"{family.head}.bias").to(self.device, self.dtype)
-        divisor = getattr(config, family.logits_divisor_key or "", 1)
+        factor = getattr(config, family.logits_factor_key or "", 1) / getattr(
+            config, family.logits_divisor_key or "", 1
+        )
         if weight.shape != (self.vocabulary, self.hidden_size):
             raise ConversionError(
                 f"{self.folder}: tensor {name} has shape {list(weight.shape)}, but by config.json it must have "
@@ -195,7 +197,7 @@ class StreamedModel:
         cap = getattr(config, family.logits_cap_key or "", None)
 
         def logits(states: torch.Tensor) -> torch.Tensor:
-            plain = torch.nn.functional.linear(norm(states), weight, bias).float() / divisor
+            plain = torch.nn.functional.linear(norm(states), weight, bias).float() * factor
             return plain if cap is None else cap * torch.tanh(plain / cap)
 
         return logits
