@@ -83,6 +83,7 @@ def serve(families: dict[str, dict[str, Path]], folder: Path, mend_router: bool 
             for name, made in families.items()
             if (TINY[name].dtype, bool(TINY[name].around)) == (dtype, is_part)
             for kind, path in made.items()
+            if TINY[name].unquantized or kind in KINDS
         }
         place = folder / f"{dtype} {is_part}"
         place.mkdir(parents=True)
@@ -118,11 +119,22 @@ def rows(families: dict[str, dict[str, Path]], outputs: dict[str, dict[str, Any]
     """Yield a row of the table for each family: its name, each kind's difference, and the control."""
     for name, made in families.items():
         found = outputs[name]
+        if not TINY[name].unquantized:
+            yield (
+                name,
+                *(_beside_transformers(made[kind], found[kind]) for kind in KINDS),
+                "not served, so of the others",
+            )
+            continue
         cells = [_cell(found, kind, f"{kind} plain") for kind in KINDS]
         plain = f"{KINDS[-1]} plain"
         failed = "error" in found[plain]
         control = found[plain]["error"] if failed else "no class" if not has_class(name) else ""
         yield name, *cells, control or str(against_transformers(made[KINDS[-1]], found[plain]))
+
+
+def _beside_transformers(folder: Path, found: Any) -> str:
+    return found["error"] if "error" in found else str(against_transformers(folder, found))
 
 
 def _cell(found: dict[str, Any], mine: str, theirs: str) -> str:

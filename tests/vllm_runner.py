@@ -1,8 +1,8 @@
 """Runs vLLM on several checkpoints in a process of its own: ``python vllm_runner.py JOB.json OUT.json``.
 
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
-"mend_router": true, vLLM's router of CPUs routes as those of GPUs do; with "lora": folder, an adapter is on; with
-"reload": true, weights are loaded once more after a first run.
+"mend_router": true, vLLM's router of CPUs routes as those of GPUs do, and experts need no gate; with "lora": folder, an
+adapter is on; with "reload": true, weights are loaded once more after a first run.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}. With "rounds": n, prompts are
 answered n times by one engine and without their own log-probabilities, which nothing could be taken from a cache for:
 {name: [[{"generated": [...], "logprobs": [...], "cached": tokens}]]}, by round; with "sleep": level, the engine sleeps
@@ -123,9 +123,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     if job.get("mend_router"):
         sys.path.append(str(Path(__file__).parent))  # where PYTHONSAFEPATH leaves it out
+        import cpu_experts
         import cpu_router
 
         cpu_router.mend()
+        cpu_experts.allow_without_gate()
     for name, folder in job["models"].items():
         start = time.monotonic()
         try:

@@ -233,7 +233,9 @@ class MiLoFormat:
 
     def __post_init__(self) -> None:
         _require_group_size("group_size", self.group_size)
-        for name in self.groups.experts:
+        for name, sizes in self.groups.experts.items():
+            if all(EXPERT_PROJECTIONS[projection] != "gate" for projection in sizes):
+                continue  # experts without one; of others the tensors say it
             where = f"group_sizes.experts[{shown(name)}]"
             gate, up = (self.groups.of_experts(name, projection, self.group_size) for projection in ("w1", "w3"))
             if gate != up:

@@ -242,7 +242,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     def _gemm(self, layer: Any, name: str, n: int, k: int, shards: tuple[str, ...]) -> Gemm:
         """Return one of the layer's GEMMs, of the shards that it computes together."""
-        group_size = self.format.groups.of_experts(self.prefix, shards[0], self.format.group_size)
+        group_size = self.format.groups.of_experts(self.prefix, self._projection(shards[0]), self.format.group_size)
         return Gemm(name, n, k, group_size, self._local_ranks(layer, shards), shards)
 
     def _local_ranks(self, layer: Any, shards: tuple[str, ...]) -> list[list[int]]:

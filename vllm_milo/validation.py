@@ -7,7 +7,7 @@ extra or wrongly shaped tensor is one clear error instead of garbage text. Pure 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ _TEXT_PARTS = ("thinker_config", "text_config")
 """Keys of config.json of the part for the text model, or of one that has it, where that is part of a larger model."""
 _SIZES = (
     ("num_experts", "num_local_experts"),
-    ("hidden_size",),
+    ("moe_latent_size", "hidden_size"),
     ("moe_intermediate_size", "intermediate_size"),
 )
 """Keys of config.json, the first that is there, of the sizes of routed experts."""
+_UNGATED = ("mlp_hidden_act", "relu2")
+"""Key of config.json and its value that say that experts, as all FFNs of such models, have no gate."""
 
 
 def read_format(folder: Path) -> tuple[MiLoFormat, Mapping[str, Any]]:
@@ -107,7 +109,8 @@ def find_problems(tensors: Mapping[str, TensorEntry], fmt: MiLoFormat, config: M
     dtype = _model_dtype(config)
     experts = count_experts(modules)
     return [
-        *_expert_problems(modules, experts),
+        *_expert_problems(modules, experts, config),
+        *_joint_group_problems(modules, experts, fmt),
         *(p for name, found in modules.items() for p in _matrix_problems(name, found, fmt, experts, dtype)),
         *_unquantized_problems(tensors, modules, fmt),
         *_kept_expert_problems(tensors, modules, fmt, config),
@@ -228,8 +231,14 @@ def _tensor_problems(
             )
 
 
-def _expert_problems(modules: Mapping[str, Any], experts: Mapping[str, int]) -> Iterator[str]:
+def _expert_problems(
+    modules: Mapping[str, Any], experts: Mapping[str, int], config: Mapping[str, Any]
+) -> Iterator[str]:
     """Every expert must hold the same projections, one of each role."""
+    key, value = _UNGATED
+    roles, said = ["down", "gate", "up"], "a gate, an up and a down projection"
+    if config.get(key) == value:
+        roles, said = ["down", "up"], f"an up and a down projection alone, by config.json's {key} {value}"
     projections: dict[str, set[str]] = defaultdict(set)
     for name in modules:
         expert = split_expert_name(name)
@@ -237,12 +246,21 @@ def _expert_problems(modules: Mapping[str, Any], experts: Mapping[str, int]) -> 
             projections[expert[0]].add(expert[2])
     for layer, count in experts.items():
         names = sorted(projections[layer])
-        if sorted(EXPERT_PROJECTIONS.get(name, name) for name in names) != ["down", "gate", "up"]:
-            yield f"{layer}: expected a gate, an up and a down projection, found {names}"
+        if sorted(EXPERT_PROJECTIONS.get(name, name) for name in names) != roles:
+            yield f"{layer}: expected {said}, found {names}"
         every = (f"{layer}.{index}.{projection}" for index in range(count) for projection in names)
         missing = (name for name in every if name not in modules)
         for name in islice(missing, _MOST_MISSING):  # a name may state any number of experts
             yield f"{name}: missing ({count} experts)"
+
+
+def _joint_group_problems(modules: Mapping[str, Any], experts: Iterable[str], fmt: MiLoFormat) -> Iterator[str]:
+    """One GEMM computes gate and up projections, in one group size."""
+    for layer in experts:
+        gate, up = (fmt.groups.of_experts(layer, projection, fmt.group_size) for projection in ("w1", "w3"))
+        has_gate = any(f"{layer}.0.{name}" in modules for name, role in EXPERT_PROJECTIONS.items() if role == "gate")
+        if has_gate and gate != up:
+            yield f"{layer}: group_sizes gives the gate projections groups of {gate} and the up projections of {up}"
 
 
 def _unquantized_problems(
@@ -286,7 +304,7 @@ def _kept_expert_problems(
         if each and len(each) < len(found):
             yield f"{experts}: holds experts both fused and one by one"
         if each:
-            yield from _expert_problems(each, count_experts(each))
+            yield from _expert_problems(each, count_experts(each), config)
             yield from _each_expert_problems(experts, each, config)
 
 

@@ -12,6 +12,7 @@ from vllm_milo.names import leaf_of
 
 from ..errors import ConversionError
 from ..families.family import Family
+from ..families.slots import Projections
 from ..nouns import Matrix, Moments
 
 MAX_FULL_SIZE = 8192
@@ -77,7 +78,7 @@ class InputMoments:
             checkpoint = family.checkpoint_name(name + inner)
             if isinstance(part, torch.nn.Linear) and family.kind(checkpoint) is not None:
                 self._undo.append(part.register_forward_pre_hook(partial(self._see, checkpoint)).remove)
-            elif leaf_of(inner) == "experts" and hasattr(part, "gate_up_proj"):
+            elif leaf_of(inner) == "experts" and (hasattr(part, "gate_up_proj") or hasattr(part, "up_proj")):
                 self._undo.append(part.register_forward_pre_hook(self._experts(checkpoint, part)).remove)
 
     def _experts(self, name: str, module: Any) -> Callable[..., None]:
@@ -155,9 +156,9 @@ class _Experts:
         shared = experts * hidden**2 * 4 > MAX_EXPERT_BYTES
         common = Moment(hidden)
         self._moments = [(common if shared else Moment(hidden), Moment(inner)) for _ in range(experts)]
-        gate, up, down = into._family.projections
+        *read, down = into._family.projections.present
         for expert, (before, middle) in enumerate(self._moments):
-            for leaf, moment in ((gate, before), (up, before), (down, middle)):
+            for leaf, moment in (*((leaf, before) for leaf in read), (down, middle)):
                 into.by_name[f"{name}.{expert}.{leaf}"] = moment
                 into.tokens[f"{name}.{expert}.{leaf}"] = 0
 
@@ -168,17 +169,16 @@ class _Experts:
             rows, weight = states[tokens], weights[tokens, place, None]
             before, middle = self._moments[expert]
             before.add(rows * weight)
-            gate, up = torch.nn.functional.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            middle.add(module.act_fn(gate) * up * weight)
-            for leaf in self._into._family.projections:
+            middle.add(_inner(module, partial(_times_expert, rows, expert)) * weight)
+            for leaf in self._into._family.projections.present:
                 self._into.tokens[f"{self._name}.{expert}.{leaf}"] += len(rows)
 
 
 class _ExpertDiagonals:
     """Adds the squares of the inputs and inner activations of the routed experts of a layer, all experts at once."""
 
-    def __init__(self, name: str, projections: Sequence[str], module: Any) -> None:
-        self._name, self._projections = name, projections
+    def __init__(self, name: str, projections: Projections, module: Any) -> None:
+        self._name, self._projections = name, projections.present
         experts, hidden, inner = module.down_proj.shape
         zeros = module.down_proj.new_zeros
         self._before, self._middle = (zeros(experts, size, dtype=torch.float32) for size in (hidden, inner))
@@ -189,8 +189,8 @@ class _ExpertDiagonals:
         expert, order = index.flatten().sort(stable=True)
         number = torch.nn.functional.one_hot(expert, len(self._rows)).sum(0)
         rows, weight = states[order // index.shape[-1]], weights.flatten()[order, None]
-        gate, up = grouped_linear(rows, module.gate_up_proj, number).chunk(2, dim=-1)
-        for sums, inputs in ((self._before, rows), (self._middle, module.act_fn(gate) * up)):
+        inner = _inner(module, lambda matrices: grouped_linear(rows, matrices, number))
+        for sums, inputs in ((self._before, rows), (self._middle, inner)):
             squares = (inputs * weight).float().square()
             # expert by expert and row by row: atomic additions would differ from run to run
             sums += torch.segment_reduce(squares, "sum", lengths=number, axis=0, unsafe=True)
@@ -198,12 +198,30 @@ class _ExpertDiagonals:
 
     def moments(self) -> Iterator[tuple[str, Moment]]:
         """Yield the moments by the names of the experts' matrices."""
-        gate, up, down = self._projections
+        *read, down = self._projections
         for expert, rows in enumerate(self._rows.tolist()):
-            for sums, leaves in ((self._before, (gate, up)), (self._middle, (down,))):
+            for sums, leaves in ((self._before, read), (self._middle, (down,))):
                 moment = Moment(sums.shape[-1], full=False)
                 moment.rows, moment.total = rows, sums[expert] if rows else None
                 yield from ((f"{self._name}.{expert}.{leaf}", moment) for leaf in leaves)
+
+
+def _inner(module: Any, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return the inner activations of a module of experts: act(gate)·up, or act(up) where it has no gate.
+
+    Args:
+        module: of transformers.
+        multiply: returns the products of the experts' inputs with a parameter of the module, [.., N] of [E, N, K].
+    """
+    if hasattr(module, "gate_up_proj"):
+        gate, up = multiply(module.gate_up_proj).chunk(2, dim=-1)
+        return module.act_fn(gate) * up
+    return module.act_fn(multiply(module.up_proj))
+
+
+def _times_expert(rows: torch.Tensor, expert: int, matrices: torch.Tensor) -> torch.Tensor:
+    """Return W·x of rows x [S, K] by the matrix of one expert, of all [E, N, K]."""
+    return torch.nn.functional.linear(rows, matrices[expert])
 
 
 def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, number: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def shape_of(reader: ModelReader, layer: Layer) -> Shape:
     hidden = stated(config, "hidden_size", reader.folder)
     heads = stated(config, "num_attention_heads", reader.folder)
     matrices = [source.matrix for source in layer.matrices]
-    down = [matrix for matrix in matrices if matrix.name.rpartition(".")[2] == reader.family.projections[2]]
+    down = [matrix for matrix in matrices if matrix.name.rpartition(".")[2] == reader.family.projections.down]
     down += [matrix for matrix in matrices if matrix.name.endswith(".down_proj") and matrix not in down]
     routed = [matrix for matrix in down if matrix.experts is not None]
     chosen = min(int(config.get("num_experts_per_tok") or len(routed)), len(routed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .family import LATER_LAYERS, Family
 from .slots import Rename, attention, dense, latent_attention, shared
 
@@ -9,6 +11,14 @@ _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
 _INDEXER = tuple(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))
 _SPARSE = "what chooses tokens for sparse attention stays as it is, and vLLM's CPU build has no sparse attention"
+_GLM = Family(
+    "glm4_moe",
+    "GLM-4.5, 4.6, 4.7, 4.5-Air",
+    (*attention(), *shared(), *dense()),
+    num_experts_keys=_ROUTED,
+    ahead=(LATER_LAYERS,),
+    status=_SERVED,
+)
 
 DEEPSEEK_LIKE = (
     Family(
@@ -60,13 +70,15 @@ DEEPSEEK_LIKE = (
         ahead=(LATER_LAYERS,),
         status=_SERVED,
     ),
-    Family(
-        "glm4_moe",
-        "GLM-4.5, 4.6, 4.7, 4.5-Air",
-        (*attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        status=_SERVED,
+    _GLM,
+    replace(
+        _GLM,
+        model_type="glm4v_moe",
+        example="GLM-4.5V, 4.6V",
+        body="model.language_model",
+        text_config=("text_config",),
+        beside=("model.visual.",),
+        status="converts",
     ),
     Family(
         "deepseek_v32",

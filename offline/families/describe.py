@@ -1,16 +1,18 @@
-"""The table of families as people read it: what ``milo families`` prints, and the list in docs/families.md."""
+"""The tables of families as people read them: what ``milo families`` prints, and the lists in docs/families.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vllm_milo.names import leaf_of
 
 from ..nouns import Kind
 from .family import Family
+from .refused import REFUSED
 from .table import FAMILIES
 
 TITLES = ("model_type", "models", "quantized", "kept as it is", "status")
+REFUSED_TITLES = ("model_type", "models", "refused because", "what it takes")
 
 
 def rows(families: Iterable[Family] = FAMILIES.values()) -> list[dict[str, str]]:
@@ -21,23 +23,32 @@ def rows(families: Iterable[Family] = FAMILIES.values()) -> list[dict[str, str]]
     ]
 
 
-def markdown() -> str:
-    """Return the table for docs/families.md."""
-    lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
-    for row in rows():
+def refused_rows() -> list[dict[str, str]]:
+    """Return a row for each family that is not converted: its titles' values."""
+    return [dict(zip(REFUSED_TITLES, one[:4], strict=True)) for one in REFUSED.values()]
+
+
+def markdown(titles: Sequence[str], table: Iterable[dict[str, str]]) -> str:
+    """Return a table for docs/families.md, of :func:`rows` or of :func:`refused_rows`."""
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in table:
         name, *others = row.values()
         lines.append(f"| `{name}` | " + " | ".join(others) + " |")
     return "\n".join(lines)
 
 
 def text() -> str:
-    """Return the table for a terminal: a family's name and models, then a line for each of the others."""
+    """Return the tables for a terminal: a family's name and models, then a line for each of the others."""
+    return "\n".join([*_lines(rows()), "", "Not converted:", "", *_lines(refused_rows())])
+
+
+def _lines(table: Iterable[dict[str, str]]) -> list[str]:
     lines = []
-    for row in rows():
+    for row in table:
         name, models, *others = row.values()
-        lines.append(f"{name:<18}{models}")
-        lines += [f"  {title:<16}{value}" for title, value in zip(TITLES[2:], others, strict=True)]
-    return "\n".join(lines)
+        lines.append(f"{name:<24}{models}")
+        lines += [f"  {title:<16}{value}" for title, value in zip(list(row)[2:], others, strict=True)]
+    return lines
 
 
 def _quantized(family: Family) -> str:

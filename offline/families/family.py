@@ -77,10 +77,12 @@ class Family:
         only_fused: whether makers publish, and transformers reads, experts in no other layout.
         num_experts_keys: config.json keys that may hold the number of routed experts.
         no_experts_key: config.json key of how many more a router chooses among, which have no weights.
+        experts_width_keys: config.json keys of the size of what experts read and put out; the first there counts.
         num_layers_key: config.json key of the number of decoder layers.
         ahead: beginnings of names of what predicts further tokens; kept as a whole. See :data:`LATER_LAYERS`.
         beside: beginnings of names of what is no part of the text model, as towers for images; kept as a whole.
         body: name of the text model without its output head: of what has the embeddings, the layers and the last norm.
+        body_in_memory: what transformers 5 calls the body in memory, where it is not what checkpoints do.
         head: name of the output head.
         text_config: the keys of config.json, within each other, that lead to the text model's; none where it is all.
         mixers: parts of a layer of which each layer has exactly one: kinds of attention, or what takes its place.
@@ -91,6 +93,7 @@ class Family:
         embed: name, inside the body, of the tokens' embeddings.
         norm: name, inside the body, of the last norm before the output head.
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
+        logits_factor_key: config.json key of what logits are multiplied by, where there is such a thing.
         logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
         not_run: why transformers' class does not run what the files hold; empty where it does.
         not_learned: why nothing is learned of the family along a text, though transformers runs it; empty where it is.
@@ -109,10 +112,12 @@ class Family:
     only_fused: bool = False
     num_experts_keys: tuple[str, ...] = ("num_experts",)
     no_experts_key: str | None = None
+    experts_width_keys: tuple[str, ...] = ("hidden_size",)
     num_layers_key: str = "num_hidden_layers"
     ahead: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     body: str = "model"
+    body_in_memory: str | None = None
     head: str = "lm_head"
     text_config: tuple[str, ...] = ()
     mixers: tuple[str, ...] = ("self_attn",)
@@ -122,6 +127,7 @@ class Family:
     embed: str = "embed_tokens"
     norm: str = "norm"
     logits_divisor_key: str | None = None
+    logits_factor_key: str | None = None
     logits_cap_key: str | None = None
     not_run: str = ""
     not_learned: str = ""
@@ -137,6 +143,11 @@ class Family:
     def _layer(self) -> re.Pattern[str]:
         """The pattern of names in a decoder layer: the layer's, its number, and the rest."""
         return re.compile(rf"({re.escape(self.body)}\.layers\.(\d+))\.(.+)")
+
+    @property
+    def leaves_in_memory(self) -> tuple[str, str]:
+        """Return what transformers 5 calls the 3-D tensors of a layer's experts: what reads their input, and down."""
+        return "up_proj" if self.projections.gate is None else "gate_up_proj", "down_proj"
 
     @property
     def in_block(self) -> str:
@@ -190,7 +201,7 @@ class Family:
         expert = None
         if inside.startswith(self.in_block):
             expert = _EXPERT.fullmatch(inside.removeprefix(self.in_block))
-        return expert[1] if expert is not None and expert[1] in self.projections else None
+        return expert[1] if expert is not None and expert[1] in self.projections.present else None
 
     def kind(self, module: str) -> Kind | None:
         """Return what the matrix ``module`` is part of; None for what is never quantized."""
@@ -231,7 +242,8 @@ class Family:
         held = next((one for one in self.fused if layer and layer[3] == f"{self.in_block}{one.name}"), None)
         if layer is None or held is None:
             return None
-        projections = tuple(getattr(self.projections, role) for role in held.holds)
+        named = self.projections._asdict()
+        projections = tuple(named[role] for role in held.holds)
         hidden_side = 1 if "down" in held.holds else 2
         return FusedExperts(f"{layer[1]}.{self.in_block}experts", projections, hidden_side, *held[2:])
 
@@ -251,6 +263,8 @@ class Family:
 
     def checkpoint_name(self, tensor: str) -> str:
         """Return the checkpoint name of a tensor that transformers 5 may have renamed in memory."""
+        if self.body_in_memory is not None and tensor.startswith(f"{self.body_in_memory}."):
+            tensor = self.body + tensor.removeprefix(self.body_in_memory)
         layer = self._layer.fullmatch(tensor) if self.renames else None
         if layer is None:
             return tensor
@@ -303,6 +317,13 @@ class Family:
     def num_layers(self, config: Mapping[str, Any]) -> int | None:
         """Return the number of decoder layers that the text model's settings state; None where they do not."""
         return config.get(self.num_layers_key)
+
+    def experts_width(self, config: Mapping[str, Any]) -> int | None:
+        """Return the size of what experts read and put out, by the text model's settings; None where they state none.
+
+        That is the hidden size, but for experts that work on a smaller latent of it.
+        """
+        return next((int(config[key]) for key in self.experts_width_keys if config.get(key)), None)
 
     def num_choices(self, config: Mapping[str, Any]) -> int:
         """Return how many a router chooses among: experts, and such as have no weights.

@@ -10,6 +10,7 @@ from vllm_milo.values import shown
 
 from ..errors import ConversionError
 from .family import Family
+from .refused import REFUSED, Refused
 from .table import FAMILIES
 
 _EXPERT_COUNTS = (
@@ -29,17 +30,21 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a model by its config.json.
 
     Raises:
-        ConversionError: the family is unknown, or is known but this model has no experts.
+        ConversionError: the family is unknown or refused, or is known but this model has no experts.
     """
     model_type = config.get("model_type")
+    said = f"config.json: model_type {shown(model_type)}"
+    text = next(filter(counts_experts, configs_within(config)), None)
+    refused = None if text is None else _refused(config, text)
+    if refused is not None:
+        raise ConversionError(
+            f"{said} ({refused.example}) is a MoE family that MiLo does not convert: {refused.why}; that takes "
+            f"{refused.needed}; {_LIST}"
+        )
     family = FAMILIES.get(str(model_type))
     if family is not None:
         family.num_experts(family.settings(config))
         return family
-    said = f"config.json: model_type {shown(model_type)}"
-    text = next(
-        (part for part in configs_within(config) if any(_is_count(part.get(key)) for key in _EXPERT_COUNTS)), None
-    )
     if text is None:
         raise ConversionError(
             f"{said} is not a Mixture-of-Experts model: it states no number of experts; of MoE families MiLo does "
@@ -71,6 +76,23 @@ def configs_within(config: Mapping[str, Any], level: int = 0) -> Iterator[Mappin
     for part in config.values() if level < _DEEPEST else ():
         if isinstance(part, Mapping):
             yield from configs_within(part, level + 1)
+
+
+def counts_experts(config: Mapping[str, Any]) -> bool:
+    """Return whether a config itself, not one within it, states a number of experts."""
+    return any(_is_count(config.get(key)) for key in _EXPERT_COUNTS)
+
+
+def _refused(config: Mapping[str, Any], text: Mapping[str, Any]) -> Refused | None:
+    """Return the refused family that a config or its text model's part belongs to; None where there is none."""
+    named = config.get("architectures")
+    architectures = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    for one in REFUSED.values():
+        if one.model_type in (config.get("model_type"), text.get("model_type")):
+            return one
+        if any(name in one.architectures for name in architectures):
+            return one
+    return None
 
 
 def _is_count(value: object) -> bool:

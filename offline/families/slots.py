@@ -30,11 +30,16 @@ class Slot(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """The names of an expert's three matrices, or of another FFN's."""
+    """The names of an expert's three matrices, or of another FFN's; None for a gate that there is not."""
 
-    gate: str
+    gate: str | None
     up: str
     down: str
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Return the names of those that there are."""
+        return tuple(name for name in self if name is not None)
 
 
 class FusedTensor(NamedTuple):
@@ -70,8 +75,11 @@ class Stack(NamedTuple):
 
 LLAMA = Projections("gate_proj", "up_proj", "down_proj")
 MIXTRAL = Projections("w1", "w3", "w2")
+UNGATED = Projections(None, "up_proj", "down_proj")
 FUSED = (FusedTensor("experts.gate_up_proj", ("gate", "up")), FusedTensor("experts.down_proj", ("down",)))
 """What transformers 5 holds in memory, and some checkpoints store."""
+FUSED_UNGATED = (FusedTensor("experts.up_proj", ("up",)), FusedTensor("experts.down_proj", ("down",)))
+"""The same of experts without a gate."""
 
 
 def attention(name: str = "self_attn", out: str = "o_proj") -> tuple[Slot, ...]:
@@ -98,8 +106,8 @@ def latent_attention(name: str = "self_attn") -> tuple[Slot, ...]:
 
 def ffn(name: str, kind: Kind, projections: Projections = LLAMA) -> tuple[Slot, ...]:
     """Return the slots of an FFN that every token passes: a dense one, or a shared expert."""
-    gate, up, down = projections
-    return (Slot(f"{name}.{gate}", kind), Slot(f"{name}.{up}", kind), Slot(f"{name}.{down}", kind, Cut.INPUTS))
+    *read, down = projections.present
+    return (*(Slot(f"{name}.{projection}", kind) for projection in read), Slot(f"{name}.{down}", kind, Cut.INPUTS))
 
 
 def dense(name: str = "mlp", projections: Projections = LLAMA) -> tuple[Slot, ...]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from ..nouns import Kind
 from .deepseek import DEEPSEEK_LIKE
 from .family import LATER_LAYERS, Family
+from .nvidia import NVIDIA
 from .qwen import QWEN
 from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, Stack, attention, dense, latent_attention, shared
 
@@ -167,6 +168,24 @@ _OTHERS = (
         status=_SERVED,
     ),
     Family(
+        "laguna",
+        "Laguna-XS, M",
+        (*attention(), *shared("mlp.shared_expert"), *dense()),
+        kept=("mlp.gate", "self_attn.g_proj"),
+        renames=(
+            Rename("mlp.gate.e_score_correction_bias", "mlp.experts.e_score_correction_bias"),
+            Rename("mlp.shared_experts.", "mlp.shared_expert."),
+        ),
+        note="vLLM 0.32 passes over its router's bias, so that MiLo's check of what was loaded refuses it",
+    ),
+    Family(
+        "cohere2_moe",
+        "Command with experts",
+        (*attention(), *shared(), *dense()),
+        logits_factor_key="logit_scale",
+        status=_SERVED,
+    ),
+    Family(
         "lfm2_moe",
         "LFM2-8B-A1B",
         (*attention(out="out_proj"), *dense("feed_forward", MIXTRAL)),
@@ -205,7 +224,11 @@ _BAILING = Family(
     note="no calibration text: transformers has no class for it",
     status=_SERVED,
 )
-_BAILING_LIKE = (_BAILING, replace(_BAILING, model_type="bailing_moe_v2"))
+_BAILING_LIKE = (
+    _BAILING,
+    replace(_BAILING, model_type="bailing_moe_v2"),
+    replace(_BAILING, model_type="sarvam_moe", example="Sarvam-30B", ahead=()),
+)
 _KIMI_KEPT = ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")
 _MOONSHOT_LIKE = (
     Family(
@@ -322,6 +345,7 @@ _ALL = (
     *_MOONSHOT_LIKE,
     *_LLAMA_LIKE,
     _OPENAI,
+    *NVIDIA,
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""

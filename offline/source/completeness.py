@@ -175,13 +175,15 @@ def check_routers(layers: list[Layer], tensors: Mapping[str, TensorEntry], famil
             )
 
 
-def check_fused(layers: list[Layer], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
+def check_fused(
+    layers: list[Layer], tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], family: Family
+) -> None:
     """Refuse fused experts whose sides are not those of [E, N, K], as some families store them the other way round.
 
     Raises:
         ConversionError: names the tensor, its shape and the hidden size.
     """
-    hidden = config.get("hidden_size")
+    hidden = family.experts_width(config)
     for source in (source for layer in layers for source in layer.matrices if source.expert is not None):
         role = EXPERT_PROJECTIONS[leaf_of(source.matrix.name)]
         side = source.matrix.n if role == "down" else source.matrix.k
@@ -214,7 +216,7 @@ def _contents(layer: Layer, family: Family) -> frozenset[str]:
     return frozenset(name.removeprefix(layer.name + ".") for name in alike)
 
 
-def check_experts(matrices: list[Matrix], number: int) -> None:
+def check_experts(matrices: list[Matrix], number: int, family: Family) -> None:
     """Refuse a folder that lacks experts, or whose experts' shapes differ: a tensor is missing or wrong."""
     members: dict[tuple[str, str], dict[int, Matrix]] = defaultdict(dict)
     projections: dict[str, set[str]] = defaultdict(set)
@@ -226,8 +228,9 @@ def check_experts(matrices: list[Matrix], number: int) -> None:
     if not members:
         raise ConversionError("the model holds no expert weights; are its files complete?")
     for experts, names in projections.items():
-        if len(names) != 3:
-            raise ConversionError(f"{experts}: expected 3 projections an expert, found {sorted(names)}")
+        expected = len(family.projections.present)
+        if len(names) != expected:
+            raise ConversionError(f"{experts}: expected {expected} projections an expert, found {sorted(names)}")
     for (experts, projection), found in members.items():
         missing = next((index for index in range(number) if index not in found), None)
         if missing is not None or len(found) != number:

@@ -60,7 +60,7 @@ def plan_layers(tensors: Mapping[str, TensorEntry], family: Family, config: Mapp
         ConversionError: a tensor that a matrix should come from has another shape or dtype.
     """
     layers: dict[str, Layer] = {}
-    number, hidden = family.num_layers(config), config.get("hidden_size")
+    number, hidden = family.num_layers(config), family.experts_width(config)
     for tensor, entry in sorted(tensors.items(), key=lambda item: _natural_key(item[0])):
         name = family.layer_of(tensor) or OUTSIDE
         whole = family.whole_pattern(tensor, number)

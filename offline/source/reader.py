@@ -147,9 +147,9 @@ class ModelReader:
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder
         settings = read_settings(folder)
-        schemes = find_schemes(settings, folder / "config.json")
         self.whole_config: dict[str, Any] = {key: one for key, one in settings.items() if key != "quantization_config"}
         self.family: Family = find_family(self.whole_config)
+        schemes = find_schemes(settings, folder / "config.json")
         self.config: dict[str, Any] = self.family.settings(self.whole_config)
         self.shards: Shards = FolderShards(folder) if shards is None else shards
         self.source = SourceTensors(self.whole_config | self.config, schemes, self.shards)
@@ -158,8 +158,8 @@ class ModelReader:
         self.layers = plan_layers(self.tensors, self.family, self.config)
         check_complete(self.layers, self.config, self.family)
         check_shapes(self.layers, self.tensors, self.config, self.family)
-        check_fused(self.layers, self.tensors, self.config)
-        check_experts(self.matrices, self.family.num_experts(self.config))
+        check_fused(self.layers, self.tensors, self.config, self.family)
+        check_experts(self.matrices, self.family.num_experts(self.config), self.family)
         check_routers(self.layers, self.tensors, self.family, self.family.num_choices(self.config))
         check_stated(self.matrices, self.tensors, self.config, self.family)
 

@@ -30,7 +30,7 @@ _POSITIONS = ("rotary_emb", "pos_emb")
 """Names of what makes a model's position embeddings, which has no weights in files."""
 _EMBEDDING_SCALE = "scalar_embed_scale"
 """Attribute of embeddings that are multiplied before the text model gets them."""
-_LAYER_KINDS = ("attention_type", "layer_type")
+_LAYER_KINDS = ("attention_type", "layer_type", "block_type")
 """Attributes of a layer by which models choose what they call it with."""
 
 
@@ -61,7 +61,7 @@ class StreamedModel:
         self.folder, self._family, self._load, self._advice = folder, family, load, advice
         self.device, self.dtype = device, dtype
         self._model = _empty_model(folder, family, dtype)
-        self._body = self._model.get_submodule(family.body)
+        self._body = self._model.get_submodule(family.body_in_memory or family.body)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __len__(self) -> int:
@@ -186,7 +186,9 @@ class StreamedModel:
         bias = None
         if self._model.get_submodule(family.head).bias is not None:
             bias = self._one(f"{family.head}.bias").to(self.device, self.dtype)
-        divisor = getattr(config, family.logits_divisor_key or "", 1)
+        factor = getattr(config, family.logits_factor_key or "", 1) / getattr(
+            config, family.logits_divisor_key or "", 1
+        )
         if weight.shape != (self.vocabulary, self.hidden_size):
             raise ConversionError(
                 f"{self.folder}: tensor {name} has shape {list(weight.shape)}, but by config.json it must have "
@@ -195,7 +197,7 @@ class StreamedModel:
         cap = getattr(config, family.logits_cap_key or "", None)
 
         def logits(states: torch.Tensor) -> torch.Tensor:
-            plain = torch.nn.functional.linear(norm(states), weight, bias).float() / divisor
+            plain = torch.nn.functional.linear(norm(states), weight, bias).float() * factor
             return plain if cap is None else cap * torch.tanh(plain / cap)
 
         return logits

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import make_family
 
 from benchmarks.kernels.named_models import named_shape
 from vllm_milo.command import main, tune
@@ -17,7 +18,11 @@ from vllm_milo.kernels import tuned
 from vllm_milo.kernels.tuning import tune as searching
 from vllm_milo.kernels.tuning.search import Result
 from vllm_milo.kernels.weights import MoEShape
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
 
 SHAPE = MoEShape(64, 6, 2048, 1408, (128, 64), (128, 64))
 
@@ -131,3 +136,11 @@ def test_a_broken_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, gpu, c
     (broken / "config.json").unlink()
     assert "config.json" in said(capsys, str(broken))
     assert gpu == []
+
+
+def test_shapes_of_experts_without_a_gate(tmp_path: Path):
+    """Their first GEMM has one part, and they are as wide as their latent."""
+    source = make_family("nemotron_h", tmp_path / "source")
+    out = convert(source, tmp_path / "out", Conversion(Recipe(max_rounds=1), parse_policies("uniform=16"))).out
+    (shape,) = expert_shapes(out)
+    assert (shape.parts, shape.hidden, shape.intermediate, shape.ranks) == (1, 64, 192, (16, 16))

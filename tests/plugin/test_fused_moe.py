@@ -118,6 +118,13 @@ def test_expert_split_that_cuts_a_group_is_refused():
         create_experts(moe_layer(tp_size=2), intermediate=96)
 
 
+def test_the_group_size_of_experts_without_a_gate_is_that_of_up():
+    layer = moe_layer(activation=SimpleNamespace(value="relu2_no_mul"))
+    groups = GroupTable({}, {EXPERTS: {"up_proj": 64}})
+    create_experts(layer, MiLoFormat(128, groups=groups), is_act_and_mul=False, intermediate=256)
+    assert (layer.w13_weight_scale.shape, layer.w2_weight_scale.shape) == ((4, 256, 2), (4, 128, 2))
+
+
 @pytest.mark.parametrize(
     ("sizes", "w13", "w2"),
     [({}, 128, 128), ({"down_proj": 64}, 128, 64), ({"w1": 64, "w3": 64}, 64, 128), ({"w1": 32, "w3": 32}, 32, 128)],

@@ -176,6 +176,12 @@ class TestGroupSizes:
         self.change(mixed, "experts", {self.name: {"gate_proj": 32, "up_proj": 64}})
         assert_invalid(mixed, r"experts\['model\.layers\.1\.mlp\.experts'\] gives the gate projection groups of 32")
 
+    def test_up_alone_that_disagrees_with_the_gate(self, mixed: Path):
+        self.change(mixed, "experts", {self.name: {"up_proj": 32}})
+        assert_invalid(
+            mixed, r"experts: group_sizes gives the gate projections groups of \d+ and the up projections of 32"
+        )
+
     @pytest.mark.parametrize("leaf", ["q_proj", "v_proj"])
     def test_fused_layers_that_disagree(self, mixed: Path, leaf: str):
         self.change(mixed, "modules", {f"model.layers.1.self_attn.{leaf}": 32})

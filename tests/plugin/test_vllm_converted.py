@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 if DEVICE != "cpu":
     pytestmark.append(pytest.mark.skip(reason="in float32, on the CPU"))
 
-QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe", "gpt_oss")
+QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe", "gpt_oss", "nemotron_h")
 """What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one;
-experts with biases and a clamped activation, whose model loads them by itself."""
+experts with biases and a clamped activation, whose model loads them by itself; experts without a gate, on a latent."""
 SLOW = ("hunyuan_v1_moe", "deepseek", "qwen3_next")
 """Each of another kind: norms after rotation, layers without a name, attention without a softmax."""
 LARGEST = {"float32": (1e-5, 2e-3), "bfloat16": (0.1, 1.0)}
@@ -52,9 +52,11 @@ def assert_served(name: str, made: Made, kinds: Iterable[str]) -> None:
     mean, worst = LARGEST[TINY[name].dtype]
     for kind in kinds:
         plain = f"{kind} plain"
-        assert "error" not in found[plain], found[plain]
         assert "error" not in found[kind], found[kind]
-        compared = {"vLLM": between(found[kind], found[plain])}
+        compared = {}
+        if TINY[name].unquantized:
+            assert "error" not in found[plain], found[plain]
+            compared["vLLM"] = between(found[kind], found[plain])
         if has_class(name):
             compared["transformers"] = against_transformers(folders[kind], found[kind])
         for other, difference in compared.items():

@@ -98,18 +98,20 @@ def _shape(name: str, matrices: Iterable[ExpertMatrix], fmt: MiLoFormat, top_k: 
     """Return the shape of a layer's experts in one process."""
     roles = {EXPERT_PROJECTIONS[matrix.projection]: matrix for matrix in matrices}
     experts = 1 + max(matrix.number for matrix in matrices)
-    gate, down = roles["gate"], roles["down"]
-    groups = tuple(fmt.groups.of_experts(name, matrix.projection, fmt.group_size) for matrix in (gate, down))
-    ranks = {role: fmt.ranks.of_experts(name, roles[role].projection, experts) for role in ("gate", "up", "down")}
-    _check_split(name, gate.n, groups[1], any(map(any, ranks.values())), fmt, tensor_parallel)
-    share = gate.n // tensor_parallel
+    up, down = roles["up"], roles["down"]
+    groups = tuple(fmt.groups.of_experts(name, matrix.projection, fmt.group_size) for matrix in (up, down))
+    ranks = {role: fmt.ranks.of_experts(name, matrix.projection, experts) for role, matrix in roles.items()}
+    read = [ranks[role] for role in ("gate", "up") if role in ranks]
+    _check_split(name, up.n, groups[1], any(map(any, ranks.values())), fmt, tensor_parallel)
+    share = up.n // tensor_parallel
     return MoEShape(
         experts,
         min(top_k, experts),
-        _padded(gate.k),
+        _padded(up.k),
         _padded(share),
         (groups[0], groups[1]),
-        (largest_rank(zip(ranks["gate"], ranks["up"], strict=True)), largest_rank([r] for r in ranks["down"])),
+        (largest_rank(zip(*read, strict=True)), largest_rank([r] for r in ranks["down"])),
+        len(read),
     )
 
 

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from vllm_milo.checkpoint import CheckpointError, MiLoFormat
-from vllm_milo.kernels.reference import ACTIVATIONS
+from vllm_milo.kernels.reference import ACTIVATIONS, UNGATED_ACTIVATIONS
 from vllm_milo.kernels.weights import MoESpec, largest_rank
 from vllm_milo.offline.checkpoint.dequantize import DequantizedTensors
 from vllm_milo.offline.families.family import Family
 from vllm_milo.offline.families.find import find_family
 from vllm_milo.shards import read_tensors
 from vllm_milo.validation import (
-    FUSED_EXPERTS,
     count_experts,
     matrix_shape,
     quantized_modules,
@@ -106,7 +105,8 @@ def _replacement(name: str, module: nn.Module, stored: _Stored) -> _Replacement 
         stored.check([called], module.out_features, module.in_features)
         linear = MiLoLinear(module)
         return _Replacement(linear, {called}, partial(_fill_linear, linear, called, stored.fmt))
-    fused = stored.family.fused_experts(f"{name}.{FUSED_EXPERTS[0]}")
+    leaves = stored.family.leaves_in_memory
+    fused = stored.family.fused_experts(f"{name}.{leaves[0]}")
     if fused is None or fused.experts not in stored.experts:
         return None
     if not hasattr(module, "act_fn"):
@@ -118,14 +118,14 @@ def _replacement(name: str, module: nn.Module, stored: _Stored) -> _Replacement 
     gemms = [
         [[f"{fused.experts}.{index}.{part}" for part in parts] for index in range(number)] for parts in projections
     ]
-    for gemm, leaf in zip(gemms, FUSED_EXPERTS, strict=True):
+    for gemm, leaf in zip(gemms, leaves, strict=True):
         count, n, k = module.get_parameter(leaf).shape
         stored.check(_flat(gemm), n // len(gemm[0]), k)
         if count != number:
             raise CheckpointError(
                 f"{stored.folder}: {fused.experts} holds {number} experts, but by config.json {count}"
             )
-    experts, activation = MiLoExperts(), _activation(name, module)
+    experts, activation = MiLoExperts(), _activation(name, module, len(fused.projections) == 2)
     held = {name for gemm in gemms for name in _flat(gemm)}
     return _Replacement(experts, held, partial(_fill_experts, experts, gemms, stored.fmt, activation))
 
@@ -146,18 +146,24 @@ def _fill_experts(
     experts.fill(w13, w2, spec)
 
 
-def _activation(name: str, module: Any) -> str:
+def _activation(name: str, module: Any, gated: bool) -> str:
     """Return what the operators call the activation of a module of experts: layers and functions differ by family.
+
+    Args:
+        name: of the module, for messages.
+        module: of transformers.
+        gated: whether its experts have a gate.
 
     Raises:
         CheckpointError: they do not know it.
     """
     values = torch.linspace(-4, 4, 65, device="cpu")
     found = module.act_fn(values)
-    for known, function in ACTIVATIONS.items():
+    functions = ACTIVATIONS if gated else UNGATED_ACTIVATIONS
+    for known, function in functions.items():
         if torch.allclose(found, function(values), atol=1e-5):
             return known
     raise CheckpointError(
         f"{name}: MiLo does not support the activation {type(module.act_fn).__name__} (known are "
-        f"{', '.join(ACTIVATIONS)}); use the unquantized model"
+        f"{', '.join(functions)}); use the unquantized model"
     )

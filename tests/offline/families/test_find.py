@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from vllm_milo.offline.cli import main
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.families.find import find_family, text_settings
 from vllm_milo.offline.families.table import FAMILIES
@@ -32,7 +36,7 @@ def test_known_families(family):
             "'minimax_m3' is a MoE family that MiLo does not know; the nearest that it knows is minimax_m2; ",
         ),
         ({"model_type": "qwen4_moe", **MOE}, "does not know; the nearest that it knows is qwen3_moe; `milo families`"),
-        ({"model_type": "glm4v_moe", "text_config": MOE}, "'glm4v_moe' is a MoE family .* nearest .* is glm4_moe;"),
+        ({"model_type": "glm5v_moe", "text_config": MOE}, "'glm5v_moe' is a MoE family .* nearest .* is glm4v_moe;"),
         (
             {"model_type": "llama5", "text_config": {"model_type": "llama5_text", "num_local_experts": 16}},
             "'llama5' around a text model 'llama5_text' is a MoE family that MiLo does not know",
@@ -49,9 +53,18 @@ def test_known_families(family):
         ({"model_type": "qwen3_omni_moe", "thinker_config": MOE}, r"has no thinker_config\.text_config"),
         (
             {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}},
-            "'dbrx' is a MoE family that MiLo does",
+            r"'dbrx' \(DBRX\) is a MoE family that MiLo does not convert: its makers .*; that takes a reader",
         ),
-        ({"model_type": "ernie4_5_vl_moe", "moe_num_experts": [64, 64]}, "MoE family .* nearest .* is ernie4_5_moe;"),
+        ({"model_type": "ernie4_5_vl_moe", "moe_num_experts": [64, 64]}, r"does not convert: .* two blocks of experts"),
+        (
+            {"model_type": "step_vl", "text_config": {"model_type": "step3p5", "moe_num_experts": 8}},
+            "'step_vl' .* does not convert: .*swiglustep",
+        ),
+        (
+            {"model_type": "longcat_flash", "architectures": ["LongcatFlashNgramForCausalLM"], "n_routed_experts": 4},
+            r"'longcat_flash' \(LongCat-Flash-Lite\) is a MoE family that MiLo does not convert",
+        ),
+        ({"model_type": "minicpm", "num_experts": 0}, "'minicpm' is not a Mixture-of-Experts model"),
         ({"model_type": "mixtral"}, "no num_local_experts; is this mixtral model a MoE"),
         ({"model_type": ["a"], **MOE}, "is a MoE family that MiLo does not know"),
     ],
@@ -69,3 +82,19 @@ def test_settings_of_a_text_model_within_another():
     assert (settings["hidden_size"], settings["num_experts"], settings["dtype"]) == (64, 8, "float16")
     assert settings["model_type"] == "qwen3_omni_moe"
     assert text_settings({"model_type": "mixtral", "hidden_size": 8}) == {"model_type": "mixtral", "hidden_size": 8}
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []])
+def test_a_refused_family_is_refused_before_any_work(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By config.json alone, in one line."""
+    source = tmp_path / "source"
+    source.mkdir()
+    config = {"model_type": "deepseek_v4", "n_routed_experts": 256, "quantization_config": {"quant_method": "own"}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *options]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "'deepseek_v4' (DeepSeek-V4-Flash, V4-Pro) is a MoE family that MiLo does not convert: its layers" in said
+    assert not (tmp_path / "out").exists()
