@@ -8,6 +8,7 @@ from typing import Any
 
 from ..calibration import memory
 from .disk import free_bytes, size_text
+from .head import describe_head
 from .plan import Plan
 
 
@@ -20,6 +21,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     or the calibration text: ranks are then those by kind, and sizes may grow up to the budget.
     ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
     ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too.
+    ``lm_head`` has bits, weights and bytes of an output head that is quantized, which no other number of bits counts;
+    it is null where it is copied.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
     ``layout`` says where the hidden states of a text lie (``device``, ``host`` or ``disk``), in how many rounds experts
     are trained, and how many devices hold what is trained of them.
@@ -38,6 +41,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "bits_per_weight_with_kept": plan.kept.bits_with(plan.weights, plan.quantized_bytes),
         "kept": plan.kept.to_dict(),
+        "lm_head": describe_head(plan.tensors, fmt.lm_head_bits),
         "exact": plan.exact and not plan.conversion.measures_ranks,
         "bytes": plan.tensor_bytes,
         "quantized_bytes": plan.quantized_bytes,
@@ -77,6 +81,10 @@ def format_description(plan: Plan) -> str:
         )
     if plan.kept.matrices:
         lines.append(_kept_line(plan, about))
+    if (head := said["lm_head"]) is not None:
+        lines.append(
+            f"lm_head          {head['bits']} bits, {size_text(head['bytes'])} with scales for {head['weights']:,} weights"
+        )
     lines.append(plan.memory.line(plan.conversion.device).replace("memory: ", f"{'memory':<17}"))
     lines += [f"{'':<17}{line}"] if (line := plan.layout.line()) else []
     text = said["calibration"]
