@@ -1,7 +1,7 @@
 """Symmetric integers of 8 or 4 bits in 32-bit words, as weight-only GEMMs of other makers take them.
 
-Value q of a row is stored as q + 2^(bits - 1), in bits b·i.. of the row's little-endian bit stream: four or eight values a
-word. compressed-tensors packs weights in the same way.
+Value i of a row is stored as q + 2^(bits - 1), from bit bits·i on of the row's little-endian bit stream: four or eight
+values a word. compressed-tensors packs weights in the same way.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ class MiLoFormat:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object that :meth:`from_dict` reads; ``group_sizes`` and ``lm_head_bits`` where they matter."""
+        """Return the JSON object that :meth:`from_dict` reads; ``group_sizes``, ``lm_head_bits`` where they matter."""
         exceptions = {
             "modules": dict(self.groups.modules),
             "experts": {name: dict(sizes) for name, sizes in self.groups.experts.items()},

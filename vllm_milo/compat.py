@@ -123,11 +123,14 @@ def weight_only_kernel(
         dtype: of activations and scales.
 
     Returns:
-        None on CPUs where no kernel takes it: they have none for 8 bits, nor for float32.
+        None on CPUs: vLLM's kernel there takes 4 bits alone, says so in builds without it too, and may round
+        activations to 8 bits.
 
     Raises:
         CheckpointError: this version of vLLM has no such kernels, or none on this GPU takes the layer.
     """
+    if current_platform.is_cpu():
+        return None
     from vllm.scalar_type import scalar_types
 
     place = next((name for name in _WEIGHT_ONLY if _has(name)), None)
@@ -136,8 +139,6 @@ def weight_only_kernel(
             f"{layer}: lm_head_bits is {bits}, and this version of vLLM has no weight-only linear kernels; upgrade "
             f"vLLM, or convert the model with --lm-head-bits 16"
         )
-    if current_platform.is_cpu() and dtype == torch.float32:
-        return None
     kernels = importlib.import_module(place)
     weight_type = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits]
     settings = {"weight_type": weight_type, "act_type": dtype, "group_size": group_size, "zero_points": False}
@@ -148,8 +149,6 @@ def weight_only_kernel(
     try:
         return partial(kernels.choose_mp_linear_kernel(config), config)
     except ValueError as error:
-        if current_platform.is_cpu():
-            return None
         raise CheckpointError(
             f"{layer}: lm_head_bits is {bits}, and no kernel of vLLM takes it here ({one_line(error)}); convert the "
             f"model with --lm-head-bits 16"

@@ -233,8 +233,8 @@ class MiLoConfig(QuantizationConfig):
             if is_draft or not compat.holds_head():
                 return True  # it gets the head of the model that it drafts for; or another process has it
             raise CheckpointError(
-                f"{module}: stored in {self.format.lm_head_bits} bits, and this version of vLLM takes no quantized head "
-                f"in {', '.join(compat.architectures())}; convert the model with --lm-head-bits 16"
+                f"{module}: stored in {self.format.lm_head_bits} bits, and this version of vLLM takes no quantized "
+                f"head in {', '.join(compat.architectures())}; convert the model with --lm-head-bits 16"
             )
 
         compat.divert_weights(take)

@@ -17,7 +17,6 @@ from vllm_milo.shards import ShardError, read_tensors
 from vllm_milo.validation import quantized_modules
 from vllm_milo.values import one_line
 
-
 _HEAD_ROWS = 4096
 """Of a head that are in float32 at once."""
 

@@ -92,8 +92,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     if report["lm_head"] is not None:
         head = report["lm_head"]
         lines.append(
-            f"lm_head          {head['bytes'] / gib:.3f} GiB for {head['weights']:,} weights in {head['bits']} bits, beside "
-            f"the bits a weight"
+            f"lm_head          {head['bytes'] / gib:.3f} GiB for {head['weights']:,} weights in {head['bits']} bits, "
+            f"which the bits a weight do not count"
         )
     for title, table in (("rank", report["ranks"]), ("relative error", report["relative_error"])):
         for kind, row in (table or {}).items():

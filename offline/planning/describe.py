@@ -83,7 +83,8 @@ def format_description(plan: Plan) -> str:
         lines.append(_kept_line(plan, about))
     if (head := said["lm_head"]) is not None:
         lines.append(
-            f"lm_head          {head['bits']} bits, {size_text(head['bytes'])} with scales for {head['weights']:,} weights"
+            f"lm_head          {size_text(head['bytes'])} for {head['weights']:,} weights in {head['bits']} bits, "
+            f"which the bits a weight do not count"
         )
     lines.append(plan.memory.line(plan.conversion.device).replace("memory: ", f"{'memory':<17}"))
     lines += [f"{'':<17}{line}"] if (line := plan.layout.line()) else []

@@ -1,7 +1,7 @@
 """Symmetric integers for the output head: the scale of each group, and the nearest integers on it.
 
-Scales have eight significant bits at most, so that fp16, bf16 and float32 hold them alike: a GEMM that takes scales in the
-model's dtype would else change all logits of a token by one factor.
+Scales have eight significant bits at most, so that fp16, bf16 and float32 hold them alike: a GEMM that takes scales in
+the model's dtype would else change all logits of a token by one factor.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .base.group import MAX_SCALE
 WEIGHTS_AT_ONCE = 2**25
 """A head is never in float32 as a whole: that of a large model has a billion weights."""
 _STEPS = {4: [0.70 + 0.05 * step for step in range(11)], 8: [0.90 + 0.02 * step for step in range(7)]}
-"""By bits: multiples of the scale that puts the extreme of a group on the lowest integer, among which the best is taken.
-Beyond 1 an extreme of the other sign fits too; below, it is clipped and all else is finer."""
+"""By bits: multiples of the scale that puts a group's extreme on the lowest integer, of which the best is taken. Beyond
+1 an extreme of the other sign fits too; below, it is clipped and all else is finer."""
 
 
 def quantize_head(
@@ -45,6 +45,11 @@ def _quantize_rows(rows: torch.Tensor, bits: int, groups: int) -> tuple[torch.Te
     held = rows.unflatten(-1, (groups, -1))
     extreme = held.gather(-1, held.abs().argmax(-1, keepdim=True))
     lowest = -(2 ** (bits - 1))
+    if float(extreme.abs().max()) > -lowest * MAX_SCALE:
+        raise ConversionError(
+            f"the output head has weights up to {float(extreme.abs().max()):g}, whose scales fp16 cannot hold; convert "
+            f"the model with --lm-head-bits 16"
+        )
     best = torch.full_like(extreme, torch.inf)
     scale = torch.ones_like(extreme)
     for step in _STEPS[bits]:
@@ -52,11 +57,6 @@ def _quantize_rows(rows: torch.Tensor, bits: int, groups: int) -> tuple[torch.Te
     values = _nearest(held, scale, bits)
     refit = (held * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp_min(1)
     scale, _ = _better(held, bits, _stored(refit), scale, best)
-    if not scale.abs().max() <= MAX_SCALE:
-        raise ConversionError(
-            f"the output head has weights up to {float(rows.abs().max()):g}, whose scales fp16 cannot hold; convert it "
-            f"with --lm-head-bits 16"
-        )
     return _nearest(held, scale, bits).to(torch.int8).flatten(-2), scale.squeeze(-1).half()
 
 

@@ -69,7 +69,7 @@ def head_problems(tensors: Mapping[str, TensorEntry], bits: int) -> Iterator[str
         return
     if len(heads) != 1:
         named = ", ".join(sorted(heads)) or "none"
-        yield f"lm_head_bits is {bits}, which asks for one head with tensors {' and '.join(HEAD_TENSORS)}; found {named}"
+        yield f"lm_head_bits is {bits}, which asks for one head with {' and '.join(HEAD_TENSORS)}; found {named}"
     for module, found in heads.items():
         yield from _problems_of(module, found, tensors, bits)
 

@@ -103,7 +103,7 @@ class MiLoHeadMethod(QuantizeMethodBase):
             # vLLM asks a head for this where adapters come, and whether a draft model's head is the same
             object.__setattr__(layer, "weight", getattr(layer, HEAD_WORDS).data)
             return
-        logger.info("%s: no kernel of vLLM takes %s bits here; it is held in %s", self.prefix, self.bits, self.dtype)
+        logger.info("%s: stored in %d bits; on CPUs it is held in %s", self.prefix, self.bits, self.dtype)
         weight = dequantize_integers(words.data, scale.data, self.bits).to(self.dtype)
         for name in (HEAD_WORDS, HEAD_SCALE):
             delattr(layer, name)
