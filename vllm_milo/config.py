@@ -226,7 +226,7 @@ class MiLoConfig(QuantizationConfig):
         self._head_awaited = True
         is_draft = compat.is_draft()
 
-        def take(name: str, _: torch.Tensor) -> bool:
+        def take(name: str, tensor: torch.Tensor) -> bool:
             module, _, leaf = name.rpartition(".")
             if leaf not in HEAD_TENSORS or self._has_head:
                 return False

@@ -42,6 +42,11 @@ def load(head: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         parameter.weight_loader(parameter, tensor)
 
 
+def load_whole(head: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    load(head, tensors)
+    head.quant_method.process_weights_after_loading(head)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_process_has_its_rows(bits: int, size: int, monkeypatch: pytest.MonkeyPatch):
@@ -90,8 +95,7 @@ def test_a_head_that_is_not_whole(change, message: str, monkeypatch: pytest.Monk
     tensors, head = make_tensors(4), make_head(4, monkeypatch)
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
-        load(head, tensors)
-        head.quant_method.process_weights_after_loading(head)
+        load_whole(head, tensors)
 
 
 class Kernel:
