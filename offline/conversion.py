@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_milo.head.layout import PLAIN_BITS
+
 from .checkpoint.card import CardNotes
 from .checkpoint.report import MatrixReport
 from .checkpoint.writer import SHARD_BYTES
@@ -50,6 +52,7 @@ class Conversion:
             groups (see :func:`.planning.splits.narrow_groups`).
         text: a calibration text that goes through the model while it is converted (method ``milo``), or None.
         ignore: names or ``re:`` patterns of layers to keep unquantized, beside the family's own.
+        lm_head_bits: 8 or 4 to store the output head as integers; 16 copies it.
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
         device: where the arithmetic runs.
         more_devices: others of its kind, which solve a part of the matrices; the result is the same without.
@@ -68,6 +71,7 @@ class Conversion:
     splittable: bool = False
     text: Text | None = None
     ignore: Sequence[str] = ()
+    lm_head_bits: int = PLAIN_BITS
     expert_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     device: str = "cpu"
     more_devices: Sequence[str] = ()

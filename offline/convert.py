@@ -37,7 +37,7 @@ from .source.layers import Layer
 from .source.reader import ModelReader
 from .spread.devices import Devices
 from .spread.load import load_batches
-from .steps import BEGINNING, Layers, Start, add_layers, finished_layers, keep_steps
+from .steps import BEGINNING, Layers, Others, Start, add_layers, finished_layers, keep_steps
 
 
 def convert(source: Path, out: Path, conversion: Conversion, progress: bool = True) -> Summary:
@@ -149,14 +149,15 @@ def _batch_weights(planned: Plan, claim: Claim) -> int:
 def _write(writer: CheckpointWriter, planned: Plan, ranks: Mapping[str, int], bench: Bench) -> None:
     """Quantize the layers that are not finished, and publish the checkpoint."""
     conversion, layers, report = planned.conversion, planned.layers, bench.report
+    others = Others(bench.device, conversion.lm_head_bits)
     at = Start(writer.journal.layers, finished_layers(writer.journal, layers, bench.device))
     uses = shard_uses(bench.reader, layers, at.layers, conversion.text is not None)
     coming = bench.reader.shards.coming(uses, writer.journal.source)
     with coming, closing(quantize_steps(bench, layers, ranks, conversion, at)) as steps:
-        keep_steps(writer, bench.reader, report, steps, bench.device)
+        keep_steps(writer, bench.reader, report, steps, others)
     if conversion.text is not None and conversion.text.tune is not None:
         held = list(finished_layers(writer.journal, layers, bench.device))
-        add_layers(writer, bench.reader, tune_together(bench, held, conversion.recipe, conversion.text), bench.device)
+        add_layers(writer, bench.reader, tune_together(bench, held, conversion.recipe, conversion.text), others)
     got = {name: entry.rank for name, entry in report.matrices.items()}
     todo: dict[str, Callable[[], object]] = {
         "seal": partial(writer.seal, planned.config(planned.format(got)), {REPORT_NAME: report.to_dict()}),

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_milo.head.layout import PLAIN_BITS
+
+from .checkpoint.head import head_on_host
 from .checkpoint.matrices import Result, read_matrix, tensors_on_host
 from .checkpoint.report import Report
 from .checkpoint.writer import CheckpointWriter
@@ -29,16 +32,43 @@ class Start(NamedTuple):
     finished: Layers
 
 
+class Others(NamedTuple):
+    """What becomes of tensors that are in no quantized matrix.
+
+    They are copied; what has fewer than 16 bits a weight in the source becomes values on ``device``. The output head
+    becomes integers of ``head_bits`` bits.
+    """
+
+    device: torch.device
+    head_bits: int = PLAIN_BITS
+
+    def of(self, reader: ModelReader, layer: Layer) -> dict[str, torch.Tensor]:
+        """Return those of a layer, on the CPU, by their names in checkpoints.
+
+        Raises:
+            ConversionError: one holds NaN or Inf, or fp16 cannot hold the head's scales.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for tensor in layer.others:
+            name, values = reader.family.checkpoint_name(tensor), reader.load_finite(tensor, self.device)
+            if self.head_bits != PLAIN_BITS and name == f"{reader.family.head}.weight":
+                found |= head_on_host(reader.family.head, values, self.head_bits, self.device)
+            else:
+                found[name] = values.cpu()
+        if reader.shards.streamed:  # a tensor that lies in a file would keep its room on the disk until it is written
+            return {name: tensor.clone() for name, tensor in found.items()}
+        return found
+
+
 BEGINNING = Start(0, iter(()))
 
 
 def keep_steps(
-    writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Layers], device: torch.device
+    writer: CheckpointWriter, reader: ModelReader, report: Report, steps: Iterable[Layers], others: Others
 ) -> None:
     """Put the layers of each step, which were solved together, on the disk with the part of the report that is theirs.
 
     A step is written while the next one is computed (:meth:`.CheckpointWriter.keep`); all are on the disk at the end.
-    What is copied and has fewer than 16 bits a weight in the source becomes values on ``device``.
 
     Raises:
         ConversionError: a layer cannot be quantized, or the disk is full.
@@ -51,7 +81,7 @@ def keep_steps(
         for layer, solved in step:
             names.append(layer.name)
             tensors |= tensors_on_host(_noting_ranks(solved, ranks))
-            tensors |= _other_tensors(reader, layer, device)
+            tensors |= others.of(reader, layer)
         writer.keep(names, tensors, ranks, report.since(mark))
         if reader.shards.streamed:
             writer.wait()  # its shards go before more come
@@ -80,10 +110,8 @@ def finished_layers(journal: Journal, plan: Sequence[Layer], device: torch.devic
             yield by_name[name], [(matrix, read_matrix(matrix.name, tensors, device)) for matrix in order]
 
 
-def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers, device: torch.device) -> None:
+def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers, others: Others) -> None:
     """Write layers to the checkpoint that the steps before it had changed, so that none of them is kept by itself.
-
-    What is copied becomes values as in :func:`keep_steps`.
 
     Raises:
         ConversionError: the disk is full.
@@ -91,13 +119,5 @@ def add_layers(writer: CheckpointWriter, reader: ModelReader, layers: Layers, de
     for layer, solved in layers:
         for name, tensor in tensors_on_host(solved).items():
             writer.add(name, tensor)
-        for name, tensor in _other_tensors(reader, layer, device).items():
+        for name, tensor in others.of(reader, layer).items():
             writer.add(name, tensor)
-
-
-def _other_tensors(reader: ModelReader, layer: Layer, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of a layer that are copied, on the CPU, by their names in checkpoints."""
-    found = {reader.family.checkpoint_name(tensor): reader.load_finite(tensor, device).cpu() for tensor in layer.others}
-    if reader.shards.streamed:  # a tensor that lies in a file would keep its room on the disk until it is written
-        return {name: tensor.clone() for name, tensor in found.items()}
-    return found

@@ -66,7 +66,7 @@ def test_wheel_holds_the_mapped_packages(tmp_path: Path):
     assert found.startswith(str(tmp_path / "site"))
 
 
-PURE = ("checkpoint", "dtypes", "names", "patterns", "shards", "validation", "values", "version")
+PURE = ("checkpoint", "dtypes", "head", "head.layout", "names", "patterns", "shards", "validation", "values", "version")
 """Modules of the plugin that need neither torch nor vLLM, and that the converter may import too."""
 
 FLOORS = {
@@ -222,7 +222,8 @@ def imports(path: Path, known: Collection[str] = ()) -> set[str]:
         ("kernels", {"torch", "triton", "vllm_milo.kernels"}),
         (
             "offline",
-            {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline", "vllm_milo.kernels.packing"}
+            {"torch", "safetensors", "tqdm", "transformers", "vllm_milo.offline"}
+            | {"vllm_milo.kernels.packing", "vllm_milo.kernels.integers"}
             | {"vllm_milo.kernels.resident"}  # what a rank costs once it is loaded
             | {"vllm_milo", *(f"vllm_milo.{name}" for name in PURE)}
             | {"jinja2"}  # of chat templates; torch and transformers bring it
@@ -262,7 +263,7 @@ def test_only_the_plugin_imports_vllm():
         if any(name.split(".")[0] == "vllm" for name in imports(path))
     }
     known = {"config.py", "linear.py", "fused_moe.py", "compat.py", "online/methods.py"}
-    assert users == (known | {"models/nameless.py", "models/completeness.py"}) & users
+    assert users == (known | {"models/nameless.py", "models/completeness.py", "head/method.py"}) & users
     assert {"config.py", "compat.py"} <= users
 
 

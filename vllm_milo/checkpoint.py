@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from .head.layout import PLAIN_BITS, require_head_bits
 from .names import EXPERT_PROJECTIONS, Keys, Names, split_expert_name
-from .values import CheckpointError, shown, shown_name
+from .values import CheckpointError, object_of, require_object, shown, shown_name
 
 QUANT_METHOD = "milo"
 FORMAT_VERSION = 1
@@ -39,11 +40,6 @@ TensorSpec = tuple[str, tuple[int, ...]]
 def packed_words(codes: int) -> int:
     """Return how many int32 words a row of ``codes`` 3-bit codes takes (32 codes are 3 words)."""
     return codes * BITS // 32
-
-
-def _require_object(where: str, value: object, of: str = "") -> None:
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"quantization_config{where} must be an object{of}, found {shown(value)}")
 
 
 def _require_projection(where: str, projection: str) -> None:
@@ -130,7 +126,7 @@ class RankTable(_Table):
             _require_rank(f"ranks.modules[{shown(name)}]", rank)
         for name, projections in self.experts.items():
             where = f"ranks.experts[{shown(name)}]"
-            _require_object(f".{where}", projections, " by projection")
+            require_object(f".{where}", projections, " by projection")
             for projection, ranks in projections.items():
                 _require_projection(f"{where}[{shown(projection)}]", projection)
                 for rank in ranks if isinstance(ranks, list) else [ranks]:
@@ -189,7 +185,7 @@ class GroupTable(_Table):
             _require_group_size(f"group_sizes.modules[{shown(name)}]", size)
         for name, sizes in self.experts.items():
             where = f"group_sizes.experts[{shown(name)}]"
-            _require_object(f".{where}", sizes, " by projection")
+            require_object(f".{where}", sizes, " by projection")
             for projection, size in sizes.items():
                 _require_projection(f"{where}[{shown(projection)}]", projection)
                 _require_group_size(f"{where}[{shown(projection)}]", size)
@@ -230,9 +226,11 @@ class MiLoFormat:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     groups: GroupTable = GroupTable()
     called: Names | None = field(default=None, compare=False)
+    lm_head_bits: int = PLAIN_BITS
 
     def __post_init__(self) -> None:
         _require_group_size("group_size", self.group_size)
+        require_head_bits(self.lm_head_bits)
         for name, sizes in self.groups.experts.items():
             if all(EXPERT_PROJECTIONS[projection] != "gate" for projection in sizes):
                 continue  # experts without one; of others the tensors say it
@@ -257,11 +255,11 @@ class MiLoFormat:
             CheckpointError: a missing or unknown key, an unsupported value, or a newer format_version.
         """
         _check_header(config)
-        compensator = _mapping(config, "compensator")
-        ranks = _mapping(config, "ranks")
+        compensator = object_of(config, "compensator")
+        ranks = object_of(config, "ranks")
         _reject_unknown(compensator, {"bits", "group_size"}, "compensator.")
         _reject_unknown(ranks, {"default", "modules", "experts"}, "ranks.")
-        groups = _mapping(config, "group_sizes")
+        groups = object_of(config, "group_sizes")
         _reject_unknown(groups, {"modules", "experts"}, "group_sizes.")
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
@@ -271,14 +269,15 @@ class MiLoFormat:
             compensator=CompensatorFormat(
                 compensator.get("bits", 3), compensator.get("group_size", COMPENSATOR_GROUP_SIZE)
             ),
-            ranks=RankTable(ranks.get("default", 0), _mapping(ranks, "modules"), _mapping(ranks, "experts")),
+            ranks=RankTable(ranks.get("default", 0), object_of(ranks, "modules"), object_of(ranks, "experts")),
             ignore=tuple(ignore),
-            recipe=_mapping(config, "recipe"),
-            groups=GroupTable(_mapping(groups, "modules"), _mapping(groups, "experts")),
+            recipe=object_of(config, "recipe"),
+            groups=GroupTable(object_of(groups, "modules"), object_of(groups, "experts")),
+            lm_head_bits=config.get("lm_head_bits", PLAIN_BITS),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object that :meth:`from_dict` reads; without exceptions it has no ``group_sizes``."""
+        """Return the JSON object that :meth:`from_dict` reads; ``group_sizes``, ``lm_head_bits`` where they matter."""
         exceptions = {
             "modules": dict(self.groups.modules),
             "experts": {name: dict(sizes) for name, sizes in self.groups.experts.items()},
@@ -297,6 +296,7 @@ class MiLoFormat:
                 "experts": {name: dict(table) for name, table in self.ranks.experts.items()},
             },
             "ignore": list(self.ignore),
+            **({} if self.lm_head_bits == PLAIN_BITS else {"lm_head_bits": self.lm_head_bits}),
             "recipe": dict(self.recipe),
         }
 
@@ -361,13 +361,6 @@ class MiLoFormat:
             )
 
 
-def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = config.get(key)
-    if value is not None:
-        _require_object(f": {key}", value)
-    return value or {}
-
-
 def _reject_unknown(config: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
     unknown = sorted(set(config) - known)
     if unknown:
@@ -391,7 +384,7 @@ def _check_header(config: Mapping[str, Any]) -> None:
     _reject_unknown(
         config,
         {"quant_method", "format_version", "bits", "group_size", "zero_point", "compensator", "ranks"}
-        | {"group_sizes", "ignore", "recipe"},
+        | {"group_sizes", "ignore", "lm_head_bits", "recipe"},
     )
     for key, only in (("quant_method", QUANT_METHOD), ("bits", BITS), ("zero_point", "real")):
         if config.get(key, only) != only:

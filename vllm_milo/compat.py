@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,16 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.platforms import current_platform
 
+from vllm_milo.values import CheckpointError, one_line
+
 _LAYERS = "vllm.model_executor.layers.fused_moe"
 _CHECK = "track_weights_loading"
 """Of a loader: how it checks that a model is complete."""
+_WEIGHT_ONLY = (
+    "vllm.model_executor.kernels.linear",
+    "vllm.model_executor.layers.quantization.kernels.mixed_precision",
+)
+"""Where versions of vLLM keep their weight-only linear kernels, the newest first."""
 
 
 def routes_inside_method() -> bool:
@@ -86,6 +95,71 @@ def lora_targets() -> tuple[str, ...] | None:
     """Return the modules that adapters may change (``--lora-target-modules``); None for any."""
     found = getattr(get_current_vllm_config().lora_config, "target_modules", None)
     return None if found is None else tuple(found)
+
+
+def is_draft() -> bool:
+    """Return whether the model under construction drafts for another."""
+    _, model_config = _loader_on_stack()
+    return getattr(model_config, "runner_type", None) == "draft"
+
+
+def holds_head() -> bool:
+    """Return whether this process has the end of the model: with pipeline parallelism the last one alone has it."""
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
+
+
+def weight_only_kernel(
+    layer: str, bits: int, shapes: tuple[tuple[int, int], tuple[int, int]], group_size: int, dtype: torch.dtype
+) -> Callable[[str, str, str], Any] | None:
+    """Return what makes vLLM's kernel for x·Wᵀ of symmetric integers, from the names of words, scales and zero points.
+
+    Args:
+        layer: its name, for messages.
+        bits: 8 or 4.
+        shapes: [inputs, outputs] of the whole layer, and of this process's part.
+        group_size: weights along the inputs that share a scale; -1 for all.
+        dtype: of activations and scales.
+
+    Returns:
+        None on CPUs: vLLM's kernel there takes 4 bits alone, says so in builds without it too, and may round
+        activations to 8 bits.
+
+    Raises:
+        CheckpointError: this version of vLLM has no such kernels, or none on this GPU takes the layer.
+    """
+    if current_platform.is_cpu():
+        return None
+    from vllm.scalar_type import scalar_types
+
+    place = next((name for name in _WEIGHT_ONLY if _has(name)), None)
+    if place is None:
+        raise CheckpointError(
+            f"{layer}: lm_head_bits is {bits}, and this version of vLLM has no weight-only linear kernels; upgrade "
+            f"vLLM, or convert the model with --lm-head-bits 16"
+        )
+    kernels = importlib.import_module(place)
+    weight_type = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits]
+    settings = {"weight_type": weight_type, "act_type": dtype, "group_size": group_size, "zero_points": False}
+    known = {field.name for field in dataclasses.fields(kernels.MPLinearLayerConfig)}
+    if "has_g_idx" in known:  # of versions that also take activations in another order
+        settings["has_g_idx"] = False
+    config = kernels.MPLinearLayerConfig(*shapes, **settings)
+    try:
+        return partial(kernels.choose_mp_linear_kernel(config), config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{layer}: lm_head_bits is {bits}, and no kernel of vLLM takes it here ({one_line(error)}); convert the "
+            f"model with --lm-head-bits 16"
+        ) from error
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 def has_checkpoint_mapper() -> bool:

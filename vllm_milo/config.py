@@ -14,9 +14,11 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_milo import compat
 from vllm_milo.checkpoint import QUANT_METHOD, CheckpointError, GroupTable, MiLoFormat, RankTable
+from vllm_milo.head.layout import HEAD_TENSORS, PLAIN_BITS
 from vllm_milo.models.checkpoint_names import (
     experts_in_checkpoint,
     module_in_checkpoint,
@@ -40,6 +42,8 @@ _WHILE_LOADED = (
     "MiLo quantizes %s while it is loaded, without data, to %g bits a weight; `milo quantize %s -o OUT` makes a "
     "checkpoint that learned along a text, which leaves about half the divergence, and that loads faster"
 )
+_HEADS = ("lm_head", "")
+"""What vLLM's models call their output head, the last part of the name; some give it none."""
 _WEIGHT_NORM = {".parametrizations.weight.original1": ".weight_v"}
 
 
@@ -60,6 +64,7 @@ class MiLoConfig(QuantizationConfig):
         self._stored_experts: set[str] = set()
         self._stored_modules: set[str] = set()
         self._diverted: dict[str, tuple[Any, MiLoMoEMethod]] = {}
+        self._head_awaited = self._has_head = False
 
     def __repr__(self) -> str:
         fmt = self.format
@@ -179,10 +184,16 @@ class MiLoConfig(QuantizationConfig):
                 this might be, or vLLM would load it wrongly.
         """
         from vllm_milo.fused_moe import MiLoMoEMethod
+        from vllm_milo.head.method import MiLoHeadMethod
         from vllm_milo.linear import MiLoLinearMethod
         from vllm_milo.models.nameless import NamelessLinearMethod
 
         prefix = name_in_model(prefix)
+        if self.format.lm_head_bits != PLAIN_BITS:
+            self._await_head()
+            if isinstance(layer, ParallelLMHead) and leaf_of(prefix) in _HEADS:
+                self._has_head = True
+                return MiLoHeadMethod(self.format.lm_head_bits, prefix)
         if isinstance(layer, RoutedExperts):
             compat.check_after_loading(check_loaded)
             name = experts_in_checkpoint(prefix, self._experts())
@@ -207,6 +218,26 @@ class MiLoConfig(QuantizationConfig):
         refuse_permuted(parts, compat.architectures())
         named = (self.format, prefix, parts)
         return MiLoLinearMethod(*named) if self._recipe is None else _online().OnlineLinearMethod(*named, self._recipe)
+
+    def _await_head(self) -> None:
+        """Say so in one line where tensors of a quantized head come and vLLM's model has asked for no method for it."""
+        if self._head_awaited:
+            return
+        self._head_awaited = True
+        is_draft = compat.is_draft()
+
+        def take(name: str, tensor: torch.Tensor) -> bool:
+            module, _, leaf = name.rpartition(".")
+            if leaf not in HEAD_TENSORS or self._has_head:
+                return False
+            if is_draft or not compat.holds_head():
+                return True  # it gets the head of the model that it drafts for; or another process has it
+            raise CheckpointError(
+                f"{module}: stored in {self.format.lm_head_bits} bits, and this version of vLLM takes no quantized "
+                f"head in {', '.join(compat.architectures())}; convert the model with --lm-head-bits 16"
+            )
+
+        compat.divert_weights(take)
 
     def _take_expert(self, name: str, tensor: torch.Tensor) -> bool:
         """Load a tensor of experts whose model knows no tensors of quantized experts; return whether it was one."""

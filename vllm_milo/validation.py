@@ -22,6 +22,7 @@ from .checkpoint import (
     split_expert_name,
 )
 from .dtypes import DTYPES, safetensors_name
+from .head.layout import head_problems
 from .names import EXPERT_PROJECTIONS, FUSED_LAYERS, leaf_of
 from .shards import TensorEntry, read_object, read_tensors
 from .values import shown_name
@@ -116,6 +117,7 @@ def find_problems(tensors: Mapping[str, TensorEntry], fmt: MiLoFormat, config: M
         *_kept_expert_problems(tensors, modules, fmt, config),
         *_fused_problems(modules, fmt),
         *_table_problems(modules, experts, fmt),
+        *head_problems(tensors, fmt.lm_head_bits),
     ]
 
 

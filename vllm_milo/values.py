@@ -34,6 +34,30 @@ def one_line(error: BaseException) -> str:
     return (text if len(text) <= 5 * _SHOWN else f"{text[: 5 * _SHOWN]} …") or type(error).__name__
 
 
+def require_object(where: str, value: object, of: str = "") -> None:
+    """Raise CheckpointError unless a value of ``quantization_config`` is an object.
+
+    Args:
+        where: the value is there, as messages name it.
+        value: what config.json has.
+        of: what the object holds, as messages name it.
+    """
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"quantization_config{where} must be an object{of}, found {shown(value)}")
+
+
+def object_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return an object of ``quantization_config``; an empty one where it is missing or null.
+
+    Raises:
+        CheckpointError: it is no object.
+    """
+    value = config.get(key)
+    if value is not None:
+        require_object(f": {key}", value)
+    return value or {}
+
+
 def require_int(
     config: Mapping[str, Any], key: str, low: int, high: int, error: Callable[[str], Exception]
 ) -> int | None:

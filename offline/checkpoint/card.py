@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from vllm_milo.head.layout import PLAIN_BITS
 from vllm_milo.version import __version__
 
 from ..durable.files import flush
@@ -38,7 +39,7 @@ _TEXT = """\
 |---|---|
 | stored bits a weight | {bits:.3f}: codes, scales, zero points and compensators of {weights} |
 | all tensors | {gib:.3f} GiB |
-| format | 3 bits, {groups}, compensators in {factor_bits} bits |
+| format | 3 bits, {groups}, compensators in {factor_bits} bits{head} |
 | recipe | `{recipe}` |
 
 ## Serve it
@@ -111,11 +112,19 @@ def write_card(folder: Path, source: Path, notes: CardNotes) -> None:
         gib=report["bytes"] / 2**30,
         groups=name_group_sizes(report),
         factor_bits=report["compensator_bits"],
+        head=_name_head(report),
         recipe=json.dumps(report["recipe"]),
         served=notes.repository or OUT,
         made=f"```bash\n{notes.command}\n```" if notes.command else "By vllm-milo's converter, called from Python.",
     )
     _write(folder / CARD_NAME, ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _name_head(report: Mapping[str, Any]) -> str:
+    """Return what a card says of an output head that is quantized; nothing of any other."""
+    head = report["lm_head"]
+    quantized = head is not None and head["bits"] < PLAIN_BITS
+    return f"; lm_head in {head['bits']} bits, which the bits a weight do not count" if quantized else ""
 
 
 def _name_kept(report: Mapping[str, Any]) -> str:

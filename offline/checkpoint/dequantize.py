@@ -10,10 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_milo.checkpoint import TENSOR_NAMES, U_SCALE, V_SCALE, MiLoFormat, U, V
+from vllm_milo.head.layout import HEAD_SCALE, HEAD_TENSORS, HEAD_WORDS, quantized_heads
+from vllm_milo.kernels.integers import dequantize_integers
 from vllm_milo.kernels.packing import dequantize, dequantize_factor
 from vllm_milo.shards import ShardError, read_tensors
 from vllm_milo.validation import quantized_modules
 from vllm_milo.values import one_line
+
+_HEAD_ROWS = 4096
+"""Of a head that are in float32 at once."""
 
 
 class DequantizedTensors:
@@ -22,11 +27,12 @@ class DequantizedTensors:
     Args:
         folder: the checkpoint.
         fmt: its format.
-        dtype: of the weights of quantized matrices; other tensors stay as they are stored.
+        dtype: of the weights of quantized matrices and heads; other tensors stay as they are stored.
         device: where codes become weights, and where these lie.
 
     Attributes:
         matrices: names of the quantized matrices.
+        heads: names of the output heads that are stored as integers: one or none.
         others: names of the tensors that are stored as they were in the source.
     """
 
@@ -35,7 +41,9 @@ class DequantizedTensors:
         self._entries = read_tensors(folder)
         self._modules = quantized_modules(self._entries)
         self.matrices = set(self._modules)
-        self.others = {name for name in self._entries if name.rpartition(".")[2] not in TENSOR_NAMES}
+        self.heads = set(quantized_heads(self._entries))
+        known = (*TENSOR_NAMES, *HEAD_TENSORS)
+        self.others = {name for name in self._entries if name.rpartition(".")[2] not in known}
         self._handles: dict[Path, Any] = {}
 
     def load(self, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -46,6 +54,9 @@ class DequantizedTensors:
         for module in self._modules:
             if f"{module}.weight".startswith(prefix):
                 yield f"{module}.weight", self.weight(module).to(self._dtype)
+        for module in self.heads:
+            if f"{module}.weight".startswith(prefix):
+                yield f"{module}.weight", self.head(module)
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a tensor as it is stored.
@@ -83,3 +94,14 @@ class DequantizedTensors:
         bits = self._format.compensator.bits
         u = dequantize_factor(tensors[U], tensors.get(U_SCALE), bits)
         return weight + u.T @ dequantize_factor(tensors[V], tensors.get(V_SCALE), bits)
+
+    def head(self, module: str) -> torch.Tensor:
+        """Return the weights [V, H] that a head's integers stand for, some rows after another.
+
+        Raises:
+            ShardError: they cannot be read.
+        """
+        words, scale = (self.stored(f"{module}.{leaf}").to(self._device) for leaf in (HEAD_WORDS, HEAD_SCALE))
+        bits = self._format.lm_head_bits
+        rows = zip(words.split(_HEAD_ROWS), scale.split(_HEAD_ROWS), strict=True)
+        return torch.cat([dequantize_integers(*held, bits).to(self._dtype) for held in rows])

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS, MiLoFormat
 from vllm_milo.dtypes import DTYPES
+from vllm_milo.head.layout import head_shape, quantized_heads
 from vllm_milo.kernels.resident import resident_bytes
 from vllm_milo.shards import ShardError, TensorEntry, read_object, read_tensors
 from vllm_milo.validation import (
@@ -35,7 +36,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     codes, scales, zero points and factors over the quantized matrices; ``bytes`` is all tensors of the checkpoint,
     ``quantized_bytes`` those of quantized matrices. ``kept_weights`` and ``kept_bytes`` are of the matrices that could
     be quantized and are not, because ``ignore`` names them; ``bits_per_weight_with_kept`` counts them too.
-    ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU.
+    ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU. ``lm_head``
+    has bits, weights and bytes of the output head, which none of these counts; null where it is tied to the embeddings.
 
     Raises:
         CheckpointError, ShardError: the folder is no valid MiLo checkpoint.
@@ -65,6 +67,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "resident_bits_per_weight": 8 * _resident_bytes(modules, ranks, fmt) / weights,
         "kept_weights": kept_weights,
         "kept_bytes": kept_bytes,
+        "lm_head": _head(tensors, family, fmt),
         "bits_per_weight_with_kept": 8 * (base + factors + kept_bytes) / (weights + kept_weights),
         "bytes": sum(_tensor_bytes(entry) for entry in tensors.values()),
         "quantized_bytes": base + factors,
@@ -91,6 +94,12 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"kept as they are {report['kept_bytes'] / gib:.3f} GiB for {report['kept_weights']:,} weights (ignore); "
             f"{report['bits_per_weight_with_kept']:.3f} bits a weight with them"
         )
+    if report["lm_head"] is not None:
+        head = report["lm_head"]
+        lines.append(
+            f"lm_head          {head['bytes'] / gib:.3f} GiB for {head['weights']:,} weights in {head['bits']} bits, "
+            f"which the bits a weight do not count"
+        )
     for title, table in (("rank", report["ranks"]), ("relative error", report["relative_error"])):
         for kind, row in (table or {}).items():
             lines.append(
@@ -104,6 +113,17 @@ def name_group_sizes(report: Mapping[str, Any]) -> str:
     """Return the group sizes of a report: ``group size 128``, or each with its number of matrices."""
     counts = [f"{size} ({count} matrices)" for size, count in report["group_sizes"].items()]
     return f"group size {report['group_size']}" if len(counts) == 1 else f"group sizes {' and '.join(counts)}"
+
+
+def _head(tensors: Mapping[str, TensorEntry], family: Family, fmt: MiLoFormat) -> dict[str, Any] | None:
+    """Return bits, weights and bytes of the output head; None where it has no tensor of its own."""
+    for found in quantized_heads(tensors).values():
+        weights, size = math.prod(head_shape(found, fmt.lm_head_bits)), sum(map(_tensor_bytes, found.values()))
+        return {"bits": fmt.lm_head_bits, "weights": weights, "bytes": size}
+    entry = tensors.get(f"{family.head}.weight")
+    if entry is None:
+        return None
+    return {"bits": 8 * DTYPES[entry.dtype].size, "weights": math.prod(entry.shape), "bytes": _tensor_bytes(entry)}
 
 
 def _is_kept(tensor: str, modules: Mapping[str, Any], family: Family, layers: int | None) -> bool:

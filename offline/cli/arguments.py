@@ -17,6 +17,8 @@ from .hub import model_place
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
 OR_HUB = "or org/name or org/name@revision of the Hugging Face Hub"
+HEAD_HELP = """8 or 4 store the output head (lm_head) as integers with scales, 16 (default) as it is. The bits a weight
+do not count it; vLLM's own weight-only kernels serve it. Refused where it is tied to the embeddings."""
 MOST = 10**9
 """Of what options count: windows, steps, rounds."""
 NOT_SAID = ("--resume", "--overwrite", "--quiet", "--delete-source-shards")

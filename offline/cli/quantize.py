@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_milo.checkpoint import COMPENSATOR_BITS, GROUP_SIZES
+from vllm_milo.head.layout import HEAD_BITS, PLAIN_BITS
 
 from ..calibration import memory
 from ..calibration.choose import (
@@ -44,7 +45,7 @@ from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.reader import ModelReader
 from ..threads import threads_for
-from .arguments import OR_HUB, check_number, command_of, default_device
+from .arguments import HEAD_HELP, OR_HUB, check_number, command_of, default_device
 from .hub import model_place, target_repository
 from .summary import print_summary
 
@@ -112,17 +113,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--learn-steps", type=int, default=None, help=steps)
     parser.add_argument("--method", choices=METHODS, default=None, help="default: milo")
     parser.add_argument("--ranks", default=None, help=RANKS_HELP + " Default: dense=64 for milo and paper.")
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=GROUP_SIZES,
-        default=None,
-        help="default: the preset's, or 64; a matrix whose input size it does not divide gets smaller groups",
-    )
+    groups = "default: the preset's, or 64; a matrix whose input size it does not divide gets smaller groups"
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=None, help=groups)
     parser.add_argument("--factors", choices=list(_FACTOR_BITS), default="int3", help="default: %(default)s")
     parser.add_argument("--zero-points", choices=["real", "integer"], default="real", help=ZERO_POINTS_HELP)
     rounds = f"of the solver; default: {CALIBRATED_ROUNDS}, with --calibration {NONE} {PLAIN_ROUNDS}, else 20"
     parser.add_argument("--max-rounds", type=int, default=None, help=rounds)
+    parser.add_argument("--lm-head-bits", type=int, choices=HEAD_BITS, default=PLAIN_BITS, help=HEAD_HELP)
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help=_IGNORE_HELP)
     parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
     where = parser.add_mutually_exclusive_group()
@@ -265,6 +262,7 @@ def _without_text(
         budget_bits=budget,
         splittable=arguments.group_size is None,
         ignore=arguments.ignore,
+        lm_head_bits=arguments.lm_head_bits,
         expert_counts=read_expert_counts(arguments.expert_counts) if arguments.expert_counts else {},
         device=arguments.device,
         more_devices=arguments.devices[1:],

@@ -27,11 +27,13 @@ class Likeness:
 
     Attributes:
         errors: |W - W'| / |W|, Frobenius, of each quantized matrix.
+        head: the same of an output head that is stored as integers; None without one.
         copied: number of the tensors that are the source's bit for bit.
         problems: what no good checkpoint shows, each with the name of its matrix or tensor.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
+    head: float | None = None
     copied: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -65,7 +67,7 @@ def compare_with_source(folder: Path, fmt: MiLoFormat, reference: Path, progress
     tensors = DequantizedTensors(folder, fmt, torch.float32)
     refuse_strangers(folder, reference)
     reader, found = ModelReader(reference), Likeness()
-    missing = tensors.matrices | tensors.others
+    missing = tensors.matrices | tensors.others | {f"{module}.weight" for module in tensors.heads}
     for layer in progress_bar(reader.layers, "compare", progress):
         missing -= _compare_matrices(reader, layer, tensors, found)
         missing -= _compare_copies(reader, layer, tensors, found)
@@ -78,18 +80,21 @@ def _compare_matrices(reader: ModelReader, layer: Layer, tensors: DequantizedTen
     held = tensors.matrices
     quantized = layer._replace(matrices=[source for source in layer.matrices if source.matrix.name in held])
     for matrix, weight in reader.load_layer(quantized, torch.device("cpu")):
-        values = tensors.weight(matrix.name)
-        if values.shape != weight.shape:
-            shapes = f"{list(values.shape)}, but {list(weight.shape)}"
-            found.problems.append(f"{matrix.name}: has shape {shapes} in the reference")
-            continue
-        error = relative_error(values, weight)
-        found.errors[matrix.name] = error
-        if not error < WORST_ERROR:
-            found.problems.append(
-                f"{matrix.name}: relative error {error:.4g}; no good checkpoint reaches {WORST_ERROR:g}"
-            )
+        error = _error_of(matrix.name, tensors.weight(matrix.name), weight, found)
+        if error is not None:
+            found.errors[matrix.name] = error
     return {source.matrix.name for source in quantized.matrices}
+
+
+def _error_of(name: str, values: torch.Tensor, weight: torch.Tensor, found: Likeness) -> float | None:
+    """Return the error of a matrix, and note what is wrong with it; None where its shape is."""
+    if values.shape != weight.shape:
+        found.problems.append(f"{name}: has shape {list(values.shape)}, but {list(weight.shape)} in the reference")
+        return None
+    error = relative_error(values, weight)
+    if not error < WORST_ERROR:
+        found.problems.append(f"{name}: relative error {error:.4g}; no good checkpoint reaches {WORST_ERROR:g}")
+    return error
 
 
 def _compare_copies(reader: ModelReader, layer: Layer, tensors: DequantizedTensors, found: Likeness) -> set[str]:
@@ -98,7 +103,10 @@ def _compare_copies(reader: ModelReader, layer: Layer, tensors: DequantizedTenso
     for tensor in _copied(layer, tensors.matrices):
         name = reader.family.checkpoint_name(tensor)
         seen.add(name)
-        if name not in held:
+        module = name.removesuffix(".weight")
+        if module != name and module in tensors.heads:
+            found.head = _error_of(module, tensors.head(module), reader.load(tensor).float(), found)
+        elif name not in held:
             found.problems.append(f"{name}: missing, but the reference has it")
         elif not same_bits(tensors.stored(name), reader.load(tensor)):
             found.problems.append(f"{name}: is not the reference's bit for bit")

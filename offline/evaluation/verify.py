@@ -52,7 +52,9 @@ class Verdict:
         if self.likeness is None:
             return content
         largest = {name: _json_number(error) for name, error in self.likeness.largest(LARGEST).items()}
-        known = {"mean_error": _json_number(self.likeness.mean), "largest_errors": largest}
+        known: dict[str, Any] = {"mean_error": _json_number(self.likeness.mean), "largest_errors": largest}
+        if self.likeness.head is not None:
+            known["lm_head_error"] = _json_number(self.likeness.head)
         counts = {"matrices": len(self.likeness.errors), "copied_tensors": self.likeness.copied}
         return content | {"reference": counts | known}
 
@@ -119,6 +121,8 @@ def format_verdict(verdict: Verdict) -> str:
         lines.append(f"copied tensors   {likeness.copied} are the reference's bit for bit")
         lines.append(f"relative error   mean {likeness.mean:.4g} ({len(likeness.errors)} matrices)")
         lines += [f"  {error:<14.4g} {name}" for name, error in likeness.largest(LARGEST).items()]
+        if likeness.head is not None:
+            lines.append(f"lm_head          relative error {likeness.head:.4g}, stored as integers")
     shown = verdict.problems[:_SHOWN_PROBLEMS]
     lines += [f"problem: {problem}" for problem in shown]
     if len(shown) < len(verdict.problems):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_milo.checkpoint import SCALE, MiLoFormat, U
+from vllm_milo.head.layout import PLAIN_BITS
 from vllm_milo.names import FUSED_LAYERS, split_expert_name
 from vllm_milo.shards import TensorEntry, read_tensors
 from vllm_milo.validation import is_fused_experts, quantized_modules, read_format, validate_checkpoint
@@ -60,6 +61,7 @@ def export_checkpoint(source: Path, out: Path, command: str = "", progress: bool
         tensors, (_, config) = read_tensors(source), read_format(source)
         modules = quantized_modules(tensors)
         _refuse_compensators(source, modules)
+        _refuse_head(source, fmt)
         sizes = _group_sizes(modules, fmt)
         held = DequantizedTensors(source, fmt, torch.float32)
         rounded = 0
@@ -89,6 +91,15 @@ def _refuse_compensators(source: Path, modules: Mapping[str, Mapping[str, Tensor
             f"{source}: {name} has a compensator of rank {rank}, as have {len(ranked)} of {len(modules)} matrices, and "
             f"compressed-tensors has none; quantize the original with --method rtn, hqq or mse and "
             f"--zero-points integer"
+        )
+
+
+def _refuse_head(source: Path, fmt: MiLoFormat) -> None:
+    """Refuse a checkpoint whose output head is quantized: what is exported has one number of bits."""
+    if fmt.lm_head_bits != PLAIN_BITS:
+        raise ConversionError(
+            f"{source}: stores lm_head in {fmt.lm_head_bits} bits, and `milo export` writes heads in 16; quantize the "
+            f"original without --lm-head-bits"
         )
 
 

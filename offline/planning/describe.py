@@ -9,6 +9,7 @@ from typing import Any
 from ..calibration import memory
 from ..ranks.budget import resident_bits
 from .disk import free_bytes, size_text
+from .head import describe_head
 from .plan import Plan
 
 
@@ -22,6 +23,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
     ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too,
     ``resident_bits_per_weight`` of quantized weights as the kernels hold them on one GPU.
+    ``lm_head`` has bits, weights and bytes of an output head that is quantized, which no other number of bits counts;
+    it is null where it is copied.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
     ``layout`` says where the hidden states of a text lie (``device``, ``host`` or ``disk``), in how many rounds experts
     are trained, and how many devices hold what is trained of them.
@@ -41,6 +44,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "resident_bits_per_weight": resident_bits(plan.matrices, plan.ranks, plan.conversion.recipe),
         "bits_per_weight_with_kept": plan.kept.bits_with(plan.weights, plan.quantized_bytes),
         "kept": plan.kept.to_dict(),
+        "lm_head": describe_head(plan.tensors, fmt.lm_head_bits),
         "exact": plan.exact and not plan.conversion.measures_ranks,
         "bytes": plan.tensor_bytes,
         "quantized_bytes": plan.quantized_bytes,
@@ -81,6 +85,11 @@ def format_description(plan: Plan) -> str:
         )
     if plan.kept.matrices:
         lines.append(_kept_line(plan, about))
+    if (head := said["lm_head"]) is not None:
+        lines.append(
+            f"lm_head          {size_text(head['bytes'])} for {head['weights']:,} weights in {head['bits']} bits, "
+            f"which the bits a weight do not count"
+        )
     lines.append(plan.memory.line(plan.conversion.device).replace("memory: ", f"{'memory':<17}"))
     lines += [f"{'':<17}{line}"] if (line := plan.layout.line()) else []
     text = said["calibration"]

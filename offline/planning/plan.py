@@ -12,6 +12,7 @@ import torch
 
 from vllm_milo.checkpoint import CompensatorFormat, MiLoFormat
 from vllm_milo.dtypes import MODEL_DTYPES, safetensors_name
+from vllm_milo.head.layout import PLAIN_BITS
 from vllm_milo.names import find_key
 from vllm_milo.shards import TensorEntry
 from vllm_milo.version import __version__
@@ -31,6 +32,7 @@ from ..source.layers import Layer
 from ..source.reader import ModelReader
 from . import disk
 from .devices import find_device, find_devices
+from .head import refuse_no_head
 from .kept import Kept, find_kept
 from .layout import arrange
 from .pieces import refuse_large_matrices, solver_weights
@@ -222,6 +224,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     matrices = [source.matrix for layer in layers for source in layer.matrices]
     conversion = _narrowed(conversion, matrices, reader.family)
     refuse_large_matrices(matrices, devices, conversion.device_memory)
+    refuse_no_head(reader, conversion.lm_head_bits)
     unranked = _unranked(reader, matrices, conversion, layout)
     choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
     exact = known_from_headers(choice)
@@ -348,6 +351,7 @@ def _format(
         ranks=rank_table(matrices, ranks),
         ignore=(*ignore, *unnamed),
         recipe=_recipe_record(reader, conversion, layout),
+        lm_head_bits=conversion.lm_head_bits,
     )
 
 
@@ -368,6 +372,8 @@ def _decided(recipe: Recipe) -> dict[str, Any]:
 def _recipe_record(reader: ModelReader, conversion: Conversion, layout: memory.Layout) -> dict[str, Any]:
     policies = ",".join(f"{policy.name}={policy.rank}" for policy in conversion.policies)
     record = {"tool": f"vllm-milo {__version__}", "ranks": policies, **_decided(conversion.recipe)}
+    if conversion.lm_head_bits != PLAIN_BITS:
+        record["lm_head_bits"] = conversion.lm_head_bits
     if reader.source.view.format is not None:
         record["source_format"] = reader.source.view.format
     if conversion.budget_bits is not None:

@@ -16,6 +16,7 @@ from vllm_milo.validation import find_problems, first_problems
 from ..errors import ConversionError
 from ..source.layers import Layer
 from ..source.reader import ModelReader
+from .head import stored_as
 
 _JSON_TENSOR = 340
 """About the bytes of JSON for each quantized matrix in the report, and for each tensor in headers and the index beside
@@ -31,7 +32,7 @@ def planned_tensors(
     Args:
         reader: the source model.
         layers: its layers, with the matrices to quantize in each.
-        fmt: group sizes and factor bits.
+        fmt: group sizes, factor bits, bits of the head.
         ranks: of these matrices, by name.
         model_dtype: safetensors' name of the dtype of 16-bit factors.
 
@@ -60,7 +61,9 @@ def planned_tensors(
                     f"{entry.file}: tensor {tensor} is {entry.dtype}; tensors are copied that are one of "
                     f"{', '.join(DTYPES)}: convert it first"
                 )
-            add(reader.family.checkpoint_name(tensor), tensor, entry.dtype, entry.shape)
+            name = reader.family.checkpoint_name(tensor)
+            for part, (dtype, shape) in stored_as(reader, name, entry, fmt.lm_head_bits).items():
+                add(part, tensor, dtype, shape)
     return planned
 
 

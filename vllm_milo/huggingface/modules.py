@@ -103,6 +103,25 @@ class MiLoLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+class MiLoHead(nn.Linear):
+    """The output head of a MiLo checkpoint that stores it as integers; here it has the weights that they stand for.
+
+    Args:
+        replaced: the head of the model, whose bias it takes over; its ``weight`` is None until :meth:`fill`.
+    """
+
+    def __init__(self, replaced: nn.Linear) -> None:
+        super().__init__(replaced.in_features, replaced.out_features, bias=False, device="meta")
+        self._dtype = replaced.weight.dtype
+        self.register_parameter("weight", None)
+        self.bias = replaced.bias
+        self._is_hf_initialized = True  # for transformers, which would initialize the weight
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Take over the weights [V, H], in the model's dtype."""
+        self.weight = nn.Parameter(weight.to(self._dtype), requires_grad=False)
+
+
 class MiLoExperts(nn.Module):
     """The routed experts of one layer of a MiLo checkpoint."""
 

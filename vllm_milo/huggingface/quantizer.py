@@ -14,14 +14,15 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_milo.checkpoint import QUANT_METHOD, TENSOR_NAMES, CheckpointError, MiLoFormat
+from vllm_milo.head.layout import HEAD_TENSORS
 from vllm_milo.values import shown
 
 logger = logging.getLogger("vllm_milo")
 
 _STORED = "|".join(name.removeprefix("weight_") for name in TENSOR_NAMES)
-_PASSED_OVER = (r"\.milo_\w+$", r"\.parametrizations\.weight\.original1$")
+_PASSED_OVER = (r"\.milo_\w+$", r"\.parametrizations\.weight\.original1$", rf"\.({'|'.join(HEAD_TENSORS)})$")
 """What the names of a quantized matrix's tensors become by :meth:`MiLoHfQuantizer.get_weight_conversions`, and before
-it by transformers, which takes a ``weight_v`` for that of its weight norm."""
+it by transformers, which takes a ``weight_v`` for that of its weight norm; and those of a quantized head."""
 
 
 @register_quantization_config(QUANT_METHOD)

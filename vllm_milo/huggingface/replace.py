@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from vllm_milo.checkpoint import CheckpointError, MiLoFormat
+from vllm_milo.head.layout import head_shape, quantized_heads
 from vllm_milo.kernels.reference import ACTIVATIONS, UNGATED_ACTIVATIONS
 from vllm_milo.kernels.weights import MoESpec, largest_rank
 from vllm_milo.offline.checkpoint.dequantize import DequantizedTensors
 from vllm_milo.offline.families.family import Family
 from vllm_milo.offline.families.find import find_family
-from vllm_milo.shards import read_tensors
+from vllm_milo.shards import TensorEntry, read_tensors
 from vllm_milo.validation import (
     count_experts,
     matrix_shape,
@@ -25,18 +26,20 @@ from vllm_milo.validation import (
     validate_checkpoint,
 )
 
-from .modules import MiLoExperts, MiLoLinear
+from .modules import MiLoExperts, MiLoHead, MiLoLinear
 from .weights import read_experts, read_linear
 
 
 class _Stored(NamedTuple):
-    """What a checkpoint holds: shapes [N, K] of its matrices by name, and numbers of experts by their module."""
+    """What a checkpoint holds: shapes [N, K] of its matrices by name, a quantized head's among them if there is one,
+    and numbers of experts by their module."""
 
     folder: Path
     family: Family
     fmt: MiLoFormat
     shapes: Mapping[str, tuple[int, int]]
     experts: Mapping[str, int]
+    heads: Mapping[str, Mapping[str, TensorEntry]]
 
     def check(self, names: Iterable[str], n: int, k: int) -> None:
         """Raise CheckpointError unless the matrices have the shape [n, k]."""
@@ -68,8 +71,11 @@ def replace_quantized(model: Any, folder: Path) -> Callable[[], None]:
     """
     fmt = validate_checkpoint(folder)
     _, settings = read_format(folder)
-    shapes = {name: matrix_shape(found) for name, found in quantized_modules(read_tensors(folder)).items()}
-    stored = _Stored(folder, find_family(settings), fmt, shapes, count_experts(shapes))
+    tensors = read_tensors(folder)
+    shapes = {name: matrix_shape(found) for name, found in quantized_modules(tensors).items()}
+    heads = quantized_heads(tensors)
+    every = shapes | {name: head_shape(found, fmt.lm_head_bits) for name, found in heads.items()}
+    stored = _Stored(folder, find_family(settings), fmt, every, count_experts(shapes), heads)
     found = {name: _replacement(_called(model, name), module, stored) for name, module in model.named_modules()}
     replacements = {name: replacement for name, replacement in found.items() if replacement is not None}
     missing = set(shapes).difference(*(replacement.matrices for replacement in replacements.values()))
@@ -103,6 +109,9 @@ def _replacement(name: str, module: nn.Module, stored: _Stored) -> _Replacement 
     called = stored.family.checkpoint_name(f"{name}.weight").removesuffix(".weight")
     if isinstance(module, nn.Linear) and called in stored.shapes:
         stored.check([called], module.out_features, module.in_features)
+        if called in stored.heads:
+            head = MiLoHead(module)
+            return _Replacement(head, {called}, partial(_fill_head, head, called))
         linear = MiLoLinear(module)
         return _Replacement(linear, {called}, partial(_fill_linear, linear, called, stored.fmt))
     leaves = stored.family.leaves_in_memory
@@ -132,6 +141,10 @@ def _replacement(name: str, module: nn.Module, stored: _Stored) -> _Replacement 
 
 def _flat(gemm: list[list[str]]) -> list[str]:
     return [name for parts in gemm for name in parts]
+
+
+def _fill_head(head: MiLoHead, name: str, tensors: DequantizedTensors) -> None:
+    head.fill(tensors.head(name))
 
 
 def _fill_linear(linear: MiLoLinear, name: str, fmt: MiLoFormat, tensors: DequantizedTensors) -> None:
