@@ -253,8 +253,8 @@ def test_a_layer_that_is_a_shard_is_written_once(
         sizes[index and index[0]] = sizes.get(index and index[0], 0) + tensor.nbytes
     conversion = with_(PLAIN, shard_bytes=max(sizes[name] for name in ("layers.0", "layers.1")))
     written = []
-    real = writer.save_file
-    monkeypatch.setattr(writer, "save_file", lambda *a, **options: written.append(1) or real(*a, **options))
+    real = writer.save_tensors
+    monkeypatch.setattr(writer, "save_tensors", lambda *a: written.append(1) or real(*a))
     expected = content(convert(source, tmp_path / "whole", with_(conversion, resume=False), progress=False).out)
     once = len(written)
     if not can:
@@ -283,6 +283,21 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(
             ConversionError, match=r"(?s)the disk is full \(.* MiB free, the next file takes .*--resume"
         ):
+            convert(source, tmp_path / "out", PLAIN, progress=False)
+    convert(source, tmp_path / "out", with_(PLAIN, resume=True), progress=False)
+    assert content(tmp_path / "out") == whole
+
+
+def test_a_disk_that_is_full_at_the_card(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which is the last file that is written, when all hours are spent."""
+    whole = content(convert(source, tmp_path / "whole", PLAIN, progress=False).out)
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_milo.offline.checkpoint.card.flush", full)
+        with pytest.raises(ConversionError, match=r"(?s)README.md: cannot be written: No space left.*--resume"):
             convert(source, tmp_path / "out", PLAIN, progress=False)
     convert(source, tmp_path / "out", with_(PLAIN, resume=True), progress=False)
     assert content(tmp_path / "out") == whole
