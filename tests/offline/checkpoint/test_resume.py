@@ -220,6 +220,23 @@ def test_damaged_layers_are_refused(interrupted: Path, source: Path, what: str):
     convert(source, interrupted, with_(PLAIN, overwrite=True), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("journal.json", '{"version": 1, "layers": 2, "fingerprint": []}'),
+        ("journal.json", '{"version": 1, "layers": "2", "fingerprint": {}}'),
+        ("layers/00000.json", '{"layers": [], "tensors": {}, "file": [1, "a"], "ranks": {}, "said": {}}'),
+        ("layers/00000.json", '{"layers": [], "tensors": [], "file": [1, "a"], "ranks": {}, "said": 3}'),
+    ],
+)
+def test_records_that_hold_something_else_are_refused(interrupted: Path, source: Path, name: str, content: str):
+    (interrupted.with_name(".out.partial") / name).write_text(content)
+    with pytest.raises(
+        ConversionError, match=r"\.out\.partial: its records cannot be read.*start over with --overwrite"
+    ):
+        convert(source, interrupted, with_(PLAIN, resume=True), progress=False)
+
+
 def test_resume_begins_where_there_is_nothing(source: Path, tmp_path: Path):
     summary = convert(source, tmp_path / "out", with_(PLAIN, resume=True), progress=False)
     assert summary.warnings[0].endswith("there is nothing to go on with; the conversion begins")
@@ -283,21 +300,6 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(
             ConversionError, match=r"(?s)the disk is full \(.* MiB free, the next file takes .*--resume"
         ):
-            convert(source, tmp_path / "out", PLAIN, progress=False)
-    convert(source, tmp_path / "out", with_(PLAIN, resume=True), progress=False)
-    assert content(tmp_path / "out") == whole
-
-
-def test_a_disk_that_is_full_at_the_card(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Which is the last file that is written, when all hours are spent."""
-    whole = content(convert(source, tmp_path / "whole", PLAIN, progress=False).out)
-
-    def full(*_) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("vllm_milo.offline.checkpoint.card.flush", full)
-        with pytest.raises(ConversionError, match=r"(?s)README.md: cannot be written: No space left.*--resume"):
             convert(source, tmp_path / "out", PLAIN, progress=False)
     convert(source, tmp_path / "out", with_(PLAIN, resume=True), progress=False)
     assert content(tmp_path / "out") == whole
