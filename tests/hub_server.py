@@ -41,7 +41,8 @@ def of_folder(folder: Path, **more: bytes) -> Repository:
 class HubServer(ThreadingHTTPServer):
     """Serves repositories; notes what is asked and what is committed.
 
-    Files may be broken (status 500) or withdrawn (404), but for ranges of them, or end before they begin (cut).
+    Every answer may be another's (wrong_answer). Files may be broken (status 500) or withdrawn (404), but for ranges of
+    them, or end before they begin (cut).
     """
 
     daemon_threads = True
@@ -57,6 +58,7 @@ class HubServer(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.blobs: dict[str, bytes] = {}
         self.fail_commits = False
+        self.wrong_answer: bytes | None = None
         self.broken_files: set[str] = set()
         self.withdrawn_files: set[str] = set()
         self.cut_files: set[str] = set()
@@ -90,7 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         ranged = " ranged" if self.headers.get("Range") else ""
         self.server.asked.append(f"{self.command} {path}{ranged}")
-        if path == "/api/whoami-v2":
+        if self.server.wrong_answer is not None:
+            self._send(200, self.server.wrong_answer, {"Content-Type": "application/json"})
+        elif path == "/api/whoami-v2":
             account = self.server.account
             self._json(account or {"error": "Invalid"}, 200 if account else 401)
         elif path == "/api/validate-yaml":

@@ -17,7 +17,7 @@ from vllm_milo.head.layout import PLAIN_BITS
 from vllm_milo.version import __version__
 
 from ..durable.files import flush
-from ..errors import ConversionError
+from ..errors import ConversionError, PassingError
 from ..hub_names import hub_origin
 from .inspect import inspect_checkpoint, name_group_sizes
 from .manifest import CARD_NAME
@@ -91,7 +91,7 @@ def write_card(folder: Path, source: Path, notes: CardNotes) -> None:
 
     Raises:
         CheckpointError, ShardError: the checkpoint is not valid.
-        ConversionError: the card cannot be written.
+        PassingError: the card cannot be written.
     """
     origin, said = hub_origin(source), _source_metadata(source)
     base = origin[0] if origin else said.get("base_model")
@@ -167,6 +167,8 @@ def update_card(folder: Path, reference: Path, measured: Sequence[Measured]) -> 
 def _source_metadata(source: Path) -> Mapping[str, Any]:
     """Return what the source's card states in its metadata; nothing where there is none that can be read."""
     path = source / CARD_NAME
+    if not path.is_file():  # a pipe would be waited for
+        return {}
     try:
         return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except Exception:  # somebody else's file, which must not end a conversion
@@ -208,4 +210,4 @@ def _write(path: Path, card: ModelCard) -> None:
         path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
         flush(path)
     except OSError as error:
-        raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+        raise PassingError(f"{path}: cannot be written: {error.strerror}") from error

@@ -192,7 +192,7 @@ def _published(partial: Path) -> Path | None:
         sealed = json.loads((partial / SEALED).read_text(encoding="utf-8"))
         target = partial.with_name(sealed["target"])
         there = describe_file(target / MANIFEST_NAME).sha256
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, it says nothing
         return None
     return target if there == sealed["manifest"] else None
 

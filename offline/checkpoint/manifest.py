@@ -63,10 +63,15 @@ def read_manifest(folder: Path) -> dict[str, FileEntry] | None:
         raise CheckpointError(f"{path}: no manifest of a MiLo checkpoint ({one_line(error)}); copy it again") from None
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a manifest may list a path of a file in its folder."""
+    good = re.fullmatch(r"[^/\\\0]+(/[^/\\\0]+)*", name) and name.isprintable() and len(name) <= 1000
+    return bool(good) and not {".", ".."} & set(name.split("/"))
+
+
 def _read_entry(name: str, entry: Mapping[str, Any]) -> FileEntry:
     """Return an entry, after checking that it is one, of a file in the folder: manifests may be downloaded."""
-    good = re.fullmatch(r"[^/\\\0]+(/[^/\\\0]+)*", name) and name.isprintable() and len(name) <= 1000
-    if not good or {".", ".."} & set(name.split("/")):
+    if not is_file_name(name):
         raise ValueError(f"{shown(name)} is no file name")
     size, digest = entry["size"], entry["sha256"]
     if type(size) is not int or not 0 <= size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", digest):

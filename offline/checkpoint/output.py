@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_milo.checkpoint import CheckpointError
@@ -125,12 +126,18 @@ def refuse_unwritable_output(out: Path) -> None:
         raise ConversionError(f"{out}: cannot be written: {parent} is a file; choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConversionError(f"{out}: cannot be written: {parent} may not be written to; choose another output")
+    if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):  # a folder is renamed by whom may write to it
+        raise ConversionError(f"{out}: cannot be replaced: it may not be written to; choose another output")
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise ConversionError(f"{out}: cannot be written: its name is too long; choose a shorter one")
 
 
-def resolved(folder: Path) -> Path:
+def resolved(folder: Path, used: str = "written") -> Path:
     """Return the path of a folder with its links resolved, whether it exists or not.
+
+    Args:
+        folder: of a model or checkpoint.
+        used: what cannot be done with it where that fails.
 
     Raises:
         ConversionError: a link in it leads back to itself, or a name in it is too long.
@@ -141,7 +148,7 @@ def resolved(folder: Path) -> Path:
     except RuntimeError:  # until Python 3.12
         endless = True
     except OSError as error:
-        raise ConversionError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise ConversionError(f"{folder}: cannot be {used}: {error.strerror}") from error
     if endless:
         raise ConversionError(f"{folder}: is or goes through a link to itself; name another folder")
     return target
@@ -169,18 +176,42 @@ def is_milo_checkpoint(folder: Path) -> bool:
 
 def refuse_unsafe_place(out: Path, source: Path) -> None:
     """Refuse an output folder by where it is; see :func:`refuse_unsafe_output`."""
-    target, origin = resolved(out), resolved(source)
-    if target == origin:
+    target, origin = resolved(out), resolved(source, "read")
+    if _is_same(target, origin):
         raise ConversionError(f"{out}: is the source model; choose another output")
-    if target in origin.parents:
+    if _holds(target, origin):
         raise ConversionError(f"{out}: holds the source model {source}; choose another output")
-    if origin in target.parents:
+    if _holds(origin, target):
         raise ConversionError(f"{out}: lies in the source model {source}; choose another output")
     for place, what in ((Path.cwd(), "the working directory"), (_home(), "the home directory")):
-        if place is not None and (target == place.resolve() or target in place.resolve().parents):
+        if place is not None and (_is_same(target, place.resolve()) or _holds(target, place.resolve())):
             raise ConversionError(
                 f"{out}: is {what} or holds it; name a folder of the checkpoint's own (is a shell variable unset?)"
             )
+    for file in _files_elsewhere(origin):
+        if target in file.parents:
+            raise ConversionError(f"{out}: holds {file.name} of the source model {source}; choose another output")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Return whether two resolved paths are one folder, which a mount or the case of letters may hide."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def _holds(folder: Path, inner: Path) -> bool:
+    """Return whether a resolved path lies in a folder."""
+    return any(_is_same(folder, parent) for parent in inner.parents)
+
+
+def _files_elsewhere(source: Path) -> Iterator[Path]:
+    """Yield where the links at the top of a model folder lead."""
+    try:
+        yield from (path.resolve() for path in source.iterdir() if path.is_symlink())
+    except (OSError, RuntimeError):  # no folder, or a link to itself: what reads the source says so
+        return
 
 
 def _home() -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from vllm_milo.shards import INDEX_NAME
 
-from ..durable.files import FileEntry, describe_file, discard, flush, write_json
+from ..durable.files import FileEntry, describe_file, discard, flush, save_tensors, write_json
 from ..durable.journal import Journal, ShardRecord, check_file, shard_name
 from ..durable.publication import SEALED, publish
 from ..durable.signals import deferred_signals
@@ -286,7 +286,7 @@ class CheckpointWriter:
         try:
             entry = self._shard_of_one_layer(list(tensors), path)
             if entry is None:
-                save_file(dict(tensors), path, metadata={"format": "pt"})
+                save_tensors(path, tensors)
                 entry = describe_file(path)  # while the system still has it in memory
             shard = ShardRecord(list(tensors), size, entry)
             if self.journal.records and self._final:
@@ -344,9 +344,9 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Return what tells a folder from another at the same path; None where there is none."""
+    """Return what tells a folder or link from another at the same path; None where there is none."""
     try:
-        status = folder.stat()
+        status = folder.lstat()
     except OSError:
         return None
     return status.st_dev, status.st_ino
@@ -355,7 +355,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _free_name(folder: Path) -> Path:
     """Return the path of a sibling that does not exist: ``NAME-2``, ``NAME-3``, …"""
     number = 2
-    while (sibling := folder.with_name(f"{folder.name}-{number}")).exists():
+    while os.path.lexists(sibling := folder.with_name(f"{folder.name}-{number}")):
         number += 1
     return sibling
 

@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.card import OUT
 from ..errors import ConversionError
 from ..planning.devices import find_device
-from .hub import model_place
+from .hub import model_place, path
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a model can be run in."""
@@ -31,7 +31,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, several: bool = False) -
     """Add what every subcommand takes that runs a model on a text."""
     parser.add_argument("model", type=model_place, help=f"folder of a source model or MiLo checkpoint, {OR_HUB}")
     number = {"nargs": "+"} if several else {}
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file", **number)  # type: ignore[arg-type]
+    parser.add_argument("--text", type=path, required=True, help="UTF-8 text file", **number)  # type: ignore[arg-type]
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -33,12 +33,14 @@ def main(argv: Sequence[str] | None = None, further: Sequence[Subcommand] = ()) 
 
     That is 0, or 1 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more.
     """
-    signal.signal(signal.SIGTERM, _terminate)
-    if sys.stderr is None:  # closed by whoever started this
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    arguments = _parser(further).parse_args(argv)
-    arguments.words = list(sys.argv[1:] if argv is None else argv)
+    name = "milo"
     try:
+        signal.signal(signal.SIGTERM, _terminate)
+        if sys.stderr is None:  # closed by whoever started this
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        arguments = _parser(further).parse_args(argv)
+        arguments.words = list(sys.argv[1:] if argv is None else argv)
+        name = f"milo {arguments.command}"
         with recording(getattr(arguments, "log_json", None)):
             hub.run(arguments)
             if sys.stdout is not None:
@@ -47,22 +49,27 @@ def main(argv: Sequence[str] | None = None, further: Sequence[Subcommand] = ()) 
         silence_stdout()
         return 141
     except (ConversionError, CheckpointError, ShardError) as error:
-        print("; ".join([f"milo {arguments.command}: error: {error}", *_notes(error)]), file=sys.stderr)
+        print("; ".join([f"{name}: error: {error}", *_notes(error)]), file=sys.stderr)
+        return 1
+    except PermissionError as error:
+        where = error.filename if error.filename is not None else "a file"
+        said = f"{name}: error: {where}: {error.strerror}; ask who owns it, or name another"
+        print("; ".join([said, *_notes(error)]), file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
-            return _end_unforeseen(arguments, error)
+            return _end_unforeseen(name, error)
         silence_stdout()
-        print(f"milo {arguments.command}: error: what it prints finds no room: {error.strerror}", file=sys.stderr)
+        print(f"{name}: error: what it prints finds no room: {error.strerror}", file=sys.stderr)
         return 1
     except Exception as error:
-        return _end_unforeseen(arguments, error)
+        return _end_unforeseen(name, error)
     except KeyboardInterrupt as error:
         if argv is None:  # the process ends with the command, whose end another Ctrl-C must not fill with tracebacks
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         left = _notes(error) or ["nothing was left behind"]
-        print("; ".join([f"milo {arguments.command}: interrupted", *left]), file=sys.stderr)
+        print("; ".join([f"{name}: interrupted", *left]), file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
     return 0
 
@@ -84,11 +91,11 @@ def _notes(error: BaseException) -> list[str]:
     return notes if notes or error.__context__ is None else _notes(error.__context__)
 
 
-def _end_unforeseen(arguments: argparse.Namespace, error: Exception) -> int:
+def _end_unforeseen(name: str, error: Exception) -> int:
     """Say that nothing foresaw an exception, or raise it where the environment asks for that; return the status."""
     if "MILO_TRACEBACK" in os.environ:
         raise error
-    said = f"milo {arguments.command}: error: {_unforeseen(error)}"
+    said = f"{name}: error: {_unforeseen(error)}"
     print("; ".join([said, *_notes(error)]), file=sys.stderr)
     return 1
 

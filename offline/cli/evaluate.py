@@ -47,6 +47,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConversionError(
             f"--window {arguments.window}: must be at least 2, since the first token is not predicted"
         )
+    if arguments.stride is not None and not 0 < arguments.stride <= (arguments.window or WINDOW):
+        raise ConversionError(
+            f"--stride {arguments.stride}: must be from 1 to the window of {arguments.window or WINDOW} tokens"
+        )
     if arguments.update_card and arguments.reference is None:
         raise ConversionError("--update-card needs --reference: a card states distances from the original model")
 

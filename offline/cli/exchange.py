@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.card import CardNotes
@@ -12,7 +11,7 @@ from ..checkpoint.inspect import inspect_checkpoint
 from ..exporting.exporter import FORMATS, export_checkpoint
 from ..importing.importer import import_checkpoint
 from .arguments import OR_HUB, command_of
-from .hub import model_place
+from .hub import model_place, path
 from .summary import serve_command
 
 
@@ -22,7 +21,7 @@ def add_parser(commands: Any) -> None:
         "import", help="make a MiLo checkpoint of a 3-bit GPTQ or compressed-tensors one, with the same weights"
     )
     parser.add_argument("model", type=model_place, help=f"folder of the other tool's checkpoint, {OR_HUB}")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the MiLo checkpoint")
+    parser.add_argument("-o", "--output", type=path, required=True, help="folder of the MiLo checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing MiLo checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_import)
@@ -30,7 +29,7 @@ def add_parser(commands: Any) -> None:
         "export", help="make a checkpoint of another tool of a MiLo one without compensators, with the same weights"
     )
     parser.add_argument("checkpoint", type=model_place, help=f"folder of the MiLo checkpoint, {OR_HUB}")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the other tool's checkpoint")
+    parser.add_argument("-o", "--output", type=path, required=True, help="folder of the other tool's checkpoint")
     parser.add_argument("--format", choices=FORMATS, required=True, help="pack-quantized, of compressed-tensors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_export)

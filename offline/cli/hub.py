@@ -28,9 +28,21 @@ PLACES = ("model", "checkpoint", "reference")
 """Arguments that name a folder, or a model of the Hub."""
 
 
+def filled(text: str) -> str:
+    """Return an argument, which must not be empty: as a path it would be the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; is a shell variable unset?")
+    return text
+
+
+def path(text: str) -> Path:
+    """Return the file or folder that an argument names."""
+    return Path(filled(text))
+
+
 def model_place(text: str) -> Path | ModelName:
     """Return the folder or the model of the Hub that an argument names; what exists is a folder."""
-    return model_name(text) or Path(text)
+    return model_name(text) or path(text)
 
 
 def target_repository(text: str) -> str:

@@ -46,7 +46,7 @@ from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.reader import ModelReader
 from ..threads import threads_for
 from .arguments import HEAD_HELP, OR_HUB, check_number, command_of, default_device
-from .hub import model_place, target_repository
+from .hub import filled, model_place, path, target_repository
 from .summary import print_summary
 
 LARGEST_SEED = 2**32
@@ -99,14 +99,14 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("quantize", help="convert a model folder to a MiLo checkpoint")
     parser.add_argument("model", type=model_place, help=f"folder of the source model (safetensors), {OR_HUB}")
-    parser.add_argument("-o", "--output", type=_folder, required=True, help="folder of the checkpoint")
+    parser.add_argument("-o", "--output", type=path, required=True, help="folder of the checkpoint")
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
         help=f"method, group size and ranks in one; default: {DEFAULT_PRESET}, unless --method or --ranks is given",
     )
     parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
-    parser.add_argument("--calibration", type=_filled, metavar="HOW", help=CALIBRATION_HELP)
+    parser.add_argument("--calibration", type=filled, metavar="HOW", help=CALIBRATION_HELP)
     windows = f"of {WINDOW} tokens; default: up to {GPU_EFFORT.windows} on a GPU, {CPU_EFFORT.windows} on a CPU"
     parser.add_argument("--calibration-windows", type=int, default=None, help=windows)
     steps = f"training steps of each layer's codes; default: {GPU_EFFORT.steps} on a GPU, {CPU_EFFORT.steps} on a CPU"
@@ -121,7 +121,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-rounds", type=int, default=None, help=rounds)
     parser.add_argument("--lm-head-bits", type=int, choices=HEAD_BITS, default=PLAIN_BITS, help=HEAD_HELP)
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help=_IGNORE_HELP)
-    parser.add_argument("--expert-counts", type=Path, help="file of `milo stats`, for the frequency policy")
+    parser.add_argument("--expert-counts", type=path, help="file of `milo stats`, for the frequency policy")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--device", default=default_device())
     where.add_argument("--devices", type=_names, default=[], metavar="D,D,…", help=DEVICES_HELP)
@@ -130,7 +130,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     parser.add_argument("--resume", action="store_true", help=RESUME_HELP)
     parser.add_argument("--quiet", action="store_true", help="say no more than warnings and the result")
-    parser.add_argument("--log-json", type=Path, metavar="FILE", help=LOG_HELP)
+    parser.add_argument("--log-json", type=path, metavar="FILE", help=LOG_HELP)
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, alone on stdout")
     parser.add_argument("--push-to", type=target_repository, metavar="ORG/NAME", help=PUSH_HELP)
@@ -139,18 +139,8 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_run, check=_check, shards=None)
 
 
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; is a shell variable unset?")
-    return text
-
-
-def _folder(text: str) -> Path:
-    return Path(_filled(text))
-
-
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
+    return [filled(name).strip() for name in text.split(",")]
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from ..evaluation.expert_use import count_experts_used, refuse_to_replace
 from ..evaluation.model import load_model
 from ..source.tokens import read_tokens
 from .arguments import add_text_arguments, check_text_arguments
+from .hub import path
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the parser's ``commands``."""
     parser = commands.add_parser("stats", help="count how often each expert is used on a text")
     add_text_arguments(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file for --expert-counts")
+    parser.add_argument("-o", "--output", type=path, required=True, help="JSON file for --expert-counts")
     parser.set_defaults(run=_run, check=_check)
 
 

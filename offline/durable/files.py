@@ -68,10 +68,25 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
         OSError, SafetensorError: the disk is full, or the folder cannot be written.
     """
     beside = path.with_name(path.name + UNFINISHED)
-    save_file(dict(tensors), beside, metadata={"format": "pt"})  # as shards have it
+    save_tensors(beside, tensors)
     entry = describe_file(beside)  # while the system still has it in memory
     _place(beside, path)
     return entry
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file of CPU tensors with the permissions that any other new file gets.
+
+    The library leaves it to the owner alone, and whoever serves a checkpoint may be another user.
+
+    Raises:
+        OSError, SafetensorError: the disk is full, or the folder cannot be written.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _place(beside: Path, path: Path) -> None:

@@ -115,7 +115,9 @@ class Journal:
             while (record := self._shards / f"{len(self.shards) + 1:05d}.json").exists():
                 found = json.loads(record.read_text(encoding="utf-8"))
                 self.shards.append(ShardRecord(found["names"], found["bytes"], FileEntry(*found["file"])))
-            self.total, self.fingerprint = content["layers"], dict(content["fingerprint"])
+            self.total, self.fingerprint = content["layers"], content["fingerprint"]
+            if not isinstance(self.total, int) or not isinstance(self.fingerprint, dict):
+                raise ValueError(f"{JOURNAL_NAME} does not say what decided them")
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConversionError):
                 raise
@@ -233,7 +235,11 @@ def _read(path: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
 
 
 def _read_layer(number: int, found: Mapping[str, Any]) -> LayerRecord:
-    return LayerRecord(**{**found, "number": number, "file": FileEntry(*found["file"])})
+    record = LayerRecord(**{**found, "number": number, "file": FileEntry(*found["file"])})
+    kinds = (list, list, dict, dict)
+    if not all(map(isinstance, (record.layers, record.tensors, record.ranks, record.said), kinds)):
+        raise ValueError(f"that of layer {number} is none")
+    return record
 
 
 def check_file(path: Path, expected: FileEntry) -> None:

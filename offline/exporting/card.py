@@ -10,7 +10,7 @@ from vllm_milo.version import __version__
 
 from ..checkpoint.manifest import CARD_NAME
 from ..durable.files import flush
-from ..errors import ConversionError
+from ..errors import PassingError
 
 _TEXT = """\
 # {title}, 3 bits (compressed-tensors)
@@ -33,7 +33,7 @@ def write_card(folder: Path, source: Path, command: str) -> None:
         command: that asked for it, without paths of the machine; empty where it was none.
 
     Raises:
-        ConversionError: it cannot be written.
+        PassingError: it cannot be written.
     """
     text = _TEXT.format(
         title=source.resolve().name,
@@ -46,4 +46,4 @@ def write_card(folder: Path, source: Path, command: str) -> None:
         path.write_text(text, encoding="utf-8")
         flush(path)
     except OSError as error:
-        raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+        raise PassingError(f"{path}: cannot be written: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,6 +75,11 @@ def _reason(error: BaseException) -> str:
         return f"the disk is full; free space, or set HF_HOME to a folder on another one ({constants.HF_HUB_CACHE})"
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ in _UNREACHED:
         return _unreachable(error)
+    if isinstance(error, LookupError | TypeError | AttributeError | json.JSONDecodeError):
+        return (
+            f"the answer of {constants.ENDPOINT} is none of a Hugging Face Hub's ({type(error).__name__}: "
+            f"{first_line(error)}); is HF_ENDPOINT right, or a proxy in between?"
+        )
     return f"{first_line(error)} ({type(error).__name__})"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def upload(folder: Path, repository: str, private: bool) -> str:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
         raise ConversionError(
             f"--push-to {repository}: the upload failed: {reason}; the checkpoint {folder} is whole, upload it later "
-            f"with `hf upload {repository} {folder} .`"
+            f"with `hf upload {repository} {shlex.quote(str(folder))} .`"
         ) from error
     return f"{constants.ENDPOINT}/{repository}"
 

@@ -43,9 +43,11 @@ def read_text(path: Path) -> str:
     """Return the content of a text file.
 
     Raises:
-        ConversionError: the file cannot be read, is not UTF-8, or holds zero bytes.
+        ConversionError: the file cannot be read, is a device, is not UTF-8, or holds zero bytes.
     """
     try:
+        if path.is_char_device() or path.is_block_device():  # which may never end
+            raise ConversionError(f"{path}: is a device; give a file of UTF-8 text, or a pipe")
         content = path.read_text(encoding="utf-8-sig")  # editors may put a mark of the encoding first
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +155,70 @@ def test_another_interrupt_while_the_command_ends():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stderr == "milo families: interrupted; nothing was left behind\n"
     assert done.returncode == 130
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_while_options_are_read(
+    number: int, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("vllm_milo.offline.cli.families.add_parser", lambda _: signal.raise_signal(number))
+    try:
+        assert main(["families"]) == status
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert capsys.readouterr().err == "milo: interrupted; nothing was left behind\n"
+
+
+def test_an_interrupt_while_the_libraries_are_loaded():
+    """Which takes seconds, in which there are no options yet."""
+    script = """
+import importlib.abc, sys
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from vllm_milo.command import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "milo: interrupted; nothing was left behind\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", ""],
+        ["verify", "MODEL", "--reference", ""],
+        ["quantize", "", "-o", "out"],
+        ["quantize", "MODEL", "-o", "out", "--log-json", ""],
+        ["quantize", "MODEL", "-o", "out", "--expert-counts", ""],
+        ["quantize", "MODEL", "-o", "out", "--devices", "cpu,"],
+        ["eval", "MODEL", "--text", ""],
+        ["stats", "MODEL", "--text", "text", "-o", ""],
+        ["import", "MODEL", "-o", ""],
+        ["export", "MODEL", "--format", "compressed-tensors", "-o", " "],
+    ],
+)
+def test_an_empty_argument_is_not_the_working_directory(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "is empty; is a shell variable unset?" in capsys.readouterr().err
+
+
+def test_what_may_not_be_looked_at_is_no_bug(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("vllm_milo.offline.cli.inspect.inspect_checkpoint", refuse)
+    assert main(["inspect", str(checkpoint)]) == 1
+    said = f"milo inspect: error: {checkpoint}: Permission denied; ask who owns it, or name another\n"
+    assert capsys.readouterr().err == said
 
 
 def run_in_a_shell(script: str, *arguments: Path | str) -> subprocess.CompletedProcess[str]:

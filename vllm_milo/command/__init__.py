@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-
-from vllm_milo.offline.cli import main as run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    from vllm_milo.command import tune
-
+    try:  # torch takes seconds
+        from vllm_milo.command import tune
+        from vllm_milo.offline.cli import main as run
+    except KeyboardInterrupt:
+        print("milo: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
     return run(argv, [tune])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
+from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.verify import verify_checkpoint
 from vllm_milo.offline.hub_names import hub_origin
 
@@ -109,3 +111,18 @@ def test_cards_that_are_not_ours(bundled_model: Path, checkpoint: Path, tmp_path
     cached = shutil.copytree(checkpoint, tmp_path / "models--a--b" / "snapshots" / "1")
     assert main(["eval", str(cached), *words, "--reference", str(bundled_model)]) == 1
     assert "lies in the Hub's cache" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_card(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is written last, when all hours are spent: they must not be lost."""
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_milo.offline.checkpoint.card.flush", full)
+        with pytest.raises(ConversionError, match=r"(?s)README.md: cannot be written: No space left.*--resume"):
+            convert(source, tmp_path / "out", Conversion(FAST), progress=False)
+    out = convert(source, tmp_path / "out", Conversion(FAST, resume=True), progress=False).out
+    assert verify_checkpoint(out).good
+    assert (out / "README.md").exists()

@@ -14,6 +14,7 @@ from vllm_milo.offline.checkpoint.claim import Claim
 from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
+from vllm_milo.offline.durable.journal import Journal
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.planning.plan import make_plan
 from vllm_milo.offline.source.reader import ModelReader
@@ -117,3 +118,14 @@ def test_what_is_unfinished_counts_as_room(source: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("vllm_milo.offline.planning.disk.free_bytes", lambda _: need - held - 1)
     with pytest.raises(ConversionError, match=r"are free on its file system beside .* of unfinished layers; free"):
         make_plan(reader, out, resumed)
+
+
+@pytest.mark.parametrize(
+    "sealed", ["[]", "null", '{"target": 5, "manifest": ""}', '{"target": "../x", "manifest": ""}']
+)
+def test_a_damaged_seal_says_nothing(source: Path, tmp_path: Path, sealed: str):
+    partial = tmp_path / ".out.partial"
+    Journal(partial).begin({}, 1)
+    (partial / "sealed.json").write_text(sealed)
+    with Claim(tmp_path / "out", source) as claim:
+        assert claim.published is None

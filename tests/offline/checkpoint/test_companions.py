@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+import pytest
 from refusals import FAST
 
 from vllm_milo.offline.checkpoint.companions import find_companions
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
+from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.evaluation.verify import verify_checkpoint
+from vllm_milo.offline.planning.plan import make_plan
+from vllm_milo.offline.source.reader import ModelReader
 
 
 def write(path: Path, text: str = "x") -> Path:
@@ -63,3 +68,57 @@ def test_links_of_the_hubs_cache(source: Path, tmp_path: Path):
     found = find_companions(snapshot)
     assert found.files["merges.txt"] == found.files["templates/a.jinja"] == blob.resolve()
     assert found.warnings == []
+
+
+def test_what_cannot_come_along_is_named(source: Path, tmp_path: Path):
+    """And what comes along leaves a checkpoint that verify finds good."""
+    (source / "vocab.txt").symlink_to("nowhere")
+    os.mkfifo(source / "notes.txt")
+    os.mkfifo(source / "README.md")
+    for name in ("a\nb.txt", "a\\b.txt", "\x1b[31m.txt", "\udcff.txt", "README.md.d/x", "milo_report.json/x"):
+        write(source / name)
+    summary = convert(source, tmp_path / "out", Conversion(FAST), progress=False)
+    said = "\n".join(summary.warnings)
+    for name, why in {
+        "vocab.txt": "it leads to nowhere, which is not there",
+        "notes.txt": "it is a pipe, a socket or a device",
+        "README.md": "it is a pipe, a socket or a device",
+        "a\\nb.txt'": "no manifest can list its name",
+        "a\\b.txt": "no manifest can list its name",
+        "\\x1b[31m.txt'": "no manifest can list its name",
+        "\\udcff.txt'": "no manifest can list its name",
+        "milo_report.json/x": "the checkpoint has a file where this has a folder",
+    }.items():
+        assert f"{name}: is not copied: {why}" in said
+    assert (summary.out / "README.md.d" / "x").exists()
+    assert verify_checkpoint(summary.out).good
+
+
+def test_a_path_that_is_too_long(source: Path):
+    deep, descriptor = "d" * 200, os.open(source, os.O_RDONLY)
+    for _ in range(25):
+        os.mkdir(deep, dir_fd=descriptor)
+        descriptor, before = os.open(deep, os.O_RDONLY, dir_fd=descriptor), descriptor
+        os.close(before)
+    os.close(os.open("file.txt", os.O_CREAT, dir_fd=descriptor))
+    os.close(descriptor)
+    said = find_companions(source).warnings
+    assert len(said) == 1
+    assert (
+        "is not copied: its path is too long" in said[0] or "the folder cannot be read: File name too long" in said[0]
+    )
+
+
+def test_a_file_that_nobody_may_read_is_refused_from_the_headers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    hidden, access = write(source / "merges.txt"), os.access  # the superuser may read all, so this is played
+    monkeypatch.setattr(os, "access", lambda path, mode, **more: Path(path) != hidden and access(path, mode, **more))
+    with pytest.raises(ConversionError, match=r"merges\.txt: cannot be read: Permission denied; make it readable"):
+        make_plan(ModelReader(source), tmp_path / "out", Conversion(FAST))
+
+
+def test_files_may_be_read_by_whom_the_user_lets_read_them(source: Path, tmp_path: Path):
+    """The library that writes weights leaves them to their owner, and who serves a checkpoint may be somebody else."""
+    out = convert(source, tmp_path / "out", Conversion(FAST), progress=False).out
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {write(tmp_path / "new").stat().st_mode & 0o777}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,42 @@ def test_a_folder_around_the_source_is_no_output(source: Path, tmp_path: Path, t
 
 def test_a_folder_in_the_source_is_no_output(source: Path, tmp_path: Path):
     refused_untouched(source, source / "milo", "lies in the source model", tmp_path)
+
+
+def test_a_mount_hides_no_source(source: Path, tmp_path: Path):
+    """A folder in the source, the source and a folder around it, each by another path, as in a container."""
+    parent, place = tmp_path / "parent", tmp_path / "mount"
+    parent.mkdir()
+    place.mkdir()
+    inside = Path(shutil.move(source, parent / "model"))
+    try:
+        mounted = subprocess.run(["mount", "--bind", str(parent), str(place)], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount")
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted")
+    try:
+        refused_untouched(inside, place / "model" / "milo", "lies in the source model", parent)
+        refused_untouched(inside, place / "model", "is the source model", parent)
+        refused_untouched(inside, place, "holds the source model", parent)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_files_of_the_source_that_lie_in_the_output_are_kept(source: Path, checkpoint: Path, tmp_path: Path):
+    """Links of the source lead there, to a name that the checkpoint's manifest has."""
+    out = Path(shutil.copytree(checkpoint, tmp_path / "out"))
+    (source / "generation_config.json").unlink()
+    (source / "generation_config.json").symlink_to(out / "generation_config.json")
+    refused_untouched(source, out, "holds generation_config.json of the source model", tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_moved_is_refused_at_once(
+    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, access = Path(shutil.copytree(checkpoint, tmp_path / "out")), os.access
+    monkeypatch.setattr(os, "access", lambda path, *more, **options: path != out and access(path, *more, **options))
+    refused_untouched(source, out, "out: cannot be replaced: it may not be written to", tmp_path)
 
 
 @pytest.mark.parametrize("out", [".", "..", ""])
@@ -224,6 +262,16 @@ def test_what_appears_meanwhile_is_kept(source: Path, tmp_path: Path, monkeypatc
     assert summary.out == tmp_path / "out-2"
     assert validate_checkpoint(summary.out)
     assert "appeared during the conversion and was kept" in summary.warnings[-1]
+
+
+def test_a_link_that_appears_meanwhile_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also one that leads nowhere, over which no folder can be renamed."""
+    out = tmp_path / "out"
+    during(monkeypatch, lambda: out.symlink_to("nowhere"))
+    summary = convert(source, out, Conversion(FAST), progress=False)
+    assert out.is_symlink()
+    assert summary.out == tmp_path / "out-2"
+    assert validate_checkpoint(summary.out)
 
 
 def test_a_checkpoint_that_was_exchanged_meanwhile_is_kept(

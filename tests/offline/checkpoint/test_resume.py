@@ -220,6 +220,23 @@ def test_damaged_layers_are_refused(interrupted: Path, source: Path, what: str):
     convert(source, interrupted, with_(PLAIN, overwrite=True), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("journal.json", '{"version": 1, "layers": 2, "fingerprint": []}'),
+        ("journal.json", '{"version": 1, "layers": "2", "fingerprint": {}}'),
+        ("layers/00000.json", '{"layers": [], "tensors": {}, "file": [1, "a"], "ranks": {}, "said": {}}'),
+        ("layers/00000.json", '{"layers": [], "tensors": [], "file": [1, "a"], "ranks": {}, "said": 3}'),
+    ],
+)
+def test_records_that_hold_something_else_are_refused(interrupted: Path, source: Path, name: str, content: str):
+    (interrupted.with_name(".out.partial") / name).write_text(content)
+    with pytest.raises(
+        ConversionError, match=r"\.out\.partial: its records cannot be read.*start over with --overwrite"
+    ):
+        convert(source, interrupted, with_(PLAIN, resume=True), progress=False)
+
+
 def test_resume_begins_where_there_is_nothing(source: Path, tmp_path: Path):
     summary = convert(source, tmp_path / "out", with_(PLAIN, resume=True), progress=False)
     assert summary.warnings[0].endswith("there is nothing to go on with; the conversion begins")
@@ -253,8 +270,8 @@ def test_a_layer_that_is_a_shard_is_written_once(
         sizes[index and index[0]] = sizes.get(index and index[0], 0) + tensor.nbytes
     conversion = with_(PLAIN, shard_bytes=max(sizes[name] for name in ("layers.0", "layers.1")))
     written = []
-    real = writer.save_file
-    monkeypatch.setattr(writer, "save_file", lambda *a, **options: written.append(1) or real(*a, **options))
+    real = writer.save_tensors
+    monkeypatch.setattr(writer, "save_tensors", lambda *a: written.append(1) or real(*a))
     expected = content(convert(source, tmp_path / "whole", with_(conversion, resume=False), progress=False).out)
     once = len(written)
     if not can:

@@ -44,6 +44,9 @@ def refused(capsys: pytest.CaptureFixture[str]):
     [
         (["--max-windows", "0"], "--max-windows must be at least 1"),
         (["--window", "1"], "--window 1: must be at least 2"),
+        (["--stride", "0"], "--stride 0: must be from 1 to the window of 48 tokens"),
+        (["--stride", "49"], "--stride 49: must be from 1 to the window of 48 tokens"),
+        (["--text", "/dev/zero"], "/dev/zero: is a device; give a file of UTF-8 text"),
         (["--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["--device", "nonsense"], "--device nonsense: torch knows no such device"),
     ],

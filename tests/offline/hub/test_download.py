@@ -139,6 +139,15 @@ def test_a_hub_that_fails_on_the_way(hub: HubServer, model: str, tmp_path: Path,
     assert "org/tiny: the Hugging Face Hub answers 500: " in line
 
 
+def test_a_server_that_is_no_hub(hub: HubServer, model: str, tmp_path: Path, capsys):
+    """As a proxy that answers for it."""
+    for answer in (b"<html>Log in</html>", b"[]", b"null", b"{}"):
+        hub.wrong_answer = answer
+        line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
+        assert f"{model}: the answer of {hub.address} is none of a Hugging Face Hub's" in line
+        assert "is HF_ENDPOINT right" in line
+
+
 def test_a_dry_run_reads_headers(hub: HubServer, model: str, bundled_model: Path, tmp_path: Path, capsys):
     words = ["-o", str(tmp_path / "out"), "--dry-run", "--json", "--preset", "fast"]
     assert main(["quantize", model, *words]) == 0
