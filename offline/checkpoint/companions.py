@@ -82,6 +82,8 @@ def find_companions(source: Path) -> Companions:
             wrong = "no manifest can list its name, which is long or holds something that does not print"
         if wrong is None and "/" in name and name.partition("/")[0] in _OWN:
             wrong = "the checkpoint has a file where this has a folder"
+        if wrong is None and name == SOURCE_CARD and (root / CARD_NAME).is_file():
+            wrong = f"the source's {CARD_NAME} gets this name"
         if wrong is None:
             files[SOURCE_CARD if name == CARD_NAME else name] = path.resolve()
         else:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..durable.files import FileEntry, describe_file
+from .manifest import MANIFEST_NAME
 
 _PROSE = ("README", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
@@ -22,6 +23,14 @@ def stray_files(folder: Path, manifest: Mapping[str, FileEntry]) -> list[str]:
         for path in sorted(folder.glob("*.safetensors"))
         if path.name not in manifest
     ]
+
+
+def added_files(folder: Path, manifest: Mapping[str, FileEntry]) -> list[str]:
+    """Return the names of other files that the manifest does not name: neither hidden ones nor prose."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    known = {MANIFEST_NAME, *manifest, *(path.name for path in folder.glob("*.safetensors"))}
+    return [name for name in names if name not in known and not is_prose(name)]
 
 
 def damaged_files(folder: Path, names: Iterable[str], manifest: Mapping[str, FileEntry]) -> dict[str, str]:

@@ -10,13 +10,15 @@ from typing import Any
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
 from vllm_milo.validation import validate_checkpoint
+from vllm_milo.values import shown_name
 
-from ..checkpoint.damage import damaged_files, is_prose, stray_files
+from ..checkpoint.damage import added_files, damaged_files, is_prose, stray_files
 from ..checkpoint.manifest import MANIFEST_NAME, read_manifest
 from ..errors import ConversionError
 from ..progress import progress_bar
 from .against_source import Likeness, compare_with_source
 
+CONFIG = "config.json"
 LARGEST = 5
 """How many of the largest errors are named."""
 _SHOWN_PROBLEMS = 20
@@ -108,6 +110,10 @@ def _check_files(verdict: Verdict, progress: bool) -> None:
         place = verdict.notes if is_prose(name) else verdict.problems
         place.append(f"{name}: {wrong}")
     verdict.problems += stray_files(folder, manifest)
+    if CONFIG not in manifest:
+        verdict.problems.append(f"{MANIFEST_NAME}: does not name {CONFIG}, so nobody can tell whether it is right")
+    added = added_files(folder, manifest)
+    verdict.notes += [f"{shown_name(name)}: added, the manifest does not name it" for name in added[:_SHOWN_PROBLEMS]]
     verdict.files = len(manifest)
 
 

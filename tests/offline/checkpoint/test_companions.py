@@ -94,6 +94,15 @@ def test_what_cannot_come_along_is_named(source: Path, tmp_path: Path):
     assert verify_checkpoint(summary.out).good
 
 
+def test_two_files_of_one_name_in_the_checkpoint(source: Path):
+    write(source / "README_SOURCE.md")
+    assert find_companions(source).warnings == []
+    write(source / "README.md")
+    found = find_companions(source)
+    assert found.files["README_SOURCE.md"] == source / "README.md"
+    assert found.warnings == [f"{source / 'README_SOURCE.md'}: is not copied: the source's README.md gets this name"]
+
+
 def test_a_path_that_is_too_long(source: Path):
     deep, descriptor = "d" * 200, os.open(source, os.O_RDONLY)
     for _ in range(25):

@@ -156,7 +156,22 @@ def test_what_users_add_is_no_failure(out: Path):
     (out / "notes.json").write_text("{}")
     (out / ".milo.partial-7").mkdir()
     (out / ".cache" / "huggingface").mkdir(parents=True)
-    assert problems(out) == []
+    (out / "code").mkdir()
+    (out / "code" / "modeling.py").write_text("")
+    verdict = verify_checkpoint(out)
+    assert verdict.good
+    assert verdict.notes == [
+        "code/modeling.py: added, the manifest does not name it",
+        "notes.json: added, the manifest does not name it",
+    ]
+
+
+def test_a_manifest_without_the_settings(out: Path):
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    del manifest["files"]["config.json"]
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (problem,) = problems(out)
+    assert problem.startswith(f"{MANIFEST_NAME}: does not name config.json")
 
 
 def test_prose_of_the_source_may_change(source: Path, tmp_path: Path):
