@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -110,10 +111,12 @@ def test_later_layers_are_kept_as_a_whole(name: str, text: Text | None, tmp_path
 @pytest.mark.parametrize("name", LATER)
 def test_every_family_with_later_layers(name: str):
     family = FAMILIES[name]
-    assert family.whole_pattern("model.layers.61.mlp.experts.0.w1.weight", 61) == r"re:model\.layers\.61\..*"
-    assert family.whole_pattern("model.layers.60.mlp.experts.0.w1.weight", 61) is None
-    assert family.whole_pattern("model.layers.61.eh_proj.weight", None) is None
-    assert family.whole_pattern("model.norm.weight", 61) is None
+    body = family.body
+    whole = rf"re:{re.escape(body)}\.layers\.61\..*"
+    assert family.whole_pattern(f"{body}.layers.61.mlp.experts.0.w1.weight", 61) == whole
+    assert family.whole_pattern(f"{body}.layers.60.mlp.experts.0.w1.weight", 61) is None
+    assert family.whole_pattern(f"{body}.layers.61.eh_proj.weight", None) is None
+    assert family.whole_pattern(f"{body}.norm.weight", 61) is None
 
 
 @pytest.mark.parametrize(("name", "start"), [("exaone_moe", "mtp."), ("ernie4_5_moe", "model.mtp_")])
