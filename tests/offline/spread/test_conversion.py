@@ -143,7 +143,7 @@ def test_too_little_memory_is_said_before_the_work(
     ("options", "message"),
     [
         (["--devices", "cpu,cuda:0"], "--devices cpu,cuda:0|--device cuda:0"),
-        (["--devices", "cpu,,cpu"], "--device : torch knows no such device"),
+        (["--devices", "cpu,,cpu"], "argument --devices: is empty"),
         (["--devices", "cpu", "--device", "cpu:0"], "not allowed with argument"),
         (["--device-memory", "0"], "--device-memory 0: must be a number of GiB above 0"),
         (["--device-memory", "nan"], "--device-memory nan: must be a number of GiB above 0"),
