@@ -29,8 +29,9 @@ demo: setup
 test: setup
 	$(TEST) -m 'not slow'
 
+SELECT ?= slow
 test-slow: setup
-	$(TEST) -m slow
+	$(TEST) -m '$(SELECT)'
 
 lint: setup
 	$(BIN)/ruff check .

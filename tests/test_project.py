@@ -302,7 +302,8 @@ def test_every_readme_command_is_known():
         known = command in IN_CI or command.startswith(("milo ", "vllm serve ", "curl "))
         assert known, f"the README's command {command!r} is run by no test"
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert set(script) >= IN_CI
+    for command in IN_CI:  # of the slow tests, those that are not long
+        assert any(line == command or line.startswith(f"{command} SELECT=") for line in script), command
 
 
 def test_bundled_model_is_small():

@@ -291,6 +291,7 @@ def test_damaged_folders_of_models_in_other_formats(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_more_damaged_folders(bases: Bases, tmp_path: Path):
     run_cases(range(1000, 11_000), bases, tmp_path)

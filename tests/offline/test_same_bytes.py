@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_milo.offline.cli import main
+from vllm_milo.offline.effort import Effort
 from vllm_milo.offline.learn import end_to_end, layer
 from vllm_milo.offline.learn import repeatable as repeatable_module
 from vllm_milo.offline.learn.repeatable import repeatable
@@ -51,6 +52,7 @@ def test_the_same_bytes_with_learning(bundled_model: Path, tmp_path: Path):
 def test_the_same_bytes_of_other_ways(bundled_model: Path, tmp_path: Path, monkeypatch, options: list[str]):
     """Training the whole model after its layers, and the model's own text."""
     monkeypatch.setattr("vllm_milo.offline.calibration.choose.WINDOW", 64)
+    monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(6, 3, 4))  # of the whole model too
     found = []
     for number, seed in enumerate(["0", "0", "1"]):
         torch.manual_seed(number)  # the state of torch's own generator does not count

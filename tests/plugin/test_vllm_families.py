@@ -85,6 +85,7 @@ def test_equals_the_unquantized_model(family: str, outputs: dict[str, list[dict]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["deepseek", "granitemoeshared"])
 def test_two_ranks_equal_the_unquantized_model(family: str, models: dict[str, Path], tmp_path: Path):
     both = {name: models[name] for name in (family, f"{family} plain")}

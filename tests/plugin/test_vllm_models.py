@@ -102,6 +102,7 @@ def test_all_families_in_16_bits(names: list[str], dtype: str, checkpoints: dict
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "olmoe"])
 def test_all_families_tensor_parallel(name: str, checkpoints: dict[str, Path], tmp_path: Path):
     """Families whose sizes allow it: Mixtral replicates its one K/V head, OLMoE and Qwen2-MoE cut all."""

@@ -22,6 +22,7 @@ from tiny_models import VOCABULARY, logprobs, make_model
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion, Text
 from vllm_milo.offline.convert import convert
+from vllm_milo.offline.effort import Effort
 from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.ranks.policies import parse_policies
@@ -137,6 +138,7 @@ def quantize(found: Written, out: Path, *options: str) -> list[Path]:
 @pytest.mark.parametrize("options", [[], ["--calibration", "self"], ["--preset", "best"]])
 def test_by_default_and_as_a_whole(bundled: Written, tmp_path: Path, monkeypatch, options: list[str]):
     monkeypatch.setattr("vllm_milo.offline.calibration.choose.WINDOW", 64)
+    monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(6, 3, 4))  # of the whole model too
     stored, copy = quantize(bundled, tmp_path, *options)
     assert content(stored, "FP8 e4m3, a scale for 128x128 weights") == content(copy)
 
