@@ -11,6 +11,7 @@ from benchmarks.offline import whole_model
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_model_on_one_and_two_devices(
     bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
