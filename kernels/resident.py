@@ -7,8 +7,11 @@ Sizes are padded, a code of U takes four bits, and a part with any rank holds wh
 
 from __future__ import annotations
 
-UNIT, ROWS, BLOCK = 128, 64, 16
-"""Inputs, outputs and ranks are padded to whole units, rows and blocks."""
+from .weights import RANK_BLOCK, rank_blocks
+
+BLOCK = RANK_BLOCK
+UNIT, ROWS = 128, 64
+"""Inputs and outputs are padded to whole units and rows, ranks to whole blocks."""
 CODE_BYTES = 3 / 8
 PAIR_BYTES = 4
 """Of an fp16 scale and a zero point, or of the two fp16 scales of a unit of V."""
@@ -29,7 +32,7 @@ def resident_bytes(n: int, k: int, rank: int, group_size: int, factor_bits: int)
         group_size: weights of a row that share a scale and a zero point.
         factor_bits: 3, 8 or 16.
     """
-    rows, units, blocks = -(-n // ROWS) * ROWS, -(-k // UNIT), -(-rank // BLOCK)
+    rows, units, blocks = -(-n // ROWS) * ROWS, -(-k // UNIT), rank_blocks(rank)
     base = rows * units * (UNIT * CODE_BYTES + UNIT // group_size * PAIR_BYTES)
     up, down = _FACTOR_BYTES[factor_bits]
     up_row = rows * up + rows // ROWS * SCALE_BYTES

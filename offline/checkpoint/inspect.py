@@ -109,6 +109,14 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_head(tensors: Mapping[str, TensorEntry], bits: int) -> dict[str, Any] | None:
+    """Return bits, weights and bytes of the quantized head among some tensors; None where there is none."""
+    for found in quantized_heads(tensors).values():
+        size = sum(map(_tensor_bytes, found.values()))
+        return {"bits": bits, "weights": math.prod(head_shape(found, bits)), "bytes": size}
+    return None
+
+
 def name_group_sizes(report: Mapping[str, Any]) -> str:
     """Return the group sizes of a report: ``group size 128``, or each with its number of matrices."""
     counts = [f"{size} ({count} matrices)" for size, count in report["group_sizes"].items()]
@@ -117,9 +125,8 @@ def name_group_sizes(report: Mapping[str, Any]) -> str:
 
 def _head(tensors: Mapping[str, TensorEntry], family: Family, fmt: MiLoFormat) -> dict[str, Any] | None:
     """Return bits, weights and bytes of the output head; None where it has no tensor of its own."""
-    for found in quantized_heads(tensors).values():
-        weights, size = math.prod(head_shape(found, fmt.lm_head_bits)), sum(map(_tensor_bytes, found.values()))
-        return {"bits": fmt.lm_head_bits, "weights": weights, "bytes": size}
+    if (quantized := describe_head(tensors, fmt.lm_head_bits)) is not None:
+        return quantized
     entry = tensors.get(f"{family.head}.weight")
     if entry is None:
         return None

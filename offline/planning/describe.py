@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..calibration import memory
+from ..checkpoint.inspect import describe_head
 from ..ranks.budget import resident_bits
 from .disk import free_bytes, size_text
-from .head import describe_head
 from .plan import Plan
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
-from vllm_milo.dtypes import DTYPES
-from vllm_milo.head.layout import PLAIN_BITS, head_shape, head_tensors, quantized_heads
+from vllm_milo.head.layout import PLAIN_BITS, head_tensors
 from vllm_milo.shards import TensorEntry
 
 from ..errors import ConversionError
@@ -54,11 +51,3 @@ def stored_as(reader: ModelReader, name: str, entry: TensorEntry, bits: int) -> 
         return {name: (entry.dtype, entry.shape)}
     n, k = entry.shape
     return {f"{reader.family.head}.{leaf}": spec for leaf, spec in head_tensors(bits, n, k).items()}
-
-
-def describe_head(tensors: Mapping[str, TensorEntry], bits: int) -> dict[str, Any] | None:
-    """Return bits, weights and bytes of the quantized head among some tensors; None where there is none."""
-    for found in quantized_heads(tensors).values():
-        size = sum(math.prod(entry.shape) * DTYPES[entry.dtype].size for entry in found.values())
-        return {"bits": bits, "weights": math.prod(head_shape(found, bits)), "bytes": size}
-    return None
