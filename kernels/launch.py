@@ -14,6 +14,8 @@ import torch
 import triton
 
 PORTABLE_VARIABLE = "VLLM_MILO_PORTABLE"
+TOGETHER = (9, 10)
+"""Major compute capabilities at which four warps multiply together (wgmma, tcgen05)."""
 
 
 class LaunchMode(NamedTuple):
@@ -23,10 +25,12 @@ class LaunchMode(NamedTuple):
         asm: use NVIDIA assembly; ``VLLM_MILO_PORTABLE=1`` forbids it.
         early: launch a kernel before the one before it has ended. It then waits for the other's results by
             itself (``gdc_wait``); what is saved is the launch latency, a quarter of a layer of small experts.
+        warps: the device has no MMA of four warps together, so that all products are those of a warp.
     """
 
     asm: bool
     early: bool
+    warps: bool = False
 
     def options(self) -> dict[str, Any]:
         """Return the launch options that go with ``early``."""
@@ -131,8 +135,13 @@ def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 def launch_mode(device: torch.device, few_tokens: bool) -> LaunchMode:
     """Return what a device allows (early launches: Hopper and later), and what helps for so many tokens."""
     nvidia = device.type == "cuda" and torch.version.hip is None and os.environ.get(PORTABLE_VARIABLE) != "1"
-    early = few_tokens and nvidia and torch.cuda.get_device_capability(device)[0] >= 9
-    return LaunchMode(nvidia, early)
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.version.hip is None else 0
+    return LaunchMode(nvidia, few_tokens and nvidia and major >= 9, major not in (0, *TOGETHER))
+
+
+def multiplies_by_warps(mode: LaunchMode, block_m: int) -> bool:
+    """Return whether Triton takes a warp's MMA for tiles of ``block_m`` tokens; four warps together need 16."""
+    return mode.warps or block_m < 16
 
 
 @cache

@@ -24,7 +24,7 @@ from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
 from triton.runtime.jit import JITFunction
 
-from vllm_milo.kernels.launch import LaunchMode
+from vllm_milo.kernels.launch import TOGETHER, LaunchMode
 from vllm_milo.kernels.serving import fused_moe, linear
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
@@ -92,7 +92,7 @@ def main(capability: int, everything: bool, asm: bool) -> None:
     triton.runtime.driver.set_active(TargetDriver(capability))
 
     def mode(device: torch.device, few_tokens: bool) -> LaunchMode:
-        return LaunchMode(asm, few_tokens and capability >= 90)
+        return LaunchMode(asm, few_tokens and capability >= 90, capability // 10 not in TOGETHER)
 
     patches = [mock.patch.object(module, "launch_mode", mode) for module in (fused_moe, linear)]
     patches.append(mock.patch.object(heuristic, "processors", return_value=132))

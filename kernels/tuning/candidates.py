@@ -13,6 +13,7 @@ import torch
 from ..launch import processors, shared_memory
 from ..serving.gemm.config import GemmConfig
 from ..serving.gemm.heuristic import (
+    FOUR_TILES,
     SCALING_TOKENS,
     THREE_TILES,
     GemmShape,
@@ -27,6 +28,8 @@ from ..tuned import Tiles
 from ..weights import MoEShape
 
 TILES = (
+    *(GemmConfig(8, 128, 1, False, 4, stages) for stages in (4, 5)),
+    GemmConfig(8, 128, 1, False, 4, 4, max_registers=FOUR_TILES),
     *(GemmConfig(16, 128, 1, False, 4, stages) for stages in (3, 4, 5)),
     *(GemmConfig(32, 128, 1, False, 4, stages) for stages in (3, 4)),
     GemmConfig(32, 128, 1, False, 4, 4, max_registers=THREE_TILES),
@@ -141,6 +144,6 @@ def _tiles(tokens: int, shape: MoEShape, gemm: GemmShape, place: int, device: to
 
 
 def _tails(tile: GemmConfig) -> tuple[int, ...]:
-    if tile.block_m == 16:
+    if tile.block_m <= 16:
         return (0,)
     return (tile.block_m // 2, tile.block_m // 4) if tile.scaled else (0, 16)

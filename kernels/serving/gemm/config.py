@@ -53,7 +53,7 @@ class GemmConfig(NamedTuple):
         if bad := [name for name, value in numbers.items() if type(value) is not int]:
             return f"{bad[0]} must be a number, found {numbers[bad[0]]!r}"
         allowed = {
-            "block_m": (16, 32, 64, 128, 256),
+            "block_m": (8, 16, 32, 64, 128, 256),
             "block_n": (64, 128, 256),
             "split_k": range(1, MAX_SPLIT + 1),
             "num_warps": (4, 8),

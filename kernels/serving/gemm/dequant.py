@@ -83,20 +83,35 @@ def _shifted_words(w0, w1, w2, HALF: tl.constexpr):
 
 
 @triton.jit
-def _operand(pairs, ROWS: tl.constexpr):
-    """[ROWS, t, h, i0, i1, b] -> MMA operand [ROWS, 64], k = 16·i + 8·h + 2·t + b, which moves nothing."""
-    return tl.reshape(tl.permute(pairs, (0, 4, 3, 2, 1, 5)), (ROWS, 64))
+def operand_order(SIZE: tl.constexpr, WARP: tl.constexpr):
+    """Place in memory of each k of an operand, [SIZE], in which the other operand must be loaded.
+
+    A warp's MMA gives a lane four k in a row of each 16 where 16-bit values were joined, by Triton's choice: with
+    ``WARP`` those are the codes that the lane holds, k = 16·i + 4·t + 2·h + b, which stand at 16·i + 8·h + 2·t + b.
+    """
+    k = tl.arange(0, SIZE)
+    if WARP:
+        k = k // 16 * 16 + k // 2 % 2 * 8 + k // 4 % 4 * 2 + k % 2
+    return k
+
+
+@triton.jit
+def _operand(pairs, ROWS: tl.constexpr, WARP: tl.constexpr):
+    """[ROWS, t, h, i0, i1, b] -> MMA operand [ROWS, 64] in the order of :func:`operand_order`, which moves nothing."""
+    operand = tl.permute(pairs, (0, 4, 3, 1, 2, 5)) if WARP else tl.permute(pairs, (0, 4, 3, 2, 1, 5))
+    return tl.reshape(operand, (ROWS, 64))
 
 
 @triton.jit
 def code_operand(
-    w0, w1, w2, HALF: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr
-):
+    w0, w1, w2, HALF: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, WARP: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     """Words [ROWS, 4] of a unit -> the 64 codes of a half, BIAS + q·ONE (or 8·q), as an operand [ROWS, 64].
 
     WIDE: in fp32, for :func:`scaled`; else in 16 bits.
     """
-    return _operand(_codes(_shifted_words(w0, w1, w2, HALF), HALF, BF16, WIDE, ASM), ROWS)
+    return _operand(_codes(_shifted_words(w0, w1, w2, HALF), HALF, BF16, WIDE, ASM), ROWS, WARP)
 
 
 @triton.jit
@@ -222,7 +237,7 @@ def _fast_weights(words, scale, base, offset, HIGH: tl.constexpr, ASM: tl.conste
 
 
 @triton.jit
-def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
+def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, WARP: tl.constexpr, ROWS: tl.constexpr):
     """Words [ROWS, 4] of a unit and int32 [ROWS] -> fp16 operand [ROWS, 64] of s·(q - z), within 1.5 roundings.
 
     The FMA rounds once; before it, (round(z) - z)·s was rounded, of which at most half a step of codes is left.
@@ -231,7 +246,7 @@ def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, 
     scale = scale[:, None, None, None, None]
     base = base[:, None, None, None, None]
     offset = offset[:, None, None, None, None]
-    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, base, offset, HALF, ASM), ROWS)
+    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, base, offset, HALF, ASM), ROWS, WARP)
 
 
 @triton.jit

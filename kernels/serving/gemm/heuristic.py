@@ -32,8 +32,8 @@ SHORT = 32
 """Tokens of the largest tile whose products are scaled instead of its weights."""
 SCALING_TOKENS = 72
 """Scaling a tile's weights takes as long as the products of so many tokens, by the times of tiles of 64 and of 128."""
-THREE_TILES = 168
-"""Registers of a thread with which three tiles of four warps fit on a multiprocessor."""
+THREE_TILES, FOUR_TILES = 168, 128
+"""Registers of a thread with which three and four tiles of four warps fit on a multiprocessor."""
 SPLITS = (1, 2, 4, 8)
 
 START = 2.9
@@ -202,7 +202,7 @@ def resident(block_m: int) -> int:
 
     Two at least: one scales weights while products of another run.
     """
-    return 3 if block_m == 16 else 2
+    return 3 if block_m <= 16 else 2
 
 
 def tails(block_m: int) -> tuple[int, ...]:

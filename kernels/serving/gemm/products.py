@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dequant import add_group, code_operand, fast_operand, finished, quarter_operand, scale_and_zero, scaled
+from .dequant import (
+    add_group,
+    code_operand,
+    fast_operand,
+    finished,
+    operand_order,
+    quarter_operand,
+    scale_and_zero,
+    scaled,
+)
 
 
 @triton.jit
@@ -49,8 +58,9 @@ def _add_halves(
     BF16: tl.constexpr = TILE.BF16
     ASM: tl.constexpr = TILE.ASM
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    WARP: tl.constexpr = TILE.WARP_MMA
     wide: tl.constexpr = TILE.SCALE == "weights" and TILE.BF16
-    k64 = tl.arange(0, 64)
+    k64 = operand_order(64, WARP)
     x0 = tl.load(x_rows + k64[:, None], mask=x_mask, other=0.0)
     if TILE.EVEN_K:
         x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask, other=0.0)
@@ -62,13 +72,13 @@ def _add_halves(
         word0 = tl.reshape(scale_zero, (BLOCK_N,))
         word1 = word0
     if TILE.SCALE == "fast":
-        acc = finished(tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, BLOCK_N), x0, acc), ASM)
-        acc = finished(tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, BLOCK_N), x1, acc), ASM)
+        acc = finished(tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, WARP, BLOCK_N), x0, acc), ASM)
+        acc = finished(tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, WARP, BLOCK_N), x1, acc), ASM)
     else:
         scale0, zero0 = scale_and_zero(word0)
         scale1, zero1 = scale_and_zero(word1)
-        codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, BLOCK_N)
-        codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, BLOCK_N)
+        codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, WARP, BLOCK_N)
+        codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, WARP, BLOCK_N)
         if TILE.SCALE == "weights":
             first_half = scaled(codes0, scale0, zero0, 0, BF16)
             second_half = scaled(codes1, scale1, zero1, 1, BF16)

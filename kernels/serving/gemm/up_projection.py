@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .dequant import finished
+from .dequant import finished, operand_order
 
 
 class Columns(NamedTuple):
@@ -53,9 +53,9 @@ def part_ranks(compensators, expert, part, PARTS: tl.constexpr):
 @triton.jit
 def _up_codes(
     u_ptr, u_start, blocks, rank_block, columns,
-    FACTOR_BITS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, WARP: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, fp32 [BLOCK_N, RANK_STEP].
+    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, fp32 [BLOCK_N, RANK_STEP] in `operand_order`.
 
     ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part. Columns that are not inside, and blocks of
     16 ranks from ``blocks`` on, give zeros.
@@ -69,9 +69,10 @@ def _up_codes(
         word = tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0x4444).to(tl.int32)  # codes of 0
         low = tl.join(word & 7, (word >> 4) & 7)
         high = tl.join((word >> 8) & 7, (word >> 12) & 7)
-        codes = tl.permute(tl.join(low, high), (0, 1, 4, 2, 3))  # [BLOCK_N, blocks, h, t, b]
+        joined = tl.join(low, high)  # [BLOCK_N, blocks, t, b, h]
+        codes = tl.permute(joined, (0, 1, 2, 4, 3)) if WARP else tl.permute(joined, (0, 1, 4, 2, 3))
         return (tl.reshape(codes, (BLOCK_N, RANK_STEP)) - 4).to(tl.float32)
-    rank = tl.arange(0, 16)
+    rank = operand_order(16, WARP)
     place = u_ptr + row[:, :, None] * 16 + rank[None, None, :]
     values = tl.load(place, mask=mask & (rank >= 0)[None, None, :], other=0)
     return tl.reshape(values, (BLOCK_N, RANK_STEP)).to(tl.float32)
@@ -80,10 +81,10 @@ def _up_codes(
 @triton.jit
 def _up_scales(
     u_scale_ptr, ranks, rank_block, columns,
-    FACTOR_BITS: tl.constexpr, RANK_STEP: tl.constexpr, GROUPS: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, WARP: tl.constexpr, RANK_STEP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Scales of RANK_STEP ranks of a part and GROUPS groups of 64 columns, fp32 [GROUPS, RANK_STEP]."""
-    rank = rank_block * 16 + tl.arange(0, RANK_STEP)
+    rank = rank_block * 16 + operand_order(RANK_STEP, WARP)
     group = columns.first // 64 + tl.arange(0, GROUPS)
     before = (rank // 16 * (columns.width // 64))[None, :].to(tl.int64)
     place = ranks.start + before * 16 + group[:, None] * 16 + (rank % 16)
@@ -102,10 +103,10 @@ def _to_rows(scale, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.c
 @triton.jit
 def _load_down(
     down_ptr, ranks, rank_block, counts, pairs, valid,
-    DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr,
+    DOWN_SPLITS: tl.constexpr, dtype: tl.constexpr, WARP: tl.constexpr, BLOCK_M: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
     """V·x of RANK_STEP ranks of a part, [RANK_STEP, BLOCK_M]."""
-    lane = rank_block * 16 + tl.arange(0, RANK_STEP)
+    lane = rank_block * 16 + operand_order(RANK_STEP, WARP)
     mask = valid[None, :] & (lane < ranks.blocks * 16)[:, None]
     place = down_ptr + pairs[None, :].to(tl.int64) * counts.max_rank + (ranks.before + lane)[:, None]
     if DOWN_SPLITS == 1:
@@ -124,6 +125,7 @@ def add_up_projection(
 ):  # fmt: skip
     """acc += Uᵀ·(V·x) for this tile, over this split's share of the blocks of 16 ranks of its part."""
     bits: tl.constexpr = TILE.FACTOR_BITS
+    warp: tl.constexpr = TILE.WARP_MMA
     rank_step: tl.constexpr = TILE.RANK_STEP
     step: tl.constexpr = rank_step // 16
     groups: tl.constexpr = TILE.BLOCK_N // 64
@@ -131,17 +133,17 @@ def add_up_projection(
     share = tl.cdiv(tl.cdiv(ranks.blocks, step), TILE.SPLIT_K) * step
     begin = split_index * share
     # scales are loaded a step ahead: Triton's pipeline takes no loads as narrow as these
-    scale = _up_scales(compensators.u_scale, ranks, begin, columns, bits, rank_step, groups)
+    scale = _up_scales(compensators.u_scale, ranks, begin, columns, bits, warp, rank_step, groups)
     for block in tl.range(begin, tl.minimum(begin + share, ranks.blocks), step, num_stages=stages):
-        next_scale = _up_scales(compensators.u_scale, ranks, block + step, columns, bits, rank_step, groups)
+        next_scale = _up_scales(compensators.u_scale, ranks, block + step, columns, bits, warp, rank_step, groups)
         u = _up_codes(
             compensators.u, ranks.start + columns.each * 0, ranks.blocks + columns.each * 0, block, columns,
-            bits, TILE.BLOCK_N, rank_step,
+            bits, warp, TILE.BLOCK_N, rank_step,
         )  # fmt: skip
         u = (u * _to_rows(scale, groups, TILE.BLOCK_N, rank_step)).to(dtype)
         scale = next_scale
         down = _load_down(
-            compensators.down, ranks, block, counts, pairs, valid, TILE.DOWN_SPLITS, dtype, BLOCK_M, rank_step
+            compensators.down, ranks, block, counts, pairs, valid, TILE.DOWN_SPLITS, dtype, warp, BLOCK_M, rank_step
         )  # fmt: skip
         acc = finished(tl.dot(u, down, acc), TILE.ASM)
     return acc
@@ -153,6 +155,7 @@ def add_gated_up_projection(
 ):
     """acc += Uᵀ·(V·x) where gate's columns and up's alternate: what both need is loaded before it is used."""
     bits: tl.constexpr = TILE.FACTOR_BITS
+    warp: tl.constexpr = TILE.WARP_MMA
     splits: tl.constexpr = TILE.DOWN_SPLITS
     rank_step: tl.constexpr = TILE.RANK_STEP
     groups: tl.constexpr = TILE.BLOCK_N // 128 if TILE.BLOCK_N >= 128 else 1
@@ -162,14 +165,14 @@ def add_gated_up_projection(
     u_start = tl.where(is_up, up.start, gate.start)
     own_blocks = tl.where(is_up, up.blocks, gate.blocks)
     for block in tl.range(0, tl.maximum(gate.blocks, up.blocks), rank_step // 16, num_stages=stages):
-        u = _up_codes(compensators.u, u_start, own_blocks, block, columns, bits, TILE.BLOCK_N, rank_step)
-        gate_scale = _up_scales(compensators.u_scale, gate, block, columns, bits, rank_step, groups)
-        up_scale = _up_scales(compensators.u_scale, up, block, columns, bits, rank_step, groups)
+        u = _up_codes(compensators.u, u_start, own_blocks, block, columns, bits, warp, TILE.BLOCK_N, rank_step)
+        gate_scale = _up_scales(compensators.u_scale, gate, block, columns, bits, warp, rank_step, groups)
+        up_scale = _up_scales(compensators.u_scale, up, block, columns, bits, warp, rank_step, groups)
         gate_down = _load_down(
-            compensators.down, gate, block, counts, pairs, valid, splits, tl.float16, BLOCK_M, rank_step
+            compensators.down, gate, block, counts, pairs, valid, splits, tl.float16, warp, BLOCK_M, rank_step
         )  # fmt: skip
         up_down = _load_down(
-            compensators.down, up, block, counts, pairs, valid, splits, tl.float16, BLOCK_M, rank_step
+            compensators.down, up, block, counts, pairs, valid, splits, tl.float16, warp, BLOCK_M, rank_step
         )  # fmt: skip
         gate_scale = _to_rows(gate_scale, groups, TILE.BLOCK_N, rank_step)
         up_scale = _to_rows(up_scale, groups, TILE.BLOCK_N, rank_step)

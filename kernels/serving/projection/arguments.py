@@ -47,6 +47,7 @@ class Tile(NamedTuple):
         RANKS: ranks of a program.
         BF16: whether x is bf16, else it is fp16.
         ASM: whether NVIDIA assembly is used.
+        WARP_MMA: whether a warp multiplies, not four together, which decides :func:`..gemm.dequant.operand_order`.
         EVEN_K: whether K is a multiple of 128.
         HAS_MAP: whether a map says which experts are local.
         BLOCKS: how pairs lie in blocks, in the words of :func:`..blocks.load_pairs`.
@@ -62,6 +63,7 @@ class Tile(NamedTuple):
     RANKS: int
     BF16: bool
     ASM: bool
+    WARP_MMA: bool
     EVEN_K: bool
     HAS_MAP: bool
     BLOCKS: str

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..blocks import block_expert, load_pairs
-from ..gemm.dequant import code_operand, finished, scale_and_zero, scaled
+from ..gemm.dequant import code_operand, finished, operand_order, scale_and_zero, scaled
 
 
 @triton.jit
@@ -24,7 +24,8 @@ def _down_project(
     end = tl.minimum(begin + unit_chunk, units)
     row = tl.load(factor.rank_blocks + expert * PARTS) * 16 + slot
     in_rank = row < tl.load(factor.rank_blocks + expert * PARTS + PARTS) * 16
-    k64 = tl.arange(0, 64)
+    WARP: tl.constexpr = TILE.WARP_MMA and TILE.FACTOR_BITS == 3
+    k64 = operand_order(64, WARP)
     lane = tl.arange(0, 4)
     first_unit = (row // 16).to(tl.int64) * units + begin
     scales = factor.v_scale + first_unit * 16 + row % 16
@@ -47,8 +48,8 @@ def _down_project(
             w1 = tl.load(words + 64, mask=word_mask, other=0)
             w2 = tl.load(words + 128, mask=word_mask, other=0)
             four = tl.full((RANKS,), 4.0, tl.float32)
-            codes0 = code_operand(w0, w1, w2, 0, BF16, BF16, ASM, RANKS)
-            codes1 = code_operand(w0, w1, w2, 1, BF16, BF16, ASM, RANKS)
+            codes0 = code_operand(w0, w1, w2, 0, BF16, BF16, ASM, WARP, RANKS)
+            codes1 = code_operand(w0, w1, w2, 1, BF16, BF16, ASM, WARP, RANKS)
             down = tl.dot(scaled(codes0, scale0, four, 0, BF16), x0, down)
             down = finished(tl.dot(scaled(codes1, scale1, four, 1, BF16), x1, down), ASM)
         else:

@@ -129,7 +129,8 @@ def test_matches_float64(case: Case, dtype: torch.dtype, kernel_device: str):
         assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
-# every kind of tile: products or weights scaled, split K, tails, groups of blocks, 64, 128 and 256 outputs
+# every kind of tile: products or weights scaled, split K, tails, groups of blocks, 64, 128 and 256 outputs; tiles of 8
+# tokens multiply by warps
 TILES = [
     GemmConfig(16, 64, 1, False, 4, 2),
     GemmConfig(16, 128, 2, False, 4, 4),
@@ -143,6 +144,9 @@ TILES = [
     GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=64),
     GemmConfig(128, 128, 1, True, 4, 3, group_blocks=4, tail_m=64),
     GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=32, max_registers=168),
+    GemmConfig(8, 128, 2, False, 4, 4),
+    GemmConfig(8, 64, 1, True, 4, 3),
+    GemmConfig(8, 128, 1, False, 4, 4, max_registers=128),
 ]
 
 
@@ -152,7 +156,8 @@ TILES = [
     ("tile", "groups"),
     [(tile, (64, 64)) for tile in TILES]
     + [(TILES[1], (128, 128)), (TILES[3], (128, 128)), (TILES[7], (128, 128))]
-    + [(TILES[1], (64, 128)), (TILES[3], (64, 128)), (TILES[3], (128, 64)), (TILES[3], (64, 32))],
+    + [(TILES[1], (64, 128)), (TILES[3], (64, 128)), (TILES[3], (128, 64)), (TILES[3], (64, 32))]
+    + [(TILES[-3], (128, 128)), (TILES[-3], (64, 32))],
     ids=lambda value: "-".join(map(str, value)),
 )
 def test_every_tile(tile: GemmConfig, dtype: torch.dtype, groups: tuple[int, int], kernel_device: str):
