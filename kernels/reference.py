@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .packing import dequantize, dequantize_factor
-from .weights import UNGATED, ExpertWeights, LinearSpec, LinearWeights, MoESpec, factor_elements, offsets
+from .weights import STEP, UNGATED, ExpertWeights, LinearSpec, LinearWeights, MoESpec, factor_elements, offsets
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -97,6 +97,8 @@ def activate(y: torch.Tensor, spec: MoESpec) -> torch.Tensor:
     if not spec.is_gated:
         return UNGATED_ACTIVATIONS[spec.activation](y)
     gate, up = y.chunk(2, dim=-1)
+    if spec.activation == STEP:
+        return F.silu(gate).clamp(max=spec.limit) * up.clamp(-spec.limit, spec.limit)
     if spec.limit:
         gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
     if spec.activation == "silu" and (spec.alpha, spec.beta) != (1.0, 0.0):

@@ -47,6 +47,8 @@ class LinearWeights(NamedTuple):
 
 UNGATED = ("relu2_no_mul",)
 """Activations, by vLLM's names, of experts that have no gate: the up projection is all that they read."""
+STEP = "swiglustep"
+"""vLLM's name of Step-3.5's activation: not what SiLU gets of gate has a limit, but what it gives."""
 
 
 class MoESpec(NamedTuple):
@@ -57,7 +59,7 @@ class MoESpec(NamedTuple):
 
     ``activation`` is a name in :mod:`.reference`; :data:`UNGATED` ones have no gate, so that w13 is the up projection
     alone. With a gate, gate is at most ``limit`` and up within ±limit, where that is not 0, and ``silu`` is
-    gate·sigmoid(alpha·gate)·(up + beta).
+    gate·sigmoid(alpha·gate)·(up + beta). Of :data:`STEP`, which needs a limit, silu(gate) is at most that, not gate.
     """
 
     factor_bits: int

@@ -57,6 +57,7 @@ class Tiny(NamedTuple):
         published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
         around: the larger config that the text model's is part of.
         unquantized: whether vLLM's CPU build serves it unquantized too.
+        unsaid: keys of config.json that its makers do not have, though the family does that makes its weights.
         louder: pattern of parameters that are eight times as large as in other models.
     """
 
@@ -68,6 +69,7 @@ class Tiny(NamedTuple):
     published: tuple[tuple[str, str], ...] = ()
     around: Mapping[str, Any] = MappingProxyType({})
     unquantized: bool = True
+    unsaid: tuple[str, ...] = ()
     louder: str | None = None
 
 
@@ -258,6 +260,28 @@ TINY = {
         | EXPERTS
         | {"num_experts": 4, "shared_expert_intermediate_size": 192, "gating": True, "sliding_window": 64}
     ),
+    "step3p5": Tiny(
+        HEADS
+        | EXPERTS
+        | {"num_experts": 4, "shared_expert_intermediate_size": 192, "gating": True, "sliding_window": 64}
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+        | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+        # as its makers write it, and vLLM reads it
+        | {"moe_layers_enum": "1,2", "moe_num_experts": 4, "moe_top_k": 2, "share_expert_dim": 192}
+        | {"num_attention_groups": 2, "use_head_wise_attn_gate": True, "moe_router_activation": "sigmoid"}
+        | {"moe_router_scaling_factor": 2.0, "use_moe_router_bias": True, "need_fp32_gate": True, "rope_theta": 1e4}
+        | {"swiglu_limits": [0.0, 0.0, 7.0], "swiglu_limits_shared": [0.0, 0.0, 2.0]},
+        made_of="laguna",
+        architecture="Step3p5ForCausalLM",
+        published=(
+            (r"mlp\.experts\.e_score_correction_bias", "moe.router_bias"),
+            (r"mlp\.experts\.\d+\.(\w+_proj)", r"moe.\1"),
+            (r"mlp\.gate\.", "moe.gate."),
+            (r"mlp\.shared_expert\.", "share_expert."),
+        ),
+        unsaid=("rope_parameters",),
+        louder=r"experts\.gate_up_proj$",  # its activation is clamped at 7
+    ),
     "cohere2_moe": Tiny(
         HEADS
         | {"intermediate_size": 192, "prefix_dense_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2}
@@ -327,6 +351,8 @@ def publish(name: str, folder: Path) -> None:
         other = fused is not None and fused.transposed and not fused.lies_transposed(tensor.shape, HIDDEN)
         for pattern, replacement in TINY[name].published:
             key = re.sub(pattern, replacement, key)
+        if tensor.dim() == 2 and TABLE[name].fused_experts(key):
+            tensor = tensor[None]
         if key in published:  # under one name with others
             tensor = torch.cat([published[key], tensor])
         if not any(part in key for part in TINY[name].without):
@@ -348,6 +374,7 @@ def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = tor
     model.to(dtype).save_pretrained(folder)
     publish(name, folder)
     written = json.loads((folder / "config.json").read_text())
+    written = {key: value for key, value in written.items() if key not in tiny.unsaid}
     written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
     (folder / "config.json").write_text(json.dumps(written, indent=2))
     return folder if _is_known(name) else hand_made.bring_configuration(folder, name)

@@ -1,8 +1,8 @@
 """Runs vLLM on several checkpoints in a process of its own: ``python vllm_runner.py JOB.json OUT.json``.
 
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
-"mend_router": true, vLLM's router of CPUs routes as those of GPUs do, and experts need no gate; with "lora": folder, an
-adapter is on; with "reload": true, weights are loaded once more after a first run.
+"mend_router": true, vLLM's router of CPUs routes as those of GPUs do, and experts need no gate, or may have Step-3.5's
+activation; with "lora": folder, an adapter is on; with "reload": true, weights are loaded once more after a first run.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}. With "rounds": n, prompts are
 answered n times by one engine and without their own log-probabilities, which nothing could be taken from a cache for:
 {name: [[{"generated": [...], "logprobs": [...], "cached": tokens}]]}, by round; with "sleep": level, the engine sleeps
@@ -128,6 +128,7 @@ def main() -> None:
 
         cpu_router.mend()
         cpu_experts.allow_without_gate()
+        cpu_experts.allow_step()
     for name, folder in job["models"].items():
         start = time.monotonic()
         try:

@@ -38,6 +38,8 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
 @triton.jit
 def _limited(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
     """What :class:`...weights.MoESpec` says of an activation with constants, in fp32."""
+    if ACTIVATION == "swiglustep":
+        return tl.minimum(gate / (1.0 + tl.exp(-gate)), LIMIT) * tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
     if LIMIT != 0.0:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)

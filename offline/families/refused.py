@@ -86,17 +86,10 @@ _ALL = (
         ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"),
     ),
     Refused(
-        "step3p5",
-        "Step-3.5-Flash",
-        "some layers clamp their experts' activation in their own way (swiglustep), which the kernels do not compute",
-        "the activation in the kernels, and a loader of experts one by one: vLLM's takes all of a layer in one tensor",
-        ("Step3p5ForCausalLM",),
-    ),
-    Refused(
         "step3p7",
         "Step-3.7",
-        "its text model is Step-3.5's, with an activation (swiglustep) that the kernels do not compute",
-        "what Step-3.5 needs",
+        "it is Step-3.5 with images, and " + _NOT_COMPARED,
+        _AN_ENTRY,
     ),
     Refused("step3_text", "Step-3", _NOT_COMPARED, _AN_ENTRY, ("Step3TextForCausalLM",)),
     Refused(

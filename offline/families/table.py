@@ -13,6 +13,7 @@ from .family import LATER_LAYERS, Family
 from .nvidia import NVIDIA
 from .qwen import QWEN
 from .slots import FUSED, MIXTRAL, Cut, FusedTensor, Rename, Slot, Stack, attention, dense, latent_attention, shared
+from .stepfun import STEPFUN
 
 _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
@@ -346,6 +347,7 @@ _ALL = (
     *_LLAMA_LIKE,
     _OPENAI,
     *NVIDIA,
+    *STEPFUN,
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 """The families by ``model_type``."""

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
         ({"activation": SimpleNamespace(value="gelu"), "swiglu_limit": 7.0}, {}, "gelu with swiglu_limit"),
         ({"activation": SimpleNamespace(value="swigluoai"), "swiglu_limit": 5.0}, {}, "swigluoai with swiglu_limit 5"),
         ({"activation": SimpleNamespace(value="swigluoai_uninterleave")}, {}, "with no swiglu_limit"),
+        ({"activation": SimpleNamespace(value="swiglustep"), "swiglu_limit": 16.0}, {}, "swiglustep with swiglu_limit"),
     ],
 )
 def test_unsupported_experts_are_refused(layer, moe, message):
@@ -38,6 +39,7 @@ COMPUTED = {
     "gelu": ("gelu", 0.0, 1.0, 0.0),
     "gelu_tanh": ("gelu_tanh", 0.0, 1.0, 0.0),
     "swigluoai": ("silu", 7.0, 1.702, 1.0),
+    "swiglustep": ("swiglustep", 7.0, 1.0, 0.0),
     "relu2_no_mul": ("relu2_no_mul", 0.0, 1.0, 0.0),
 }
 """What the kernels get of vLLM's activations."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from vllm_milo.kernels.reference import ACTIVATIONS, UNGATED_ACTIVATIONS
+from vllm_milo.kernels.weights import STEP
 from vllm_milo.values import CheckpointError
 
 _CHANGES = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
@@ -13,7 +14,9 @@ _OPENAI = "swigluoai"
 """vLLM's name of gpt-oss's activation, whose constants it does not pass, and which lets gate and up alternate."""
 _OPENAI_CONSTANTS = (7.0, 1.702, 1.0)
 _UNINTERLEAVED = "swigluoai_uninterleave"
-KNOWN = (*ACTIVATIONS, *UNGATED_ACTIVATIONS, _OPENAI, _UNINTERLEAVED)
+_STEP_LIMIT = 7.0
+"""Of Step-3.5's experts, whose class in vLLM refuses any other and passes none."""
+KNOWN = (*ACTIVATIONS, *UNGATED_ACTIVATIONS, _OPENAI, _UNINTERLEAVED, STEP)
 
 
 class Activation(NamedTuple):
@@ -57,11 +60,13 @@ def read_activation(layer: Any, moe: Any, prefix: str) -> Activation:
     if name == _OPENAI and all(stated.get(k, v) == v for k, v in zip(_CHANGES, _OPENAI_CONSTANTS, strict=True)):
         return Activation("silu", *_OPENAI_CONSTANTS, interleaved=True)
     limit, alpha, beta = found.values()
+    if name == STEP and limit in (None, _STEP_LIMIT) and alpha is None and beta is None:
+        return Activation(name, _STEP_LIMIT)
     if name == _UNINTERLEAVED and limit:
         return Activation("silu", limit, 1.0 if alpha is None else alpha, 0.0 if beta is None else beta)
     if name == "silu" and limit and alpha is None and beta is None:
         return Activation(name, limit)
-    if stated or name in (_OPENAI, _UNINTERLEAVED):
+    if stated or name in (_OPENAI, _UNINTERLEAVED, STEP):
         listed = ", ".join(f"{key} {value}" for key, value in stated.items()) or "no swiglu_limit"
         raise _unknown(prefix, f"a clamped or scaled activation of this kind ({name} with {listed})")
     return Activation(name)

@@ -40,6 +40,8 @@ KINDS = [
     Kind("silu", 0.7, 1.702, 1.0, bias=True, local=(2, 0)),
     Kind("silu", 0.0, 1.702, 0.0),
     Kind("gelu_tanh", 0.5, bias=True),
+    Kind("swiglustep", 0.4),
+    Kind("swiglustep", 0.4, bias=True, local=(3, 1)),
     Kind("relu2_no_mul"),
     Kind("relu2_no_mul", bias=True, local=(3, 1)),
     Kind("relu2_no_mul", intermediate=96),
@@ -102,6 +104,8 @@ def _hidden(y: torch.Tensor, kind: Kind) -> torch.Tensor:
     if kind.activation == "relu2_no_mul":
         return y.relu() ** 2
     gate, up = y.chunk(2, dim=-1)
+    if kind.activation == "swiglustep":
+        return (gate * gate.sigmoid()).minimum(torch.tensor(kind.limit)) * up.clip(-kind.limit, kind.limit)
     if kind.limit:
         gate, up = gate.minimum(torch.tensor(kind.limit)), up.clip(-kind.limit, kind.limit)
     if kind.activation == "silu":
@@ -144,7 +148,7 @@ def test_what_the_kinds_add_matters_here(kind):
     """Inputs are such that a clamp or bias that is left out would be seen."""
     layer, x = Layer(kind), torch.randn(9, HIDDEN)
     bare = [weights._replace(bias=None) for weights in (layer.w13, layer.w2)]
-    plain: MoESpec = layer.spec._replace(limit=0.0)
+    plain: MoESpec = layer.spec._replace(limit=0.0, activation=kind.activation.replace("swiglustep", "silu"))
     prepared = [ops.prepare_experts(weights, plain, "torch") for weights in bare]
     found = ops.fused_moe(x, layer.weights, layer.ids, layer.expert_map, *prepared, plain, "torch")
     assert relative_error(found, layer.exact(x)) > 0.01

@@ -66,6 +66,7 @@ KEPT = {
     | {"mamba.in_proj", "mamba.out_proj"},
     "lfm2_moe": {"feed_forward.gate", "conv.in_proj", "conv.out_proj"},
     "laguna": {"mlp.gate", "self_attn.g_proj"},
+    "step3p5": {"moe.gate", "self_attn.g_proj"},
     "nemotron_h": {"mixer.gate", "mixer.in_proj", "mixer.out_proj"},
     "jamba": {"feed_forward.router", *(f"mamba.{part}_proj" for part in ("in", "x", "dt", "out"))},
 }

@@ -57,8 +57,8 @@ def test_known_families(family):
         ),
         ({"model_type": "ernie4_5_vl_moe", "moe_num_experts": [64, 64]}, r"does not convert: .* two blocks of experts"),
         (
-            {"model_type": "step_vl", "text_config": {"model_type": "step3p5", "moe_num_experts": 8}},
-            "'step_vl' .* does not convert: .*swiglustep",
+            {"model_type": "horizon_vl", "text_config": {"model_type": "k2_horizon", "moe_num_experts": 8}},
+            "'horizon_vl' .* does not convert: .*experts of its own for values",
         ),
         (
             {"model_type": "longcat_flash", "architectures": ["LongcatFlashNgramForCausalLM"], "n_routed_experts": 4},
