@@ -13,7 +13,9 @@ MODELS = [*FAMILIES, "odd", "bundled"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"  # float32, so that little rounding hides errors
 EAGER = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
-if DEVICE == "cuda":
+if DEVICE == "cpu":
+    EAGER["num_gpu_blocks_override"] = 256  # of the cache, whose memory is zeroed for longer than a prompt takes
+else:
     # other tests may use the GPU too, and every kernel has to be compiled
     EAGER |= {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 2**30, "max_num_batched_tokens": 512}
 

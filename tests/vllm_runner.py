@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from vllm_forks import FORKS
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_MILO_WARM_UP": "0",  # a test uses few of the kernels that a server might; test_vllm_gpu has servers
@@ -32,21 +35,32 @@ ENVIRONMENT = {
 
 
 def run(job: dict[str, Any], folder: Path, timeout: float = 600) -> dict[str, Any]:
-    """Run a job in a subprocess and return its results."""
+    """Run a job in a process of its own and return its results."""
     (folder / "job.json").write_text(json.dumps(job))
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
     # for what vLLM's own processes import of the tests
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)])
     )
-    if all(job["engine"].get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "pipeline")):
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    command = [sys.executable, __file__, str(folder / "job.json"), str(folder / "out.json")]
+    arguments = [str(folder / "job.json"), str(folder / "out.json")]
     log = folder / "vllm.log"
-    with log.open("w") as file:
-        code = subprocess.run(
-            command, env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=False
-        ).returncode
+    alone = all(job["engine"].get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "pipeline"))
+    if alone:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if alone and job["engine"]["enforce_eager"] and not torch.cuda.is_available():
+        code = FORKS.run(arguments, folder, log, environment, timeout)
+    else:
+        command = [sys.executable, __file__, *arguments]
+        with log.open("w") as file:
+            code = subprocess.run(
+                command,
+                env=environment,
+                cwd=folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            ).returncode
     if code != 0:
         raise RuntimeError(f"vLLM ended with {code}:\n" + log.read_text()[-6000:])
     return json.loads((folder / "out.json").read_text())

@@ -25,7 +25,7 @@ ON_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="exact, so in floa
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), ON_GPU]
 README_MODEL, *README_ARGUMENTS = readme_words("vllm serve ")[2:]
 NAMES = ["--served-model-name", "milo", README_MODEL]
-SMALL = ["--enforce-eager", "--max-num-seqs", "16", "--max-model-len", "512"]
+SMALL = ["--enforce-eager", "--max-num-seqs", "16", "--max-model-len", "512", "--num-gpu-blocks-override", "256"]
 EXACT = ["--dtype", "float32"]  # batching then tips no near-tie
 PROMPTS = ["The function returns", "In the morning the old man", "To install the package, run", "The definition of"]
 
