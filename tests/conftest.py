@@ -22,7 +22,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tiny_models import FAMILIES, ODD, TEXT, expert_counts, make_model
+import quick_interpreter
+from tiny_models import FAMILIES, ODD, TEXT, cut_model, expert_counts, make_model
 from transformers import AutoConfig
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -33,6 +34,9 @@ from vllm_milo.offline.evaluation.model import load_model
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
 from vllm_milo.offline.source.tokens import read_tokens
+
+if not HAS_GPU:
+    quick_interpreter.patch_once()
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -75,6 +79,14 @@ def _seed() -> None:
 def bundled_model() -> Path:
     """The bundled trained model."""
     return ASSETS / "tiny-qwen2-moe"
+
+
+@pytest.fixture(scope="session")
+def small_model(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the bundled model's layers with a third of their experts, and its tokenizer: for what takes long with
+    each matrix and needs a text, but no answers that make sense; not to be changed.
+    """
+    return cut_model(bundled_model, tmp_path_factory.mktemp("small") / "model", layers=2, experts=4)
 
 
 @pytest.fixture(scope="session")

@@ -270,16 +270,20 @@ def test_only_the_plugin_imports_vllm():
 IN_CI = {"make demo", "make test", "make lint", "make test-slow"}
 
 
-def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundled_model: Path):
-    """Every `milo` command of the README and of docs/ runs as it stands, from a folder that looks like the repository.
+def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_model: Path):
+    """Every `milo` command of the README and of docs/ runs as it stands, from a folder that looks like the repository
+    but for the size of its model.
 
     The first runs as a user's does, from a Hub; the others, in this process, need not import torch again.
     """
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    assets = ROOT / "tests" / "assets"
+    (tmp_path / "tests" / "assets").mkdir(parents=True)
+    for path in assets.iterdir():
+        (tmp_path / path.relative_to(ROOT)).symlink_to(small_model if path.is_dir() else path)
     monkeypatch.chdir(tmp_path)
     first, *others = [shlex.split(command)[1:] for command in readme_commands() if command.startswith("milo ")]
     hub = HubServer()
-    hub.repositories[first[1]] = of_folder(bundled_model)
+    hub.repositories[first[1]] = of_folder(small_model)
     variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     try:
         python("-m", "vllm_milo.offline.cli", *first, cwd=tmp_path, TRITON_INTERPRET="0", **variables)

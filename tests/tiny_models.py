@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_milo.offline.source.whole_model import load_source_model
 
@@ -110,6 +112,23 @@ def fill(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(leaf):
                 parameter.normal_(std=std)
+
+
+def cut_model(source: Path, folder: Path, layers: int, experts: int) -> Path:
+    """Copy a Qwen2-MoE with its first layers and their first experts alone, of which two are active."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
+    config |= {"num_experts": experts, "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    held = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        layer, expert = (re.search(rf"\.{kind}\.(\d+)\.", name) for kind in ("layers", "experts"))
+        if (layer and int(layer[1]) >= layers) or (expert and int(expert[1]) >= experts):
+            continue
+        held[name] = tensor[:experts].contiguous() if name.endswith(".mlp.gate.weight") else tensor
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def fuse_experts(source: Path, folder: Path) -> Path:

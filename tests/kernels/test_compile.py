@@ -13,7 +13,7 @@ from scripts import run_script
 @pytest.mark.parametrize(
     ("capability", "which", "least"),
     [
-        (90, "usual", 20),
+        (90, "few", 20),
         pytest.param(90, "usual portable", 20, marks=pytest.mark.slow),
         pytest.param(90, "all", 60, marks=pytest.mark.slow),
         pytest.param(80, "all", 50, marks=pytest.mark.slow),

@@ -39,15 +39,15 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_layers_solved_together_are_what_they_are_alone(
-    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def all_of_them(layers: Iterable[Layer], *_: object) -> list[list[Layer]]:
         return [list(layers)]
 
     conversion = Conversion(Recipe("milo", 64, max_rounds=2, base="hqq"), parse_policies("dense=16,sparse=8"))
-    alone = written(convert(bundled_model, tmp_path / "alone", conversion, progress=False).out)
+    alone = written(convert(small_model, tmp_path / "alone", conversion, progress=False).out)
     monkeypatch.setattr(converter, "gather_layers", all_of_them)
-    together = written(convert(bundled_model, tmp_path / "together", conversion, progress=False).out)
+    together = written(convert(small_model, tmp_path / "together", conversion, progress=False).out)
     assert list(alone) == list(together)  # in the order of the layers
     for name, weights in alone.items():
         error = (together[name].float() - weights.float()).norm() / weights.float().norm().clamp(min=1e-30)

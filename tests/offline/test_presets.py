@@ -1,4 +1,4 @@
-"""Presets and budgets end to end on the bundled model."""
+"""Presets and budgets end to end on a part of the bundled model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_paper_presets_are_fractions_of_the_hidden_size():
         PRESETS["paper-s1"].policies({})
 
 
-def test_without_options_it_is_balanced(bundled_model: Path, tmp_path: Path):
-    report = quantize(bundled_model, tmp_path / "out", *LITTLE)
+def test_without_options_it_is_balanced(small_model: Path, tmp_path: Path):
+    report = quantize(small_model, tmp_path / "out", *LITTLE)
     recipe = report["recipe"]
     assert (recipe["method"], recipe["base"], recipe["budget_bits"]) == ("milo", "least squares", 3.6)
     assert (recipe["calibration"], recipe["calibration_tokens"], recipe["learn_steps"]) == ("text", 2 * 512, 2)
@@ -71,13 +71,13 @@ def test_groups_are_larger_where_nothing_is_learned(
     options: list[str],
     broken: bool,
     expected: int,
-    bundled_model: Path,
+    small_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
     """By choice, or since the model has no tokenizer for the default's text."""
     source = tmp_path / "source"
-    shutil.copytree(bundled_model, source)
+    shutil.copytree(small_model, source)
     if broken:
         for file in source.glob("*token*"):
             file.unlink()
@@ -86,21 +86,21 @@ def test_groups_are_larger_where_nothing_is_learned(
     assert list(found) == [str(expected)]
 
 
-def test_best_trains_the_whole_model(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_best_trains_the_whole_model(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(windows=1, steps=3, batch=1))
-    report = quantize(bundled_model, tmp_path / "out", "--preset", "best")
+    report = quantize(small_model, tmp_path / "out", "--preset", "best")
     assert report["recipe"]["calibration_tokens"] == 2 * 512
     assert (report["recipe"]["learn_steps"], report["recipe"]["tune_steps"]) == (3, 6)
     tuning = json.loads((tmp_path / "out" / "milo_report.json").read_text(encoding="utf-8"))["tuning"]
     assert 0 < tuning["last_kl"] < 2 * tuning["first_kl"]
 
 
-def test_best_uses_more_of_the_text(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_best_uses_more_of_the_text(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.carry_out", lambda plan, *_: seen.append(plan.conversion))
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.print_summary", lambda summary: None)
     for name in ("balanced", "best", "small", "fast"):
-        assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--preset", name]) == 0
+        assert main(["quantize", str(small_model), "-o", str(tmp_path / "out"), "--preset", name]) == 0
     balanced, best, small, fast = (conversion.text for conversion in seen)
     assert fast is None
     assert [len(text.windows) for text in (balanced, small)] == [32, 32]
@@ -109,17 +109,17 @@ def test_best_uses_more_of_the_text(bundled_model: Path, tmp_path: Path, monkeyp
 
 
 def test_best_without_memory_for_the_whole_model_says_so(
-    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("vllm_milo.offline.calibration.memory.tuning_need", lambda *_: 2**60)
-    report = quantize(bundled_model, tmp_path / "out", "--preset", "best", *LITTLE)
+    report = quantize(small_model, tmp_path / "out", "--preset", "best", *LITTLE)
     assert "tune_steps" not in report["recipe"]
     assert "its layers are trained one by one only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--preset", "fast"], ["--preset", "balanced", *NONE]])
-def test_without_a_calibration_the_base_is_hqq(bundled_model: Path, tmp_path: Path, options: list[str]):
-    report = quantize(bundled_model, tmp_path / "out", *options)
+def test_without_a_calibration_the_base_is_hqq(small_model: Path, tmp_path: Path, options: list[str]):
+    report = quantize(small_model, tmp_path / "out", *options)
     recipe = report["recipe"]
     assert (recipe["method"], recipe["base"], recipe["calibration"]) == ("milo", "hqq", "none")
     assert "calibration_tokens" not in recipe

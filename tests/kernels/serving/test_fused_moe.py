@@ -161,16 +161,21 @@ TILES = [
     ids=lambda value: "-".join(map(str, value)),
 )
 def test_every_tile(tile: GemmConfig, dtype: torch.dtype, groups: tuple[int, int], kernel_device: str):
-    """bf16 with scaled weights computes in fp16, so it runs interpreted too."""
+    """A whole block of the first expert's, one that is a tail, and a few tokens of two others'.
+
+    bf16 with scaled weights computes in fp16, so it runs interpreted too.
+    """
     if kernel_device == "cpu" and dtype == torch.bfloat16 and not all(map(tile.scales_weights, groups)):
         pytest.skip("bf16 dots are wrong in the interpreter")
-    tokens = tile.block_m + tile.block_m // 4 + 3
+    tokens = tile.block_m + tile.block_m // 8 + 1
     intermediate = 128 if groups[1] == 128 else 192
     case = Case(tokens=tokens, top_k=2, experts=3, hidden=256, intermediate=intermediate, groups=groups)
     layer = Layer(case, kernel_device)
     reach = 9 if dtype == torch.bfloat16 else 1  # binary orders of magnitude of the rows
     x = (torch.randn(tokens, case.hidden) * torch.exp2(torch.randint(-reach, reach, (tokens, 1)).float())).to(dtype)
     weights, ids = make_routing(case)
+    ids[:, 0], ids[:, 1] = 0, -1
+    ids[:5, 1], ids[5:8, 1] = 1, 2
     found, expected = layer.run(x, weights, ids, tile), layer.exact(x, weights, ids)
     scale = expected.norm(dim=1, keepdim=True)
     # the interpreter truncates where a GPU rounds to bf16

@@ -153,7 +153,7 @@ def test_states_that_the_disk_has_no_room_for(sources: dict[str, Path], tmp_path
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [Layout(States.HOST), Layout(States.DISK), Layout(devices=2)], ids=str)
-def test_layouts_of_a_gpu_change_nothing(bundled_model: Path, tmp_path: Path, monkeypatch, layout: Layout):
+def test_layouts_of_a_gpu_change_nothing(small_model: Path, tmp_path: Path, monkeypatch, layout: Layout):
     """With captured steps, but where the state lies on two GPUs."""
     if layout.devices > torch.cuda.device_count():
         pytest.skip("needs two CUDA GPUs")
@@ -161,6 +161,6 @@ def test_layouts_of_a_gpu_change_nothing(bundled_model: Path, tmp_path: Path, mo
     more = ("cuda:1",) if torch.cuda.device_count() > 1 else ()
     on_gpu = replace(ALONG, text=text, device="cuda:0", more_devices=more)
     monkeypatch.setattr("vllm_milo.offline.learn.groups.PIECE_WEIGHTS", 1)
-    whole = content(convert(bundled_model, tmp_path / "whole", on_gpu, progress=False).out)
+    whole = content(convert(small_model, tmp_path / "whole", on_gpu, progress=False).out)
     monkeypatch.setattr("vllm_milo.offline.planning.plan.arrange", lambda *_, **__: layout)
-    assert content(convert(bundled_model, tmp_path / "other", on_gpu, progress=False).out) == whole
+    assert content(convert(small_model, tmp_path / "other", on_gpu, progress=False).out) == whole

@@ -46,9 +46,9 @@ def quantize(source: Path, out: Path, *options: str) -> int:
 
 
 @pytest.fixture
-def foreign(bundled_model: Path, tmp_path: Path) -> Path:
+def foreign(small_model: Path, tmp_path: Path) -> Path:
     """A model that transformers cannot run."""
-    folder = Path(shutil.copytree(bundled_model, tmp_path / "foreign"))
+    folder = Path(shutil.copytree(small_model, tmp_path / "foreign"))
     edit_config(folder, hidden_act="squeezed")
     return folder
 
@@ -61,10 +61,10 @@ def unfit(request: pytest.FixtureRequest, sources: dict[str, Path], foreign: Pat
     return foreign, "cannot run this model"
 
 
-def test_the_default_is_the_text_of_the_package(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_default_is_the_text_of_the_package(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(choose, "WINDOW", 32)
     out = tmp_path / "out"
-    assert quantize(bundled_model, out, *FEW) == 0
+    assert quantize(small_model, out, *FEW) == 0
     recipe = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]["recipe"]
     assert recipe["calibration"] == "text"
     assert recipe["calibration_tokens"] == 4 * 32
@@ -73,13 +73,13 @@ def test_the_default_is_the_text_of_the_package(bundled_model: Path, tmp_path: P
     assert "tune_steps" not in recipe
     assert 3.4 < inspect_checkpoint(out)["bits_per_weight"] <= 3.6
     layers = json.loads((out / "milo_report.json").read_text(encoding="utf-8"))["layers"]
-    assert len(layers) == 4
+    assert len(layers) == 2
     assert all(entry["after"] <= entry["before"] for entry in layers.values())
 
 
 @pytest.mark.parametrize("options", [[], ["--preset", "small"], ["--method", "milo", "--ranks", "dense=8"]])
-def test_effort_on_a_cpu(bundled_model: Path, tmp_path: Path, asked: list[Conversion], options: list[str]):
-    assert quantize(bundled_model, tmp_path / "out", *options) == 1
+def test_effort_on_a_cpu(small_model: Path, tmp_path: Path, asked: list[Conversion], options: list[str]):
+    assert quantize(small_model, tmp_path / "out", *options) == 1
     [conversion] = asked
     text = conversion.text
     assert (text.name, text.windows.shape, text.tune) == ("text", (32, 32), None)
@@ -87,13 +87,13 @@ def test_effort_on_a_cpu(bundled_model: Path, tmp_path: Path, asked: list[Conver
     assert conversion.recipe.max_rounds == 2
 
 
-def test_none_takes_the_robust_base(bundled_model: Path, tmp_path: Path, asked: list[Conversion]):
+def test_none_takes_the_robust_base(small_model: Path, tmp_path: Path, asked: list[Conversion]):
     for options in (["--calibration", "none"], ["--preset", "fast"]):
-        assert quantize(bundled_model, tmp_path / "out", *options) == 1
+        assert quantize(small_model, tmp_path / "out", *options) == 1
         conversion = asked.pop()
         assert conversion.text is None
         assert (conversion.recipe.base, conversion.recipe.max_rounds) == ("hqq", 6)
-    assert quantize(bundled_model, tmp_path / "out", "--preset", "fast", "--calibration", "text") == 1
+    assert quantize(small_model, tmp_path / "out", "--preset", "fast", "--calibration", "text") == 1
     assert asked.pop().text is not None
 
 
@@ -105,63 +105,63 @@ def test_none_is_recorded(sources: dict[str, Path], tmp_path: Path):
     assert "calibration_tokens" not in recipe
 
 
-def test_a_file_of_the_users(bundled_model: Path, tmp_path: Path, asked: list[Conversion]):
+def test_a_file_of_the_users(small_model: Path, tmp_path: Path, asked: list[Conversion]):
     lines = tmp_path / "a.jsonl"
     lines.write_text(json.dumps({"messages": [{"role": "user", "content": "the cat " * 99}]}), encoding="utf-8")
     found = []
     for path in (TEXT, lines):
-        assert quantize(bundled_model, tmp_path / "out", "--calibration", str(path), *FEW) == 1
+        assert quantize(small_model, tmp_path / "out", "--calibration", str(path), *FEW) == 1
         found.append(asked.pop().text)
         assert found[-1].name == str(path)
         assert found[-1].windows.shape == (4, 32)
     assert not torch.equal(found[0].windows, found[1].windows)
 
 
-def test_the_seed_chooses_documents(bundled_model: Path, tmp_path: Path, asked: list[Conversion]):
+def test_the_seed_chooses_documents(small_model: Path, tmp_path: Path, asked: list[Conversion]):
     for seed in ("0", "0", "1"):
-        assert quantize(bundled_model, tmp_path / "out", "--seed", seed, *FEW) == 1
+        assert quantize(small_model, tmp_path / "out", "--seed", seed, *FEW) == 1
     first, again, other = (conversion.text.windows for conversion in asked)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert [conversion.text.learn.seed for conversion in asked] == [0, 0, 1]
 
 
-def test_the_models_own_text(bundled_model: Path, tmp_path: Path, asked: list[Conversion]):
-    assert quantize(bundled_model, tmp_path / "out", "--calibration", "self", *FEW) == 1
+def test_the_models_own_text(small_model: Path, tmp_path: Path, asked: list[Conversion]):
+    assert quantize(small_model, tmp_path / "out", "--calibration", "self", *FEW) == 1
     text = asked[0].text
     assert text.name == "self"
     assert text.windows.shape == (4, 32)
     assert text.learn.batch == 4
 
 
-def test_windows_end_where_the_models_positions_do(bundled_model: Path, tmp_path: Path, asked: list[Conversion]):
-    folder = Path(shutil.copytree(bundled_model, tmp_path / "model"))
+def test_windows_end_where_the_models_positions_do(small_model: Path, tmp_path: Path, asked: list[Conversion]):
+    folder = Path(shutil.copytree(small_model, tmp_path / "model"))
     edit_config(folder, max_position_embeddings=16)
     assert quantize(folder, tmp_path / "out", *FEW) == 1
     assert asked[0].text.windows.shape == (4, 16)
 
 
 def test_best_trains_the_whole_model_where_it_fits(
-    bundled_model: Path, tmp_path: Path, asked: list[Conversion], monkeypatch: pytest.MonkeyPatch, capsys
+    small_model: Path, tmp_path: Path, asked: list[Conversion], monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    assert quantize(bundled_model, tmp_path / "out", "--preset", "best") == 1
+    assert quantize(small_model, tmp_path / "out", "--preset", "best") == 1
     text = asked.pop().text
     assert len(text.windows) == 2 * 32
     assert text.tune == TuneOptions(steps=48, batch=4)  # three passes
-    assert quantize(bundled_model, tmp_path / "out", "--preset", "best", "--learn-steps", "0") == 1
+    assert quantize(small_model, tmp_path / "out", "--preset", "best", "--learn-steps", "0") == 1
     assert asked.pop().text.tune is None
-    need = memory.tuning_need(ModelReader(bundled_model), "cpu")
+    need = memory.tuning_need(ModelReader(small_model), "cpu")
     monkeypatch.setattr(memory, "available", lambda device: need - 1)
-    assert quantize(bundled_model, tmp_path / "out", "--preset", "best", *FEW) == 1
+    assert quantize(small_model, tmp_path / "out", "--preset", "best", *FEW) == 1
     assert asked.pop().text.tune is None
     assert "warning: training the whole model takes" in capsys.readouterr().err
 
 
-def test_best_says_how_it_trained(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_best_says_how_it_trained(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(choose, "WINDOW", 32)
     monkeypatch.setattr("vllm_milo.offline.effort.CPU_EFFORT", Effort(2, 2, 2))
     out = tmp_path / "out"
-    assert quantize(bundled_model, out, "--preset", "best", "--max-rounds", "1") == 0
+    assert quantize(small_model, out, "--preset", "best", "--max-rounds", "1") == 0
     recipe = inspect_checkpoint(out)["recipe"]
     assert (recipe["calibration_tokens"], recipe["learn_steps"], recipe["tune_steps"]) == (4 * 32, 2, 6)
     tuning = json.loads((out / "milo_report.json").read_text(encoding="utf-8"))["tuning"]
@@ -191,20 +191,20 @@ def test_a_model_that_transformers_cannot_run_is_converted(foreign: Path, tmp_pa
 
 
 @pytest.mark.parametrize("how", ["text", "self", str(TEXT)])
-def test_other_methods_take_none(bundled_model: Path, tmp_path: Path, asked: list[Conversion], how: str, capsys):
+def test_other_methods_take_none(small_model: Path, tmp_path: Path, asked: list[Conversion], how: str, capsys):
     for options in (["--method", "paper"], ["--method", "hqq"], ["--preset", "paper-s1"]):
-        assert quantize(bundled_model, tmp_path / "out", "--calibration", how, *options) == 1
+        assert quantize(small_model, tmp_path / "out", "--calibration", how, *options) == 1
         assert "cannot use --calibration; use --method milo" in capsys.readouterr().err
     assert not asked
-    assert quantize(bundled_model, tmp_path / "out", "--method", "paper", "--calibration", "none") == 1
+    assert quantize(small_model, tmp_path / "out", "--method", "paper", "--calibration", "none") == 1
     assert asked[0].text is None
 
 
-def test_the_library_refuses_it_too(bundled_model: Path, tmp_path: Path, asked: list[Conversion]):
-    assert quantize(bundled_model, tmp_path / "out", *FEW) == 1
+def test_the_library_refuses_it_too(small_model: Path, tmp_path: Path, asked: list[Conversion]):
+    assert quantize(small_model, tmp_path / "out", *FEW) == 1
     paper = Conversion(Recipe("paper"), text=asked[0].text)
     with pytest.raises(ConversionError, match="--method paper cannot use a calibration"):
-        convert(bundled_model, tmp_path / "out", paper, progress=False)
+        convert(small_model, tmp_path / "out", paper, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -212,16 +212,16 @@ def test_the_library_refuses_it_too(bundled_model: Path, tmp_path: Path, asked: 
     [("--calibration-windows", "0", 1), ("--learn-steps", "-1", 0), ("--max-rounds", "0", 1)],
 )
 def test_numbers_below_their_minimum(
-    bundled_model: Path, tmp_path: Path, asked: list[Conversion], capsys, option: str, value: str, least: int
+    small_model: Path, tmp_path: Path, asked: list[Conversion], capsys, option: str, value: str, least: int
 ):
-    assert quantize(bundled_model, tmp_path / "out", option, value) == 1
+    assert quantize(small_model, tmp_path / "out", option, value) == 1
     assert f"{option} must be at least {least}" in capsys.readouterr().err
     assert not asked
 
 
 @pytest.mark.parametrize("how", ["nowhere.txt", ""])
-def test_files_that_are_not_there(bundled_model: Path, tmp_path: Path, asked: list[Conversion], capsys, how: str):
+def test_files_that_are_not_there(small_model: Path, tmp_path: Path, asked: list[Conversion], capsys, how: str):
     name = str(tmp_path / how) if how else "."
-    assert quantize(bundled_model, tmp_path / "out", "--calibration", name) == 1
+    assert quantize(small_model, tmp_path / "out", "--calibration", name) == 1
     assert f"{name}: cannot be read as UTF-8 text" in capsys.readouterr().err
     assert not asked

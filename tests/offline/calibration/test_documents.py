@@ -51,7 +51,7 @@ def packed_lines(kind: str) -> str:
     return lzma.decompress((TEXTS / f"{kind}.jsonl.xz").read_bytes()).decode("utf-8")
 
 
-def test_packaged_documents_are_of_all_kinds_and_fill_the_default(bundled_model: Path):
+def test_packaged_documents_are_of_all_kinds_and_fill_the_default(small_model: Path):
     documents = packaged_documents()
     by_kind = {kind: parse_lines(packed_lines(kind), kind) for kind in KINDS}
     assert all(len(of_kind) >= 10 for of_kind in by_kind.values())
@@ -66,7 +66,7 @@ def test_packaged_documents_are_of_all_kinds_and_fill_the_default(bundled_model:
         assert isinstance(messages, list)
         assert {"user", "assistant"} <= {message["role"] for message in messages}
         assert all(message["content"].strip() for message in messages)
-    windows = cut_windows(documents, load_tokenizer(bundled_model), 256, 512)
+    windows = cut_windows(documents, load_tokenizer(small_model), 256, 512)
     assert windows.shape == (256, 512)
 
 
@@ -179,8 +179,8 @@ def test_chats_go_by_the_template_where_there_is_one():
     assert render(CHAT, SimpleNamespace(chat_template="x", apply_chat_template=refuse)) == plain
 
 
-def test_a_template_of_transformers(bundled_model: Path):
-    tokenizer = load_tokenizer(bundled_model)
+def test_a_template_of_transformers(small_model: Path):
+    tokenizer = load_tokenizer(small_model)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert render(CHAT, tokenizer) == "<system>Be brief.<user>Why?"
     endless = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"

@@ -50,8 +50,8 @@ def test_models_without_a_first_token_begin_elsewhere(trained_model, monkeypatch
     assert len(write_windows(trained_model, 4, 8)[:, 0].unique()) > 1
 
 
-def test_a_model_of_nan_is_named(bundled_model: Path):
-    broken = load_model(bundled_model)
+def test_a_model_of_nan_is_named(small_model: Path):
+    broken = load_model(small_model)
     broken.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(ConversionError, match="probabilities are not finite"):
         write_windows(broken, 1, 8)
@@ -94,8 +94,8 @@ def test_a_start_longer_than_a_window_is_left_out(trained_model):
     assert (windows[:, 0] == trained_model.config.bos_token_id).all()
 
 
-def test_the_start_of_a_chat_is_what_stands_before_a_users_words(bundled_model: Path):
-    tokenizer = load_tokenizer(bundled_model)
+def test_the_start_of_a_chat_is_what_stands_before_a_users_words(small_model: Path):
+    tokenizer = load_tokenizer(small_model)
     tokenizer.chat_template = None
     assert chat_start(tokenizer) == []
     tokenizer.chat_template = "{% for m in messages %}the {{ m.role }} says {{ m.content }} and ends{% endfor %}"
@@ -105,14 +105,14 @@ def test_the_start_of_a_chat_is_what_stands_before_a_users_words(bundled_model: 
 
 
 def test_a_model_that_does_not_fit_cannot_write(
-    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(memory, "available", lambda _: 2**20)
     out = tmp_path / "out"
-    assert main(["quantize", str(bundled_model), "-o", str(out), "--calibration", "self", "--quiet"]) == 1
+    assert main(["quantize", str(small_model), "-o", str(out), "--calibration", "self", "--quiet"]) == 1
     error = capsys.readouterr().err
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    need = memory.gib(memory.writing_need(ModelReader(bundled_model), device))
+    need = memory.gib(memory.writing_need(ModelReader(small_model), device))
     assert f"--calibration self: the model writes its text as a whole, which takes {need} on {device}" in error
     assert "use the text that comes with the package" in error
     assert not out.exists()

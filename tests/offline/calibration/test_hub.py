@@ -175,10 +175,10 @@ def test_what_cannot_be_read(hub: Hub, error: Exception, message: str, later: bo
     assert str(caught.value).startswith("org/name: there is n")
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch, bundled_model: Path, tmp_path: Path, capsys):
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch, small_model: Path, tmp_path: Path, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     out = tmp_path / "out"
-    assert main(["quantize", str(bundled_model), "-o", str(out), "--calibration", "org/name", "--quiet"]) == 1
+    assert main(["quantize", str(small_model), "-o", str(out), "--calibration", "org/name", "--quiet"]) == 1
     error = capsys.readouterr().err
     assert "org/name: there is no such file; to read the dataset of this name" in error
     assert "pip install datasets (or vllm-milo[datasets])" in error
@@ -186,35 +186,35 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, bundled_model: Pat
     assert not out.exists()
 
 
-def test_no_more_is_read_than_fills_the_windows(hub: Hub, bundled_model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_more_is_read_than_fills_the_windows(hub: Hub, small_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(choose, "WINDOW", 32)
     hub.splits = {"train": Rows([{"text": f"The {number} old men. " * 8} for number in range(1000)])}
-    windows = calibration_windows(ModelReader(bundled_model), "org/name", TextOptions(windows=9))
+    windows = calibration_windows(ModelReader(small_model), "org/name", TextOptions(windows=9))
     assert windows.shape == (9, 32)
     assert 3 < hub.splits["train"].read < 12
-    assert load_tokenizer(bundled_model).decode(windows[0]).startswith("The 0 old men. The 0 old men.")
+    assert load_tokenizer(small_model).decode(windows[0]).startswith("The 0 old men. The 0 old men.")
     hub.splits = {"train": Rows([{"text": "The old men."}])}
     with pytest.raises(ConversionError, match=r"has \d+ tokens; it needs at least 256, 8 windows of 32"):
-        calibration_windows(ModelReader(bundled_model), "org/name", TextOptions(windows=9))
+        calibration_windows(ModelReader(small_model), "org/name", TextOptions(windows=9))
 
 
-def test_a_conversion_along_a_dataset(hub: Hub, bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_conversion_along_a_dataset(hub: Hub, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(choose, "WINDOW", 32)
     hub.splits = {"train": Rows([{"messages": CHAT}] * 100)}
     few = ["--calibration-windows", "2", "--learn-steps", "1", "--max-rounds", "1", "--device", "cpu", "--quiet"]
-    assert main(["quantize", str(bundled_model), "-o", "out", "--calibration", "org/name:en", *few]) == 0
+    assert main(["quantize", str(small_model), "-o", "out", "--calibration", "org/name:en", *few]) == 0
     recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
     assert recipe["calibration"] == "org/name:en"
     assert recipe["calibration_tokens"] == 64
 
 
-def test_chats_go_by_the_template(hub: Hub, bundled_model: Path, monkeypatch: pytest.MonkeyPatch):
-    tokenizer = load_tokenizer(bundled_model)
+def test_chats_go_by_the_template(hub: Hub, small_model: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = load_tokenizer(small_model)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     monkeypatch.setattr(choose, "load_tokenizer", lambda folder: tokenizer)
     monkeypatch.setattr(choose, "WINDOW", 32)
     hub.splits = {"train": Rows([{"conversations": SHARED}] * 100)}
-    windows = calibration_windows(ModelReader(bundled_model), "org/name", TextOptions(windows=2))
+    windows = calibration_windows(ModelReader(small_model), "org/name", TextOptions(windows=2))
     assert tokenizer.decode(windows[0]).startswith("[user]Why?[assistant]So.")
 
 
@@ -251,22 +251,22 @@ def test_the_real_library(library: ModuleType, tmp_path: Path):
         read("org/name")
 
 
-def test_names_of_files_that_are_not_there(bundled_model: Path, tmp_path: Path, capsys, hub: Hub):
+def test_names_of_files_that_are_not_there(small_model: Path, tmp_path: Path, capsys, hub: Hub):
     """As before there were datasets."""
     assert not Path("folder/nowhere.txt").exists()
     for how in ("folder/nowhere.txt", "nowhere", "."):
-        assert main(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--calibration", how]) == 1
+        assert main(["quantize", str(small_model), "-o", str(tmp_path / "out"), "--calibration", how]) == 1
         assert f"{how}: cannot be read as UTF-8 text" in capsys.readouterr().err
     assert not hub.asked
 
 
-def test_a_file_that_is_there_asks_no_hub(hub: Hub, bundled_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_a_file_that_is_there_asks_no_hub(hub: Hub, small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path):
     asked: list[Conversion] = []
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.carry_out", lambda plan, *_: asked.append(plan.conversion))
     monkeypatch.setattr("vllm_milo.offline.cli.quantize.print_summary", lambda summary: None)
     monkeypatch.setattr(choose, "WINDOW", 32)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text(TEXT.read_text(encoding="utf-8"), encoding="utf-8")
-    assert main(["quantize", str(bundled_model), "-o", "out", "--calibration", "org/name", "--device", "cpu"]) == 0
+    assert main(["quantize", str(small_model), "-o", "out", "--calibration", "org/name", "--device", "cpu"]) == 0
     assert asked[0].text.windows.shape == (32, 32)
     assert not hub.asked

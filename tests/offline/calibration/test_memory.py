@@ -56,16 +56,16 @@ def test_the_windows_that_fit_do_fit_and_one_more_does_not(sources: dict[str, Pa
 
 
 def test_too_little_memory_is_refused_with_what_fits(
-    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     monkeypatch.setattr(choose, "WINDOW", 32)
     monkeypatch.setattr(disk, "free_bytes", lambda out: None)  # which hidden states could go to otherwise
-    reader, out = ModelReader(bundled_model), tmp_path / "out"
+    reader, out = ModelReader(small_model), tmp_path / "out"
     for tokens, advice in ((5 * 32, "use --calibration-windows 5, which should fit"), (-1, "not one window fits")):
         have = memory.streamed_need(reader, tokens, "cpu", memory.Layout(rounds=16))  # as many as there are experts
         with monkeypatch.context() as patch:
             patch.setattr(memory, "available", lambda device, have=have: have)
-            assert quantize(bundled_model, out) == 1
+            assert quantize(small_model, out) == 1
             error = capsys.readouterr().err
             assert re.search(
                 r"converting with a calibration text takes (at least )?0\.\d\d GiB on cpu, .*and 0\.\d\d GiB are", error
@@ -75,7 +75,7 @@ def test_too_little_memory_is_refused_with_what_fits(
             assert not out.exists()
             for options in (("--calibration-windows", "5"), ("--calibration", "none")):
                 if tokens > 0 or "none" in options:
-                    assert quantize(bundled_model, out, "--overwrite", *options) == 0
+                    assert quantize(small_model, out, "--overwrite", *options) == 0
         out.rename(tmp_path / str(tokens))
 
 
@@ -107,20 +107,20 @@ def test_other_errors_stay_what_they_are(sources: dict[str, Path], tmp_path: Pat
 
 
 def test_a_model_that_runs_out_of_memory_while_it_writes(
-    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(choose, "write_windows", fail)
-    assert quantize(bundled_model, tmp_path / "out", "--calibration", "self") == 1
+    assert quantize(small_model, tmp_path / "out", "--calibration", "self") == 1
     assert "--calibration self: cpu ran out of memory while the model wrote; use the text" in capsys.readouterr().err
 
 
-def test_memory_is_said_before_and_after(bundled_model: Path, tmp_path: Path, capsys):
+def test_memory_is_said_before_and_after(small_model: Path, tmp_path: Path, capsys):
     said = {}
     for how in ("none", "text"):
-        assert quantize(bundled_model, tmp_path / how, "--calibration", how) == 0
+        assert quantize(small_model, tmp_path / how, "--calibration", how) == 0
         captured = capsys.readouterr()
         [line] = [line for line in captured.err.splitlines() if line.startswith("memory: ")]
         found = re.fullmatch(r"memory: up to about (\d+\.\d\d) GiB of host memory \(\d+\.\d\d GiB free\)", line)
@@ -128,7 +128,7 @@ def test_memory_is_said_before_and_after(bundled_model: Path, tmp_path: Path, ca
         assert captured.err.index("memory: ") < captured.err.index("quantize: ")
         assert re.search(r"peak \d+\.\d\d GiB of host memory\n", captured.out)
     assert 0.3 < said["none"] < said["text"] < 2
-    assert quantize(bundled_model, tmp_path / "out", "--quiet") == 0
+    assert quantize(small_model, tmp_path / "out", "--quiet") == 0
     assert "memory: " not in capsys.readouterr().err
 
 
@@ -163,7 +163,7 @@ def test_training_the_whole_model_is_foretold(sources: dict[str, Path]):
 
 
 @pytest.mark.parametrize(("name", "message"), [("cuda:99", "torch sees"), ("gpu", "torch knows no such device")])
-def test_devices_that_are_not_there(bundled_model: Path, tmp_path: Path, capsys, name: str, message: str):
+def test_devices_that_are_not_there(small_model: Path, tmp_path: Path, capsys, name: str, message: str):
     for options in ((), ("--preset", "best"), ("--calibration", "self"), ("--calibration", "none")):
-        assert quantize(bundled_model, tmp_path / "out", *options, "--device", name) == 1
+        assert quantize(small_model, tmp_path / "out", *options, "--device", name) == 1
         assert f"--device {name}: {message}" in capsys.readouterr().err

@@ -87,8 +87,8 @@ def check(how: str, model: Path, folder: Path, kills: int) -> None:
     print(f"{how}: {killed} kills in {conversions} conversions; {resumed} runs went on with layers; one: {whole:.1f} s")
 
 
-def test_two_kills(bundled_model: Path, tmp_path: Path):
-    check("calibrated", bundled_model, tmp_path, 2)
+def test_two_kills(small_model: Path, tmp_path: Path):
+    check("calibrated", small_model, tmp_path, 2)
 
 
 KILLS = {"plain": 20, "calibrated": 8, "best": 4}
@@ -99,8 +99,8 @@ KILLS = {"plain": 20, "calibrated": 8, "best": 4}
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("how", OPTIONS)
-def test_many_kills(how: str, bundled_model: Path, tmp_path: Path):
-    check(how, bundled_model, tmp_path, int(os.environ.get("MILO_KILLS", KILLS[how])))
+def test_many_kills(how: str, small_model: Path, tmp_path: Path):
+    check(how, small_model, tmp_path, int(os.environ.get("MILO_KILLS", KILLS[how])))
 
 
 CHANGES = ("fsync", "replace", "rename", "link", "unlink", "rmdir")

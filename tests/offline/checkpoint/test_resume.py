@@ -323,11 +323,11 @@ def small_disk(tmp_path: Path):
 
 
 def test_a_disk_that_is_full_indeed(
-    bundled_model: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_model: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """As where something else takes the room that there was at first."""
     monkeypatch.setattr("vllm_milo.offline.planning.disk.free_bytes", lambda _: None)
-    command = ["quantize", str(bundled_model), "-o", str(small_disk / "out"), "--quiet", "--device", "cpu"]
+    command = ["quantize", str(small_model), "-o", str(small_disk / "out"), "--quiet", "--device", "cpu"]
     command += ["--calibration", "none", "--max-rounds", "1"]
     assert milo(command) == 1
     assert "the disk is full" in (said := capsys.readouterr().err)
@@ -337,9 +337,9 @@ def test_a_disk_that_is_full_indeed(
     assert milo([*command, "--resume"]) == 0
 
 
-def test_a_disk_that_may_only_be_read(bundled_model: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_disk_that_may_only_be_read(small_model: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert milo(["quantize", str(bundled_model), "-o", str(small_disk / "out"), "--quiet"]) == 1
+    assert milo(["quantize", str(small_model), "-o", str(small_disk / "out"), "--quiet"]) == 1
     assert f"{small_disk} may not be written to; choose another output" in capsys.readouterr().err
 
 

@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
+from tiny_models import cut_model
+
+
+@pytest.fixture(scope="session")
+def deep_model(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layers of the bundled model, for shards of their own, with a third of their experts; not to be changed."""
+    return cut_model(bundled_model, tmp_path_factory.mktemp("deep") / "model", layers=4, experts=4)
 
 
 @pytest.fixture

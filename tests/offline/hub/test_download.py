@@ -22,10 +22,10 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
-def model(hub: HubServer, bundled_model: Path) -> str:
+def model(hub: HubServer, deep_model: Path) -> str:
     """The bundled model on the Hub, beside weights in other formats."""
     others = {"pytorch_model.bin": b"x", "model.gguf": b"x", "original/model.safetensors": b"x"}
-    hub.repositories["org/tiny"] = of_folder(bundled_model, **others)
+    hub.repositories["org/tiny"] = of_folder(deep_model, **others)
     hub.repositories["org/tiny"].commits[COMMIT]["README.md"] = b"---\nlicense: mit\nlanguage: en\n---\n# Tiny\n"
     return "org/tiny"
 
@@ -37,10 +37,10 @@ def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return line
 
 
-def test_a_model_is_downloaded_and_quantized(hub: HubServer, model: str, bundled_model: Path, tmp_path: Path):
+def test_a_model_is_downloaded_and_quantized(hub: HubServer, model: str, deep_model: Path, tmp_path: Path):
     out, local = tmp_path / "out", tmp_path / "local"
     assert main(["quantize", model, "-o", str(out), *FAST]) == 0
-    assert main(["quantize", str(bundled_model), "-o", str(local), *FAST]) == 0
+    assert main(["quantize", str(deep_model), "-o", str(local), *FAST]) == 0
     shard = "model-00001-of-00001.safetensors"
     assert (out / shard).read_bytes() == (local / shard).read_bytes()
     assert not {f"GET /org/tiny/resolve/{COMMIT}/{name}" for name in ("pytorch_model.bin", "model.gguf")} & {*hub.asked}
@@ -127,7 +127,7 @@ def test_texts_are_looked_for_before_the_download(hub: HubServer, model: str, ca
     assert hub.bytes_of_weights() == 0
 
 
-def test_a_model_of_the_hub_is_evaluated(hub: HubServer, model: str, bundled_model: Path, capsys):
+def test_a_model_of_the_hub_is_evaluated(hub: HubServer, model: str, deep_model: Path, capsys):
     words = ["--text", str(TEXT), "--max-windows", "1", "--quiet", "--json"]
     assert main(["eval", model, *words, "--reference", model]) == 0
     assert json.loads(capsys.readouterr().out)["mean_kl"] == 0
@@ -148,12 +148,12 @@ def test_a_server_that_is_no_hub(hub: HubServer, model: str, tmp_path: Path, cap
         assert "is HF_ENDPOINT right" in line
 
 
-def test_a_dry_run_reads_headers(hub: HubServer, model: str, bundled_model: Path, tmp_path: Path, capsys):
+def test_a_dry_run_reads_headers(hub: HubServer, model: str, deep_model: Path, tmp_path: Path, capsys):
     words = ["-o", str(tmp_path / "out"), "--dry-run", "--json", "--preset", "fast"]
     assert main(["quantize", model, *words]) == 0
     said = capsys.readouterr()
     assert "org/tiny: only headers are read; the whole takes a download of " in said.err
-    assert main(["quantize", str(bundled_model), *words]) == 0
+    assert main(["quantize", str(deep_model), *words]) == 0
     remote, local = json.loads(said.out), json.loads(capsys.readouterr().out)
     assert remote["model"] == "org/tiny"
     for key in ("bytes", "bits_per_weight", "by_kind", "quantized_weights", "format"):

@@ -60,9 +60,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def bundled(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+def bundled(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
     """The bundled model in FP8 with the scales in a file of their own, and its copy."""
-    found = write_both(bundled_model, tmp_path_factory.mktemp("bundled"), WAYS["fp8 blocks"])
+    found = write_both(small_model, tmp_path_factory.mktemp("bundled"), WAYS["fp8 blocks"])
     split_shards(found.source, lambda name: int(name.endswith("weight_scale_inv")))
     return found
 

@@ -60,12 +60,12 @@ def test_several_devices_give_the_bytes_of_one(
 
 
 @pytest.mark.parametrize("way", ["hqq", "paper", "fast"])
-def test_pieces_of_any_size_give_the_bytes_of_the_whole(way: str, bundled_model: Path, tmp_path: Path):
+def test_pieces_of_any_size_give_the_bytes_of_the_whole(way: str, small_model: Path, tmp_path: Path):
     """On CPUs, where a matrix alone is solved as it is among others."""
     conversion = replace(WAYS[way], recipe=replace(WAYS[way].recipe, max_rounds=1))
-    whole = converted(bundled_model, tmp_path / "whole", conversion)
+    whole = converted(small_model, tmp_path / "whole", conversion)
     for size in (5, 7, 12):  # MiB; the largest matrix takes 3
-        assert converted(bundled_model, tmp_path / str(size), conversion, device_memory=size * 2**20) == whole
+        assert converted(small_model, tmp_path / str(size), conversion, device_memory=size * 2**20) == whole
 
 
 @pytest.mark.parametrize("more", [(), ("cpu",)])
@@ -98,12 +98,12 @@ def test_an_error_in_the_last_layer_leaves_what_errors_leave(
 
 
 def test_less_memory_goes_on_with_the_batches_of_before_where_they_fit(
-    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     conversion = replace(WAYS["hqq"], device_memory=7 * 2**20, shard_bytes=100_000)
     real, sizes = job.quantize_matrices, []
     monkeypatch.setattr(job, "quantize_matrices", lambda w, *a: sizes.append(w.numel()) or real(w, *a))
-    whole = converted(bundled_model, tmp_path / "whole", conversion)
+    whole = converted(small_model, tmp_path / "whole", conversion)
     left = len(sizes)
 
     def fail(*arguments):
@@ -116,19 +116,19 @@ def test_less_memory_goes_on_with_the_batches_of_before_where_they_fit(
     with monkeypatch.context() as patch:
         patch.setattr(job, "quantize_matrices", fail)
         with pytest.raises(RuntimeError, match="a defect"):
-            convert(bundled_model, tmp_path / "out", conversion, progress=False)
+            convert(small_model, tmp_path / "out", conversion, progress=False)
     with pytest.raises(ConversionError, match=r"batch_weights was 131072 and is 65536"):
-        convert(bundled_model, tmp_path / "out", replace(conversion, resume=True, device_memory=2**22), progress=False)
+        convert(small_model, tmp_path / "out", replace(conversion, resume=True, device_memory=2**22), progress=False)
     sizes.clear()
-    assert converted(bundled_model, tmp_path / "out", conversion, resume=True, device_memory=None) == whole
+    assert converted(small_model, tmp_path / "out", conversion, resume=True, device_memory=None) == whole
     assert max(sizes) == 131072
 
 
 def test_too_little_memory_is_said_before_the_work(
-    bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ModelReader, "load", lambda self, tensor: pytest.fail(f"{tensor} was read"))
-    command = ["quantize", str(bundled_model), "-o", str(tmp_path / "out"), "--preset", "fast", "--device", "cpu"]
+    command = ["quantize", str(small_model), "-o", str(tmp_path / "out"), "--preset", "fast", "--device", "cpu"]
     assert milo([*command, "--device-memory", "0.001"]) == 1
     said = capsys.readouterr().err
     assert re.search(
@@ -151,10 +151,10 @@ def test_too_little_memory_is_said_before_the_work(
     ],
 )
 def test_bad_options(
-    options: list[str], message: str, bundled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     try:
-        status = milo(["quantize", str(bundled_model), "-o", str(tmp_path / "out"), *options])
+        status = milo(["quantize", str(small_model), "-o", str(tmp_path / "out"), *options])
     except SystemExit as end:
         status = end.code
     assert status in (1, 2)
@@ -179,8 +179,8 @@ sys.exit(main([*command, "--devices", "cpu,cpu"]))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupts_end_all_processes(number: int, status: int, bundled_model: Path, tmp_path: Path):
-    command = [sys.executable, "-c", _INTERRUPTED, str(bundled_model), str(tmp_path / "out"), str(int(number))]
+def test_interrupts_end_all_processes(number: int, status: int, small_model: Path, tmp_path: Path):
+    command = [sys.executable, "-c", _INTERRUPTED, str(small_model), str(tmp_path / "out"), str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == status, done.stderr
     assert done.stderr.splitlines()[-1].startswith("milo quantize: interrupted; ")
@@ -193,8 +193,8 @@ def test_interrupts_end_all_processes(number: int, status: int, bundled_model: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_kill_ends_all_processes(bundled_model: Path, tmp_path: Path):
-    command = [sys.executable, "-c", _INTERRUPTED, str(bundled_model), str(tmp_path / "out"), str(int(signal.SIGKILL))]
+def test_a_kill_ends_all_processes(small_model: Path, tmp_path: Path):
+    command = [sys.executable, "-c", _INTERRUPTED, str(small_model), str(tmp_path / "out"), str(int(signal.SIGKILL))]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     (process,) = set(re.findall(r"process (\d+)", done.stderr))
@@ -216,9 +216,9 @@ def test_two_gpus_give_the_bytes_of_one(way: str, sources: dict[str, Path], tmp_
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", ["hqq", "paper", "fast"])
-def test_memory_that_suffices_changes_nothing_on_a_gpu(way: str, bundled_model: Path, tmp_path: Path):
-    whole = converted(bundled_model, tmp_path / "whole", WAYS[way], device="cuda")
-    assert converted(bundled_model, tmp_path / "less", WAYS[way], device="cuda", device_memory=13 * 2**30) == whole
-    small = converted(bundled_model, tmp_path / "small", WAYS[way], device="cuda", device_memory=2**25)
-    again = converted(bundled_model, tmp_path / "again", WAYS[way], device="cuda", device_memory=2**25)
+def test_memory_that_suffices_changes_nothing_on_a_gpu(way: str, small_model: Path, tmp_path: Path):
+    whole = converted(small_model, tmp_path / "whole", WAYS[way], device="cuda")
+    assert converted(small_model, tmp_path / "less", WAYS[way], device="cuda", device_memory=13 * 2**30) == whole
+    small = converted(small_model, tmp_path / "small", WAYS[way], device="cuda", device_memory=2**25)
+    again = converted(small_model, tmp_path / "again", WAYS[way], device="cuda", device_memory=2**25)
     assert small == again
