@@ -2,13 +2,14 @@
 
     python -m benchmarks.serving.traffic -o out/traffic.json    # Mixtral-8x7B's shapes at full depth
     python -m benchmarks.serving.traffic -o out/traffic.json --model qwen3 --layers 48 --concurrency 1 16 64
-        [--contenders milo marlin-int4-g128] [--loads 128:128 1024:256] [--turns 3] [--kv-gib 20]
+        [--contenders milo marlin-int4-g128] [--loads 128:128 1024:256:64] [--turns 3] [--kv-gib 20]
 
 Starts vLLM's OpenAI server for each contender with dummy weights, all of them on the same device, then lets vLLM's own
 ``vllm bench serve`` ask each in turn: random prompts of so many tokens, exactly so many tokens of answer, so many
-requests at once. Servers have torch.compile and CUDA graphs as users get them; prefixes are not cached. A server that
-is not asked waits and takes nothing but memory. Each figure is the median over the turns of a turn's median, with the
-least and the largest turn. Answers of dummy weights mean nothing, but they must be of the length that was asked for.
+requests at once (of a load INPUT:OUTPUT:MOST at most MOST). Servers have torch.compile and CUDA graphs as users get
+them; prefixes are not cached. A server that is not asked waits and takes nothing but memory. Each figure is the median
+over the turns of a turn's median, with the least and the largest turn. Answers of dummy weights mean nothing, but they
+must be of the length that was asked for.
 """
 
 from __future__ import annotations
@@ -46,15 +47,20 @@ FILLING = {
 
 
 class Load(NamedTuple):
-    """Tokens of each prompt and of each answer."""
+    """Tokens of each prompt and of each answer, and with how many requests at once it is asked at most; 0 for any."""
 
     input: int
     output: int
+    most: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Load:
-        """Read INPUT:OUTPUT."""
+        """Read INPUT:OUTPUT or INPUT:OUTPUT:MOST."""
         return cls(*map(int, text.split(":")))
+
+    def concurrency(self, wanted: Sequence[int]) -> list[int]:
+        """Return how many requests at once it is asked with."""
+        return [number for number in wanted if not self.most or number <= self.most]
 
 
 def requests_of(concurrency: int) -> int:
@@ -76,9 +82,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         record["start_seconds"] = urls.pop("seconds")
         for turn in range(arguments.turns):
             for load in arguments.loads:
-                for concurrency in arguments.concurrency:
+                for concurrency in load.concurrency(arguments.concurrency):
                     for contender, url in urls.items():
-                        row = {"contender": contender, "turn": turn, "load": list(load), "concurrency": concurrency}
+                        row = {
+                            "contender": contender,
+                            "turn": turn,
+                            "load": [load.input, load.output],
+                            "concurrency": concurrency,
+                        }
                         row |= ask(url, Path(name) / contender, load, concurrency)
                         record["turns"].append(row)
                         write_json(arguments.output, record)
@@ -108,7 +119,7 @@ def start_one(contender: str, arguments: argparse.Namespace, folder: Path) -> tu
     model = folder / contender
     config = write_model(model, arguments.model, contender, arguments.layers)
     write_tokenizer(model, config["vocab_size"])
-    sequences, longest = max(arguments.concurrency), max(map(sum, arguments.loads))
+    sequences, longest = max(arguments.concurrency), max(load.input + load.output for load in arguments.loads)
     needed = int(1.05 * kv_bytes(config, sequences * (longest + 32))) + 2**26
     cache = min(needed, int(arguments.kv_gib * 2**30))
     options = ["--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", str(longest + 32)]

@@ -50,7 +50,7 @@ def test_groups_of_64_beside_128_run_in_the_same_tiles(sizes):
 def test_more_tokens_take_larger_tiles():
     tiles = [heuristic_configs(pairs, layer(8, 4096, 14336), CPU)[0].block_m for pairs in (2, 128, 512, 8192)]
     assert tiles == sorted(tiles)
-    assert tiles[0] == 16
+    assert tiles[0] == 8
     assert tiles[-1] == 128
 
 

@@ -41,7 +41,7 @@ def test_the_heuristic_comes_first_and_all_fit_together(shape: MoEShape, tokens:
 
 def test_tiles_are_about_as_large_as_an_experts_load():
     sizes = {tokens: {first.block_m for first, _ in first_candidates(tokens, MIXTRAL, CPU)} for tokens in (1, 64, 4096)}
-    assert sizes[1] == {16}
+    assert sizes[1] == {8, 16}
     assert {16, 32} <= sizes[64]
     assert min(sizes[4096]) >= 64
     assert max(sizes[4096]) == 256
