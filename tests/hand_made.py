@@ -227,11 +227,11 @@ def _quantized(weight: torch.Tensor, rank: int, bits: int) -> dict[str, torch.Te
     return tensors
 
 
-def dequantized(checkpoint: Path, out: Path) -> Path:
-    """Write the unquantized float32 model that a checkpoint stands for."""
+def dequantized(checkpoint: Path, out: Path, device: str = "cpu") -> Path:
+    """Write the unquantized float32 model that a checkpoint stands for, computed on ``device``."""
     fmt, _ = read_format(checkpoint)
-    tensors = dict(DequantizedTensors(checkpoint, fmt, torch.float32).load())
-    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    tensors = DequantizedTensors(checkpoint, fmt, torch.float32, device).load()
+    floats = {name: (tensor.float() if tensor.is_floating_point() else tensor).cpu() for name, tensor in tensors}
     return _write(checkpoint, out, floats, {"dtype": "float32"}, without=("quantization_config",))
 
 

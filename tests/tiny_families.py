@@ -328,12 +328,12 @@ def _is_known(name: str) -> bool:
     return (TABLE[name].runs_as or name) in transformers.CONFIG_MAPPING
 
 
-def _config(name: str) -> dict[str, Any]:
-    """Return a family's config, with the text model's at its place."""
+def _config(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a family's config, with the text model's and its changes at its place."""
     whole = part = deepcopy(dict(TINY[name].around))
     for key in TABLE[name].text_config:
         part = part.setdefault(key, {})
-    part |= COMMON | TINY[name].config
+    part |= COMMON | TINY[name].config | changes
     return whole
 
 
@@ -360,16 +360,29 @@ def publish(name: str, folder: Path) -> None:
     save_file(published, weights, metadata={"format": "pt"})
 
 
-def make_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Save a tiny random model of a family, with all that its makers' checkpoints have."""
+def make_family(
+    name: str,
+    folder: Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    louder: str | None = None,
+    **changes: Any,
+) -> Path:
+    """Save a tiny random model of a family, with all that its makers' checkpoints have.
+
+    ``changes`` are of the text model's configuration, ``louder`` is instead of the family's own pattern; weights are
+    made on ``device``, large ones on a GPU in seconds.
+    """
     tiny = TINY[name]
-    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name))
+    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name, changes))
     torch.manual_seed(seed)
     found = transformers.AutoModelForMultimodalLM if tiny.around else transformers.AutoModelForCausalLM
-    model = found.from_config(config)
+    with torch.device(device):
+        model = found.from_config(config)
     fill(model)
     for key, parameter in model.named_parameters():
-        if tiny.louder and re.search(tiny.louder, key):
+        if (pattern := louder or tiny.louder) and re.search(pattern, key):
             parameter.data.mul_(8)
     model.to(dtype).save_pretrained(folder)
     publish(name, folder)

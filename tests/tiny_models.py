@@ -107,8 +107,9 @@ def fill(model: Any) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("bias"):  # of routers
             buffer.normal_(std=0.1)
-    tied = model.config.get_text_config().tie_word_embeddings
-    for leaf, std in (("embed_tokens.weight", 0.25 if tied else 1.0), ("lm_head.weight", 0.25)):
+    config = model.config.get_text_config()
+    out = 0.25 * (128 / config.hidden_size) ** 0.5  # logits of one size, however wide
+    for leaf, std in (("embed_tokens.weight", out if config.tie_word_embeddings else 1.0), ("lm_head.weight", out)):
         for name, parameter in model.named_parameters():
             if name.endswith(leaf):
                 parameter.normal_(std=std)

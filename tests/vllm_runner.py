@@ -3,10 +3,10 @@
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
 "mend_router": true, vLLM's router of CPUs routes as those of GPUs do, and experts need no gate, or may have Step-3.5's
 activation; with "lora": folder, an adapter is on; with "reload": true, weights are loaded once more after a first run.
-OUT: {name: [{"prompt_logprobs": [...], "generated": [...]}]} or {name: {"error": text}}. With "rounds": n, prompts are
-answered n times by one engine and without their own log-probabilities, which nothing could be taken from a cache for:
-{name: [[{"generated": [...], "logprobs": [...], "cached": tokens}]]}, by round; with "sleep": level, the engine sleeps
-and wakes between rounds.
+OUT: {name: [{"prompt_logprobs": [...], "generated": [...], "logprobs": [...]}]}, the last those of what was generated,
+or {name: {"error": text}}. With "rounds": n, prompts are answered n times by one engine and without their own
+log-probabilities, which nothing could be taken from a cache for: {name: [[{"generated": [...], "logprobs": [...],
+"cached": tokens}]]}, by round; with "sleep": level, the engine sleeps and wakes between rounds.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
     if "rounds" in job:
         return _answer(llm, prompts, job)
     parameters = SamplingParams(
-        max_tokens=job["max_tokens"], temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        max_tokens=job["max_tokens"], temperature=0, prompt_logprobs=0, logprobs=0, detokenize=False, ignore_eos=True
     )
     asked = [{"prompt_token_ids": ids} for ids in prompts]
     outputs = llm.generate(asked, parameters, use_tqdm=False, lora_request=adapter)
@@ -87,10 +87,16 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
             "prompt_logprobs": [
                 table[token].logprob for token, table in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
             ],
-            "generated": list(output.outputs[0].token_ids),
+            **_answered(output.outputs[0]),
         }
         for ids, output in zip(prompts, outputs, strict=True)
     ]
+
+
+def _answered(answer: Any) -> dict[str, Any]:
+    tokens = list(answer.token_ids)
+    values = [table[token].logprob for token, table in zip(tokens, answer.logprobs, strict=True)]
+    return {"generated": tokens, "logprobs": values}
 
 
 def _answer(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> list[Any]:
@@ -105,18 +111,7 @@ def _answer(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> list[Any
         if number and "sleep" in job:
             _sleep(llm, job["sleep"])
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
-        rounds.append(
-            [
-                {
-                    "generated": list(answer.token_ids),
-                    "logprobs": [
-                        table[token].logprob for token, table in zip(answer.token_ids, answer.logprobs, strict=True)
-                    ],
-                    "cached": output.num_cached_tokens,
-                }
-                for output, answer in ((output, output.outputs[0]) for output in outputs)
-            ]
-        )
+        rounds.append([_answered(output.outputs[0]) | {"cached": output.num_cached_tokens} for output in outputs])
     return rounds
 
 
