@@ -1,10 +1,10 @@
 """The README's plots, from files of results: KL divergence over bits, throughput over requests at once.
 
     python -m benchmarks.plots divergence benchmarks/results/real-weights-qwen2-0.5b-h200.json -o docs/divergence.png
-    python -m benchmarks.plots traffic benchmarks/results/traffic-mixtral-h200.json -o docs/traffic.png
+    python -m benchmarks.plots traffic out/traffic.json -o docs/traffic.png [--model mixtral]
 
-The first reads what ``benchmarks.divergence`` writes, the second what ``benchmarks.serving.traffic`` does. Needs
-matplotlib; the ``bench`` extra has it.
+The first reads what ``benchmarks.divergence`` writes, the second what ``benchmarks.serving.traffic`` does; where
+that file joins several records as ``runs``, ``--model`` names one. Needs matplotlib; the ``bench`` extra has it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from benchmarks.serving.traffic import summary
 
 OURS = ("fast", "small", "balanced", "best", "milo")
 """Names of rows that are this project's begin so."""
-OUR_COLOR, OTHER_COLORS = "tab:red", ("tab:blue", "tab:green", "tab:purple", "tab:gray", "tab:brown")
+OUR_COLORS = ("tab:red", "tab:orange", "tab:pink", "darkred")
+OTHER_COLORS = ("tab:blue", "tab:green", "tab:purple", "tab:gray", "tab:brown")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -28,10 +29,27 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("result", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--model", help="of traffic, where a file has several records")
     arguments = parser.parse_args(words)
     record = json.loads(arguments.result.read_text(encoding="utf-8"))
+    if arguments.kind == "traffic":
+        record = _one(record, arguments.model, arguments.result)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     KINDS[arguments.kind](record, arguments.output)
+
+
+def _one(record: dict[str, Any], model: str | None, file: Path) -> dict[str, Any]:
+    """Return the record of a model; without its name, the only one.
+
+    Raises:
+        SystemExit: there is no such record, or several.
+    """
+    runs = record.get("runs", [record])
+    found = [run for run in runs if model in (None, run["model"])]
+    if len(found) != 1:
+        models = ", ".join(run["model"] for run in runs)
+        raise SystemExit(f"{file}: has records of {models}; name one of them with --model")
+    return found[0]
 
 
 def draw_divergence(record: Mapping[str, Any], path: Path) -> None:
@@ -39,7 +57,7 @@ def draw_divergence(record: Mapping[str, Any], path: Path) -> None:
     figure, axes = _axes()
     for row in record["rows"]:
         ours = row["name"].startswith(OURS)
-        axes.plot(row["bits"], row["mean_kl"], "o" if ours else "x", color=OUR_COLOR if ours else OTHER_COLORS[0])
+        axes.plot(row["bits"], row["mean_kl"], "o" if ours else "x", color=(OUR_COLORS if ours else OTHER_COLORS)[0])
         axes.annotate(row["name"], (row["bits"], row["mean_kl"]), fontsize=8, xytext=(5, 3), textcoords="offset points")
     axes.set_xlabel("stored bits a weight, scales, zero points and compensators counted")
     axes.set_ylabel("KL divergence from bf16, nats a token")
@@ -55,7 +73,7 @@ def draw_traffic(record: Mapping[str, Any], path: Path) -> None:
     loads = sorted({tuple(row["load"]) for row in rows})
     figure, panels = _axes(len(loads))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    others = [name for name in contenders if not name.startswith(OURS)]
+    colors = contender_colors(contenders)
     for axes, load in zip(panels if len(loads) > 1 else [panels], loads, strict=True):
         for name in contenders:
             points = sorted(
@@ -63,10 +81,9 @@ def draw_traffic(record: Mapping[str, Any], path: Path) -> None:
                 for row in rows
                 if row["contender"] == name and tuple(row["load"]) == load
             )
-            color = OTHER_COLORS[others.index(name) % len(OTHER_COLORS)] if name in others else OUR_COLOR
             x, median, low, high = zip(*points, strict=True)
-            axes.plot(x, median, "-o", color=color, label=name)
-            axes.fill_between(x, low, high, color=color, alpha=0.2)
+            axes.plot(x, median, "-o", color=colors[name], label=name)
+            axes.fill_between(x, low, high, color=colors[name], alpha=0.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sorted({row["concurrency"] for row in rows}))
@@ -80,6 +97,15 @@ def draw_traffic(record: Mapping[str, Any], path: Path) -> None:
         f"{record['model']}, {record['layers']} layers, vLLM {about['vllm']}, {about['device']}", fontsize=9
     )
     figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def contender_colors(names: Sequence[str]) -> dict[str, str]:
+    """Return a color for each contender, the project's own in shades of red."""
+    found: dict[str, str] = {}
+    for colors, ours in ((OUR_COLORS, True), (OTHER_COLORS, False)):
+        mine = [name for name in names if name.startswith(OURS) == ours]
+        found |= {name: colors[index % len(colors)] for index, name in enumerate(mine)}
+    return found
 
 
 def _axes(columns: int = 1) -> tuple[Any, Any]:

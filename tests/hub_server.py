@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,7 +44,8 @@ class HubServer(ThreadingHTTPServer):
     """Serves repositories; notes what is asked and what is committed.
 
     Every answer may be another's (wrong_answer). Files may be broken (status 500) or withdrawn (404), but for ranges of
-    them, or end before they begin (cut).
+    them, end before they begin (cut), come so many times with a bit that is not theirs (flips), or a byte now and then
+    (slow). It may say no hashes.
     """
 
     daemon_threads = True
@@ -62,6 +65,9 @@ class HubServer(ThreadingHTTPServer):
         self.broken_files: set[str] = set()
         self.withdrawn_files: set[str] = set()
         self.cut_files: set[str] = set()
+        self.flips: dict[str, int] = {}
+        self.slow_files: set[str] = set()
+        self.says_hashes = True
         self.before_weights: Callable[[str], None] = lambda file: None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -108,8 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._batch(json.loads(body))
         elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/(.+))?)?", path):
             self._model(found[1], found[2], found[3], body)
-        elif found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
-            self._resolve(*found.groups())
+        elif found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", urlsplit(self.path).path):
+            self._resolve(*map(unquote, found.groups()))  # a revision may have slashes
         else:
             self._json({"error": f"unknown {path}"}, 404)
 
@@ -134,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = repository.commits[commit]
         if action in (None, "revision"):
-            siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+            siblings = [self._sibling(name, content) for name, content in files.items()]
             self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "gated": repository.gated})
         elif action == "tree":
             tree = [{"type": "file", "path": n, "size": len(c), "oid": _oid(c)} for n, c in files.items()]
@@ -151,6 +157,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"files": modes})
         elif action == "commit":
             self._commit(name, files, body)
+
+    def _sibling(self, name: str, content: bytes) -> dict[str, Any]:
+        sibling = {"rfilename": name, "size": len(content), "blobId": _oid(content)}
+        if not (self.server.says_hashes and name.endswith(".safetensors")):
+            return sibling
+        sha256 = hashlib.sha256(content).hexdigest()
+        return sibling | {"lfs": {"size": len(content), "sha256": sha256, "pointerSize": 134}}
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
         repository = self._found(name)
@@ -176,7 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if self.command == "GET" and file.endswith(".safetensors"):
                 self.server.before_weights(file)
-            self._send(200, content, headers, cut=file in self.server.cut_files)
+            if self.command == "GET" and self.server.flips.get(file):
+                self.server.flips[file] -= 1
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            self._send(200, content, headers, cut=file in self.server.cut_files, slow=file in self.server.slow_files)
 
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -212,14 +228,26 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:
+    def _send(
+        self,
+        status: int,
+        content: bytes,
+        headers: dict[str, str] | None = None,
+        cut: bool = False,
+        slow: bool = False,
+    ) -> None:
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD" and not cut:
-            self.wfile.write(content)
+        if self.command == "HEAD" or cut:
+            return
+        with contextlib.suppress(ConnectionError):  # nobody listens any more
+            for byte in content if slow else b"":
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+            self.wfile.write(b"" if slow else content)
 
 
 def _oid(content: bytes) -> str:

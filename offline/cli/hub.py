@@ -21,7 +21,7 @@ from ..hub_names import REPOSITORY, ModelName, model_name
 from ..planning.disk import size_text
 
 if TYPE_CHECKING:
-    from ..hub.download import Listing
+    from ..hub.listing import Listing
     from ..source.reader import Shards
 
 PLACES = ("model", "checkpoint", "reference")
@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _folder(arguments: argparse.Namespace, place: str, name: ModelName) -> Iterator[Path]:
     """Yield the folder that stands for a model of the Hub."""
     from ..hub import download, headers, shards
+    from ..hub.listing import look_up
 
     headers_only = getattr(arguments, "headers_only", False) or getattr(arguments, "dry_run", False)
     streamed = getattr(arguments, "delete_source_shards", False)
@@ -95,7 +96,7 @@ def _folder(arguments: argparse.Namespace, place: str, name: ModelName) -> Itera
             raise ConversionError("--delete-source-shards downloads, and HF_HUB_OFFLINE is set; leave one of them out")
         yield download.cached(name)
         return
-    listing = download.look_up(name)
+    listing = look_up(name)
     if streamed and not headers_only:
         yield _streamed(arguments, name, listing)
         return

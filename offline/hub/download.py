@@ -7,48 +7,24 @@ mirror and the offline mode are the library's (HF_TOKEN, HF_HOME, HF_ENDPOINT, H
 from __future__ import annotations
 
 import sys
-from fnmatch import fnmatchcase
+import threading
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.utils import tqdm
 
 from ..errors import ConversionError
 from ..hub_names import ModelName
 from ..planning.disk import free_bytes, size_text
+from .background import each, in_background
 from .failures import one_line
+from .files import fetch
+from .listing import NOT_WANTED, SETTINGS, WEIGHTS, Listing
+from .patience import Patience
 
-WEIGHTS = "*.safetensors"
-SETTINGS = (
-    *("*.json", "*.jinja", "*.py", "*.txt", "*.md", "*.model", "*.tiktoken"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
-"""All that is taken beside weights: configuration, tokenizers, chat templates, remote code, licences."""
-_NOT = ("*/*.safetensors", "consolidated*.safetensors")
-"""The same weights once more, in the form of the model's makers; what is read lies at the top."""
-
-
-class Listing(NamedTuple):
-    """A model of the Hub at one commit: the sizes of the files that are wanted, by name."""
-
-    name: ModelName
-    commit: str
-    sizes: dict[str, int]
-
-    @property
-    def shards(self) -> list[str]:
-        """Return the names of the files that hold weights."""
-        return sorted(name for name in self.sizes if fnmatchcase(name, WEIGHTS))
-
-    @property
-    def missing_bytes(self) -> int:
-        """Return the bytes that are not in the cache yet."""
-        return sum(size for name, size in self.sizes.items() if self.cached_path(name) is None)
-
-    def cached_path(self, name: str) -> Path | None:
-        """Return where a file is in the cache; None where it is not."""
-        path = try_to_load_from_cache(self.name.repository, name, revision=self.commit)
-        return Path(path) if isinstance(path, str) else None
+THREADS = 8
 
 
 def is_offline() -> bool:
@@ -56,45 +32,31 @@ def is_offline() -> bool:
     return constants.is_offline_mode()
 
 
-def look_up(name: ModelName) -> Listing:
-    """Ask the Hub what a model consists of; nothing is downloaded.
-
-    Raises:
-        ConversionError: there is no such model or revision, it may not be read, the Hub cannot be reached, or the
-            model has no safetensors files.
-    """
-    with one_line(str(name)):
-        info = HfApi().model_info(name.repository, revision=name.revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _is_wanted(file.rfilename)}
-        listing = Listing(name, str(info.sha), sizes)
-    if not listing.shards:
-        raise ConversionError(
-            f"{name}: the model on the Hugging Face Hub has no *.safetensors file at its top; other weight formats are "
-            f"not read"
-        )
-    return listing
-
-
 def download(listing: Listing) -> Path:
-    """Download what is not in the cache yet; return the folder.
+    """Download what is not in the cache yet, and compare all weights with the Hub's SHA-256 of them.
+
+    Returns:
+        The folder.
 
     Raises:
-        ConversionError: the disk has no room for it, or the download fails.
+        ConversionError: the disk has no room for it, the download fails, nothing comes for minutes, or weights are
+            damaged.
     """
     _refuse_what_does_not_fit(listing)
     if missing := listing.missing_bytes:
         print(f"{listing.name}: downloading {size_text(missing)} to {constants.HF_HUB_CACHE}", file=sys.stderr)
-    # by the revision, not the commit: the cache then knows what the revision means when the Hub is not there
-    return _snapshot(listing.name, listing.name.revision, (WEIGHTS, *SETTINGS))
+    folder = _fetch(listing, list(listing.sizes), missing)
+    _note_revision(listing, next(iter(listing.sizes)))
+    return folder
 
 
 def download_settings(listing: Listing) -> Path:
     """Download all but the weights; return the folder.
 
     Raises:
-        ConversionError: the download fails.
+        ConversionError: the download fails, or nothing comes for minutes.
     """
-    return _snapshot(listing.name, listing.commit, SETTINGS)
+    return _fetch(listing, [name for name in listing.sizes if name not in listing.shards], 0)
 
 
 def cached(name: ModelName) -> Path:
@@ -103,24 +65,51 @@ def cached(name: ModelName) -> Path:
     Raises:
         ConversionError: it is not.
     """
-    folder = _snapshot(name, name.revision, (WEIGHTS, *SETTINGS))
+    wanted, unwanted = [WEIGHTS, *SETTINGS], list(NOT_WANTED)
+    with one_line(str(name)):
+        found = snapshot_download(
+            name.repository, revision=name.revision, allow_patterns=wanted, ignore_patterns=unwanted
+        )
+    folder = Path(found)
     if not list(folder.glob(WEIGHTS)):
         raise ConversionError(f"{name}: the Hub's cache holds no weights of it ({folder}), and HF_HUB_OFFLINE is set")
     return folder
 
 
-def _snapshot(name: ModelName, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    with one_line(str(name)):
-        folder = snapshot_download(
-            name.repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NOT)
-        )
-        return Path(folder)
+def _fetch(listing: Listing, names: Sequence[str], shown_bytes: int) -> Path:
+    """Let files come into the cache, many at once; return the folder that they are in.
+
+    Args:
+        listing: of the model.
+        names: of the files.
+        shown_bytes: that are expected, for a bar on stderr; none is shown for 0.
+    """
+    patience = Patience(str(listing.name), cache_folder(listing))
+    lock = threading.Lock()
+    with tqdm(total=shown_bytes, unit="B", unit_scale=True, disable=True if not shown_bytes else None) as bar:
+
+        def arrived(count: int) -> None:
+            patience.note()
+            with lock:
+                bar.update(count)
+
+        def do(name: str, ended: threading.Event) -> Path:
+            return fetch(listing, name, ended, arrived)
+
+        paths = list(each(names, do, THREADS, patience))
+    return paths[0].parents[names[0].count("/")]
 
 
-def _is_wanted(file: str) -> bool:
-    if any(fnmatchcase(file, pattern) for pattern in _NOT):
-        return False
-    return any(fnmatchcase(file, pattern) for pattern in (WEIGHTS, *SETTINGS))
+def cache_folder(listing: Listing) -> Path:
+    """Return where the Hub's cache keeps a model; it need not be there yet."""
+    return Path(constants.HF_HUB_CACHE) / f"models--{listing.name.repository.replace('/', '--')}"
+
+
+def _note_revision(listing: Listing, name: str) -> None:
+    """Let the cache know what the revision means, for when the Hub is not there: a file is asked for by it."""
+    ask = partial(hf_hub_download, listing.name.repository, name, revision=listing.name.revision)
+    with one_line(str(listing.name)):
+        in_background(ask, Patience(str(listing.name)))
 
 
 def _refuse_what_does_not_fit(listing: Listing) -> None:

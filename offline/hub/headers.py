@@ -10,14 +10,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from .download import Listing, download_settings
+from .background import each
+from .download import download_settings
 from .failures import one_line
+from .listing import Listing
+from .patience import Patience
 
 THREADS = 8
 
@@ -27,14 +29,17 @@ def stand_in(listing: Listing) -> Iterator[Path]:
     """Yield the folder of a model's settings and headers, which goes when the context ends.
 
     Raises:
-        ConversionError: the Hub does not give them.
+        ConversionError: the Hub does not give them, or nothing comes for minutes.
     """
     with tempfile.TemporaryDirectory(prefix="milo-") as root:
         folder = Path(root) / listing.name.repository
         settings = download_settings(listing)
         shutil.copytree(settings, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-        with one_line(str(listing.name)), ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda shard: _write_header(listing, shard, folder / shard), listing.shards))
+        patience = Patience(str(listing.name), folder)
+        with one_line(str(listing.name)):
+            list(
+                each(listing.shards, lambda shard, _: _write_header(listing, shard, folder / shard), THREADS, patience)
+            )
         yield folder
 
 

@@ -9,29 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import inspect
-import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from vllm_milo.shards import ShardError, read_header, read_tensors
 
 from ..durable.files import discard
 from ..errors import ConversionError, PassingError
 from ..planning.disk import size_text
-from .download import Listing
-from .failures import one_line
-
-PATIENCE = 5.0
-"""Seconds that the end of a conversion waits for a download to notice it."""
+from .background import Background
+from .files import fetch, refuse_damaged
+from .listing import Listing
+from .patience import Patience
 
 
 class HubShards:
@@ -58,7 +53,8 @@ class HubShards:
         self._folder: Path | None = None
         self._came: dict[str, Future[Path]] = {}
         self._opened: dict[str, Any] = {}
-        self._downloads = _Downloads(self._download)
+        self._downloads = Background(self._download)
+        self._patience = Patience(str(listing.name))
 
     def peak_bytes(self, uses: Mapping[str, Sequence[str]]) -> int:
         """Return the most bytes of shards on the disk at once that are not in the cache.
@@ -88,7 +84,8 @@ class HubShards:
             folder: for them; nothing else may be in it.
         """
         discard(folder)
-        self._uses, self._folder, self._downloads = dict(uses), folder, _Downloads(self._download)
+        self._uses, self._folder, self._downloads = dict(uses), folder, Background(self._download)
+        self._patience = Patience(str(self._listing.name), folder)
         missing = [name for name in self._order() if name not in self._cached]
         if missing:
             size = size_text(sum(self._listing.sizes[name] for name in missing))
@@ -114,17 +111,22 @@ class HubShards:
             raise
 
     def shard(self, path: Path) -> Any:
-        """Return a shard, opened, when it is there.
+        """Return a shard, opened, when it is there and is what the Hub has.
 
         Raises:
-            PassingError: it cannot be had, the disk is full, or it is not what its header said.
+            PassingError: it cannot be had, nothing comes for minutes, the disk is full, it is damaged, or it is not
+                what its header said.
         """
         name = path.name
         with self._lock:
             if name in self._opened:
                 return self._opened[name]
             came = None if name in self._cached else self._ask(name)
-        file = self._cached[name] if came is None else came.result()
+        if came is None:
+            file = self._cached[name]
+            refuse_damaged(self._listing, name, file, self._arrived)
+        else:
+            file = self._patience.wait(came)
         try:
             opened = safe_open(file, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -174,15 +176,14 @@ class HubShards:
             for name in [name for name in self._order() if name not in self._cached and name not in self._came][:1]:
                 self._ask(name)
 
-    def _download(self, name: str, bar: type[tqdm]) -> Path:
+    def _arrived(self, _: int) -> None:
+        self._patience.note()
+
+    def _download(self, name: str, ended: threading.Event) -> Path:
         """Return the file of a shard, downloaded."""
         what, folder = f"{self._listing.name}: {name}", self._folder
-        # older versions of the library show a bar of their own, and are not stopped on the way
-        quiet: dict[str, Any] = {"tqdm_class": bar} if "tqdm_class" in _PARAMETERS else {}
         try:
-            with one_line(what):
-                repository, commit = self._listing.name.repository, self._listing.commit
-                file = Path(hf_hub_download(repository, name, revision=commit, local_dir=folder, **quiet))
+            file = fetch(self._listing, name, ended, self._arrived, folder)
             self._refuse_other_file(what, file, name)
         except (ConversionError, ShardError) as error:
             cause = error.__cause__
@@ -197,84 +198,3 @@ class HubShards:
         planned = {tensor: entry[1:] for tensor, entry in self.tensors.items() if entry.file.name == name}
         if there != planned:
             raise PassingError(f"{what}: is not the file whose header was read before; try again later")
-
-
-_PARAMETERS = inspect.signature(hf_hub_download).parameters
-
-
-class _Stopped(Exception):
-    """A download is not wanted any more."""
-
-
-class _Downloads:
-    """Downloads one after the other, in a thread of their own."""
-
-    def __init__(self, download: Callable[[str, type[tqdm]], Path]) -> None:
-        self._download = download
-        self._asked: queue.SimpleQueue[tuple[str, Future[Path]] | None] = queue.SimpleQueue()
-        self._waiting: list[Future[Path]] = []
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def begin(self, name: str) -> Future[Path]:
-        """Return what will be the file of a shard, when those before it are there."""
-        came: Future[Path] = Future()
-        with self._lock:
-            if self._ended.is_set():
-                came.set_exception(PassingError(f"{name}: is not downloaded, since the conversion ends"))
-                return came
-            self._waiting.append(came)
-            self._asked.put((name, came))
-            if self._thread is None:
-                # a daemon: a library that does not let itself be stopped must not hold up the end of the process
-                self._thread = threading.Thread(target=self._work, name="milo-download", daemon=True)
-                self._thread.start()
-        return came
-
-    def stop(self) -> None:
-        """Let nobody wait any more, and the download that runs end soon."""
-        with self._lock:
-            self._ended.set()
-            self._asked.put(None)
-            for came in self._waiting:
-                came.set_exception(PassingError("a download was stopped, since the conversion ends"))
-            self._waiting.clear()
-
-    def close(self) -> None:
-        """Stop, and wait a while for the thread."""
-        self.stop()
-        if self._thread is not None:
-            self._thread.join(PATIENCE)
-
-    def _work(self) -> None:
-        bar = _silent_bar(self._ended)
-        while (asked := self._asked.get()) is not None and not self._ended.is_set():
-            name, came = asked
-            try:
-                file, error = self._download(name, bar), None
-            except BaseException as raised:  # it is raised where the shard is wanted
-                file, error = None, raised
-            with self._lock:
-                if came not in self._waiting:
-                    continue  # stopped
-                self._waiting.remove(came)
-                if file is None:
-                    came.set_exception(error)
-                else:
-                    came.set_result(file)
-
-
-def _silent_bar(ended: threading.Event) -> type[tqdm]:
-    """Return a progress bar for the library that shows nothing, and ends a download when the conversion ends."""
-
-    class Silent(tqdm):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **{**options, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if ended.is_set():
-                raise _Stopped
-            return super().update(n)
-
-    return Silent

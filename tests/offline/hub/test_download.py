@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hub_server import COMMIT, OLD_COMMIT, HubServer, of_folder
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from tiny_models import TEXT
 
 from vllm_milo.offline.cli import main
-from vllm_milo.offline.hub import download
+from vllm_milo.offline.hub import download, listing, patience
 
 FAST = ["--method", "rtn", "--quiet"]
 WEIGHTS = "model.safetensors"
@@ -137,6 +139,67 @@ def test_a_hub_that_fails_on_the_way(hub: HubServer, model: str, tmp_path: Path,
     hub.broken_files = {WEIGHTS}
     line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
     assert "org/tiny: the Hugging Face Hub answers 500: " in line
+
+
+def test_weights_that_came_damaged_come_again(hub: HubServer, model: str, tmp_path: Path, capsys):
+    hub.flips = {WEIGHTS: 1}
+    assert main(["quantize", model, "-o", str(tmp_path / "out"), *FAST]) == 0
+    assert f"org/tiny: {WEIGHTS}: came damaged (its SHA-256 is " in capsys.readouterr().err
+    assert hub.bytes_of_weights() == 2
+    hub.flips = {WEIGHTS: 2}
+    shutil.rmtree(tmp_path / "cache")
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "again"), *FAST)
+    said = hashlib.sha256(hub.repositories[model].commits[COMMIT][WEIGHTS]).hexdigest()
+    assert f"org/tiny: {WEIGHTS}: came damaged twice" in line
+    assert f"and the Hub says {said}; it was deleted" in line
+    assert not any(path.stat().st_size > 2**20 for path in (tmp_path / "cache").rglob("*"))
+    assert main(["quantize", model, "-o", str(tmp_path / "again"), *FAST]) == 0
+
+
+def test_damaged_weights_of_the_cache_are_refused(hub: HubServer, model: str, tmp_path: Path, capsys):
+    """Another program may have put them there: they are named, and not deleted."""
+    held = Path(hf_hub_download(model, WEIGHTS, revision=COMMIT, cache_dir=constants.HF_HUB_CACHE))
+    content = held.read_bytes()
+    held.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
+    assert f"org/tiny: {WEIGHTS} in the Hub's cache is damaged: its SHA-256 is " in line
+    assert f"delete {held} and {held.resolve()}, and it is downloaded again" in line
+    assert held.exists()
+    held.write_bytes(content)
+    assert main(["quantize", model, "-o", str(tmp_path / "out"), *FAST]) == 0
+
+
+def test_a_hub_that_says_no_hashes(hub: HubServer, model: str, tmp_path: Path):
+    hub.says_hashes = False
+    assert main(["quantize", model, "-o", str(tmp_path / "out"), *FAST]) == 0
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "tokenizer.json"])
+def test_a_hub_that_trickles(hub: HubServer, model: str, file: str, tmp_path: Path):
+    """Is left after a while, and the process ends, whatever still waits in the library; the next goes on."""
+    hub.slow_files = {file}
+    code = (
+        "import sys; from vllm_milo.offline.cli import main; from vllm_milo.offline.hub import patience; "
+        "patience.SECONDS = 2; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["quantize", model, "-o", str(tmp_path / "out"), *FAST]
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    assert f"org/tiny: nothing came from the Hugging Face Hub ({hub.address}) for 2 s; is" in done.stderr
+    assert not (tmp_path / "out").exists()
+    hub.slow_files = set()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_hub_that_says_nothing_of_a_model(hub: HubServer, model: str, tmp_path: Path, monkeypatch, capsys):
+    """The library's own limits are for silence between two bytes."""
+    monkeypatch.setattr(patience, "SECONDS", 1)
+    monkeypatch.setattr(listing.HfApi, "model_info", lambda *_, **__: time.sleep(20))
+    line = failure(capsys, "quantize", model, "-o", str(tmp_path / "out"), *FAST)
+    assert "org/tiny: nothing came from the Hugging Face Hub" in line
 
 
 def test_a_server_that_is_no_hub(hub: HubServer, model: str, tmp_path: Path, capsys):
