@@ -81,12 +81,14 @@ def draw_traffic(record: Mapping[str, Any], path: Path) -> None:
                 for row in rows
                 if row["contender"] == name and tuple(row["load"]) == load
             )
+            if not points:  # the run was cut off before
+                continue
             x, median, low, high = zip(*points, strict=True)
             axes.plot(x, median, "-o", color=colors[name], label=name)
             axes.fill_between(x, low, high, color=colors[name], alpha=0.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(sorted({row["concurrency"] for row in rows}))
+        axes.set_xticks(sorted({row["concurrency"] for row in rows if tuple(row["load"]) == load}))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("requests at once")
         axes.set_title(f"{load[0]} tokens in, {load[1]} out", fontsize=9)

@@ -65,6 +65,18 @@ def test_throughput_is_the_median_of_turns_by_load_and_requests(tmp_path: Path, 
     assert "no device, made-up figures" in figure.get_suptitle()
 
 
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib: pip install 'vllm-milo[bench]'")
+def test_a_run_that_was_cut_off_is_drawn_as_far_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    record = made_up()
+    record["turns"] = [row for row in record["turns"] if row["load"] == [128, 128] or row["contender"] == "milo"]
+    plots.draw_traffic(record, tmp_path / "plot.png")
+    assert [len(axes.get_lines()) for axes in drawn[0].axes] == [3, 1]
+
+
 def test_no_two_contenders_look_alike():
     colors = plots.contender_colors(["bf16", "milo", "marlin-int4-g128", "milo-small", "milo-s1"])
     assert len({*colors.values()}) == 5
