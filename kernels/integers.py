@@ -1,7 +1,7 @@
-"""Symmetric integers of 8 or 4 bits in 32-bit words, as weight-only GEMMs of other makers take them.
+"""Integers of up to 8 bits in 32-bit words, as weight-only GEMMs of other makers and compressed-tensors store them.
 
-Value i of a row is stored as q + 2^(bits - 1), from bit bits·i on of the row's little-endian bit stream: four or eight
-values a word. compressed-tensors packs weights in the same way.
+Code i of a row is in word i // ⌊32/bits⌋, the first in the lowest bits: four, eight or ten codes of 8, 4 or 3 bits a
+word, whose two highest bits are unused at 3. Symmetric integers are stored as codes, q + 2^(bits - 1).
 """
 
 from __future__ import annotations
@@ -11,8 +11,42 @@ import torch
 WORD = 32
 
 
+def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes along the last dimension; what the last word has no codes for is 0.
+
+    Args:
+        codes: from 0 to 2^bits - 1, any integer dtype, [..., K].
+        bits: of a code, 1 to 8.
+
+    Returns:
+        int32 [..., ⌈K/⌊32/bits⌋⌉].
+    """
+    in_word = WORD // bits
+    missing = -codes.shape[-1] % in_word
+    held = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
+    held = held.unflatten(-1, (-1, in_word))
+    words = torch.zeros(held.shape[:-1], dtype=torch.int32, device=codes.device)
+    for index in range(in_word):
+        words |= held[..., index].to(torch.int32) << (bits * index)
+    return words
+
+
+def unpack_words(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Undo :func:`pack_words`.
+
+    Args:
+        words: int32 [..., ⌈columns/⌊32/bits⌋⌉].
+        bits: of a code, 1 to 8.
+        columns: codes of a row.
+
+    Returns:
+        uint8 [..., columns].
+    """
+    return _unpack(words, bits, 0, torch.uint8)[..., :columns]
+
+
 def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack integers along the last dimension.
+    """Pack symmetric integers along the last dimension.
 
     Args:
         values: from -2^(bits - 1) to 2^(bits - 1) - 1, any integer dtype, [..., K].
@@ -27,19 +61,21 @@ def pack_integers(values: torch.Tensor, bits: int) -> torch.Tensor:
     in_word = WORD // bits
     if values.shape[-1] % in_word:
         raise ValueError(f"cannot pack {values.shape[-1]} values of {bits} bits: not a multiple of {in_word}")
-    codes = values.unflatten(-1, (-1, in_word)).to(torch.int32) + 2 ** (bits - 1)
-    words = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=values.device)
-    for index in range(in_word):
-        words |= codes[..., index] << (bits * index)
-    return words
+    return pack_words(values.to(torch.int32) + 2 ** (bits - 1), bits)
 
 
 def unpack_integers(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Undo :func:`pack_integers`: int32 [..., K·bits/32] -> int8 [..., K]."""
+    return _unpack(words, bits, 2 ** (bits - 1), torch.int8)
+
+
+def _unpack(words: torch.Tensor, bits: int, zero: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return all codes of words less ``zero``: ``dtype`` [..., K]."""
     in_word = WORD // bits
-    values = torch.empty(*words.shape, in_word, dtype=torch.int8, device=words.device)
+    values = torch.empty(*words.shape, in_word, dtype=dtype, device=words.device)
     for index in range(in_word):
-        values[..., index] = ((words >> (bits * index)) & (2**bits - 1)) - 2 ** (bits - 1)
+        codes = (words >> (bits * index)) & (2**bits - 1)  # >> of a negative word fills with ones, which the mask takes
+        values[..., index] = codes - zero if zero else codes
     return values.flatten(-2)
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from vllm_milo.checkpoint import BITS, PACKED, SCALE, ZERO
+from vllm_milo.kernels.integers import pack_words
 from vllm_milo.kernels.packing import MAX_CODE, unpack_codes
 
 from ..errors import ConversionError
 
 ZERO_POINT, SHAPE = "weight_zero_point", "weight_shape"
 """Last names of tensors that MiLo does not have; codes and scales are called as there."""
-_IN_WORD = 10
 
 
 def export_matrix(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -47,21 +47,11 @@ def export_matrix(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, t
             f"--method rtn, hqq or mse and --zero-points integer"
         )
     return {
-        PACKED: pack_words(codes),
+        PACKED: pack_words(codes, BITS),
         SCALE: tensors[SCALE],
-        ZERO_POINT: pack_words(zero.to(torch.uint8).T).T.contiguous(),
+        ZERO_POINT: pack_words(zero.to(torch.uint8).T, BITS).T.contiguous(),
         SHAPE: torch.tensor(codes.shape),
     }
-
-
-def pack_words(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes 0..7, uint8 [R, C], into int32 [R, ⌈C/10⌉]; what the last word has no codes for is 0."""
-    missing = -codes.shape[1] % _IN_WORD
-    tens = torch.nn.functional.pad(codes, (0, missing)).unflatten(1, (-1, _IN_WORD))
-    words = torch.zeros(tens.shape[:2], dtype=torch.int32)
-    for index in range(_IN_WORD):
-        words |= tens[..., index].to(torch.int32) << (BITS * index)
-    return words
 
 
 def describe_format(sizes: Mapping[str, int], ignore: Iterable[str]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from vllm_milo.kernels.packing import MAX_CODE
+from vllm_milo.checkpoint import BITS
+from vllm_milo.kernels.integers import WORD, unpack_words
 from vllm_milo.shards import TensorEntry
 
 from ..errors import ConversionError
 from .grid import Grid, Load, Size, refuse_order, require, require_shape
 
-_BITS, _IN_WORD = 3, 10
+_IN_WORD = WORD // BITS
 _SYMMETRIC = 4
 """Zero point of matrices that store none."""
 _FORMAT = ("pack-quantized", None)
@@ -81,10 +82,10 @@ class CompressedTensors:
             refuse_order(f"{module}.weight_g_idx", tensors["weight_g_idx"], size)
         scale = tensors["weight_scale"]
         if "weight_zero_point" in tensors:
-            zero = _unpack(tensors["weight_zero_point"].T, size.n).T
+            zero = unpack_words(tensors["weight_zero_point"].T, BITS, size.n).T
         else:
             zero = torch.full(scale.shape, _SYMMETRIC, dtype=torch.uint8)
-        return Grid(_unpack(tensors["weight_packed"], size.k), scale, zero)
+        return Grid(unpack_words(tensors["weight_packed"], BITS, size.k), scale, zero)
 
 
 def _check_group(group: Any, what: str) -> None:
@@ -95,14 +96,6 @@ def _check_group(group: Any, what: str) -> None:
     require(group, "format", _FORMAT, what)
     for key in ("input_activations", "output_activations"):
         require(group, key, (None,), what)
-    require(weights, "num_bits", (_BITS,), f"{what}.weights")
+    require(weights, "num_bits", (BITS,), f"{what}.weights")
     require(weights, "type", ("int",), f"{what}.weights")
     require(weights, "strategy", ("group", "channel"), f"{what}.weights")
-
-
-def _unpack(words: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return codes uint8 [R, columns] of words int32 [R, ⌈columns/10⌉]."""
-    codes = torch.empty(*words.shape, _IN_WORD, dtype=torch.uint8)
-    for index in range(_IN_WORD):
-        codes[..., index] = (words >> (_BITS * index)) & MAX_CODE
-    return codes.flatten(-2)[:, :columns]

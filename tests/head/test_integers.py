@@ -1,11 +1,11 @@
-"""Integers of a quantized head: packing, scales, and the weights that they stand for."""
+"""Integers of a quantized head: scales, and the weights that they stand for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from vllm_milo.kernels.integers import dequantize_integers, pack_integers, unpack_integers
+from vllm_milo.kernels.integers import dequantize_integers, pack_integers
 from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.solve import output_head
 from vllm_milo.offline.solve.output_head import quantize_head
@@ -21,19 +21,6 @@ def quantize(weight: torch.Tensor, bits: int, groups: int) -> tuple[torch.Tensor
 def restored(weight: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
     values, scale = quantize(weight, bits, groups)
     return dequantize_integers(pack_integers(values, bits), scale, bits)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packing_is_undone_and_is_that_of_other_makers(bits: int):
-    values = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 64))
-    assert torch.equal(unpack_integers(pack_integers(values, bits), bits).long(), values)
-    first = pack_integers(torch.tensor([[-(2 ** (bits - 1)) + 1] + [-(2 ** (bits - 1))] * (32 // bits - 1)]), bits)
-    assert first.tolist() == [[1]]  # the first value lies in the lowest bits, and the lowest value is 0
-
-
-def test_values_that_fill_no_word_are_refused():
-    with pytest.raises(ValueError, match="not a multiple of 8"):
-        pack_integers(torch.zeros(1, 12, dtype=torch.int8), 4)
 
 
 @pytest.mark.parametrize(("bits", "groups", "plain"), [(8, 1, 127), (4, 4, 7)])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_targets
 from foreign_checkpoints import compressed, gptq
@@ -19,7 +18,7 @@ from vllm_milo.offline.cli import main as milo
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.exporting.compressed import describe_format, pack_words
+from vllm_milo.offline.exporting.compressed import describe_format
 from vllm_milo.offline.exporting.exporter import _group_sizes, export_checkpoint
 from vllm_milo.offline.importing.importer import import_checkpoint
 from vllm_milo.offline.nouns import Recipe
@@ -158,12 +157,6 @@ def test_fused_linear_layers_that_differ_in_group_size_are_refused():
     message = r"v_proj: has groups of 32, but \S+q_proj groups of 64, .* one size for \S+self_attn\.qkv_proj"
     with pytest.raises(ConversionError, match=message):
         _group_sizes(modules, fmt)
-
-
-@pytest.mark.parametrize("columns", [1, 9, 10, 11, 64, 128])
-def test_words_are_those_of_compressed_tensors(columns: int):
-    codes = torch.randint(0, 8, (5, columns), dtype=torch.uint8)
-    assert torch.equal(pack_words(codes), pack_to_int32(codes.to(torch.int8) - 4, 3))
 
 
 def test_the_usual_group_size_is_that_of_all_linear_layers():
