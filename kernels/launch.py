@@ -139,11 +139,6 @@ def launch_mode(device: torch.device, few_tokens: bool) -> LaunchMode:
     return LaunchMode(nvidia, few_tokens and nvidia and major >= 9, major not in (0, *TOGETHER))
 
 
-def multiplies_by_warps(mode: LaunchMode, block_m: int) -> bool:
-    """Return whether Triton takes a warp's MMA for tiles of ``block_m`` tokens; four warps together need 16."""
-    return mode.warps or block_m < 16
-
-
 @cache
 def processors(device: torch.device) -> int:
     """Return the multiprocessors of a GPU; a made-up number in the interpreter."""

@@ -31,6 +31,8 @@ from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.tuning.compiling import TargetDriver
 
 SERVING = "vllm_milo.kernels.serving."
+SHORT_TAIL = GemmConfig(16, 128, 2, False, 4, 4, tail_m=8)
+"""Multiplies by warpgroups where there are, but the tail by warps."""
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
@@ -41,6 +43,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         for tokens in (1, 2000):
             yield partial(mixtral, tokens)
             yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
+        yield partial(mixtral, 16, tile=SHORT_TAIL)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
         yield partial(run_converter, 64)
@@ -56,6 +59,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
     for group in (32, 64, 128):
         yield partial(run_converter, group)
         yield partial(run_repack, group, 3)
+    yield partial(mixtral, 16, tile=SHORT_TAIL)
     if which == "usual":
         return
     for group, bits, intermediate in ((32, 8, 320), (128, 3, 384), (64, 16, 320)):

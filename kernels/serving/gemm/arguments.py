@@ -132,7 +132,7 @@ class Tile(NamedTuple):
         HAS_MAP: whether a map says which experts are local.
         BLOCKS: how pairs lie in blocks, in the words of :func:`..blocks.load_pairs`.
         SCALE: what is scaled: "products", "weights" or "fast" (weights in fp16), see :mod:`.dequant`.
-        WARP_MMA: whether a warp multiplies, not four together, which decides :func:`.dequant.operand_order`.
+        WARP_MMA: whether the device multiplies by warps alone, whatever the tile; see :func:`.dequant.operand_order`.
         EVEN_N: whether every part's outputs fill whole tiles.
         EVEN_K: whether K is a multiple of 128.
         HAS_ROW_SCALE: whether there is a ``row_scale``.

@@ -59,7 +59,7 @@ class GemmConfig(NamedTuple):
             "num_warps": (4, 8),
             "num_stages": range(1, 9),
             "group_blocks": range(1, 65),
-            "tail_m": (0, 16, 32, 64, 128),
+            "tail_m": (0, 8, 16, 32, 64, 128),
         }
         if bad := [name for name, values in allowed.items() if numbers[name] not in values]:
             return f"{bad[0]} is {numbers[bad[0]]}, and must be one of {', '.join(map(str, allowed[bad[0]]))}"

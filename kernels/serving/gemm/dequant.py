@@ -26,6 +26,8 @@ from .proved import warn_if_unproved
 warn_if_unproved(triton.__version__)
 
 _FP16_ONE = tl.constexpr(5.9604644775390625e-08)  # 2^-24
+WARPGROUP_TOKENS = tl.constexpr(16)
+"""Tokens that a tile must have for Triton to let four warps multiply together, where the device can."""
 
 
 @triton.jit

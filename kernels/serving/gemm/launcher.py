@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ...launch import LaunchMode, launch, multiplies_by_warps
+from ...launch import LaunchMode, launch
 from ..blocks import block_kind, make_blocks
 from ..layout import KernelWeights
 from ..padding import MULTIPLE
@@ -177,7 +177,7 @@ def _make_tile(
         HAS_MAP=routes is not None and routes.expert_map is not None,
         BLOCKS=block_kind(blocks, routes),
         SCALE=scale,
-        WARP_MMA=multiplies_by_warps(mode, config.block_m),
+        WARP_MMA=mode.warps,
         EVEN_N=bool(activation) or all(width % config.block_n == 0 for width in widths),
         EVEN_K=source.x.shape[1] % 128 == 0,
         HAS_ROW_SCALE=source.row_scale is not None,

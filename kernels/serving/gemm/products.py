@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .dequant import (
+    WARPGROUP_TOKENS,
     add_group,
     code_operand,
     fast_operand,
@@ -52,13 +53,13 @@ def _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TIL
 
 @triton.jit
 def _add_halves(
-    acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE: tl.constexpr
+    acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """acc += the products of a unit in two halves, of one group of 128 or of two of 64."""
     BF16: tl.constexpr = TILE.BF16
     ASM: tl.constexpr = TILE.ASM
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    WARP: tl.constexpr = TILE.WARP_MMA
+    WARP: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
     wide: tl.constexpr = TILE.SCALE == "weights" and TILE.BF16
     k64 = operand_order(64, WARP)
     x0 = tl.load(x_rows + k64[:, None], mask=x_mask, other=0.0)
@@ -133,7 +134,7 @@ def multiply(
         if TILE.GROUP == 32:
             acc = _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TILE, BLOCK_M)
         else:
-            acc = _add_halves(acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE)
+            acc = _add_halves(acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE, BLOCK_M)
         words += 12 * N
         scales += N * groups
         x_rows += 128

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .dequant import finished, operand_order
+from .dequant import WARPGROUP_TOKENS, finished, operand_order
 
 
 class Columns(NamedTuple):
@@ -125,7 +125,7 @@ def add_up_projection(
 ):  # fmt: skip
     """acc += Uᵀ·(V·x) for this tile, over this split's share of the blocks of 16 ranks of its part."""
     bits: tl.constexpr = TILE.FACTOR_BITS
-    warp: tl.constexpr = TILE.WARP_MMA
+    warp: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
     rank_step: tl.constexpr = TILE.RANK_STEP
     step: tl.constexpr = rank_step // 16
     groups: tl.constexpr = TILE.BLOCK_N // 64
@@ -155,7 +155,7 @@ def add_gated_up_projection(
 ):
     """acc += Uᵀ·(V·x) where gate's columns and up's alternate: what both need is loaded before it is used."""
     bits: tl.constexpr = TILE.FACTOR_BITS
-    warp: tl.constexpr = TILE.WARP_MMA
+    warp: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
     splits: tl.constexpr = TILE.DOWN_SPLITS
     rank_step: tl.constexpr = TILE.RANK_STEP
     groups: tl.constexpr = TILE.BLOCK_N // 128 if TILE.BLOCK_N >= 128 else 1

@@ -47,7 +47,7 @@ class Tile(NamedTuple):
         RANKS: ranks of a program.
         BF16: whether x is bf16, else it is fp16.
         ASM: whether NVIDIA assembly is used.
-        WARP_MMA: whether a warp multiplies, not four together, which decides :func:`..gemm.dequant.operand_order`.
+        WARP_MMA: whether the device multiplies by warps alone, whatever the tile, as in :class:`..gemm.arguments.Tile`.
         EVEN_K: whether K is a multiple of 128.
         HAS_MAP: whether a map says which experts are local.
         BLOCKS: how pairs lie in blocks, in the words of :func:`..blocks.load_pairs`.

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..blocks import block_expert, load_pairs
-from ..gemm.dequant import code_operand, finished, operand_order, scale_and_zero, scaled
+from ..gemm.dequant import WARPGROUP_TOKENS, code_operand, finished, operand_order, scale_and_zero, scaled
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _down_project(
     end = tl.minimum(begin + unit_chunk, units)
     row = tl.load(factor.rank_blocks + expert * PARTS) * 16 + slot
     in_rank = row < tl.load(factor.rank_blocks + expert * PARTS + PARTS) * 16
-    WARP: tl.constexpr = TILE.WARP_MMA and TILE.FACTOR_BITS == 3
+    WARP: tl.constexpr = (TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS) and TILE.FACTOR_BITS == 3
     k64 = operand_order(64, WARP)
     lane = tl.arange(0, 4)
     first_unit = (row // 16).to(tl.int64) * units + begin

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ...launch import LaunchMode, launch, multiplies_by_warps
+from ...launch import LaunchMode, launch
 from ..blocks import block_kind, make_blocks
 from ..layout import KernelWeights
 from ..routing import Routes, TokenBlocks
@@ -103,7 +103,7 @@ def project(
         RANKS=RANKS,
         BF16=x.dtype == torch.bfloat16,
         ASM=mode.asm,
-        WARP_MMA=multiplies_by_warps(mode, how.block_m),
+        WARP_MMA=mode.warps,
         EVEN_K=k % 128 == 0,
         HAS_MAP=routes is not None and routes.expert_map is not None,
         BLOCKS=block_kind(blocks, routes),

@@ -144,6 +144,7 @@ TILES = [
     GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=64),
     GemmConfig(128, 128, 1, True, 4, 3, group_blocks=4, tail_m=64),
     GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=32, max_registers=168),
+    GemmConfig(16, 128, 2, False, 4, 3, tail_m=8),
     GemmConfig(8, 128, 2, False, 4, 4),
     GemmConfig(8, 64, 1, True, 4, 3),
     GemmConfig(8, 128, 1, False, 4, 4, max_registers=128),
