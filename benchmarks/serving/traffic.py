@@ -7,7 +7,8 @@
 Starts vLLM's OpenAI server for each contender with dummy weights, all of them on the same device, then lets vLLM's own
 ``vllm bench serve`` ask each in turn: random prompts of so many tokens, exactly so many tokens of answer, so many
 requests at once (of a load INPUT:OUTPUT:MOST at most MOST). Servers have torch.compile and CUDA graphs as users get
-them; prefixes are not cached. A server that is not asked waits and takes nothing but memory. Each figure is the median
+them, and the same routes by a table (``--own-routes``: by each contender's dummy weights, which prefer few experts or
+many); prefixes are not cached. A server that is not asked waits and takes nothing but memory. Each figure is the median
 over the turns of a turn's median, with the least and the largest turn. Answers of dummy weights mean nothing, but they
 must be of the length that was asked for.
 """
@@ -33,6 +34,7 @@ from benchmarks import ROOT
 from benchmarks.records import environment, markdown_table, write_json
 from benchmarks.serving.contenders import CONTENDERS, write_model
 from benchmarks.serving.decode import ENVIRONMENT
+from benchmarks.serving.dummy.routing import SAID
 from benchmarks.serving.models import MODELS, kv_bytes
 from benchmarks.serving.server import serve
 from benchmarks.serving.word_tokenizer import write_tokenizer
@@ -40,10 +42,12 @@ from benchmarks.serving.word_tokenizer import write_tokenizer
 FIGURES = {"tpot": "median_tpot_ms", "ttft": "median_ttft_ms", "tokens_per_second": "output_throughput"}
 """What is kept of a turn, by ``vllm bench serve``'s names: milliseconds, milliseconds, output tokens a second."""
 FILLING = {
-    "entry_points.txt": "[vllm.general_plugins]\nfilled_dummies = benchmarks.serving.worker:fill_integers\n",
+    "entry_points.txt": "[vllm.general_plugins]\nfilled_dummies = benchmarks.serving.dummy.weights:fill_integers\n",
     "METADATA": "Metadata-Version: 2.1\nName: filled-dummies\nVersion: 0\n",
 }
-"""A package that has vLLM fill packed dummy weights in each of its processes; see :func:`.worker.fill_integers`."""
+"""A package that has vLLM fill packed dummy weights in each of its processes; see :mod:`.dummy.weights`."""
+ROUTING = "alike_routes = benchmarks.serving.dummy.routing:route_alike\n"
+"""A further entry point of it, for the same routes for all; see :mod:`.dummy.routing`."""
 
 
 class Load(NamedTuple):
@@ -74,6 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "traffic",
         "model": arguments.model,
         "layers": arguments.layers,
+        "routes": "own" if arguments.own_routes else "table",
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "turns": [],
     }
@@ -102,7 +107,8 @@ def start(arguments: argparse.Namespace, folder: Path, stack: contextlib.ExitSta
     package = folder / "site" / "filled_dummies-0.dist-info"
     package.mkdir(parents=True)
     for file, text in FILLING.items():
-        (package / file).write_text(text, encoding="utf-8")
+        more = ROUTING if file == "entry_points.txt" and not arguments.own_routes else ""
+        (package / file).write_text(text + more, encoding="utf-8")
     with ThreadPoolExecutor(len(arguments.contenders)) as pool:
         opened = [pool.submit(start_one, name, arguments, folder) for name in arguments.contenders]
         found: dict[str, Any] = {"seconds": {}}
@@ -110,8 +116,20 @@ def start(arguments: argparse.Namespace, folder: Path, stack: contextlib.ExitSta
             server, url, seconds = future.result()
             stack.push(server.__exit__)
             found[name], found["seconds"][name] = url, seconds
+            if not arguments.own_routes and torch.cuda.is_available():  # on CPUs vLLM selects experts elsewhere
+                require_table(folder / f"{name}.log")
             print(f"{name}: answers after {seconds:.0f} s", flush=True)
     return found
+
+
+def require_table(log: Path) -> None:
+    """Refuse a server whose routers did not choose by the table while it was started.
+
+    Raises:
+        RuntimeError: the log does not say that they did.
+    """
+    if SAID not in log.read_text(encoding="utf-8", errors="replace"):
+        raise RuntimeError(f"{log.name} does not say that {SAID}: this vLLM selects experts elsewhere; --own-routes")
 
 
 def start_one(contender: str, arguments: argparse.Namespace, folder: Path) -> tuple[Any, str, float]:
@@ -232,6 +250,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--kv-gib", type=float, default=48.0, help="most memory of a server's KV cache")
     parser.add_argument("--start-seconds", type=float, default=400)
+    parser.add_argument("--own-routes", action="store_true", help="routers choose by dummy weights")
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs")
     arguments = parser.parse_args(words)
     text = format_report(run(arguments))
