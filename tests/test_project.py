@@ -302,8 +302,9 @@ def test_pages_link_to_what_is_there():
 
 def test_every_readme_command_is_known():
     for command in readme_commands():
-        # milo: above; vllm and curl: test_vllm_server
-        known = command in IN_CI or command.startswith(("milo ", "vllm serve ", "curl "))
+        # milo: above; vllm and curl: test_vllm_server; lm_eval: benchmarks/test_lm_eval, which takes it from the page
+        lm_eval = 'python -c "import vllm_milo; from lm_eval'
+        known = command in IN_CI or command.startswith(("milo ", "vllm serve ", "curl ", lm_eval))
         assert known, f"the README's command {command!r} is run by no test"
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     for command in IN_CI:  # of the slow tests, those that are not long

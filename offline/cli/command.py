@@ -7,8 +7,9 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from vllm_milo.checkpoint import CheckpointError
@@ -32,10 +33,26 @@ def main(argv: Sequence[str] | None = None, further: Sequence[Subcommand] = ()) 
     """Run the command line, with the subcommands of other packages that ``further`` holds; return the exit status.
 
     That is 0, or 1 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more.
+    What calls it with words of its own gets its handler of SIGTERM back, and may be any thread.
     """
+    if threading.current_thread() is not threading.main_thread():  # which may set no handlers
+        return _run(argv, further)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return _run(argv, further, _terminate)
+    finally:
+        if argv is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _run(
+    argv: Sequence[str] | None, further: Sequence[Subcommand], terminate: Callable[..., NoReturn] | None = None
+) -> int:
+    """Run the command line; ``terminate`` is what handles SIGTERM, None to leave that as it is."""
     name = "milo"
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        if terminate is not None:
+            signal.signal(signal.SIGTERM, terminate)
         if sys.stderr is None:  # closed by whoever started this
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         arguments = _parser(further).parse_args(argv)

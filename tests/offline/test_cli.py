@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,15 @@ def test_an_interrupt_while_options_are_read(
         for one, handler in before.items():
             signal.signal(one, handler)
     assert capsys.readouterr().err == "milo: interrupted; nothing was left behind\n"
+
+
+def test_called_from_python_it_leaves_the_handlers_as_they_were(capsys: pytest.CaptureFixture[str]):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["families"]) == 0
+    assert main(["inspect", "no such folder"]) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, ["families"]).result() == 0
 
 
 def test_an_interrupt_while_the_libraries_are_loaded():
