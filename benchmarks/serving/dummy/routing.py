@@ -76,4 +76,4 @@ def route_alike() -> None:
     """
     from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 
-    FusedMoERouter.select_experts = replacing(FusedMoERouter.select_experts)
+    setattr(FusedMoERouter, "select_experts", replacing(FusedMoERouter.select_experts))  # noqa: B010 (mypy)
