@@ -15,14 +15,13 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import main_command
+from benchmarks.processes import run_main
 from benchmarks.records import markdown_table, write_json
 from benchmarks.serving.contenders import CONTENDERS, write_model
 from benchmarks.serving.models import MODELS, kv_bytes
@@ -75,16 +74,10 @@ def measure(contender: str, arguments: argparse.Namespace, folder: Path) -> dict
     row: dict[str, Any] = {"contender": contender, "model": arguments.model, "layers": arguments.layers}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ENVIRONMENT
     start = time.monotonic()
-    with log.open("w") as file:
-        try:
-            code = subprocess.run(
-                main_command("benchmarks.serving.worker", str(folder / "job.json"), str(out)),
-                env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT,
-                timeout=arguments.contender_seconds, check=False,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            code = -1
-            file.write(f"\nstopped after {arguments.contender_seconds:.0f} s\n")
+    words, seconds = (str(folder / "job.json"), str(out)), arguments.contender_seconds
+    code = run_main(
+        "benchmarks.serving.worker", *words, folder=folder, log=log, environment=environment, seconds=seconds
+    )
     row["total_seconds"] = time.monotonic() - start
     text = log.read_text(errors="replace")
     row["kernels"] = sorted(set(KERNEL_LINES.findall(text)))

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.offline.random_model import LAYERS
-from benchmarks.processes import main_command
+from benchmarks.processes import run_main
 from benchmarks.records import markdown_table, write_json
 from benchmarks.serving.checkpoints import write_checkpoint
 from benchmarks.serving.decode import ENVIRONMENT, SHOWN_LOG
@@ -72,11 +71,8 @@ def start(checkpoint: Path, arguments: argparse.Namespace, caches: Path) -> dict
         job, out, log = (Path(folder) / name for name in ("job.json", "out.json", "vllm.log"))
         begun = time.time()
         job.write_text(json.dumps({"folder": str(checkpoint), "engine": engine, "begun": begun}))
-        with log.open("w") as file:
-            code = subprocess.run(
-                main_command("benchmarks.serving.first_token", str(job), str(out)),
-                env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT, check=False,
-            ).returncode  # fmt: skip
+        words = (str(job), str(out))
+        code = run_main("benchmarks.serving.first_token", *words, folder=Path(folder), log=log, environment=environment)
         text = log.read_text(errors="replace")
         if code != 0 or not out.exists():
             raise SystemExit(f"vLLM ended with {code}: ...{text[-SHOWN_LOG:]}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.serving.dummy.weights import fill_integers
+from benchmarks.tensors import tensor_sizes
 
 PROMPT_TOKENS = 32
 SHORT, LONG = 8, 72
@@ -26,16 +27,12 @@ PROFILED_KERNELS = 25
 def stored_bytes(model: torch.nn.Module) -> dict[str, int]:
     """Return the bytes of a model's tensors: experts, attention, shared experts, and the rest."""
     total = {"experts": 0, "attention": 0, "shared": 0, "rest": 0}
-    seen = set()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
+    for name, (size, _) in tensor_sizes(model).items():
         words = name.split(".")
         shared = any(word.startswith("shared_expert") for word in words)
         attention = "self_attn" in words and not any("rotary" in word for word in words)
         kind = "experts" if "experts" in words else "attention" if attention else "rest"
-        total["shared" if shared else kind] += tensor.nbytes
+        total["shared" if shared else kind] += size
     return total
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.accuracy.at_load import run
 from benchmarks.accuracy.at_load.contenders import CONTENDERS
 from benchmarks.accuracy.at_load.predictions import Predictions, distance
-from benchmarks.accuracy.at_load.worker import tensor_sizes
+from benchmarks.tensors import tensor_sizes
 
 BUNDLED = Path("tests/assets/tiny-qwen2-moe").absolute()
 TEXT = Path("tests/assets/valid.txt").absolute()

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ from safetensors.torch import save_file
 
 from benchmarks.accuracy.at_load.contenders import CONTENDERS, REFERENCE
 from benchmarks.accuracy.at_load.predictions import Predictions, distance
-from benchmarks.processes import main_command
+from benchmarks.processes import run_main
 from benchmarks.records import markdown_table, write_json
 from benchmarks.serving.decode import ENVIRONMENT, SHOWN_LOG
 from vllm_milo.offline.evaluation.divergence import text_windows
@@ -103,20 +102,14 @@ def measure(
     environment |= ENVIRONMENT | dict(way.environment)
     row: dict[str, Any] = {"contender": contender, "format_bits": way.bits}
     start = time.monotonic()
-    with (folder / "vllm.log").open("w") as log:
-        try:
-            code = subprocess.run(
-                main_command("benchmarks.accuracy.at_load.worker", str(folder / "job.json")),
-                env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT,
-                timeout=arguments.contender_seconds, check=False,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            code = -1
-            log.write(f"\nstopped after {arguments.contender_seconds:.0f} s\n")
+    log, word, seconds = folder / "vllm.log", str(folder / "job.json"), arguments.contender_seconds
+    code = run_main(
+        "benchmarks.accuracy.at_load.worker", word, folder=folder, log=log, environment=environment, seconds=seconds
+    )
     row["total_seconds"] = time.monotonic() - start
     noted = folder / "noted.json"
     if code != 0 or not noted.exists():
-        end = (folder / "vllm.log").read_text(errors="replace")[-SHOWN_LOG:]
+        end = log.read_text(errors="replace")[-SHOWN_LOG:]
         return row | {"error": f"vLLM ended with {code}: ...{end}"}, None
     return row | json.loads(noted.read_text()), Predictions.read(folder / "predictions")
 

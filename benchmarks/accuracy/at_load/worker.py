@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.accuracy.at_load.predictions import Predictions
+from benchmarks.tensors import tensor_sizes
 
 BATCH = 8
 """Windows whose log-probabilities are held as vLLM returns them."""
@@ -39,17 +40,6 @@ def note_load(noted: dict[str, Any]) -> None:
         return model
 
     BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
-
-
-def tensor_sizes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Return bytes and number of elements of a model's tensors by name, those that share memory once."""
-    sizes: dict[str, tuple[int, int]] = {}
-    seen: set[int] = set()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.numel() and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            sizes[name] = (tensor.nbytes, tensor.numel())
-    return sizes
 
 
 def predict(llm: Any, windows: list[list[int]], top: int) -> Predictions:
