@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm
 
 from ..errors import ConversionError
@@ -25,6 +26,7 @@ from .listing import NOT_WANTED, SETTINGS, WEIGHTS, Listing
 from .patience import Patience
 
 THREADS = 8
+"""In which files, or their headers, come."""
 
 
 def is_offline() -> bool:
@@ -102,7 +104,7 @@ def _fetch(listing: Listing, names: Sequence[str], shown_bytes: int) -> Path:
 
 def cache_folder(listing: Listing) -> Path:
     """Return where the Hub's cache keeps a model; it need not be there yet."""
-    return Path(constants.HF_HUB_CACHE) / f"models--{listing.name.repository.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=listing.name.repository, repo_type="model")
 
 
 def _note_revision(listing: Listing, name: str) -> None:

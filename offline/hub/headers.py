@@ -16,12 +16,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from .background import each
-from .download import download_settings
+from .download import THREADS, download_settings
 from .failures import one_line
 from .listing import Listing
 from .patience import Patience
-
-THREADS = 8
 
 
 @contextmanager
