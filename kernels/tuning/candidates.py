@@ -144,6 +144,6 @@ def _tiles(tokens: int, shape: MoEShape, gemm: GemmShape, place: int, device: to
 
 
 def _tails(tile: GemmConfig) -> tuple[int, ...]:
-    if tile.block_m <= 16:
-        return (0,) if tile.block_m == 8 else (0, 8)
-    return (tile.block_m // 2, tile.block_m // 4) if tile.scaled else (0, 8, 16)
+    if tile.scaled:
+        return tile.block_m // 2, tile.block_m // 4
+    return tuple(tail for tail in (0, 8, 16) if tail < tile.block_m)
