@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from hub_streams import by_layer, put
 from huggingface_hub import constants
 from tiny_models import cut_model
 
@@ -32,3 +33,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def shards(hub: HubServer, deep_model: Path) -> list[str]:
+    return put(hub, deep_model, by_layer)
