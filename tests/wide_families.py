@@ -73,6 +73,7 @@ GRAPHS = {
     "enforce_eager": False,
     "dtype": "bfloat16",
     "trust_remote_code": True,
+    "additional_config": {"gdn_prefill_backend": "triton"},  # on Hopper FlashInfer's, which is not everywhere
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]},
 }
 """Of vLLM on GPUs: prompts, too, are run by graphs."""

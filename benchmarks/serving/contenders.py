@@ -29,12 +29,16 @@ CONTENDERS = {
     "milo-s1": Contender(lambda name, layers: milo(MODELS[name], 1 / 8, 16)),
     "milo-s2": Contender(lambda name, layers: milo(MODELS[name], 1 / 4, 32)),
     "milo-no-compensators": Contender(lambda name, layers: milo(MODELS[name], 0, 0)),
-    "marlin-int4-g128": Contender(lambda name, layers: gptq(MODELS[name])),
+    "int4-g128": Contender(lambda name, layers: gptq(MODELS[name])),
+    "marlin-int4-g128": Contender(lambda name, layers: gptq(MODELS[name]), "marlin"),
     "bf16": Contender(None),
     "humming-int4-g128": Contender(lambda name, layers: gptq(MODELS[name]), "humming"),
     "humming-uint3-g64": Contender(lambda name, layers: humming(MODELS[name])),
 }
-"""``milo`` and ``milo-small`` are the bits, groups and ranks by role of the presets ``balanced`` and ``small``."""
+"""``milo`` and ``milo-small`` are the bits, groups and ranks by role of the presets ``balanced`` and ``small``.
+``int4-g128`` is a GPTQ checkpoint by the kernels that vLLM chooses: for experts Marlin up to 0.26, and Humming on
+Hopper in 0.33, where ``marlin-int4-g128`` asks for Marlin. Its dense layers are vLLM's choice in both (Machete on
+Hopper)."""
 
 
 def write_model(folder: Path, name: str, contender: str, layers: int) -> dict[str, Any]:

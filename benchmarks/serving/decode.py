@@ -1,4 +1,4 @@
-"""Decode latency, throughput and weight memory in vLLM with dummy weights: MiLo against int4 Marlin, bf16, Humming.
+"""Decode latency, throughput and weight memory in vLLM with dummy weights: MiLo against int4, bf16, Humming.
 
     python -m benchmarks.serving.decode -o out/serve.json    # Mixtral-8x7B's shapes, 8 layers
     python -m benchmarks.serving.decode -o out/serve.json --model qwen3 --layers 48 --contenders milo-s1,bf16
@@ -79,11 +79,15 @@ def measure(contender: str, arguments: argparse.Namespace, folder: Path) -> dict
         "benchmarks.serving.worker", *words, folder=folder, log=log, environment=environment, seconds=seconds
     )
     row["total_seconds"] = time.monotonic() - start
-    text = log.read_text(errors="replace")
-    row["kernels"] = sorted(set(KERNEL_LINES.findall(text)))
+    row["kernels"] = chosen_kernels(log)
     if code != 0 or not out.exists():
-        return row | {"error": f"vLLM ended with {code}: ...{text[-SHOWN_LOG:]}"}
+        return row | {"error": f"vLLM ended with {code}: ...{log.read_text(errors='replace')[-SHOWN_LOG:]}"}
     return row | json.loads(out.read_text())
+
+
+def chosen_kernels(log: Path) -> list[str]:
+    """Return the lines of vLLM's log that say which kernels it chose."""
+    return sorted(set(KERNEL_LINES.findall(log.read_text(encoding="utf-8", errors="replace"))))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", choices=list(MODELS), default="mixtral")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--contenders", default="milo-s1,marlin-int4-g128", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--contenders", default="milo,int4-g128", help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--batches", type=_numbers, default=[1, 16, 32, 64])
     parser.add_argument("--profile", type=_numbers, default=[], help="batches whose kernels' times are recorded too")
     parser.add_argument("--prompts", type=int, default=256, help="of the throughput run, 128 tokens in, 128 out")

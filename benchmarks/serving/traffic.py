@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving.traffic -o out/traffic.json    # Mixtral-8x7B's shapes at full depth
     python -m benchmarks.serving.traffic -o out/traffic.json --model qwen3 --layers 48 --concurrency 1 16 64
-        [--contenders milo marlin-int4-g128] [--loads 128:128 1024:256:64] [--turns 3] [--kv-gib 20]
+        [--contenders milo int4-g128] [--loads 128:128 1024:256:64] [--turns 3] [--kv-gib 20]
 
 Starts vLLM's OpenAI server for each contender with dummy weights, all of them on the same device, then lets vLLM's own
 ``vllm bench serve`` ask each in turn: random prompts of so many tokens, exactly so many tokens of answer, so many
@@ -33,7 +33,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.records import environment, markdown_table, write_json
 from benchmarks.serving.contenders import CONTENDERS, write_model
-from benchmarks.serving.decode import ENVIRONMENT
+from benchmarks.serving.decode import ENVIRONMENT, chosen_kernels
 from benchmarks.serving.dummy.routing import SAID
 from benchmarks.serving.models import MODELS, kv_bytes
 from benchmarks.serving.server import serve
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         urls = start(arguments, Path(name), stack)
-        record["start_seconds"] = urls.pop("seconds")
+        record["start_seconds"], record["kernels"] = urls.pop("seconds"), urls.pop("kernels")
         for turn in range(arguments.turns):
             for load in arguments.loads:
                 for concurrency in load.concurrency(arguments.concurrency):
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def start(arguments: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Start all servers at once; return their URLs by contender, and under ``seconds`` what each start took."""
+    """Start all servers at once; return their URLs by contender, ``seconds`` that each took, and its ``kernels``."""
     package = folder / "site" / "filled_dummies-0.dist-info"
     package.mkdir(parents=True)
     for file, text in FILLING.items():
@@ -111,11 +111,12 @@ def start(arguments: argparse.Namespace, folder: Path, stack: contextlib.ExitSta
         (package / file).write_text(text + more, encoding="utf-8")
     with ThreadPoolExecutor(len(arguments.contenders)) as pool:
         opened = [pool.submit(start_one, name, arguments, folder) for name in arguments.contenders]
-        found: dict[str, Any] = {"seconds": {}}
+        found: dict[str, Any] = {"seconds": {}, "kernels": {}}
         for name, future in zip(arguments.contenders, opened, strict=True):
             server, url, seconds = future.result()
             stack.push(server.__exit__)
             found[name], found["seconds"][name] = url, seconds
+            found["kernels"][name] = chosen_kernels(folder / f"{name}.log")
             if not arguments.own_routes and torch.cuda.is_available():  # on CPUs vLLM selects experts elsewhere
                 require_table(folder / f"{name}.log")
             print(f"{name}: answers after {seconds:.0f} s", flush=True)
@@ -235,7 +236,10 @@ def format_report(record: Mapping[str, Any]) -> str:
     header = ["tokens", "requests at once", "contender", "ms a token", f"{first} = 1", "ms to the first", "tokens/s"]
     about = record["environment"]
     title = f"{record['model']}, {record['layers']} layers, dummy weights, vLLM {about['vllm']} on {about['device']}."
-    return "\n\n".join([title, markdown_table(header, lines)])
+    chosen = [f"- {name}: {'; '.join(kernels)}" for name, kernels in record.get("kernels", {}).items()]
+    return "\n\n".join(
+        [title, markdown_table(header, lines), *(["Kernels, by the logs:", "\n".join(chosen)] if chosen else [])]
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -244,7 +248,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", choices=list(MODELS), default="mixtral")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=["milo", "marlin-int4-g128"])
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=["milo", "int4-g128"])
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(128, 128), Load(1024, 256)])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--turns", type=int, default=3)

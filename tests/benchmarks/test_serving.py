@@ -110,6 +110,13 @@ def test_what_is_shipped_is_the_presets(name: str):
     assert small.ranks.of_module(output) < fast.of_module(output)
 
 
+def test_marlin_is_asked_for_where_it_is_named():
+    """vLLM's own choice for the same checkpoint is another on some GPUs."""
+    chosen, marlin = CONTENDERS["int4-g128"], CONTENDERS["marlin-int4-g128"]
+    assert (chosen.moe_backend, marlin.moe_backend) == ("auto", "marlin")
+    assert chosen.quantization("mixtral", 2) == marlin.quantization("mixtral", 2)
+
+
 def test_words_are_tokens_there_and_back(tmp_path: Path):
     write_tokenizer(tmp_path, 300)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -139,8 +146,12 @@ def test_servers_are_measured_in_turns(tmp_path: Path):
     output = tmp_path / "traffic.json"
     words = ["-o", str(output), "--model", "tiny", "--layers", "1", "--contenders", "milo", "bf16", "--eager"]
     traffic.main([*words, "--loads", "16:8", "--concurrency", "2", "--turns", "1"])
-    turns = json.loads(output.read_text())["turns"]
+    record = json.loads(output.read_text())
+    turns = record["turns"]
     assert [row["contender"] for row in turns] == ["milo", "bf16"]
+    assert any("milo::fused_moe" in line for line in record["kernels"]["milo"])
+    assert not any("milo::" in line for line in record["kernels"]["bf16"])
+    assert "milo::fused_moe" in output.with_suffix(".md").read_text()
     for row in turns:
         assert row["tpot"] > 0.5  # milliseconds: pieces of an answer came one after the other
         assert row["ttft"] > 0
