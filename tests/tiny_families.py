@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import hand_made
 import torch
@@ -39,61 +38,16 @@ from tiny_configs import (
     TALKER,
     VISION,
     WAVES,
+    Tiny,
 )
-from tiny_models import COMMON, FAMILIES, fill
+from tiny_models import COMMON, FAMILIES, fill, randomize
+from tiny_without_class import WITHOUT_CLASS
 
 from vllm_milo.offline.families.table import FAMILIES as TABLE
 
-
-class Tiny(NamedTuple):
-    """How a tiny model of a family is made.
-
-    Attributes:
-        config: beside what all have in common.
-        made_of: the ``model_type`` of transformers that makes its weights, where it has none for the family.
-        without: parts of names of weights that the family does not have.
-        architecture: in config.json, where it is not the name of transformers' class.
-        dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
-        published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
-        around: the larger config that the text model's is part of.
-        unquantized: whether vLLM's CPU build serves it unquantized too.
-        unsaid: keys of config.json that its makers do not have, though the family does that makes its weights.
-        louder: pattern of parameters that are eight times as large as in other models.
-    """
-
-    config: dict[str, Any]
-    made_of: str | None = None
-    without: tuple[str, ...] = ()
-    architecture: str | None = None
-    dtype: str = "float32"
-    published: tuple[tuple[str, str], ...] = ()
-    around: Mapping[str, Any] = MappingProxyType({})
-    unquantized: bool = True
-    unsaid: tuple[str, ...] = ()
-    louder: str | None = None
-
-
-BAILING = Tiny(
-    HEADS
-    | ROUTED
-    | GROUPED
-    | {"num_experts": 4, "num_shared_experts": 1, "use_qk_norm": True, "use_rmsnorm": True, "score_function": "sigmoid"}
-    | {"moe_router_enable_expert_bias": True, "use_bias": False, "use_qkv_bias": False, "embedding_dropout": 0.0}
-    | {"rope_theta": 10000.0, "norm_topk_prob": True, "scoring_func": "sigmoid"},
-    made_of="dots1",
-    architecture="BailingMoeForCausalLM",
-    published=(
-        (r"model\.embed_tokens", "model.word_embeddings"),
-        (r"self_attn\.o_proj", "attention.dense"),
-        (r"self_attn\.q_norm", "attention.query_layernorm"),
-        (r"self_attn\.k_norm", "attention.key_layernorm"),
-        (r"gate\.e_score_correction_bias", "gate.expert_bias"),
-        (r"self_attn\.[qkv]_proj", "attention.query_key_value"),  # one tensor
-    ),
-)
-
 TINY = {
     **{name: Tiny(config) for name, config in FAMILIES.items()},
+    **WITHOUT_CLASS,
     "minimax_m2": Tiny(
         HEADS
         | PLAIN
@@ -287,9 +241,6 @@ TINY = {
         | {"intermediate_size": 192, "prefix_dense_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2}
         | {"sliding_window": 64, "tie_word_embeddings": True, "num_shared_experts": 1, "logit_scale": 0.5}
     ),
-    "sarvam_moe": BAILING._replace(architecture="SarvamMoEForCausalLM"),
-    "bailing_moe": BAILING,
-    "bailing_moe_v2": BAILING._replace(architecture="BailingMoeV2ForCausalLM"),
     "llama4_text": Tiny(LLAMA),
     "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
     "gpt_oss": Tiny(
@@ -375,19 +326,51 @@ def make_family(
     made on ``device``, large ones on a GPU in seconds.
     """
     tiny = TINY[name]
-    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name, changes))
+    louder = louder or tiny.louder
     torch.manual_seed(seed)
+    if tiny.shapes is None:
+        written = _save(name, folder, dtype, device, louder, changes)
+    else:
+        written = _save_by_shapes(name, folder, dtype, device, louder, changes)
+    written = {key: value for key, value in written.items() if key not in tiny.unsaid}
+    written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+    return folder if _is_known(name) else hand_made.bring_configuration(folder, name)
+
+
+def _save(
+    name: str, folder: Path, dtype: torch.dtype, device: str, louder: str | None, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Save a model that transformers makes; return what its config.json states."""
+    tiny = TINY[name]
+    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name, changes))
     found = transformers.AutoModelForMultimodalLM if tiny.around else transformers.AutoModelForCausalLM
     with torch.device(device):
         model = found.from_config(config)
     fill(model)
     for key, parameter in model.named_parameters():
-        if (pattern := louder or tiny.louder) and re.search(pattern, key):
+        if louder and re.search(louder, key):
             parameter.data.mul_(8)
     model.to(dtype).save_pretrained(folder)
     publish(name, folder)
-    written = json.loads((folder / "config.json").read_text())
-    written = {key: value for key, value in written.items() if key not in tiny.unsaid}
-    written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
-    (folder / "config.json").write_text(json.dumps(written, indent=2))
-    return folder if _is_known(name) else hand_made.bring_configuration(folder, name)
+    return json.loads((folder / "config.json").read_text())
+
+
+def _save_by_shapes(
+    name: str, folder: Path, dtype: torch.dtype, device: str, louder: str | None, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Save a model that transformers does not make; return what its config.json states."""
+    config, shapes = _config(name, changes), TINY[name].shapes
+    assert shapes is not None
+    tensors = {}
+    for key, shape in shapes(config).items():
+        tensor = torch.empty(shape, device=device)
+        randomize(key, tensor)
+        if key == TABLE[name].embedding:
+            tensor.normal_()
+        elif key.startswith(TABLE[name].head):
+            tensor.normal_(std=0.25)
+        tensors[key] = (tensor * 8 if louder and re.search(louder, key) else tensor).to(dtype).cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return config | {"dtype": str(dtype).removeprefix("torch.")}

@@ -93,13 +93,6 @@ _ALL = (
     ),
     Refused("step3_text", "Step-3", _NOT_COMPARED, _AN_ENTRY, ("Step3TextForCausalLM",)),
     Refused(
-        "bailing_hybrid",
-        "Ling-2.5, Ring-2.5, Ling-3",
-        f"most of its layers have {_LINEAR}",
-        "slots for its linear attention, and a tiny model that is served as its dequantized self",
-        ("BailingMoeV2_5ForCausalLM", "BailingMoeV3ForCausalLM"),
-    ),
-    Refused(
         "bailing_moe_v3_vl",
         "Ling-3 with images",
         f"most layers of its text model have {_LINEAR}",

@@ -124,6 +124,16 @@ def test_a_module_is_found_by_its_last_part():
         assert module_in_checkpoint(name, known) == name, "there are two, none, or it is known"
 
 
+def test_a_module_that_checkpoints_call_otherwise():
+    """Ling-2.5's latent attention, beside its linear attention, where vLLM says dense too."""
+    layer = "model.layers.{}.attention.dense"
+    known = {layer.format(0), layer.format(2), "model.layers.3.attention.o_proj", "model.layers.3.attention.dense"}
+    assert module_in_checkpoint("model.layers.2.self_attn.o_proj", known) == layer.format(2)
+    assert module_in_checkpoint("model.layers.0.self_attn.dense", known) == layer.format(0)
+    assert module_in_checkpoint("model.layers.3.self_attn.o_proj", known) == "model.layers.3.attention.o_proj"
+    assert module_in_checkpoint("model.layers.1.self_attn.o_proj", known) == "model.layers.1.self_attn.o_proj"
+
+
 def test_keys_are_values_where_there_are_no_others():
     q, k, v = (f"model.layers.1.self_attn.{leaf}_proj" for leaf in "qkv")
     assert values_of_keys([q, k, v], {q, k}) == [q, k, k]

@@ -57,6 +57,7 @@ KEPT = {
         for name in ("llama4", "llama4_text")
     },
     "longcat_flash": {"mlp.router.classifier"},
+    "bailing_hybrid": {"mlp.gate", "attention.g_proj"},
     "kimi_linear": {"block_sparse_moe.gate"}
     | {f"self_attn.{part}_proj" for part in ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")},
     **{name: {"router.proj"} for name in ("gemma4", "gemma4_text")},
