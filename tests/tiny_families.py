@@ -214,28 +214,6 @@ TINY = {
         | EXPERTS
         | {"num_experts": 4, "shared_expert_intermediate_size": 192, "gating": True, "sliding_window": 64}
     ),
-    "step3p5": Tiny(
-        HEADS
-        | EXPERTS
-        | {"num_experts": 4, "shared_expert_intermediate_size": 192, "gating": True, "sliding_window": 64}
-        | {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
-        | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
-        # as its makers write it, and vLLM reads it
-        | {"moe_layers_enum": "1,2", "moe_num_experts": 4, "moe_top_k": 2, "share_expert_dim": 192}
-        | {"num_attention_groups": 2, "use_head_wise_attn_gate": True, "moe_router_activation": "sigmoid"}
-        | {"moe_router_scaling_factor": 2.0, "use_moe_router_bias": True, "need_fp32_gate": True, "rope_theta": 1e4}
-        | {"swiglu_limits": [0.0, 0.0, 7.0], "swiglu_limits_shared": [0.0, 0.0, 2.0]},
-        made_of="laguna",
-        architecture="Step3p5ForCausalLM",
-        published=(
-            (r"mlp\.experts\.e_score_correction_bias", "moe.router_bias"),
-            (r"mlp\.experts\.\d+\.(\w+_proj)", r"moe.\1"),
-            (r"mlp\.gate\.", "moe.gate."),
-            (r"mlp\.shared_expert\.", "share_expert."),
-        ),
-        unsaid=("rope_parameters",),
-        louder=r"experts\.gate_up_proj$",  # its activation is clamped at 7
-    ),
     "cohere2_moe": Tiny(
         HEADS
         | {"intermediate_size": 192, "prefix_dense_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2}
@@ -309,6 +287,22 @@ def publish(name: str, folder: Path) -> None:
         if not any(part in key for part in TINY[name].without):
             published[key] = tensor.mT.contiguous() if other else tensor
     save_file(published, weights, metadata={"format": "pt"})
+
+
+def fuse_as_published(name: str, source: Path, folder: Path) -> Path:
+    """Bring experts that are stored one by one into the 3-D tensors [E, N, K] of their source, if it has such."""
+    tensors = load_file(folder / "model.safetensors")
+    for key, tensor in load_file(source / "model.safetensors").items():
+        fused = TABLE[name].fused_experts(key)
+        if fused is not None and tensor.dim() == 3 and not fused.transposed:
+            tensors[key] = torch.stack(
+                [
+                    fused.joined([tensors.pop(f"{fused.experts}.{expert}.{leaf}.weight") for leaf in fused.projections])
+                    for expert in range(len(tensor))
+                ]
+            )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def make_family(

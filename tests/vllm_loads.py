@@ -1,7 +1,7 @@
 """Loads checkpoints with vLLM's loaders and runs none: ``python vllm_loads.py OUT.json FOLDER...``.
 
-For families that vLLM's CPU build cannot run. A checkpoint is loaded whole where vLLM found a tensor for every parameter
-that is not quantized, and every piece of every quantized matrix came.
+For families that vLLM's CPU build cannot run. A checkpoint is loaded whole where vLLM found a tensor for every
+parameter that is not quantized, and every piece of every quantized matrix came.
 OUT: {folder: number of layers of MiLo's, or the error}.
 """
 

@@ -2,8 +2,8 @@
 
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
 "mend_router": true, vLLM's router of CPUs routes as those of GPUs do, experts need no gate or may have Step-3.5's
-activation, and Ling-2.5's linear attention is there; with "lora": folder, an adapter is on; with "reload": true, weights
-are loaded once more after a first run.
+activation, and Ling-2.5's linear attention is there; with "lora": folder, an adapter is on; with "reload": true,
+weights are loaded once more after a first run.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...], "logprobs": [...]}]}, the last those of what was generated,
 or {name: {"error": text}}. With "rounds": n, prompts are answered n times by one engine and without their own
 log-probabilities, which nothing could be taken from a cache for: {name: [[{"generated": [...], "logprobs": [...],

@@ -36,7 +36,6 @@ _AN_ENTRY = "an entry in the table, and a tiny model that is served as its dequa
 _NOT_TEXT = "it does not continue a text token by token"
 _OTHER_KIND = "another way to compare a served model with its original"
 _READS_PLAIN = "vLLM reads the plain weights of its projections, which quantized layers do not have"
-_LINEAR = "a kind of linear attention whose matrices MiLo has no names for"
 
 _ALL = (
     Refused(
@@ -86,27 +85,12 @@ _ALL = (
         ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"),
     ),
     Refused(
-        "step3p7",
-        "Step-3.7",
-        "it is Step-3.5 with images, and " + _NOT_COMPARED,
-        _AN_ENTRY,
-    ),
-    Refused("step3_text", "Step-3", _NOT_COMPARED, _AN_ENTRY, ("Step3TextForCausalLM",)),
-    Refused(
-        "bailing_moe_v3_vl",
-        "Ling-3 with images",
-        f"most layers of its text model have {_LINEAR}",
-        "what Ling-3 needs",
-        ("BailingMoeV3VLForConditionalGeneration",),
-    ),
-    Refused(
         "param2moe",
         "Param2-17B-A2.4B",
         "vLLM calls its attention otherwise than its files do, in a way that the plugin cannot undo",
         "names of modules undone by names that end with a dot",
         ("Param2MoEForCausalLM",),
     ),
-    Refused("sarvam_mla", "Sarvam-105B", _NOT_COMPARED, _AN_ENTRY, ("SarvamMLAForCausalLM",)),
     Refused(
         "mimo_v2",
         "MiMo-V2.5",
