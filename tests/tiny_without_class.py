@@ -159,6 +159,57 @@ def step(config: Mapping[str, Any]) -> Shapes:
     return found
 
 
+def _compressor(hidden: int, width: int) -> Shapes:
+    """What makes a key of several tokens', of DeepSeek-V4: of those before too, so twice as wide."""
+    found: Shapes = {f"{name}.weight": (2 * width, hidden) for name in ("wkv", "wgate")}
+    return found | {"ape": (4, 2 * width), "norm.weight": (width,)}
+
+
+def deepseek_v4(config: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of DeepSeek-V4's tensors, in a copy in 16 bits."""
+    hidden, heads, size, streams = (
+        config[key] for key in ("hidden_size", "num_attention_heads", "head_dim", "hc_mult")
+    )
+    reads, groups, puts = config["q_lora_rank"], config["o_groups"], config["o_lora_rank"]
+    table, mixes = (config["vocab_size"], hidden), (2 + streams) * streams
+    found: Shapes = {"embed.weight": table, "head.weight": table, "norm.weight": (hidden,)}
+    found |= {"hc_head_fn": (streams, streams * hidden), "hc_head_base": (streams,), "hc_head_scale": (1,)}
+    for index, ratio in enumerate(config["compress_ratios"]):
+        attention: Shapes = {
+            "attn_sink": (heads,),
+            "wq_a.weight": (reads, hidden),
+            "q_norm.weight": (reads,),
+            "wq_b.weight": (heads * size, reads),
+            "wkv.weight": (size, hidden),
+            "kv_norm.weight": (size,),
+            "wo_a.weight": (groups * puts, heads * size // groups),
+            "wo_b.weight": (hidden, groups * puts),
+        }
+        if ratio:
+            attention |= {f"compressor.{name}": shape for name, shape in _compressor(hidden, size).items()}
+            width = config["index_head_dim"]
+            attention |= {f"indexer.compressor.{name}": shape for name, shape in _compressor(hidden, width).items()}
+            attention |= {"indexer.wq_b.weight": (config["index_n_heads"] * width, reads)}
+            attention |= {"indexer.weights_proj.weight": (config["index_n_heads"], hidden)}
+        layer: Shapes = {f"attn.{name}": shape for name, shape in attention.items()}
+        layer |= {f"{name}_norm.weight": (hidden,) for name in ("attn", "ffn")}
+        for name in ("attn", "ffn"):
+            layer |= {f"hc_{name}_fn": (mixes, streams * hidden), f"hc_{name}_base": (mixes,), f"hc_{name}_scale": (3,)}
+        is_hashed = index < config["num_hash_layers"]
+        layer |= {"ffn.gate.weight": (config["n_routed_experts"], hidden)}
+        layer |= (
+            {"ffn.gate.tid2eid": (config["vocab_size"], config["num_experts_per_tok"])}
+            if is_hashed
+            else {"ffn.gate.bias": (config["n_routed_experts"],)}
+        )
+        for name in ("shared_experts", *(f"experts.{expert}" for expert in range(config["n_routed_experts"]))):
+            inner = config["moe_intermediate_size"]
+            layer |= {f"ffn.{name}.{part}.weight": (inner, hidden) for part in ("w1", "w3")}
+            layer |= {f"ffn.{name}.w2.weight": (hidden, inner)}
+        found |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    return found
+
+
 BAILING = Tiny(
     HEADS
     | ROUTED
@@ -239,6 +290,18 @@ WITHOUT_CLASS = {
         shapes=ling,
         architecture="BailingMoeV3VLForConditionalGeneration",
         around={"vision_config": DEEP_VISION},
+    ),
+    "deepseek_v4": Tiny(
+        {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 512, "qk_rope_head_dim": 64}
+        | {"q_lora_rank": 128, "o_groups": 2, "o_lora_rank": 64, "sliding_window": 64, "hc_mult": 4}
+        | {"hc_sinkhorn_iters": 2, "hc_eps": 1e-6, "num_hidden_layers": 3, "compress_ratios": [0, 4, 4]}
+        | {"num_hash_layers": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 192, "index_topk": 64, "index_n_heads": 4, "index_head_dim": 128}
+        | {"topk_method": "noaux_tc", "scoring_func": "sqrtsoftplus", "norm_topk_prob": True, "swiglu_limit": 10.0}
+        | {"routed_scaling_factor": 1.5, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+        | {"compress_rope_theta": 4e4, "expert_dtype": "fp8"},
+        shapes=deepseek_v4,
+        architecture="DeepseekV4ForCausalLM",
     ),
     "sarvam_mla": Tiny(
         LATENT

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm_runner import ENVIRONMENT
 
 
@@ -57,6 +58,7 @@ def _load(folder: str) -> int:
         language_model_only=True,
     ).create_engine_config()
     loader, model_config = get_model_loader(config.load_config), config.model_config
+    torch.cuda.Event = object  # type: ignore[misc, assignment]  # which attention makes, and CPUs have none of
     with set_current_vllm_config(config), set_default_torch_dtype(model_config.dtype):
         _begin_process()
         model = loader.create_model(vllm_config=config, model_config=model_config)

@@ -39,11 +39,12 @@ _READS_PLAIN = "vLLM reads the plain weights of its projections, which quantized
 
 _ALL = (
     Refused(
-        "deepseek_v4",
-        "DeepSeek-V4-Flash, V4-Pro",
-        f"{_STREAMS}, and its first layers choose experts by a hash of the token, without a router",
-        _STREAMS_NEED,
-        ("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration"),
+        "deepseek_v4_vl",
+        "DeepSeek-V4 with images",
+        "its files call it deepseek_v4, but its layers that choose experts by a hash of the token have biases of a "
+        "router too, and " + _NOT_COMPARED,
+        _AN_ENTRY,
+        ("DeepseekV4ForConditionalGeneration",),
     ),
     Refused(
         "deepseek_v41", "DeepSeek-V4.1", f"{_STREAMS}, as DeepSeek-V4's", _STREAMS_NEED, ("DeepseekV41ForCausalLM",)

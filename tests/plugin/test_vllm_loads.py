@@ -35,8 +35,9 @@ def make(root: Path, name: str, architecture: str, **changes: Any) -> Path:
 
 MADE: dict[str, Callable[[Path], Path]] = {
     "Ling-3": lambda root: make(root, "bailing_hybrid", "BailingMoeV3ForCausalLM", **LING_3),
+    "DeepSeek-V4": lambda root: make(root, "deepseek_v4", "DeepseekV4ForCausalLM"),
 }
-QUANTIZED = {"Ling-3": 14}
+QUANTIZED = {"Ling-3": 14, "DeepSeek-V4": 18}
 """Numbers of vLLM's layers that hold quantized matrices."""
 
 

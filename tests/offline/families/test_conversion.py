@@ -57,6 +57,8 @@ KEPT = {
         for name in ("llama4", "llama4_text")
     },
     "longcat_flash": {"mlp.router.classifier"},
+    "deepseek_v4": {"ffn.gate", "attn.wo_a", "attn.indexer.wq_b", "attn.indexer.weights_proj"}
+    | {f"attn.{place}compressor.{part}" for place in ("", "indexer.") for part in ("wkv", "wgate")},
     "bailing_hybrid": {"mlp.gate", "attention.g_proj"},
     "kimi_linear": {"block_sparse_moe.gate"}
     | {f"self_attn.{part}_proj" for part in ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")},
