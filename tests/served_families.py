@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import hand_made
 import torch
 import vllm_runner
-from tiny_families import TINY, has_class, learns, make_family, publish
+from tiny_families import TINY, fuse_as_published, has_class, learns, make_family, publish
 from tiny_models import VOCABULARY, compare, make_prompts
 from vllm_jobs import job
 
@@ -68,7 +68,7 @@ def _conversion(name: str, kind: str) -> Conversion:
 def _plain(name: str, source: Path, checkpoint: Path, out: Path) -> Path:
     """Save what a checkpoint stands for, in float32 and in the layout of its source."""
     if not has_class(name):
-        return hand_made.dequantized(checkpoint, out)
+        return fuse_as_published(name, source, hand_made.dequantized(checkpoint, out))
     load_model(checkpoint).save_pretrained(out)
     publish(name, out)
     return hand_made.copy_settings(source, out, {"dtype": "float32"})

@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
 from tiny_models import COMMON
+
+
+class Tiny(NamedTuple):
+    """How a tiny model of a family is made.
+
+    Attributes:
+        config: beside what all have in common.
+        made_of: the ``model_type`` of transformers that makes its weights, where it has none for the family.
+        shapes: what makes the shapes of its tensors from its config, where transformers makes nothing like them.
+        without: parts of names of weights that the family does not have.
+        architecture: in config.json, where it is not the name of transformers' class.
+        dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
+        published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
+        around: the larger config that the text model's is part of.
+        unquantized: whether vLLM's CPU build serves it unquantized too.
+        unsaid: keys of config.json that its makers do not have, though the family does that makes its weights.
+        louder: pattern of parameters that are eight times as large as in other models.
+    """
+
+    config: dict[str, Any]
+    made_of: str | None = None
+    shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]] | None = None
+    without: tuple[str, ...] = ()
+    architecture: str | None = None
+    dtype: str = "float32"
+    published: tuple[tuple[str, str], ...] = ()
+    around: Mapping[str, Any] = MappingProxyType({})
+    unquantized: bool = True
+    unsaid: tuple[str, ...] = ()
+    louder: str | None = None
+
 
 HIDDEN = COMMON["hidden_size"]
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}

@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import hand_made
 import torch
@@ -39,61 +38,16 @@ from tiny_configs import (
     TALKER,
     VISION,
     WAVES,
+    Tiny,
 )
-from tiny_models import COMMON, FAMILIES, fill
+from tiny_models import COMMON, FAMILIES, fill, randomize
+from tiny_without_class import WITHOUT_CLASS
 
 from vllm_milo.offline.families.table import FAMILIES as TABLE
 
-
-class Tiny(NamedTuple):
-    """How a tiny model of a family is made.
-
-    Attributes:
-        config: beside what all have in common.
-        made_of: the ``model_type`` of transformers that makes its weights, where it has none for the family.
-        without: parts of names of weights that the family does not have.
-        architecture: in config.json, where it is not the name of transformers' class.
-        dtype: that vLLM runs it in on CPUs; bfloat16 where its operators have no other.
-        published: patterns of names that transformers saves otherwise than the makers publish, and what replaces them.
-        around: the larger config that the text model's is part of.
-        unquantized: whether vLLM's CPU build serves it unquantized too.
-        unsaid: keys of config.json that its makers do not have, though the family does that makes its weights.
-        louder: pattern of parameters that are eight times as large as in other models.
-    """
-
-    config: dict[str, Any]
-    made_of: str | None = None
-    without: tuple[str, ...] = ()
-    architecture: str | None = None
-    dtype: str = "float32"
-    published: tuple[tuple[str, str], ...] = ()
-    around: Mapping[str, Any] = MappingProxyType({})
-    unquantized: bool = True
-    unsaid: tuple[str, ...] = ()
-    louder: str | None = None
-
-
-BAILING = Tiny(
-    HEADS
-    | ROUTED
-    | GROUPED
-    | {"num_experts": 4, "num_shared_experts": 1, "use_qk_norm": True, "use_rmsnorm": True, "score_function": "sigmoid"}
-    | {"moe_router_enable_expert_bias": True, "use_bias": False, "use_qkv_bias": False, "embedding_dropout": 0.0}
-    | {"rope_theta": 10000.0, "norm_topk_prob": True, "scoring_func": "sigmoid"},
-    made_of="dots1",
-    architecture="BailingMoeForCausalLM",
-    published=(
-        (r"model\.embed_tokens", "model.word_embeddings"),
-        (r"self_attn\.o_proj", "attention.dense"),
-        (r"self_attn\.q_norm", "attention.query_layernorm"),
-        (r"self_attn\.k_norm", "attention.key_layernorm"),
-        (r"gate\.e_score_correction_bias", "gate.expert_bias"),
-        (r"self_attn\.[qkv]_proj", "attention.query_key_value"),  # one tensor
-    ),
-)
-
 TINY = {
     **{name: Tiny(config) for name, config in FAMILIES.items()},
+    **WITHOUT_CLASS,
     "minimax_m2": Tiny(
         HEADS
         | PLAIN
@@ -260,36 +214,11 @@ TINY = {
         | EXPERTS
         | {"num_experts": 4, "shared_expert_intermediate_size": 192, "gating": True, "sliding_window": 64}
     ),
-    "step3p5": Tiny(
-        HEADS
-        | EXPERTS
-        | {"num_experts": 4, "shared_expert_intermediate_size": 192, "gating": True, "sliding_window": 64}
-        | {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
-        | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
-        # as its makers write it, and vLLM reads it
-        | {"moe_layers_enum": "1,2", "moe_num_experts": 4, "moe_top_k": 2, "share_expert_dim": 192}
-        | {"num_attention_groups": 2, "use_head_wise_attn_gate": True, "moe_router_activation": "sigmoid"}
-        | {"moe_router_scaling_factor": 2.0, "use_moe_router_bias": True, "need_fp32_gate": True, "rope_theta": 1e4}
-        | {"swiglu_limits": [0.0, 0.0, 7.0], "swiglu_limits_shared": [0.0, 0.0, 2.0]},
-        made_of="laguna",
-        architecture="Step3p5ForCausalLM",
-        published=(
-            (r"mlp\.experts\.e_score_correction_bias", "moe.router_bias"),
-            (r"mlp\.experts\.\d+\.(\w+_proj)", r"moe.\1"),
-            (r"mlp\.gate\.", "moe.gate."),
-            (r"mlp\.shared_expert\.", "share_expert."),
-        ),
-        unsaid=("rope_parameters",),
-        louder=r"experts\.gate_up_proj$",  # its activation is clamped at 7
-    ),
     "cohere2_moe": Tiny(
         HEADS
         | {"intermediate_size": 192, "prefix_dense_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2}
         | {"sliding_window": 64, "tie_word_embeddings": True, "num_shared_experts": 1, "logit_scale": 0.5}
     ),
-    "sarvam_moe": BAILING._replace(architecture="SarvamMoEForCausalLM"),
-    "bailing_moe": BAILING,
-    "bailing_moe_v2": BAILING._replace(architecture="BailingMoeV2ForCausalLM"),
     "llama4_text": Tiny(LLAMA),
     "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
     "gpt_oss": Tiny(
@@ -360,6 +289,22 @@ def publish(name: str, folder: Path) -> None:
     save_file(published, weights, metadata={"format": "pt"})
 
 
+def fuse_as_published(name: str, source: Path, folder: Path) -> Path:
+    """Bring experts that are stored one by one into the 3-D tensors [E, N, K] of their source, if it has such."""
+    tensors = load_file(folder / "model.safetensors")
+    for key, tensor in load_file(source / "model.safetensors").items():
+        fused = TABLE[name].fused_experts(key)
+        if fused is not None and tensor.dim() == 3 and not fused.transposed:
+            tensors[key] = torch.stack(
+                [
+                    fused.joined([tensors.pop(f"{fused.experts}.{expert}.{leaf}.weight") for leaf in fused.projections])
+                    for expert in range(len(tensor))
+                ]
+            )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def make_family(
     name: str,
     folder: Path,
@@ -375,19 +320,54 @@ def make_family(
     made on ``device``, large ones on a GPU in seconds.
     """
     tiny = TINY[name]
-    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name, changes))
+    louder = louder or tiny.louder
     torch.manual_seed(seed)
+    if tiny.shapes is None:
+        written = _save(name, folder, dtype, device, louder, changes)
+    else:
+        written = _save_by_shapes(name, folder, dtype, device, louder, changes)
+    written = {key: value for key, value in written.items() if key not in tiny.unsaid}
+    written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+    return folder if _is_known(name) else hand_made.bring_configuration(folder, name)
+
+
+def _save(
+    name: str, folder: Path, dtype: torch.dtype, device: str, louder: str | None, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Save a model that transformers makes; return what its config.json states."""
+    tiny = TINY[name]
+    config = transformers.AutoConfig.for_model(tiny.made_of or name, **_config(name, changes))
     found = transformers.AutoModelForMultimodalLM if tiny.around else transformers.AutoModelForCausalLM
     with torch.device(device):
         model = found.from_config(config)
     fill(model)
     for key, parameter in model.named_parameters():
-        if (pattern := louder or tiny.louder) and re.search(pattern, key):
+        if louder and re.search(louder, key):
             parameter.data.mul_(8)
     model.to(dtype).save_pretrained(folder)
     publish(name, folder)
-    written = json.loads((folder / "config.json").read_text())
-    written = {key: value for key, value in written.items() if key not in tiny.unsaid}
-    written |= {"model_type": name, "architectures": [tiny.architecture or written["architectures"][0]]}
-    (folder / "config.json").write_text(json.dumps(written, indent=2))
-    return folder if _is_known(name) else hand_made.bring_configuration(folder, name)
+    return json.loads((folder / "config.json").read_text())
+
+
+def _save_by_shapes(
+    name: str, folder: Path, dtype: torch.dtype, device: str, louder: str | None, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Save a model that transformers does not make; return what its config.json states."""
+    config, shapes = _config(name, changes), TINY[name].shapes
+    assert shapes is not None
+    tensors = {}
+    for key, shape in shapes(config).items():
+        if key.endswith("tid2eid"):  # of a token's experts
+            tensors[key] = torch.rand(shape[0], config["n_routed_experts"]).topk(shape[1]).indices
+            continue
+        tensor = torch.empty(shape, device=device)
+        randomize(key, tensor)
+        if key == TABLE[name].embedding:
+            tensor.normal_()
+        elif key.startswith(TABLE[name].head):
+            tensor.normal_(std=0.25)
+        tensors[key] = (tensor * 8 if louder and re.search(louder, key) else tensor).to(dtype).cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return config | {"dtype": str(dtype).removeprefix("torch.")}

@@ -20,6 +20,8 @@ from vllm_milo.values import CheckpointError, one_line
 _LAYERS = "vllm.model_executor.layers.fused_moe"
 _CHECK = "track_weights_loading"
 """Of a loader: how it checks that a model is complete."""
+_WHOLE_EXPERTS = ("Step3TextForCausalLM", "Step3VLForConditionalGeneration")
+"""Architectures whose models load all experts of a layer from one tensor, and raise KeyError for those of one."""
 _WEIGHT_ONLY = (
     "vllm.model_executor.kernels.linear",
     "vllm.model_executor.layers.quantization.kernels.mixed_precision",
@@ -199,8 +201,13 @@ def check_after_loading(check: Callable[..., None]) -> None:
 
 
 def loads_experts_itself(layer: Any) -> bool:
-    """Return whether a layer of routed experts has another loader of weights than vLLM's: its model has one too."""
-    return type(layer).weight_loader is not RoutedExperts.weight_loader
+    """Return whether a model has a loader of its own for routed experts, which knows no quantized ones.
+
+    That shows in the layer, whose loader is then another than vLLM's, or is known of the model's architecture.
+    """
+    if type(layer).weight_loader is not RoutedExperts.weight_loader:
+        return True
+    return any(name in _WHOLE_EXPERTS for name in architectures())
 
 
 def divert_weights(take: Callable[[str, torch.Tensor], bool]) -> None:

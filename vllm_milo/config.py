@@ -188,7 +188,7 @@ class MiLoConfig(QuantizationConfig):
         from vllm_milo.linear import MiLoLinearMethod
         from vllm_milo.models.nameless import NamelessLinearMethod
 
-        prefix = name_in_model(prefix)
+        prefix = name_in_model(prefix, compat.architectures())
         if self.format.lm_head_bits != PLAIN_BITS:
             self._await_head()
             if isinstance(layer, ParallelLMHead) and leaf_of(prefix) in _HEADS:
@@ -206,7 +206,8 @@ class MiLoConfig(QuantizationConfig):
             if compat.loads_experts_itself(layer):
                 if not self._diverted:
                     compat.divert_weights(self._take_expert)
-                self._diverted[name] = layer, method
+                for one in names_in_checkpoint(name, self._mappers):
+                    self._diverted[one] = layer, method
             return method
         if not isinstance(layer, LinearBase):
             return None

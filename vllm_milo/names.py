@@ -28,6 +28,7 @@ FUSED_LAYERS = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
     "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+    "fused_wqa_wkv": ["wq_a", "wkv"],  # DeepSeek-V4's
     "in_proj_qkvgfab": ["q_proj", "k_proj", "v_proj", "f_a_proj", "b_proj"],  # Kimi-Linear's
 }
 """Parts of vLLM's fused layers, in order; models list only some of them in ``packed_modules_mapping``."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..nouns import Kind
 from .family import LATER_LAYERS, Family
-from .slots import Rename, attention, dense, latent_attention, shared
+from .slots import MIXTRAL, Cut, Rename, Slot, attention, dense, latent_attention, shared
 
 _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
@@ -20,7 +21,34 @@ _GLM = Family(
     status=_SERVED,
 )
 
+_COMPRESSORS = tuple(f"attn.{place}compressor.{part}" for place in ("", "indexer.") for part in ("wkv", "wgate"))
+_V4 = Family(
+    "deepseek_v4",
+    "DeepSeek-V4-Flash, V4-Pro (copies in 16 bits)",
+    (
+        Slot("attn.wq_a", Kind.ATTENTION, Cut.WHOLE),
+        Slot("attn.wkv", Kind.ATTENTION, Cut.WHOLE),
+        Slot("attn.wq_b", Kind.ATTENTION),
+        Slot("attn.wo_b", Kind.ATTENTION, Cut.INPUTS),
+        *shared("ffn.shared_experts", MIXTRAL),
+    ),
+    # vLLM multiplies by the plain weights of wo_a and of compressors
+    kept=("ffn.gate", "attn.wo_a", *_COMPRESSORS, "attn.indexer.wq_b", "attn.indexer.weights_proj"),
+    block="ffn",
+    projections=MIXTRAL,
+    num_experts_keys=_ROUTED,
+    ahead=("mtp.",),
+    body="",
+    head="head",
+    embed="embed",
+    mixers=("ffn.gate.tid2eid", "ffn.gate.bias"),  # of which the former chooses experts by a hash of the token
+    layer_kinds_keys=("compress_ratios",),
+    not_run="its layers hand on several residual streams (hyper-connections)",
+    note="no calibration text; hyper-connections stay as they are; vLLM's CPU build loads it, and lacks an operator",
+)
+
 DEEPSEEK_LIKE = (
+    _V4,
     Family(
         "deepseek",
         "DeepSeek-MoE-16B",

@@ -81,11 +81,13 @@ class Family:
         num_layers_key: config.json key of the number of decoder layers.
         ahead: beginnings of names of what predicts further tokens; kept as a whole. See :data:`LATER_LAYERS`.
         beside: beginnings of names of what is no part of the text model, as towers for images; kept as a whole.
-        body: name of the text model without its output head: of what has the embeddings, the layers and the last norm.
+        body: name of the text model without its output head: of what has the embeddings, the layers and the last norm;
+            empty where names begin with these.
         body_in_memory: what transformers 5 calls the body in memory, where it is not what checkpoints do.
         head: name of the output head.
         text_config: the keys of config.json, within each other, that lead to the text model's; none where it is all.
-        mixers: parts of a layer of which each layer has exactly one: kinds of attention, or what takes its place.
+        mixers: parts of a layer of which each layer has exactly one: kinds of attention, or what takes its place; or
+            tensors.
         layer_kinds_keys: config.json keys that may list each layer's kind, where kinds with the same mixer differ in
             tensors or shapes; the first that is there counts.
         renames: what transformers 5 calls otherwise in memory.
@@ -142,7 +144,7 @@ class Family:
     @cached_property
     def _layer(self) -> re.Pattern[str]:
         """The pattern of names in a decoder layer: the layer's, its number, and the rest."""
-        return re.compile(rf"({re.escape(self.body)}\.layers\.(\d+))\.(.+)")
+        return re.compile(rf"({re.escape(self.in_body)}layers\.(\d+))\.(.+)")
 
     @property
     def leaves_in_memory(self) -> tuple[str, str]:
@@ -155,18 +157,23 @@ class Family:
         return f"{self.block}." if self.block else ""
 
     @property
+    def in_body(self) -> str:
+        """Return what names in the text model without its output head begin with."""
+        return f"{self.body}." if self.body else ""
+
+    @property
     def embedding(self) -> str:
         """Return the name of the tensor that holds the tokens' embeddings."""
-        return f"{self.body}.{self.embed}.weight"
+        return f"{self.in_body}{self.embed}.weight"
 
     @property
     def last_norm(self) -> str:
         """Return the name of the last norm before the output head."""
-        return f"{self.body}.{self.norm}"
+        return f"{self.in_body}{self.norm}"
 
     def layer_name(self, index: int) -> str:
         """Return the name of a decoder layer."""
-        return f"{self.body}.layers.{index}"
+        return f"{self.in_body}layers.{index}"
 
     def layer_of(self, name: str) -> str | None:
         """Return the name of the decoder layer that a tensor or module lies in; None for any other."""

@@ -36,15 +36,15 @@ _AN_ENTRY = "an entry in the table, and a tiny model that is served as its dequa
 _NOT_TEXT = "it does not continue a text token by token"
 _OTHER_KIND = "another way to compare a served model with its original"
 _READS_PLAIN = "vLLM reads the plain weights of its projections, which quantized layers do not have"
-_LINEAR = "a kind of linear attention whose matrices MiLo has no names for"
 
 _ALL = (
     Refused(
-        "deepseek_v4",
-        "DeepSeek-V4-Flash, V4-Pro",
-        f"{_STREAMS}, and its first layers choose experts by a hash of the token, without a router",
-        _STREAMS_NEED,
-        ("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration"),
+        "deepseek_v4_vl",
+        "DeepSeek-V4 with images",
+        "its files call it deepseek_v4, but its layers that choose experts by a hash of the token have biases of a "
+        "router too, and " + _NOT_COMPARED,
+        _AN_ENTRY,
+        ("DeepseekV4ForConditionalGeneration",),
     ),
     Refused(
         "deepseek_v41", "DeepSeek-V4.1", f"{_STREAMS}, as DeepSeek-V4's", _STREAMS_NEED, ("DeepseekV41ForCausalLM",)
@@ -86,34 +86,12 @@ _ALL = (
         ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"),
     ),
     Refused(
-        "step3p7",
-        "Step-3.7",
-        "it is Step-3.5 with images, and " + _NOT_COMPARED,
-        _AN_ENTRY,
-    ),
-    Refused("step3_text", "Step-3", _NOT_COMPARED, _AN_ENTRY, ("Step3TextForCausalLM",)),
-    Refused(
-        "bailing_hybrid",
-        "Ling-2.5, Ring-2.5, Ling-3",
-        f"most of its layers have {_LINEAR}",
-        "slots for its linear attention, and a tiny model that is served as its dequantized self",
-        ("BailingMoeV2_5ForCausalLM", "BailingMoeV3ForCausalLM"),
-    ),
-    Refused(
-        "bailing_moe_v3_vl",
-        "Ling-3 with images",
-        f"most layers of its text model have {_LINEAR}",
-        "what Ling-3 needs",
-        ("BailingMoeV3VLForConditionalGeneration",),
-    ),
-    Refused(
         "param2moe",
         "Param2-17B-A2.4B",
         "vLLM calls its attention otherwise than its files do, in a way that the plugin cannot undo",
         "names of modules undone by names that end with a dot",
         ("Param2MoEForCausalLM",),
     ),
-    Refused("sarvam_mla", "Sarvam-105B", _NOT_COMPARED, _AN_ENTRY, ("SarvamMLAForCausalLM",)),
     Refused(
         "mimo_v2",
         "MiMo-V2.5",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..nouns import Kind
+from .bailing import BAILING
 from .deepseek import DEEPSEEK_LIKE
 from .family import LATER_LAYERS, Family
 from .nvidia import NVIDIA
@@ -210,26 +211,6 @@ _OTHERS = (
     ),
 )
 
-_BAILING = Family(
-    "bailing_moe",
-    "Ling-mini-2.0, Ling-flash-2.0, Ring-2.0, Ling-lite",
-    (
-        Slot("attention.query_key_value", Kind.ATTENTION),
-        Slot("attention.dense", Kind.ATTENTION, Cut.INPUTS),
-        *shared(),
-        *dense(),
-    ),
-    ahead=(LATER_LAYERS,),
-    mixers=("attention",),
-    embed="word_embeddings",
-    note="no calibration text: transformers has no class for it",
-    status=_SERVED,
-)
-_BAILING_LIKE = (
-    _BAILING,
-    replace(_BAILING, model_type="bailing_moe_v2"),
-    replace(_BAILING, model_type="sarvam_moe", example="Sarvam-30B", ahead=()),
-)
 _KIMI_KEPT = ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")
 _MOONSHOT_LIKE = (
     Family(
@@ -342,7 +323,7 @@ _ALL = (
     *DEEPSEEK_LIKE,
     *_OTHERS,
     *_GEMMA_LIKE,
-    *_BAILING_LIKE,
+    *BAILING,
     *_MOONSHOT_LIKE,
     *_LLAMA_LIKE,
     _OPENAI,

@@ -46,7 +46,7 @@ def check_names(tensors: Mapping[str, TensorEntry], folder: Path, family: Family
                 f"{folder}: the model is quantized already: it holds {name}, as {method} stores it; {advice()}"
             )
     for name in tensors:
-        number = re.match(rf"{re.escape(family.body)}\.layers\.([^.]*)", name)
+        number = re.match(rf"{re.escape(family.in_body)}layers\.([^.]*)", name)
         if number is not None and not re.fullmatch(r"0|[1-9][0-9]{0,4}", number[1]):
             raise ConversionError(f"{folder}: tensor {shown_name(name)}: {shown(number[1])} is no number of a layer")
     if any(family.layer_of(name) for name in tensors):
@@ -198,7 +198,7 @@ def check_fused(
 
 def _kind(name: str, held: frozenset[str], config: Mapping[str, Any], family: Family) -> _Kind:
     """Return what a layer has in common with those that hold the same: experts, mixer, and what config.json says."""
-    mixers = [mixer for mixer in family.mixers if any(part.startswith(f"{mixer}.") for part in held)]
+    mixers = [mixer for mixer in family.mixers if any(f"{part}.".startswith(f"{mixer}.") for part in held)]
     if len(family.mixers) > 1 and len(mixers) != 1:
         found = " and ".join(mixers) or "neither"
         raise ConversionError(f"{name}: must have one of {' and '.join(family.mixers)}, has {found}; {BROKEN}")

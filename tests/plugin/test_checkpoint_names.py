@@ -13,6 +13,7 @@ from vllm_milo.checkpoint import CheckpointError, GroupTable, MiLoFormat, RankTa
 from vllm_milo.models.checkpoint_names import (
     experts_in_checkpoint,
     module_in_checkpoint,
+    name_in_model,
     names_in_checkpoint,
     values_of_keys,
 )
@@ -122,6 +123,26 @@ def test_a_module_is_found_by_its_last_part():
     assert module_in_checkpoint("model.layers.10.mixer.out_proj", known) == layer.format(10, "out_proj")
     for name in ("model.layers.1.mixer.out_proj", "model.layers.2.mixer.in_proj", "mixer.in_proj", *known):
         assert module_in_checkpoint(name, known) == name, "there are two, none, or it is known"
+
+
+def test_a_module_that_checkpoints_call_otherwise():
+    """Ling-2.5's latent attention, beside its linear attention, where vLLM says dense too."""
+    layer = "model.layers.{}.attention.dense"
+    known = {layer.format(0), layer.format(2), "model.layers.3.attention.o_proj", "model.layers.3.attention.dense"}
+    assert module_in_checkpoint("model.layers.2.self_attn.o_proj", known) == layer.format(2)
+    assert module_in_checkpoint("model.layers.0.self_attn.dense", known) == layer.format(0)
+    assert module_in_checkpoint("model.layers.3.self_attn.o_proj", known) == "model.layers.3.attention.o_proj"
+    assert module_in_checkpoint("model.layers.1.self_attn.o_proj", known) == "model.layers.1.self_attn.o_proj"
+
+
+def test_layers_without_what_they_stand_below():
+    """As vLLM's Step-3 calls its own."""
+    text, whole = ("Step3TextForCausalLM",), ("Step3VLForConditionalGeneration",)
+    assert name_in_model(".layers.0.moe.experts", text) == "model.layers.0.moe.experts"
+    assert name_in_model("language_model.layers.0.moe", whole) == "language_model.model.layers.0.moe"
+    assert name_in_model("language_model.model.layers.0.moe", whole) == "language_model.model.layers.0.moe"
+    assert name_in_model(".layers.0.moe", ("Step3p5ForCausalLM",)) == ".layers.0.moe"
+    assert name_in_model("draft_model.model.layers.0.moe") == "model.layers.0.moe"
 
 
 def test_keys_are_values_where_there_are_no_others():

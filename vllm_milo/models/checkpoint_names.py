@@ -11,6 +11,10 @@ from vllm_milo.values import CheckpointError
 
 _DRAFT = "draft_model."
 """What vLLM calls a model that drafts for another, before the names that it has in its own checkpoint."""
+_OTHERWISE = {"o_proj": "dense"}
+"""What checkpoints may call a layer of vLLM, by the last parts of both: Ling-2.5's, of its latent attention."""
+_SHORT = {"Step3TextForCausalLM": ".", "Step3VLForConditionalGeneration": "language_model."}
+"""What names of layers begin with where vLLM's model leaves out the name of what they stand below, by architecture."""
 _LAYER = re.compile(r"(?:.+\.)?layers\.[0-9]+(?=\.)")
 
 
@@ -41,9 +45,18 @@ def _undone(name: str, mapper: Any) -> list[str]:
     return [text for text in dict.fromkeys(found) if text != name and mapper.apply_list([text]) == [name]]
 
 
-def name_in_model(name: str) -> str:
-    """Return vLLM's name of a module inside its model, which may be one that drafts for another."""
-    return name.removeprefix(_DRAFT)
+def name_in_model(name: str, architectures: Iterable[str] = ()) -> str:
+    """Return the name that a module must have inside vLLM's model, which may be one that drafts for another.
+
+    Args:
+        name: what vLLM calls it.
+        architectures: of the model; some name their layers without what these stand below.
+    """
+    name = name.removeprefix(_DRAFT)
+    for start in _SHORT.values() if not _SHORT.keys().isdisjoint(architectures) else ():
+        if name.startswith(f"{start}layers."):
+            return f"{start.lstrip('.')}model.{name.removeprefix(start)}"
+    return name
 
 
 def experts_in_checkpoint(name: str, known: Collection[str]) -> str:
@@ -71,6 +84,8 @@ def experts_in_checkpoint(name: str, known: Collection[str]) -> str:
 def module_in_checkpoint(name: str, known: Collection[str]) -> str:
     """Return the checkpoint's name of a linear layer: vLLM's, or that of its layer's only module with that last part.
 
+    Where the layer has none with that, another last part is tried that checkpoints may have instead.
+
     Args:
         name: vLLM's, which may name another part of the layer than checkpoints do, as ``mixer`` for ``mamba``.
         known: names of modules in the checkpoint; none where it has no files.
@@ -78,9 +93,12 @@ def module_in_checkpoint(name: str, known: Collection[str]) -> str:
     layer = _layer_of(name)
     if name in known or layer is None:
         return name
-    end = f".{leaf_of(name)}"
-    same = [other for other in known if other.endswith(end) and _layer_of(other) == layer]
-    return same[0] if len(same) == 1 else name
+    leaf = leaf_of(name)
+    for end in (leaf, _OTHERWISE.get(leaf)):
+        same = [other for other in known if leaf_of(other) == end and _layer_of(other) == layer]
+        if same:
+            return same[0] if len(same) == 1 else name
+    return name
 
 
 def values_of_keys(parts: list[str], known: Collection[str]) -> list[str]:

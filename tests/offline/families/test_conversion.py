@@ -29,7 +29,7 @@ from vllm_milo.validation import quantized_modules, validate_checkpoint
 SHARD = "model-00001-of-00001.safetensors"
 UNIFORM = Conversion(Recipe(max_rounds=1, group_size=128), parse_policies("uniform=16"))
 WINDOWS = torch.randint(3, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(0))
-TWINS = {"gemma4_text", "llama4_text", "bailing_moe_v2", "sarvam_moe"}
+TWINS = {"gemma4_text", "llama4_text", "bailing_moe_v2", "sarvam_moe", "step3_text"}
 """Families whose entry is that of another but for where it is in files."""
 ALL = [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in TINY]
 RUN = [name for name in TINY if has_class(name) and name not in TWINS]
@@ -57,6 +57,9 @@ KEPT = {
         for name in ("llama4", "llama4_text")
     },
     "longcat_flash": {"mlp.router.classifier"},
+    "deepseek_v4": {"ffn.gate", "attn.wo_a", "attn.indexer.wq_b", "attn.indexer.weights_proj"}
+    | {f"attn.{place}compressor.{part}" for place in ("", "indexer.") for part in ("wkv", "wgate")},
+    "bailing_hybrid": {"mlp.gate", "attention.g_proj"},
     "kimi_linear": {"block_sparse_moe.gate"}
     | {f"self_attn.{part}_proj" for part in ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")},
     **{name: {"router.proj"} for name in ("gemma4", "gemma4_text")},
@@ -66,7 +69,9 @@ KEPT = {
     | {"mamba.in_proj", "mamba.out_proj"},
     "lfm2_moe": {"feed_forward.gate", "conv.in_proj", "conv.out_proj"},
     "laguna": {"mlp.gate", "self_attn.g_proj"},
-    "step3p5": {"moe.gate", "self_attn.g_proj"},
+    **{name: {"moe.gate", "self_attn.g_proj"} for name in ("step3p5", "step3p7")},
+    **{name: {"moe.gate", *(f"self_attn.{part}_proj" for part in "qkv")} for name in ("step3_text", "step3_vl")},
+    "bailing_moe_v3_vl": {"mlp.gate", *(f"attention.{part}_proj" for part in "qkvbfg")},
     "nemotron_h": {"mixer.gate", "mixer.in_proj", "mixer.out_proj"},
     "jamba": {"feed_forward.router", *(f"mamba.{part}_proj" for part in ("in", "x", "dt", "out"))},
 }

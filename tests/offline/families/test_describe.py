@@ -32,7 +32,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
     found = json.loads(capsys.readouterr().out)
     assert [row["model_type"] for row in found] == [*FAMILIES, *REFUSED]
     by_name = {row["model_type"]: row for row in found}
-    assert "hyper-connections" in by_name["deepseek_v4"]["refused because"]
+    assert "hyper-connections" in by_name["deepseek_v41"]["refused because"]
     row = by_name["deepseek_v3"]
     assert row["quantized"] == "attention (q, q_a, q_b, kv_a_proj_with_mqa, kv_b, o), dense FFN, shared, routed experts"
     assert row["kept as it is"] == "gate, what predicts further tokens"

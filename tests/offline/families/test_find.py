@@ -91,10 +91,10 @@ def test_a_refused_family_is_refused_before_any_work(
     """By config.json alone, in one line."""
     source = tmp_path / "source"
     source.mkdir()
-    config = {"model_type": "deepseek_v4", "n_routed_experts": 256, "quantization_config": {"quant_method": "own"}}
+    config = {"model_type": "deepseek_v41", "n_routed_experts": 256, "quantization_config": {"quant_method": "own"}}
     (source / "config.json").write_text(json.dumps(config))
     assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *options]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "'deepseek_v4' (DeepSeek-V4-Flash, V4-Pro) is a MoE family that MiLo does not convert: its layers" in said
+    assert "'deepseek_v41' (DeepSeek-V4.1) is a MoE family that MiLo does not convert: its layers" in said
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,55 @@
+"""What vLLM's CPU build cannot run is loaded whole there: every name is one that vLLM's loader of the family knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folder_edits import edit_config, edit_tensors
+from tiny_families import make_family
+from tiny_without_class import LING_3
+from vllm_jobs import DEVICE
+from vllm_loads import load
+
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.convert import convert
+from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.ranks.policies import parse_policies
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
+if DEVICE != "cpu":
+    pytestmark.append(pytest.mark.skip(reason="in float32, on the CPU"))
+
+UNIFORM = Conversion(Recipe(max_rounds=1), parse_policies("uniform=16"))
+SHARD = "model-00001-of-00001.safetensors"
+
+
+def make(root: Path, name: str, architecture: str, **changes: Any) -> Path:
+    """Convert a tiny model with rank 16 on every matrix."""
+    source = make_family(name, root / "source" / name, **changes)
+    edit_config(source, architectures=[architecture])
+    return convert(source, root / name, UNIFORM, progress=False).out
+
+
+MADE: dict[str, Callable[[Path], Path]] = {
+    "Ling-3": lambda root: make(root, "bailing_hybrid", "BailingMoeV3ForCausalLM", **LING_3),
+    "DeepSeek-V4": lambda root: make(root, "deepseek_v4", "DeepseekV4ForCausalLM"),
+}
+QUANTIZED = {"Ling-3": 14, "DeepSeek-V4": 18}
+"""Numbers of vLLM's layers that hold quantized matrices."""
+
+
+def test_loaded_whole(tmp_path: Path):
+    made = {name: make(tmp_path / name) for name, make in MADE.items()}
+    loaded = load(list(made.values()), tmp_path)
+    assert {name: loaded[str(folder)] for name, folder in made.items()} == QUANTIZED
+
+
+def test_a_tensor_that_is_missing(tmp_path: Path):
+    """Of what is not quantized: of what is, headers say so."""
+    folder, name = MADE["Ling-3"](tmp_path), "model.layers.0.{}.f_proj.weight"
+    edit_tensors(folder, SHARD, lambda tensors: tensors.pop(name.format("attention")))
+    found = load([folder], tmp_path)[str(folder)]
+    assert f"the checkpoint has no tensor that vLLM loads as {name.format('self_attn')}" in found
