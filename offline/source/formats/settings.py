@@ -19,6 +19,8 @@ _FURTHER = (("sparsity_config", "format", "dense"), ("transform_config", "config
 _MOST_GROUPS = 100
 _LARGEST_BLOCK = 2**24
 _FP8_NAMES = (None, "e4m3", "float8_e4m3fn")
+_OWN_SCALES = ("deepseek_v4",)
+"""Model types whose makers' FP8 and FP4 files have scales of other names and types (``.scale``, powers of two)."""
 
 
 class _Kind(NamedTuple):
@@ -67,6 +69,11 @@ def find_schemes(config: Config, path: Path) -> tuple[Scheme, ...]:
     if known is None:
         name = method if isinstance(method, str) and method.isidentifier() else shown(method)
         raise ConversionError(f"{path}: the model is quantized already ({name}); {advice()}")
+    if method == "fp8" and config.get("model_type") in _OWN_SCALES:
+        raise ConversionError(
+            f"{path}: {config['model_type']}'s own FP8 and FP4 files have scales (.scale) that are not read; "
+            f"convert a copy in 16 bits"
+        )
     return known(stated, path)
 
 

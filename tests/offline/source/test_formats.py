@@ -149,6 +149,15 @@ def test_unknown_configs(stated: Any, message: str):
         find_schemes({"quantization_config": stated}, Path("config.json"))
 
 
+def test_scales_of_other_names_are_said():
+    """DeepSeek-V4's own files; a copy whose config says nothing of formats is in 16 bits."""
+    own = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    with pytest.raises(ConversionError, match=r"config.json: deepseek_v4's own FP8 .* \(\.scale\) .* in 16 bits"):
+        find_schemes({"model_type": "deepseek_v4", "quantization_config": own}, Path("config.json"))
+    assert find_schemes({"model_type": "deepseek_v4"}, Path("config.json")) == ()
+    assert find_schemes({"model_type": "deepseek_v3", "quantization_config": own}, Path("config.json"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
