@@ -38,7 +38,7 @@ def is_verified(model: Path, sha256: str, state: list[int]) -> bool:
 
 
 def note_verified(model: Path, sha256: str, state: list[int]) -> None:
-    """Note that a file in this state has a SHA-256, where the cache may be written to; elsewhere it is read each time."""
+    """Note that a file in this state has a SHA-256, unless the cache may not be written to: it is then read again."""
     mark = _mark(model, sha256)
     with contextlib.suppress(OSError):
         mark.parent.mkdir(exist_ok=True)
