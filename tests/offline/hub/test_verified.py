@@ -63,11 +63,10 @@ def test_what_changed_is_read_again(get: Callable[[], int], model: Path):
     """Also where size and time are those of before, as after a copy."""
     get()
     path = weights(model)
-    before = path.stat()
     os.utime(path, ns=(0, 0))
     assert [get(), get()] == [1, 0]
     path.write_bytes(CONTENT[:-1] + b"\0")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(path, ns=(0, 0))
     for _ in range(2):  # what is damaged has no mark either
         with pytest.raises(ConversionError, match="in the Hub's cache is damaged"):
             get()
