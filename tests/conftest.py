@@ -36,7 +36,7 @@ from vllm_milo.offline.ranks.policies import parse_policies
 from vllm_milo.offline.source.tokens import read_tokens
 
 if not HAS_GPU:
-    quick_interpreter.patch_once()
+    quick_interpreter.quicken()
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -94,19 +94,18 @@ def exact_moe(
     w2: ExpertWeights,
     spec: MoESpec,
 ) -> torch.Tensor:
-    """The layer in float64, one pair at a time, sharing nothing with the operator but the expert's matrix."""
+    """The layer in float64, one expert at a time, sharing nothing with the operator but the expert's matrix."""
     out = torch.zeros(x.shape, dtype=torch.float64)
-    for token in range(x.shape[0]):
-        for slot in range(topk_ids.shape[1]):
-            expert = local.get(int(topk_ids[token, slot]))
-            if expert is None:
-                continue
-            row, weight = x[token : token + 1].double(), topk_weights[token, slot].double()
-            if spec.router_weight_on_input:
-                row = row * weight
-            gate, up = expert_gemm(row, w13, expert, spec).chunk(2, dim=-1)
-            result = expert_gemm(ACTIVATIONS[spec.activation](gate) * up, w2, expert, spec)[0]
-            out[token] += result if spec.router_weight_on_input else result * weight
+    for name, expert in local.items():
+        tokens, slots = (topk_ids == name).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        rows, weights = x[tokens].double(), topk_weights[tokens, slots].double()[:, None]
+        if spec.router_weight_on_input:
+            rows = rows * weights
+        gate, up = expert_gemm(rows, w13, expert, spec).chunk(2, dim=-1)
+        found = expert_gemm(ACTIVATIONS[spec.activation](gate) * up, w2, expert, spec)
+        out.index_add_(0, tokens, found if spec.router_weight_on_input else found * weights)
     return out
 
 

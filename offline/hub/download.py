@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm
 
 from ..errors import ConversionError
@@ -35,7 +34,7 @@ def is_offline() -> bool:
 
 
 def download(listing: Listing) -> Path:
-    """Download what is not in the cache yet, and compare all weights with the Hub's SHA-256 of them.
+    """Download what is not in the cache yet, and compare weights with the Hub's SHA-256, unchanged ones once.
 
     Returns:
         The folder.
@@ -86,7 +85,7 @@ def _fetch(listing: Listing, names: Sequence[str], shown_bytes: int) -> Path:
         names: of the files.
         shown_bytes: that are expected, for a bar on stderr; none is shown for 0.
     """
-    patience = Patience(str(listing.name), cache_folder(listing))
+    patience = Patience(str(listing.name), listing.cache_folder)
     lock = threading.Lock()
     with tqdm(total=shown_bytes, unit="B", unit_scale=True, disable=True if not shown_bytes else None) as bar:
 
@@ -100,11 +99,6 @@ def _fetch(listing: Listing, names: Sequence[str], shown_bytes: int) -> Path:
 
         paths = list(each(names, do, THREADS, patience))
     return paths[0].parents[names[0].count("/")]
-
-
-def cache_folder(listing: Listing) -> Path:
-    """Return where the Hub's cache keeps a model; it need not be there yet."""
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=listing.name.repository, repo_type="model")
 
 
 def _note_revision(listing: Listing, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A file of the Hub, downloaded and compared with the SHA-256 that the Hub says of it."""
+"""A file of the Hub, downloaded and compared with the SHA-256 that the Hub says of it, again where it changed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..errors import PassingError
 from .failures import one_line
 from .listing import Listing
+from .verified import is_verified, note_verified, state_of
 
 BUFFER = 2**23
 _PARAMETERS = inspect.signature(hf_hub_download).parameters
@@ -88,19 +89,42 @@ def refuse_damaged(listing: Listing, name: str, path: Path, arrived: Arrived) ->
 
 
 def _sha256(listing: Listing, name: str, path: Path, arrived: Arrived) -> str | None:
-    """Return the SHA-256 of a file where it is another than the Hub says, None where it is the same or not known."""
+    """Return the SHA-256 of a file where it is another than the Hub says, None where it is the same or not known.
+
+    A file of the cache that was found to be the same before, and did not change, is not read again.
+    """
     said = listing.sha256.get(name)
     if said is None:
         return None
-    digest, buffer = hashlib.sha256(), bytearray(BUFFER)
+    model = listing.cache_folder
+    is_cached = model in path.parents
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-                arrived(0)
+        before = state_of(path)
+        if is_cached and is_verified(model, said, before):
+            return None
+        found = _read(path, arrived)
+        is_unchanged = state_of(path) == before  # while it was read
     except OSError as error:
         raise PassingError(f"{path}: cannot be read: {error.strerror}") from error
-    return None if digest.hexdigest() == said else digest.hexdigest()
+    if found != said:
+        return found
+    if is_cached and is_unchanged:
+        note_verified(model, said, before)
+    return None
+
+
+def _read(path: Path, arrived: Arrived) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(BUFFER)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            arrived(0)
+    return digest.hexdigest()
 
 
 def _download(

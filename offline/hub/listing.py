@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, ModelInfo, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import ConversionError
 from ..hub_names import ModelName
@@ -46,6 +47,11 @@ class Listing(NamedTuple):
     def missing_bytes(self) -> int:
         """Return the bytes that are not in the cache yet."""
         return sum(size for name, size in self.sizes.items() if self.cached_path(name) is None)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Return where the Hub's cache keeps the model; it need not be there yet."""
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name.repository, repo_type="model")
 
     def cached_path(self, name: str) -> Path | None:
         """Return where a file is in the cache; None where it is not."""

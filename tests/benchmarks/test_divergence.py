@@ -21,9 +21,9 @@ from vllm_milo.offline.source.reader import ModelReader
 
 
 def test_gptq_beats_rounding_to_nearest_in_the_table(
-    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    arguments = [str(bundled_model), "--text", str(TEXT), "-o", str(tmp_path), "--max-windows", "4", "--device", "cpu"]
+    arguments = [str(small_model), "--text", str(TEXT), "-o", str(tmp_path), "--max-windows", "4", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["divergence", *arguments, "--only", "RTN g64", "GPTQ g64", "GPTQ g32"])
     divergence.main()
     rows = {row["name"]: row for row in json.loads((tmp_path / "divergence.json").read_text())["rows"]}

@@ -121,6 +121,7 @@ def test_serves_without_the_flag_and_compiled(checkpoint: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_serves_tensor_parallel(checkpoint: Path, tmp_path: Path):
     arguments = [*README_ARGUMENTS, *SMALL, *EXACT, "-tp", "2"]
     with serve(checkpoint, *arguments, log=tmp_path / "server.log") as url:
