@@ -17,8 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from vllm_milo.kernels.resident import BLOCK
-from vllm_milo.kernels.weights import rank_blocks
+from vllm_milo.kernels.resident import BLOCK, rank_blocks
 from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 
 from ..errors import ConversionError

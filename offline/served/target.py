@@ -10,8 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vllm_milo.kernels.resident import BLOCK
-from vllm_milo.kernels.weights import rank_blocks
+from vllm_milo.kernels.resident import BLOCK, rank_blocks
 
 from ..nouns import Matrix, Recipe
 from ..source.config import chosen_experts
