@@ -7,7 +7,8 @@ Sizes are padded, a code of U takes four bits, and a part with any rank holds wh
 
 from __future__ import annotations
 
-from .weights import RANK_BLOCK, rank_blocks
+from .weights import RANK_BLOCK
+from .weights import rank_blocks as rank_blocks  # part of what this module tells the converter
 
 BLOCK = RANK_BLOCK
 UNIT, ROWS = 128, 64

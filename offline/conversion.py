@@ -17,6 +17,7 @@ from .checkpoint.writer import SHARD_BYTES
 from .learn.end_to_end import TuneOptions
 from .learn.layer import LearnOptions
 from .nouns import Recipe
+from .ranks.plan import RankChoice
 from .ranks.policies import Policy
 
 
@@ -46,6 +47,8 @@ class Conversion:
         policies: rank policies, added up; with a budget they are scaled to fit it.
         budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks go
             by what a matrix is part of (see :mod:`.ranks.roles`).
+        serving_share: the most that compensators may cost in serving over what codes cost, by measured costs of bytes
+            (see :mod:`.served.target`); of ranks within a budget, without policies. None for no limit.
         measure_ranks: along a text and within a budget, without policies, share the ranks of each layer by what its
             roles need (see :mod:`.along.need`); the layer keeps its bits and gets its part of those that are left.
         splittable: within a budget, without policies, give experts that no tensor parallel size could cut smaller
@@ -67,6 +70,7 @@ class Conversion:
     recipe: Recipe = field(default_factory=Recipe)
     policies: Sequence[Policy] = ()
     budget_bits: float | None = None
+    serving_share: float | None = None
     measure_ranks: bool = True
     splittable: bool = False
     text: Text | None = None
@@ -80,6 +84,11 @@ class Conversion:
     overwrite: bool = False
     resume: bool = False
     card: CardNotes = field(default_factory=CardNotes)
+
+    @property
+    def rank_choice(self) -> RankChoice:
+        """What decides the ranks before the conversion."""
+        return RankChoice(self.policies, self.budget_bits, self.expert_counts, self.serving_share)
 
     @property
     def measures_ranks(self) -> bool:

@@ -32,7 +32,7 @@ from .nouns import Matrix, Recipe
 from .planning.plan import Plan, make_plan
 from .planning.shards import shard_uses
 from .progress import doing, progress_bar
-from .ranks.plan import Pass, RankChoice, plan_ranks
+from .ranks.plan import Pass, plan_ranks
 from .source.layers import Layer
 from .source.reader import ModelReader
 from .spread.devices import Devices
@@ -104,9 +104,8 @@ def _convert(planned: Plan, progress: bool, claim: Claim) -> Summary:
         refuse_other_layers(claim.partial, claim.decided, decided_by)
     ranks, warnings = planned.ranks, list(planned.warnings)
     if not planned.exact and claim.published is None:
-        choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
         over = Pass(planned.reader, planned.layers, device, progress)
-        ranks, remarks = plan_ranks(over, choice, conversion.recipe)
+        ranks, remarks = plan_ranks(over, conversion.rank_choice, conversion.recipe)
         warnings += remarks
     report = Report()
     layers = sum(bool(layer.matrices) for layer in planned.layers)

@@ -20,6 +20,9 @@ from .ranks.policies import Policy
 LEAST_RANKS = 0.05
 """Bits a weight that smaller groups must leave for ranks, without which attention would have none."""
 
+SERVED = 0.3
+"""What compensators of presets that measure needs may cost a token over what codes cost it."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -30,6 +33,7 @@ class Preset:
         group_size: weights that share a scale and a zero point, in matrices whose inputs it divides.
         learned_group_size: the same where codes are learned and the budget has room for it; None for no other.
         budget_bits: average stored bits of a weight, or None where the policies decide.
+        serving_share: the most that compensators may cost in serving over what codes cost (:mod:`.served.target`).
         fractions: rank of each policy as a fraction of the hidden size.
         calibrated: whether a text goes through the model, where none is asked for.
         thorough: whether more of the text is used, and the whole model is trained where it fits into memory.
@@ -39,6 +43,7 @@ class Preset:
     group_size: int
     learned_group_size: int | None = None
     budget_bits: float | None = None
+    serving_share: float | None = None
     fractions: tuple[tuple[str, float], ...] = ()
     calibrated: bool = False
     thorough: bool = False
@@ -70,9 +75,9 @@ class Preset:
 
 
 PRESETS = {
-    "balanced": Preset("milo", 128, 64, budget_bits=3.6, calibrated=True),
-    "best": Preset("milo", 128, 64, budget_bits=3.6, calibrated=True, thorough=True),
-    "small": Preset("milo", 128, budget_bits=3.3, calibrated=True),
+    "balanced": Preset("milo", 128, 64, budget_bits=3.6, serving_share=SERVED, calibrated=True),
+    "best": Preset("milo", 128, 64, budget_bits=3.6, serving_share=SERVED, calibrated=True, thorough=True),
+    "small": Preset("milo", 128, budget_bits=3.3, serving_share=SERVED, calibrated=True),
     "fast": Preset("milo", 128, budget_bits=3.6),
     "paper-s1": Preset("paper", 64, fractions=(("dense", 1 / 8), ("kurtosis", 1 / 256))),
     "paper-s2": Preset("paper", 64, fractions=(("dense", 1 / 4), ("kurtosis", 1 / 128))),

@@ -83,9 +83,10 @@ FLOORS = {
     "effort": {"source", "calibration"},
     "batches": {"nouns", "source", "calibration"},
     "learn": {"nouns", "progress", "solve", "families", "source"},
-    "ranks": {"errors", "nouns", "progress", "source"},
+    "served": {"nouns", "source"},
+    "ranks": {"errors", "nouns", "progress", "source", "served"},
     "presets": {"errors", "nouns", "ranks"},
-    "checkpoint": {"errors", "nouns", "durable", "solve", "families", "source", "hub_names"},
+    "checkpoint": {"errors", "nouns", "durable", "solve", "families", "source", "served", "hub_names"},
     "importing": {"errors", "progress", "families", "source", "checkpoint"},
     "exporting": {"errors", "progress", "durable", "families", "checkpoint"},
     "evaluation": {"errors", "progress", "durable", "families", "source", "checkpoint"},
@@ -94,7 +95,7 @@ FLOORS = {
     "fingerprint": {"errors", "durable", "source", "hub_names", "conversion"},
     "steps": {"nouns", "durable", "solve", "source", "checkpoint"},
     "bench": {"nouns", "progress", "source", "calibration", "batches", "learn", "checkpoint", "spread"},
-    "along": {"nouns", "progress", "solve", "source", "calibration", "batches", "learn", "ranks"}
+    "along": {"nouns", "progress", "solve", "source", "calibration", "batches", "learn", "served", "ranks"}
     | {"checkpoint", "spread", "conversion", "steps", "bench"},
     "planning": {
         "errors",
@@ -103,6 +104,7 @@ FLOORS = {
         "source",
         "calibration",
         "batches",
+        "served",
         "ranks",
         "checkpoint",
         "conversion",

@@ -12,9 +12,10 @@ from typing import Any
 
 from benchmarks.offline.random_model import edges, layer
 from benchmarks.serving.models import BASE, MODELS
-from vllm_milo.offline.presets import PRESETS
-from vllm_milo.online.options import OnlineOptions
-from vllm_milo.online.plan import plan_online
+from vllm_milo.offline.conversion import Conversion
+from vllm_milo.offline.planning.plan import decide_format
+from vllm_milo.offline.presets import PRESETS, milo_recipe
+from vllm_milo.offline.source.reader import ModelReader
 
 BFLOAT16_BYTES = 2
 
@@ -33,10 +34,11 @@ def shipped_format(name: str, layers: int, preset: str = "balanced") -> dict[str
     """
     chosen = PRESETS[preset]
     assert chosen.budget_bits is not None, f"{preset} has no budget of bits"
-    options = OnlineOptions(budget_bits=chosen.budget_bits, group_size=chosen.groups(chosen.calibrated, None))
+    recipe = milo_recipe(False, group_size=chosen.groups(chosen.calibrated, None))
+    conversion = Conversion(recipe, budget_bits=chosen.budget_bits, serving_share=chosen.serving_share)
     with tempfile.TemporaryDirectory() as folder:
         write_headers(Path(folder), name, layers)
-        return plan_online(Path(folder), options).format.to_dict()
+        return decide_format(ModelReader(Path(folder)), conversion)[0].to_dict()
 
 
 def write_headers(folder: Path, name: str, layers: int) -> None:

@@ -19,6 +19,7 @@ from ..learn.layer import ALONE, learn_layer
 from ..nouns import Matrix, Recipe
 from ..progress import doing, progress_bar
 from ..ranks.budget import stored_bits
+from ..served.target import find_target
 from ..source.layers import Layer, layer_index
 from ..source.streamed_model import StreamedModel, place_tensor, reader_tensors, use_grouped_experts
 from ..source.whole_model import load_source_model
@@ -98,7 +99,8 @@ def _meter(
         return None
     matrices = [source.matrix for layer in plan for source in layer.matrices]
     spare = conversion.budget_bits - stored_bits(matrices, ranks, conversion.recipe)
-    return NeedMeter(conversion.recipe, bench.reader.dtype, text.learn.batch, max(0.0, spare))
+    target = find_target(conversion.serving_share, bench.reader.config)
+    return NeedMeter(conversion.recipe, bench.reader.dtype, text.learn.batch, max(0.0, spare), target)
 
 
 def _jobs(

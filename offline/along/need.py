@@ -20,6 +20,7 @@ from ..learn.damage import Damage, Replacement
 from ..nouns import LoadedMatrix, Matrix, Moments, Recipe
 from ..ranks.budget import rank_bits
 from ..ranks.need import Need, group_roles, probe_ranks, share_by_need
+from ..served.target import Target, allow
 from ..solve.base.least_squares import quantize_mse
 from ..solve.methods import quantize_matrices
 from ..solve.metric import metric_of
@@ -41,12 +42,15 @@ class NeedMeter:
         batch: windows that run at once.
         spare: stored bits a weight that the plan by kind leaves of the budget. It does so where a step of all routed
             experts costs more; one of their projections may be worth it.
+        target: what the ranks of each layer may cost in serving; None for no limit.
     """
 
-    def __init__(self, recipe: Recipe, dtype: torch.dtype, batch: int, spare: float = 0.0) -> None:
+    def __init__(
+        self, recipe: Recipe, dtype: torch.dtype, batch: int, spare: float = 0.0, target: Target | None = None
+    ) -> None:
         # neither column by column nor for long: this compares ranks, and nothing of it is kept
         self._recipe = replace(recipe, feedback_rounds=0, max_rounds=min(2, recipe.max_rounds))
-        self._dtype, self._batch, self._spare = dtype, batch, spare
+        self._dtype, self._batch, self._spare, self._target = dtype, batch, spare, target
 
     @torch.no_grad()
     def share(
@@ -68,7 +72,8 @@ class NeedMeter:
         states = stream.quantized[:: -(-len(stream.quantized) // WINDOWS)]
         damage = Damage(stream.model, visit.index, visit.module, states, self._batch)
         needs = {role: self._need(visit, damage, of, planned[of[0].name]) for role, of in roles.items()}
-        ranks = share_by_need(roles, needs, bits, self._recipe.factor_bits)
+        allowance = allow(matrices, self._recipe, self._target)
+        ranks = share_by_need(roles, needs, bits, self._recipe.factor_bits, allowance)
         said = {role: {**need._asdict(), "rank": ranks[role]} for role, need in needs.items()}
         return {matrix.name: ranks[role] for role, of in roles.items() for matrix in of}, said
 

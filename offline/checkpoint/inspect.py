@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS, MiLoFormat
 from vllm_milo.dtypes import DTYPES
 from vllm_milo.head.layout import head_shape, quantized_heads
-from vllm_milo.kernels.resident import resident_bytes
+from vllm_milo.names import split_expert_name
 from vllm_milo.shards import ShardError, TensorEntry, read_object, read_tensors
 from vllm_milo.validation import (
     count_experts,
@@ -25,7 +25,9 @@ from vllm_milo.values import shown_name
 
 from ..families.family import Family
 from ..families.find import find_family
-from ..source.config import check_numbers
+from ..nouns import Kind, Matrix
+from ..served.load import Held, Load, serving_line, serving_load
+from ..source.config import check_numbers, chosen_experts
 from .report import REPORT_NAME
 
 
@@ -36,7 +38,9 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     codes, scales, zero points and factors over the quantized matrices; ``bytes`` is all tensors of the checkpoint,
     ``quantized_bytes`` those of quantized matrices. ``kept_weights`` and ``kept_bytes`` are of the matrices that could
     be quantized and are not, because ``ignore`` names them; ``bits_per_weight_with_kept`` counts them too.
-    ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU. ``lm_head``
+    ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU; ``serving`` what one
+    decoded token takes of them (:class:`..served.load.Load`), null where config.json does not say how many experts a
+    token reads. ``lm_head``
     has bits, weights and bytes of the output head, which none of these counts; null where it is tied to the embeddings.
 
     Raises:
@@ -56,6 +60,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     kept_weights, kept_bytes = sum(math.prod(entry.shape) for entry in kept), sum(map(_tensor_bytes, kept))
     errors = _recorded_errors(folder)
     ranks = _ranks(modules, fmt)
+    held = [_held(name, found, ranks[name], fmt, family) for name, found in modules.items()]
+    load = _load(held, chosen_experts(family.settings(config)))
     return {
         "format_version": fmt.to_dict()["format_version"],
         "group_size": fmt.group_size,
@@ -64,7 +70,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": dict(fmt.recipe),
         "quantized_weights": weights,
         "bits_per_weight": 8 * (base + factors) / weights,
-        "resident_bits_per_weight": 8 * _resident_bytes(modules, ranks, fmt) / weights,
+        "resident_bits_per_weight": 8 * sum(one.code_bytes + one.factor_bytes for one in held) / weights,
+        "serving": None if load is None else load.to_dict(),
         "kept_weights": kept_weights,
         "kept_bytes": kept_bytes,
         "lm_head": _head(tensors, family, fmt),
@@ -89,6 +96,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
         f"{report['resident_bits_per_weight']:.3f} on a GPU",
     ]
+    if report["serving"] is not None:
+        lines.append(f"serving          {serving_line(report['serving'])}")
     if report["kept_weights"]:
         lines.append(
             f"kept as they are {report['kept_bytes'] / gib:.3f} GiB for {report['kept_weights']:,} weights (ignore); "
@@ -153,11 +162,16 @@ def _ranks(modules: Mapping[str, Mapping[str, TensorEntry]], fmt: Any) -> dict[s
     return {name: module_rank(name, fmt, experts) for name in modules}
 
 
-def _resident_bytes(modules: Mapping[str, Mapping[str, TensorEntry]], ranks: Mapping[str, int], fmt: MiLoFormat) -> int:
-    return sum(
-        resident_bytes(*matrix_shape(found), ranks[name], fmt.module_group_size(name), fmt.compensator.bits)
-        for name, found in modules.items()
-    )
+def _held(name: str, found: Mapping[str, TensorEntry], rank: int, fmt: MiLoFormat, family: Family) -> Held:
+    """Return a matrix as it is stored; one that the family does not know counts as read by every token."""
+    experts, number, _ = split_expert_name(name) or (None, None, "")
+    kind = family.kind(name) or (Kind.ATTENTION if experts is None else Kind.ROUTED_EXPERT)
+    matrix = Matrix(name, kind, *matrix_shape(found), experts, number)
+    return Held(matrix, rank, fmt.module_group_size(name), fmt.compensator.bits)
+
+
+def _load(held: Sequence[Held], top_k: int | None) -> Load | None:
+    return None if top_k is None else serving_load(held, top_k)
 
 
 def _by_kind(

@@ -19,6 +19,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 OR_HUB = "or org/name or org/name@revision of the Hugging Face Hub"
 HEAD_HELP = """8 or 4 store the output head (lm_head) as integers with scales, 16 (default) as it is. The bits a weight
 do not count it; vLLM's own weight-only kernels serve it. Refused where it is tied to the embeddings."""
+SERVING_HELP = """the most that compensators may cost a decoded token over what its codes cost it, by measured costs of
+bytes that it reads, as in 0.3; bounds ranks that a budget shares. Default: the preset's"""
 MOST = 10**9
 """Of what options count: windows, steps, rounds."""
 NOT_SAID = ("--resume", "--overwrite", "--quiet", "--delete-source-shards")
@@ -64,6 +66,20 @@ def check_number(name: str, value: int | None, least: int) -> None:
         raise ConversionError(f"{_option(name)} must be at least {least}")
     if value is not None and value > MOST:
         raise ConversionError(f"{_option(name)} must be at most {MOST}")
+
+
+def check_share(share: float | None, shared: bool) -> None:
+    """Refuse a serving share that is no number above 0, or where ranks are not shared within a budget.
+
+    Raises:
+        ConversionError: names the option.
+    """
+    if share is not None and not 0 < share < float("inf"):
+        raise ConversionError(f"--serving-share {share:g}: must be a number above 0, such as 0.3")
+    if share is not None and not shared:
+        raise ConversionError(
+            f"--serving-share {share:g}: bounds ranks that a budget shares; drop --ranks, or give --budget-bits"
+        )
 
 
 def _option(name: str) -> str:

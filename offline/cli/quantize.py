@@ -45,7 +45,7 @@ from ..progress import log_event
 from ..ranks.policies import POLICIES, Policy, needs_kurtosis, parse_policies
 from ..source.reader import ModelReader
 from ..threads import threads_for
-from .arguments import HEAD_HELP, OR_HUB, check_number, command_of, default_device
+from .arguments import HEAD_HELP, OR_HUB, SERVING_HELP, check_number, check_share, command_of, default_device
 from .hub import filled, model_place, path, target_repository
 from .summary import print_summary
 
@@ -106,6 +106,7 @@ def add_parser(commands: Any) -> None:
         help=f"method, group size and ranks in one; default: {DEFAULT_PRESET}, unless --method or --ranks is given",
     )
     parser.add_argument("--budget-bits", type=float, metavar="B", help=BUDGET_HELP)
+    parser.add_argument("--serving-share", type=float, metavar="S", help=SERVING_HELP)
     parser.add_argument("--calibration", type=filled, metavar="HOW", help=CALIBRATION_HELP)
     windows = f"of {WINDOW} tokens; default: up to {GPU_EFFORT.windows} on a GPU, {CPU_EFFORT.windows} on a CPU"
     parser.add_argument("--calibration-windows", type=int, default=None, help=windows)
@@ -238,18 +239,21 @@ def _without_text(
     arguments: argparse.Namespace, reader: ModelReader, preset: Preset | None, method: str, learned: bool
 ) -> Conversion:
     """Return what the options ask for, but for a calibration text."""
-    budget = arguments.budget_bits
+    budget, share = arguments.budget_bits, arguments.serving_share
     if preset is not None:
         policies = preset.policies(reader.config)
         budget = preset.budget_bits if budget is None else budget
+        share = preset.serving_share if share is None else share
     else:
         policies = _policies(arguments, method)
+    check_share(arguments.serving_share, budget is not None and not policies)
     if arguments.delete_source_shards:
         _refuse_whole_model(arguments, preset, policies)
     return Conversion(
         recipe=_recipe(arguments, preset, method, learned, False),
         policies=policies,
         budget_bits=budget,
+        serving_share=share,
         splittable=arguments.group_size is None,
         ignore=arguments.ignore,
         lm_head_bits=arguments.lm_head_bits,

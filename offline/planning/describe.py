@@ -9,6 +9,8 @@ from typing import Any
 from ..calibration import memory
 from ..checkpoint.inspect import describe_head
 from ..ranks.budget import resident_bits
+from ..served.load import held_by, serving_line, serving_load
+from ..source.config import chosen_experts
 from .disk import free_bytes, size_text
 from .plan import Plan
 
@@ -22,7 +24,9 @@ def describe(plan: Plan) -> dict[str, Any]:
     or the calibration text: ranks are then those by kind, and sizes may grow up to the budget.
     ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
     ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too,
-    ``resident_bits_per_weight`` of quantized weights as the kernels hold them on one GPU.
+    ``resident_bits_per_weight`` of quantized weights as the kernels hold them on one GPU. ``serving`` is what one
+    decoded token takes of these (:class:`..served.load.Load`), null where config.json does not say how many experts a
+    token reads; ``serving_target`` is the most that its share may be, null for no limit.
     ``lm_head`` has bits, weights and bytes of an output head that is quantized, which no other number of bits counts;
     it is null where it is copied.
     ``memory`` is the most that the conversion takes, in bytes, on the device (0 for the CPU) and on the host.
@@ -42,6 +46,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         "quantized_weights": plan.weights,
         "bits_per_weight": plan.bits_per_weight,
         "resident_bits_per_weight": resident_bits(plan.matrices, plan.ranks, plan.conversion.recipe),
+        "serving": _serving(plan),
+        "serving_target": plan.conversion.serving_share,
         "bits_per_weight_with_kept": plan.kept.bits_with(plan.weights, plan.quantized_bytes),
         "kept": plan.kept.to_dict(),
         "lm_head": describe_head(plan.tensors, fmt.lm_head_bits),
@@ -75,6 +81,9 @@ def format_description(plan: Plan) -> str:
         f"bits a weight    {about}{said['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
         f"{about}{said['resident_bits_per_weight']:.3f} on a GPU",
     ]
+    if said["serving"] is not None:
+        most = "" if said["serving_target"] is None else f" (at most {said['serving_target']:g})"
+        lines.append(f"serving          {about}{serving_line(said['serving'])}{most}")
     if said["source_format"] is not None:
         lines.insert(1, f"stored as        {said['source_format']}; becomes {str(plan.reader.dtype)[6:]} as it is read")
     for kind, row in said["by_kind"].items():
@@ -99,6 +108,13 @@ def format_description(plan: Plan) -> str:
     sizes = ", ".join(map(str, said["tensor_parallel_sizes"]))
     lines.append(f"tensor parallel  {sizes}")
     return "\n".join(lines)
+
+
+def _serving(plan: Plan) -> dict[str, Any] | None:
+    top_k = chosen_experts(plan.reader.config)
+    if top_k is None:
+        return None
+    return serving_load(held_by(plan.matrices, plan.ranks, plan.conversion.recipe), top_k).to_dict()
 
 
 def group_notes(plan: Plan) -> list[str]:

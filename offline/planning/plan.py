@@ -26,7 +26,7 @@ from ..conversion import Conversion
 from ..errors import ConversionError
 from ..families.family import Family
 from ..nouns import Matrix, Recipe
-from ..ranks.plan import Pass, RankChoice, assume_ranks, known_from_headers, plan_ranks
+from ..ranks.plan import Pass, assume_ranks, known_from_headers, plan_ranks
 from ..source.ignore import check_ignore, kept_experts, refuse_unknown, unknown_modules, without_ignored
 from ..source.layers import Layer
 from ..source.reader import ModelReader
@@ -226,7 +226,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     refuse_large_matrices(matrices, devices, conversion.device_memory)
     refuse_no_head(reader, conversion.lm_head_bits)
     unranked = _unranked(reader, matrices, conversion, layout)
-    choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
+    choice = conversion.rank_choice
     exact = known_from_headers(choice)
     if exact:
         ranks, warnings = plan_ranks(Pass(reader, layers, find_device("cpu"), False), choice, conversion.recipe)
@@ -263,7 +263,7 @@ def decide_format(reader: ModelReader, conversion: Conversion) -> tuple[MiLoForm
     matrices = [source.matrix for layer in layers for source in layer.matrices]
     conversion = _narrowed(conversion, matrices, reader.family)
     unranked = _unranked(reader, matrices, conversion, memory.SIMPLE)
-    choice = RankChoice(conversion.policies, conversion.budget_bits, conversion.expert_counts)
+    choice = conversion.rank_choice
     ranks, _ = plan_ranks(Pass(reader, layers, find_device("cpu"), False), choice, conversion.recipe)
     return replace(unranked, ranks=rank_table(matrices, ranks)), conversion.recipe, matrices
 
@@ -378,6 +378,8 @@ def _recipe_record(reader: ModelReader, conversion: Conversion, layout: memory.L
         record["source_format"] = reader.source.view.format
     if conversion.budget_bits is not None:
         record["budget_bits"] = conversion.budget_bits
+        if conversion.serving_share is not None and not conversion.policies:
+            record["serving_share"] = conversion.serving_share
     if conversion.measures_ranks:
         record["measured_ranks"] = True
     text = conversion.text

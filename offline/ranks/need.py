@@ -21,6 +21,7 @@ from typing import NamedTuple
 from vllm_milo.kernels.resident import BLOCK
 
 from ..nouns import Matrix
+from ..served.target import Allowance
 from .budget import rank_bits
 from .roles import largest_rank
 
@@ -28,6 +29,9 @@ PROBES = 3
 """Ranks at which a role is tried, at most."""
 REACH, LEAST_REACH = 4, 32
 """The largest of them is so many times the rank by kind, and at least the second, where its limit allows."""
+
+WEIGHTS = tuple(step / 8 for step in range(9))
+"""How much a step's cost in serving counts beside its stored bits, where it does: each is tried."""
 
 Roles = Mapping[str, Sequence[Matrix]]
 """The matrices of each role of a layer, all of one shape."""
@@ -82,27 +86,68 @@ def share_left(left: Mapping[int, float], rank: int) -> float:
     return math.exp(value - slope * (rank - at)) if rank else 1.0
 
 
-def share_by_need(roles: Roles, needs: Mapping[str, Need], bits: float, factor_bits: int) -> dict[str, int]:
+def share_by_need(
+    roles: Roles, needs: Mapping[str, Need], bits: float, factor_bits: int, allowance: Allowance | None = None
+) -> dict[str, int]:
     """Return the rank of each role of a layer.
+
+    Steps go where they take most from the error for their price. Where bits alone would have ranks cost more in serving
+    than they may, a step's price is a mixture of both, and the mixture counts that leaves the least error.
 
     Args:
         roles: the layer's matrices.
         needs: of each role; one without is given no rank.
         bits: that the factors of all matrices may take together; no more are used.
         factor_bits: storage of a factor's entries.
+        allowance: what they may cost in serving; None for no limit.
     """
-    ranks = dict.fromkeys(roles, 0)
-    prices = {
-        role: BLOCK * sum(rank_bits(matrix, factor_bits) for matrix in matrices) for role, matrices in roles.items()
-    }
+    prices = {role: BLOCK * sum(rank_bits(matrix, factor_bits) for matrix in of) for role, of in roles.items()}
+    free = _buy(roles, needs, [_Purse(prices, bits)], [1.0])
+    if allowance is None:
+        return free
+    served = _Purse({role: allowance.price(of) for role, of in roles.items()}, allowance.total)
+    if served.holds(free):
+        return free
+    purses = [_Purse(prices, bits), served]
+    tried = [_buy(roles, needs, purses, [1 - weight, weight]) for weight in WEIGHTS]
+    return min(tried, key=lambda ranks: _damage(needs, ranks))
+
+
+class _Purse(NamedTuple):
+    """What a step of each role costs, and what all steps together may."""
+
+    prices: Mapping[str, float]
+    total: float
+
+    def holds(self, ranks: Mapping[str, int]) -> bool:
+        return sum(rank // BLOCK * self.prices[role] for role, rank in ranks.items()) <= self.total
+
+
+def _buy(roles: Roles, needs: Mapping[str, Need], purses: Sequence[_Purse], weights: Sequence[float]) -> dict[str, int]:
+    """Return the ranks that purses pay for, step after step where most is gained for the weighed price of all."""
+    ranks, left = dict.fromkeys(roles, 0), [purse.total for purse in purses]
     limits = {role: largest_rank(roles[role][0]) for role in needs}
 
-    def gain(role: str) -> float:
-        left, rank = needs[role].left, ranks[role]
-        return needs[role].damage * (share_left(left, rank) - share_left(left, rank + BLOCK)) / prices[role]
+    def price(role: str) -> float:
+        shares = (
+            weight * purse.prices[role] / purse.total for weight, purse in zip(weights, purses, strict=True) if weight
+        )
+        return max(sum(shares), 1e-30)
 
-    while open_ := [role for role in needs if ranks[role] + BLOCK <= limits[role] and prices[role] <= bits]:
+    def gain(role: str) -> float:
+        found, rank = needs[role].left, ranks[role]
+        return needs[role].damage * (share_left(found, rank) - share_left(found, rank + BLOCK)) / price(role)
+
+    def affordable(role: str) -> bool:
+        return all(purse.prices[role] <= rest for purse, rest in zip(purses, left, strict=True))
+
+    while open_ := [role for role in needs if ranks[role] + BLOCK <= limits[role] and affordable(role)]:
         best = max(open_, key=gain)
         ranks[best] += BLOCK
-        bits -= prices[best]
+        left = [rest - purse.prices[best] for purse, rest in zip(purses, left, strict=True)]
     return ranks
+
+
+def _damage(needs: Mapping[str, Need], ranks: Mapping[str, int]) -> float:
+    """Return the error that is left, as far as errors of roles add up."""
+    return sum(need.damage * share_left(need.left, ranks[role]) for role, need in needs.items())

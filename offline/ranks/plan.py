@@ -11,6 +11,7 @@ import torch
 from ..errors import ConversionError
 from ..nouns import Matrix, Recipe
 from ..progress import progress_bar
+from ..served.target import find_target
 from ..source.layers import Layer
 from ..source.reader import ModelReader
 from .budget import scale_policies
@@ -27,11 +28,14 @@ class RankChoice:
         budget_bits: average stored bits of a quantized weight, everything counted; without policies the ranks go
             by what a matrix is part of (:mod:`.roles`).
         expert_counts: uses of each expert, by experts' name; for the frequency policy.
+        serving_share: the most that ranks by what a matrix is part of may cost in serving, over what codes cost
+            (:mod:`..served.target`); None for no limit.
     """
 
     policies: Sequence[Policy]
     budget_bits: float | None
     expert_counts: Mapping[str, Sequence[int]]
+    serving_share: float | None = None
 
 
 class Pass(NamedTuple):
@@ -57,7 +61,8 @@ def plan_ranks(model: Pass, choice: RankChoice, recipe: Recipe) -> tuple[dict[st
     matrices = [held.matrix for layer in model.layers for held in layer.matrices]
     _check_counts(choice)
     if choice.budget_bits is not None and not choice.policies:
-        return share_budget(matrices, choice.budget_bits, recipe)
+        target = find_target(choice.serving_share, model.reader.config)
+        return share_budget(matrices, choice.budget_bits, recipe, target)
     statistics = _statistics(model, choice)
     if choice.budget_bits is None:
         return assign_ranks(choice.policies, matrices, statistics)

@@ -4,17 +4,25 @@ At equal bits, ranks for attention and shared experts close the most of HQQ's di
 of Qwen2.5-Coder-0.5B as a Qwen2-MoE, without data, dense ranks of 112 and routed ones of 8 leave a KL divergence of
 0.207 and 0.150 nats (documentation, code), and the same bits spread evenly 0.328 and 0.226 (2026-11-27). A rank of a
 routed expert serves only the tokens that it sees.
+
+Steps are of 16, which the kernels hold: rank 8 is read and multiplied as rank 16 is. Routed experts alone may have a
+rank of 8, where the budget pays for no more: 16 for some projections and none for others left a KL divergence of 0.0426
+nats where 8 for all left 0.0385 (``fast``, a Mixtral of 22 M parameters, 48 windows, 2026-11-29).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+from vllm_milo.kernels.resident import BLOCK, rank_blocks
 from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 
 from ..errors import ConversionError
-from ..nouns import DENSE_KINDS, RANK_MULTIPLE, Kind, Matrix, Recipe
+from ..nouns import DENSE_KINDS, Kind, Matrix, Recipe
+from ..served.target import Allowance, Target, allow
 from .budget import least_bits, name_groups, rank_bits, stored_bits, unspent
 
 ROUTED_SHARE = 1 / 14
@@ -28,11 +36,22 @@ NARROW, NARROW_SHARE = 0.5, 2.0
 """Attention's matrices with at most half as many outputs as inputs, keys and values that many heads read, get twice the
 rank, up to full rank. They are the smallest and do the most harm: on the model above, without data, raising them from
 rank 112 to 128, which is full, closes 0.432 of HQQ's KL divergence in place of 0.394 (2026-11-27)."""
-_STEPS = 30
+HALF = BLOCK // 2
+_KEPT = (0.9, 0.8, 0.7, 0.6, 0.5)
+_EXACT = 0.5
+"""Of ranks that are searched for: so much less than the largest that fits."""
 
 
-def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> tuple[dict[str, int], list[str]]:
-    """Return ranks by kind, as large as ``budget`` bits a weight allow, and warnings.
+def share_budget(
+    matrices: Sequence[Matrix], budget: float, recipe: Recipe, target: Target | None = None
+) -> tuple[dict[str, int], list[str]]:
+    """Return ranks by kind, as large as ``budget`` bits a weight and the target allow, and warnings.
+
+    Args:
+        matrices: all that are quantized.
+        budget: average stored bits of a weight, everything counted.
+        recipe: group sizes and bits of factors.
+        target: what ranks may cost in serving; None for no limit.
 
     Raises:
         ConversionError: the budget does not even pay for the codes, scales and zero points.
@@ -44,16 +63,13 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
             f"a weight already; raise the budget or --group-size"
         )
 
+    purse = _Purse(matrices, budget, recipe, allow(matrices, recipe, target))
+
     def ranks_at(dense: float) -> dict[str, int]:
         return {matrix.name: _rank(matrix, dense) for matrix in matrices}
 
-    low, high = 0.0, float(max(max(matrix.n, matrix.k) for matrix in matrices)) / ROUTED_SHARE
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        fits = stored_bits(matrices, ranks_at(middle), recipe) <= budget + 1e-9
-        low, high = (middle, high) if fits else (low, middle)
-    ranks = ranks_at(low)
-    _spend_rest(matrices, ranks, budget, recipe)
+    most = _largest(lambda dense: purse.pays_bits(ranks_at(dense)), max(max(m.n, m.k) for m in matrices) / ROUTED_SHARE)
+    ranks = purse.spend_rest(ranks_at(most), _every_token_first(matrices), serving=False)
     warnings = []
     if any(ranks.values()) and all(ranks[matrix.name] == largest_rank(matrix) for matrix in matrices):
         warnings.append(unspent(budget, stored_bits(matrices, ranks, recipe)))
@@ -62,36 +78,106 @@ def share_budget(matrices: Sequence[Matrix], budget: float, recipe: Recipe) -> t
             f"--budget-bits {budget:g} leaves nothing for compensators: codes, scales and zero points of {groups} "
             f"take {least:g} bits a weight; a little more gains much accuracy"
         )
+    if target is not None and not purse.pays_serving(ranks):
+        ranks = _within_allowance(purse)
+        if not any(ranks.values()):
+            warnings.append(f"--serving-share {target.share:g} leaves nothing for compensators; about 0.3 is usual")
     return ranks, warnings
 
 
-def _spend_rest(matrices: Sequence[Matrix], ranks: dict[str, int], budget: float, recipe: Recipe) -> None:
-    """Give what is left in steps where every token passes, the cheapest matrices first, until no step fits.
+def _largest(fits: Callable[[float], bool], high: float) -> float:
+    """Return about the largest number up to ``high`` that fits; 0 where none does."""
+    low = 0.0
+    while high - low > _EXACT:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+Groups = Sequence[Sequence[Matrix]]
+"""Matrices that get a step together."""
+
+
+class _Purse(NamedTuple):
+    """What ranks are paid from: stored bits, and what they may cost in serving."""
+
+    matrices: Sequence[Matrix]
+    budget: float
+    recipe: Recipe
+    allowance: Allowance
+
+    def pays_bits(self, ranks: Mapping[str, int]) -> bool:
+        return stored_bits(self.matrices, ranks, self.recipe) <= self.budget + 1e-9
+
+    def pays_serving(self, ranks: Mapping[str, int]) -> bool:
+        return self.allowance.spent(ranks) <= self.allowance.total
+
+    def spend_rest(self, ranks: dict[str, int], order: Sequence[Groups], serving: bool) -> dict[str, int]:
+        """Give what ranks leave in steps, to groups in order, until no step fits; return the ranks.
+
+        Args:
+            ranks: by name, which are raised.
+            order: one list of groups after the other; each round of a list raises every group once.
+            serving: whether steps must be within the allowance too.
+        """
+        weights = sum(matrix.n * matrix.k for matrix in self.matrices)
+        bits = (self.budget - stored_bits(self.matrices, ranks, self.recipe)) * weights
+        served = self.allowance.total - self.allowance.spent(ranks) if serving else math.inf
+        for groups in order:
+            growing = [(group, self._bits_of_rank(group), self.allowance.price(group)) for group in groups]
+            while growing:
+                grown = []
+                for group, of_rank, of_block in growing:
+                    rank = ranks[group[0].name]
+                    more = _next_rank(group[0], rank) - rank
+                    price, cost = more * of_rank, of_block * (rank_blocks(rank + more) - rank_blocks(rank))
+                    if price <= bits and cost <= served and rank + more <= largest_rank(group[0]):
+                        ranks.update((matrix.name, rank + more) for matrix in group)
+                        bits, served = bits - price, served - cost
+                        grown.append((group, of_rank, of_block))
+                growing = grown
+        return ranks
+
+    def _bits_of_rank(self, group: Sequence[Matrix]) -> float:
+        return sum(rank_bits(matrix, self.recipe.factor_bits) for matrix in group)
+
+
+def _next_rank(matrix: Matrix, rank: int) -> int:
+    """Return the next larger rank that a matrix may have."""
+    return rank + (HALF if matrix.kind is Kind.ROUTED_EXPERT and rank < BLOCK else BLOCK)
+
+
+def _within_allowance(purse: _Purse) -> dict[str, int]:
+    """Return ranks where bits alone would cost too much in serving.
+
+    What every token passes gives way to routed experts, of which a token reads few: it keeps the largest share, of a
+    few, of the ranks that it could have alone with which the bits are spent, but a step where it could have one.
+    """
+    matrices, routed = purse.matrices, _routed_projections(purse.matrices)
+
+    def alone(dense: float) -> dict[str, int]:
+        return {m.name: 0 if m.kind is Kind.ROUTED_EXPERT else _rank(m, dense) for m in matrices}
+
+    def fits(dense: float) -> bool:
+        return purse.pays_bits(alone(dense)) and purse.pays_serving(alone(dense))
+
+    def spent(ranks: dict[str, int]) -> float:
+        return round(stored_bits(matrices, ranks, purse.recipe), 2)
+
+    most = _largest(fits, max(max(matrix.n, matrix.k) for matrix in matrices))
+    order = [routed, *_every_token_first(matrices)]
+    kept = [most, *(share * most for share in _KEPT if share * most >= BLOCK)]
+    return max((purse.spend_rest(alone(dense), order, serving=True) for dense in kept), key=spent)
+
+
+def _every_token_first(matrices: Sequence[Matrix]) -> list[Groups]:
+    """Return the order in which what a budget leaves is given: where every token passes, the cheapest matrices first.
 
     A step of all routed experts may cost more than all ranks of what every token passes. What these cannot take goes to
     one projection of a layer's experts after the other, the down projections first, which gain most.
     """
-    weights = sum(matrix.n * matrix.k for matrix in matrices)
-    left = (budget - stored_bits(matrices, ranks, recipe)) * weights
     dense = sorted((m for m in matrices if m.kind in DENSE_KINDS), key=lambda matrix: matrix.n + matrix.k)
-    for groups in ([[matrix] for matrix in dense], _routed_projections(matrices)):
-        left = _grow(groups, ranks, left, recipe.factor_bits)
-
-
-def _grow(groups: Sequence[Sequence[Matrix]], ranks: dict[str, int], left: float, factor_bits: int) -> float:
-    """Give each group of matrices step after step while bits are ``left`` for one; return what is left then."""
-    growing = list(groups)
-    while growing:
-        grown = []
-        for group in growing:
-            price = sum(rank_bits(matrix, factor_bits) for matrix in group) * RANK_MULTIPLE
-            if price <= left and ranks[group[0].name] < largest_rank(group[0]):
-                for matrix in group:
-                    ranks[matrix.name] += RANK_MULTIPLE
-                left -= price
-                grown.append(group)
-        growing = grown
-    return left
+    return [[[matrix] for matrix in dense], _routed_projections(matrices)]
 
 
 def _routed_projections(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
@@ -105,26 +191,28 @@ def _routed_projections(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
 
 
 def largest_rank(matrix: Matrix) -> int:
-    """Return the largest rank that a matrix may get, a multiple of 8."""
+    """Return the largest rank that a matrix may get, a multiple of 16."""
     if matrix.kind is Kind.ROUTED_EXPERT:
         most = int(min(matrix.n, matrix.k) * ROUTED_LIMIT)
     elif _is_narrow(matrix):
         most = matrix.max_rank
     else:
         most = min(matrix.max_rank, max(LEAST_LIMIT, int(max(matrix.n, matrix.k) * DENSE_LIMIT)))
-    return most // RANK_MULTIPLE * RANK_MULTIPLE
+    return most // BLOCK * BLOCK
 
 
 def _rank(matrix: Matrix, dense: float) -> int:
-    """Return the rank of a matrix, in steps of 8, where those that every token passes get ``dense``.
+    """Return the rank of a matrix, in steps of 16, where those that every token passes get ``dense``.
 
-    That of a routed expert is rounded to the nearest step: a whole step more or less is much for the few that it gets.
+    That of a routed expert is rounded to the nearest step, or to half of the first: a whole step more or less is much
+    for the few that it gets.
     """
     if matrix.kind is Kind.ROUTED_EXPERT:
-        wanted = int(dense * ROUTED_SHARE / RANK_MULTIPLE + 0.5) * RANK_MULTIPLE
+        step = HALF if dense * ROUTED_SHARE < BLOCK else BLOCK
+        wanted = int(dense * ROUTED_SHARE / step + 0.5) * step
     else:
         share = NARROW_SHARE if _is_narrow(matrix) else 1.0
-        wanted = int(dense * share // RANK_MULTIPLE) * RANK_MULTIPLE
+        wanted = int(dense * share // BLOCK) * BLOCK
     return min(wanted, largest_rank(matrix))
 
 

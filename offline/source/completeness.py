@@ -15,6 +15,7 @@ from vllm_milo.values import shown, shown_name
 from ..errors import ConversionError
 from ..families.family import Family
 from ..nouns import Matrix
+from .config import CHOSEN_KEYS
 from .formats.settings import advice
 from .layers import BROKEN, Layer, layer_index
 
@@ -27,8 +28,6 @@ _QUANTIZED = {
     "absmax": "bitsandbytes",
 }
 """Last parts of tensors' names that only quantized models have, and whose they are."""
-CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-"""Of config.json: how many experts a token goes to."""
 _Kind = tuple[bool, str, str]
 """Of a layer: whether it has experts, which mixer, and which kind of it where the family has several."""
 

@@ -36,6 +36,8 @@ _MOST = {
 """The most that no model comes near, of what the converter or transformers make so many of; each may be missing."""
 _LISTS = ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_num_experts", "moe_topk")
 """Keys that may hold a list, with a number for each layer or kind of expert."""
+CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Of config.json: how many experts a token goes to."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -75,6 +77,19 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
             value = part.get(key)
             for one in value if isinstance(value, list) and key in _LISTS else [value]:
                 require_int({key: one}, key, 0, most, error)
+
+
+def chosen_experts(settings: Mapping[str, Any]) -> int | None:
+    """Return how many experts of a layer a token goes to, by the text model's settings; None where they do not say.
+
+    Where each layer has its own number, it is the first layer's.
+    """
+    for key in CHOSEN_KEYS:
+        value = settings.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if type(value) is int and value > 0:
+            return value
+    return None
 
 
 def stated(config: Mapping[str, Any], key: str, folder: Path) -> int:

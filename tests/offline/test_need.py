@@ -20,6 +20,7 @@ from vllm_milo.offline.nouns import Matrix, Recipe
 from vllm_milo.offline.ranks.budget import stored_bits
 from vllm_milo.offline.ranks.need import group_roles
 from vllm_milo.offline.ranks.roles import largest_rank, share_budget
+from vllm_milo.offline.served.load import held_by, serving_load
 from vllm_milo.offline.source.ignore import without_ignored
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.offline.source.streamed_model import StreamedModel, reader_tensors
@@ -73,6 +74,23 @@ def test_layers_share_the_budget_and_the_table_says_what_is_stored(
         assert {ranks[matrix.name] for matrix in theirs} == {said["rank"]}
     table = read_format(out)[0].ranks
     assert {name: rank for name, rank in ranks.items() if ".experts." not in name and rank} == table.modules
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_measured_ranks_of_each_layer_keep_the_target(family: str, sources: dict[str, Path], tmp_path: Path):
+    matrices, settings = matrices_of(sources[family]), ModelReader(sources[family]).config
+    free = serving_load(held_by(matrices, share_budget(matrices, BUDGET, RECIPE)[0], RECIPE), 2).serving_share
+    share = 0.6 * free
+    bounded = replace(CONVERSION, serving_share=share)
+    out = convert(sources[family], tmp_path / "out", bounded, progress=False).out
+    ranks = ranks_of(out)
+    top_k = settings["num_experts_per_tok"]
+    for layer, own in layers_of(ranks).items():
+        theirs = [matrix for matrix in matrices if f".{layer}." in matrix.name]
+        assert serving_load(held_by(theirs, own, RECIPE), top_k).serving_share <= share
+    assert any(ranks.values())
+    assert stored_bits(matrices, ranks, RECIPE) <= BUDGET
+    assert read_format(out)[0].recipe["serving_share"] == share
 
 
 def test_without_measuring_ranks_go_by_kind(sources: dict[str, Path], tmp_path: Path):

@@ -15,7 +15,7 @@ from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.families.find import find_family
 from vllm_milo.offline.planning.plan import decide_format
 from vllm_milo.offline.presets import DEFAULT_PRESET, PRESETS, Preset, milo_recipe
-from vllm_milo.offline.source.completeness import CHOSEN_KEYS
+from vllm_milo.offline.source.config import CHOSEN_KEYS, chosen_experts
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.shards import read_object, read_tensors
 from vllm_milo.validation import matrix_shape, quantized_modules, validate_checkpoint
@@ -76,19 +76,16 @@ def _of_modules(shapes: Mapping[str, tuple[int, int]]) -> Iterable[ExpertMatrix]
 def _planned(folder: Path, preset: Preset) -> tuple[MiLoFormat, list[ExpertMatrix]]:
     """Return what a preset makes of a source model before it measures ranks."""
     recipe = milo_recipe(False, group_size=preset.groups(preset.calibrated, None))
-    conversion = Conversion(recipe, budget_bits=preset.budget_bits, splittable=True)
+    conversion = Conversion(recipe, budget_bits=preset.budget_bits, serving_share=preset.serving_share, splittable=True)
     fmt, _, matrices = decide_format(ModelReader(folder), conversion)
     return fmt, list(_of_modules({matrix.name: (matrix.n, matrix.k) for matrix in matrices}))
 
 
 def _top_k(folder: Path, config: Mapping[str, Any]) -> int:
     """Return the experts of a token."""
-    settings = find_family(config).settings(config)
-    for key in CHOSEN_KEYS:
-        value = settings.get(key)
-        value = value[0] if isinstance(value, list) and value else value  # one for each layer
-        if type(value) is int and value > 0:
-            return value
+    found = chosen_experts(find_family(config).settings(config))
+    if found is not None:
+        return found
     raise ConversionError(
         f"{folder / 'config.json'}: states no number of experts of a token; one of {', '.join(CHOSEN_KEYS)} must"
     )

@@ -56,9 +56,14 @@ def plan_online(folder: Path, options: OnlineOptions) -> OnlinePlan:
     """
     reader = ModelReader(folder)
     rounds = {} if options.max_rounds is None else {"max_rounds": options.max_rounds}
-    recipe = milo_recipe(False, group_size=options.group_size or PRESETS["fast"].group_size, **rounds)
-    splittable = options.group_size is None
-    conversion = Conversion(recipe, budget_bits=options.budget_bits, splittable=splittable, ignore=options.ignore)
+    fast = PRESETS["fast"]
+    conversion = Conversion(
+        milo_recipe(False, group_size=options.group_size or fast.group_size, **rounds),
+        budget_bits=options.budget_bits,
+        serving_share=fast.serving_share,
+        splittable=options.group_size is None,
+        ignore=options.ignore,
+    )
     fmt, recipe, held = decide_format(reader, conversion)
     experts = frozenset(matrix.experts for matrix in held if matrix.experts is not None)
     modules = frozenset(matrix.name for matrix in held if matrix.experts is None)

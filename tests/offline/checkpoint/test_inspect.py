@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from vllm_milo.checkpoint import TENSOR_NAMES
+from vllm_milo.kernels.resident import resident_bytes
+from vllm_milo.names import split_expert_name
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
 from vllm_milo.offline.conversion import Conversion
 from vllm_milo.offline.convert import convert
 from vllm_milo.offline.nouns import Recipe
+from vllm_milo.offline.served.load import serving_line
 from vllm_milo.shards import read_tensors
-from vllm_milo.validation import quantized_modules
+from vllm_milo.validation import count_experts, matrix_shape, module_rank, quantized_modules, read_format
 
 
 def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
@@ -39,6 +43,32 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().out
     assert said.startswith("3-bit, group size 64, compensators in 3 bits\n")
     assert f"(codes, scales, zero points and factors), {report['resident_bits_per_weight']:.3f} on a GPU\n" in said
+    assert f"serving          {serving_line(report['serving'])}\n" in said
+
+
+def test_what_a_token_takes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A half of 6 experts; the other matrices as a whole."""
+    said = inspect_checkpoint(checkpoint)["serving"]
+    modules = quantized_modules(read_tensors(checkpoint))
+    fmt = read_format(checkpoint)[0]
+    codes = {name: resident_bytes(*matrix_shape(found), 0, 64, 3) for name, found in modules.items()}
+    whole = {
+        name: resident_bytes(*matrix_shape(found), module_rank(name, fmt, count_experts(modules)), 64, 3)
+        for name, found in modules.items()
+    }
+    read = {name: 3 / 6 if split_expert_name(name) else 1 for name in modules}
+    assert said["code_bytes"] == round(sum(read[name] * size for name, size in codes.items()))
+    assert said["factor_bytes"] == round(sum(read[name] * (whole[name] - size) for name, size in codes.items()))
+    # QKV and o of two layers, both GEMMs of the dense FFN, of the shared expert and of the routed ones
+    assert said["launches"] == 2 * 2 + 2 + 2 + 2
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["num_experts_per_tok"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert inspect_checkpoint(copy)["serving"] is None
+    assert main(["inspect", str(copy)]) == 0
+    assert "serving " not in capsys.readouterr().out
 
 
 def test_matrices_of_each_group_size_are_counted(odd_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

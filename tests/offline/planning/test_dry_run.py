@@ -30,7 +30,14 @@ def test_it_says_what_will_be(bundled_model: Path, tmp_path: Path, capsys: pytes
     assert list(tmp_path.iterdir()) == []
     assert quantize(bundled_model, tmp_path / "out", *options, "--quiet") == 0
     report = inspect_checkpoint(tmp_path / "out")
-    for key in ("bits_per_weight", "resident_bits_per_weight", "bytes", "quantized_bytes", "quantized_weights"):
+    for key in (
+        "bits_per_weight",
+        "resident_bits_per_weight",
+        "serving",
+        "bytes",
+        "quantized_bytes",
+        "quantized_weights",
+    ):
         assert said[key] == report[key], key
     assert said["exact"]
     assert said["format"] == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -63,6 +70,23 @@ def test_no_weight_is_read_and_no_text_cut(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_a_target_bounds_what_ranks_cost_in_serving(preset: str, bundled_model: Path, tmp_path: Path, capsys):
+    """Whether the layers' needs are measured later or not."""
+    options = ["--preset", preset, "--dry-run", "--serving-share"]
+    shares = {}
+    for most in ("9", "0.12"):
+        assert quantize(bundled_model, tmp_path / "out", *options, most, "--json") == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["serving_target"] == float(most) == said["format"]["recipe"]["serving_share"]
+        shares[most] = said["serving"]["serving_share"]
+    assert 0 < shares["0.12"] <= 0.12 < shares["9"]
+    assert quantize(bundled_model, tmp_path / "out", *options, "0.12") == 0
+    said = capsys.readouterr().out
+    assert f"serving share {shares['0.12']:.3f}, predicted time +" in said
+    assert " (at most 0.12)\n" in said
+
+
 def test_what_kurtosis_decides_is_said_to_be_about(bundled_model: Path, tmp_path: Path, capsys):
     assert quantize(bundled_model, tmp_path / "out", "--dry-run", "--ranks", "kurtosis=8") == 0
     assert "bits a weight    about " in capsys.readouterr().out
@@ -74,6 +98,8 @@ def test_what_kurtosis_decides_is_said_to_be_about(bundled_model: Path, tmp_path
         (["--calibration", "/nowhere.txt"], "/nowhere.txt: cannot be read as UTF-8 text"),
         (["--ranks", "frequency=8"], "needs --expert-counts"),
         (["--budget-bits", "2"], "take 3.25 bits a weight already"),
+        (["--serving-share", "0"], "--serving-share 0: must be a number above 0, such as 0.3"),
+        (["--serving-share", "0.3", "--ranks", "dense=8"], "--serving-share 0.3: bounds ranks that a budget shares"),
     ],
 )
 def test_what_would_be_refused_is_refused(

@@ -8,10 +8,12 @@ from itertools import pairwise
 import pytest
 
 from vllm_milo.kernels.resident import BLOCK
-from vllm_milo.offline.nouns import Kind, Matrix
+from vllm_milo.offline.nouns import Kind, Matrix, Recipe
+from vllm_milo.offline.ranks import need
 from vllm_milo.offline.ranks.budget import rank_bits
 from vllm_milo.offline.ranks.need import Need, group_roles, probe_ranks, share_by_need, share_left
 from vllm_milo.offline.ranks.roles import largest_rank
+from vllm_milo.offline.served.target import Allowance, Target, allow
 
 ATTENTION = "model.layers.3.self_attn"
 EXPERTS = "model.layers.3.mlp.experts"
@@ -129,3 +131,49 @@ def test_probes_begin_with_the_first_step_and_keep_the_limit(matrix: Matrix, pla
 def test_sizes_too_small_for_any_rank_are_not_tried():
     assert probe_ranks(Matrix("q_proj", Kind.ATTENTION, 4, 128), 8) == []
     assert probe_ranks(Matrix("q_proj", Kind.ATTENTION, 8, 128), 8) == []
+
+
+LAYER = layer(experts=16)
+RECIPE = Recipe(group_size=64)
+
+
+def served(ranks: dict[str, int], roles: dict[str, list[Matrix]], allowance: Allowance) -> float:
+    return sum(ranks[role] / BLOCK * allowance.price(of) for role, of in roles.items())
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3])
+def test_ranks_cost_no_more_in_serving_than_they_may_and_leave_no_more_error_than_bits_alone_would(share: float):
+    """Against buying by bits alone until what serving allows is spent."""
+    roles = group_roles(LAYER)
+    found = {role: Need(4.0 if "proj" in role and ".experts" not in role else 1.0, FALLING) for role in roles}
+    bits = 40 * STEP
+    allowance = allow(LAYER, RECIPE, Target(share, 2))
+    free = share_by_need(roles, found, bits, 3)
+    ranks = share_by_need(roles, found, bits, 3, allowance)
+    assert served(ranks, roles, allowance) <= allowance.total
+    assert sum(ranks[role] * rank_bits(m, 3) for role, of in roles.items() for m in of) <= bits
+    if served(free, roles, allowance) <= allowance.total:
+        assert ranks == free
+    else:
+        assert ranks != free
+        by_bits = need._buy(roles, found, [need._Purse(*purse) for purse in purses(roles, bits, allowance)], [1, 0])
+        assert need._damage(found, ranks) <= need._damage(found, by_bits)
+
+
+def purses(roles: dict[str, list[Matrix]], bits: float, allowance: Allowance) -> list[tuple[dict[str, float], float]]:
+    stored = {role: BLOCK * sum(rank_bits(matrix, 3) for matrix in of) for role, of in roles.items()}
+    return [(stored, bits), ({role: allowance.price(of) for role, of in roles.items()}, allowance.total)]
+
+
+def test_near_full_rank_must_earn_what_it_costs():
+    """Values bring almost nothing past rank 16 here, and experts of which a token reads few still do."""
+    roles = group_roles(LAYER)
+    found = {role: Need(1e-6, FALLING) for role in roles}
+    found[f"{ATTENTION}.v_proj"] = Need(10.0, {16: 0.05, 32: 0.049, 64: 0.048})
+    found[f"{EXPERTS}.down_proj"] = Need(10.0, {16: 0.9, 32: 0.81, 64: 0.66})
+    allowance = allow(LAYER, RECIPE, Target(0.1, 2))
+    bits = 200 * STEP
+    assert share_by_need(roles, found, bits, 3)[f"{ATTENTION}.v_proj"] == 64  # full: bits alone do not mind
+    ranks = share_by_need(roles, found, bits, 3, allowance)
+    assert 16 <= ranks[f"{ATTENTION}.v_proj"] < 64
+    assert ranks[f"{EXPERTS}.down_proj"] > 0
