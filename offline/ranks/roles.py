@@ -81,7 +81,7 @@ def share_budget(
     if target is not None and not purse.pays_serving(ranks):
         ranks = _within_allowance(purse)
         if not any(ranks.values()):
-            warnings.append(f"--serving-share {target.share:g} leaves nothing for compensators; about 0.3 is usual")
+            warnings.append(f"--serving-share {target.share:g} leaves nothing for compensators; 0.13 to 0.52 are usual")
     return ranks, warnings
 
 
