@@ -20,7 +20,8 @@ OR_HUB = "or org/name or org/name@revision of the Hugging Face Hub"
 HEAD_HELP = """8 or 4 store the output head (lm_head) as integers with scales, 16 (default) as it is. The bits a weight
 do not count it; vLLM's own weight-only kernels serve it. Refused where it is tied to the embeddings."""
 SERVING_HELP = """the most that compensators may cost a decoded token over what its codes cost it, by measured costs of
-bytes that it reads, as in 0.3; bounds ranks that a budget shares. Default: the preset's"""
+bytes that it reads, as in 0.3; bounds ranks that a budget shares. Default: the preset's,
+with its own budget"""
 MOST = 10**9
 """Of what options count: windows, steps, rounds."""
 NOT_SAID = ("--resume", "--overwrite", "--quiet", "--delete-source-shards")

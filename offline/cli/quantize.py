@@ -242,8 +242,8 @@ def _without_text(
     budget, share = arguments.budget_bits, arguments.serving_share
     if preset is not None:
         policies = preset.policies(reader.config)
-        budget = preset.budget_bits if budget is None else budget
-        share = preset.serving_share if share is None else share
+        if budget is None:  # one of the user's is bounded by a share of the user's alone
+            budget, share = preset.budget_bits, preset.serving_share if share is None else share
     else:
         policies = _policies(arguments, method)
     check_share(arguments.serving_share, budget is not None and not policies)

@@ -70,6 +70,9 @@ def share_budget(
 
     most = _largest(lambda dense: purse.pays_bits(ranks_at(dense)), max(max(m.n, m.k) for m in matrices) / ROUTED_SHARE)
     ranks = purse.spend_rest(ranks_at(most), _every_token_first(matrices), serving=False)
+    if target is not None and not purse.pays_serving(ranks):
+        ranks = _within_allowance(purse)
+        return ranks, [_bounded(target, budget, stored_bits(matrices, ranks, recipe), any(ranks.values()))]
     warnings = []
     if any(ranks.values()) and all(ranks[matrix.name] == largest_rank(matrix) for matrix in matrices):
         warnings.append(unspent(budget, stored_bits(matrices, ranks, recipe)))
@@ -78,11 +81,14 @@ def share_budget(
             f"--budget-bits {budget:g} leaves nothing for compensators: codes, scales and zero points of {groups} "
             f"take {least:g} bits a weight; a little more gains much accuracy"
         )
-    if target is not None and not purse.pays_serving(ranks):
-        ranks = _within_allowance(purse)
-        if not any(ranks.values()):
-            warnings.append(f"--serving-share {target.share:g} leaves nothing for compensators; 0.13 to 0.52 are usual")
     return ranks, warnings
+
+
+def _bounded(target: Target, budget: float, spent: float, some: bool) -> str:
+    """Return the warning that ranks are not what the budget alone would give."""
+    if not some:
+        return f"--serving-share {target.share:g} leaves nothing for compensators; 0.13 to 0.52 are usual"
+    return f"--serving-share {target.share:g} bounds ranks: {spent:.3f} of {budget:g} bits a weight are stored"
 
 
 def _largest(fits: Callable[[float], bool], high: float) -> float:

@@ -87,6 +87,22 @@ def test_a_target_bounds_what_ranks_cost_in_serving(preset: str, bundled_model: 
     assert " (at most 0.12)\n" in said
 
 
+@pytest.mark.parametrize(("bounds", "target"), [([], 0.6), (["--budget-bits", "3.7"], None)])
+def test_a_presets_target_is_of_its_own_budget(bounds, target, bundled_model: Path, tmp_path: Path, capsys):
+    assert quantize(bundled_model, tmp_path / "out", "--dry-run", "--json", *bounds) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["serving_target"] == target
+    assert "--serving-share" not in captured.err
+
+
+def test_ranks_that_a_target_bounds_are_warned_of(bundled_model: Path, tmp_path: Path, capsys):
+    options = ["--preset", "fast", "--dry-run", "--json", "--serving-share", "0.05"]
+    assert quantize(bundled_model, tmp_path / "out", *options) == 0
+    captured = capsys.readouterr()
+    bits = json.loads(captured.out)["bits_per_weight"]
+    assert f"warning: --serving-share 0.05 bounds ranks: {bits:.3f} of 3.6 bits a weight are stored" in captured.err
+
+
 def test_what_kurtosis_decides_is_said_to_be_about(bundled_model: Path, tmp_path: Path, capsys):
     assert quantize(bundled_model, tmp_path / "out", "--dry-run", "--ranks", "kurtosis=8") == 0
     assert "bits a weight    about " in capsys.readouterr().out
