@@ -8,34 +8,19 @@ OUT: {folder: number of layers of MiLo's, or the error}.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_runner import ENVIRONMENT
+from vllm_runner import environment_of_vllm, run_script
 
 
 def load(folders: list[Path], place: Path, timeout: float = 600) -> dict[str, Any]:
     """Load checkpoints in a process of its own; return what OUT holds."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
-    paths = filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)])
-    out, log = place / "loaded.json", place / "loads.log"
-    with log.open("w") as file:
-        code = subprocess.run(
-            [sys.executable, __file__, str(out), *map(str, folders)],
-            env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
-            cwd=place,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
-        ).returncode
-    if code != 0:
-        raise RuntimeError(f"vLLM ended with {code}:\n" + log.read_text()[-6000:])
+    out = place / "loaded.json"
+    run_script([__file__, str(out), *map(str, folders)], place, place / "loads.log", environment_of_vllm(), timeout)
     return json.loads(out.read_text())
 
 

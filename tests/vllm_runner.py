@@ -38,33 +38,49 @@ ENVIRONMENT = {
 def run(job: dict[str, Any], folder: Path, timeout: float = 600) -> dict[str, Any]:
     """Run a job in a process of its own and return its results."""
     (folder / "job.json").write_text(json.dumps(job))
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
-    # for what vLLM's own processes import of the tests
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)])
-    )
+    environment = environment_of_vllm()
     arguments = [str(folder / "job.json"), str(folder / "out.json")]
     log = folder / "vllm.log"
     alone = all(job["engine"].get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "pipeline"))
     if alone:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if alone and job["engine"]["enforce_eager"] and not torch.cuda.is_available():
-        code = FORKS.run(arguments, folder, log, environment, timeout)
+        require_success(FORKS.run(arguments, folder, log, environment, timeout), log)
     else:
-        command = [sys.executable, __file__, *arguments]
-        with log.open("w") as file:
-            code = subprocess.run(
-                command,
-                env=environment,
-                cwd=folder,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
-            ).returncode
+        run_script([__file__, *arguments], folder, log, environment, timeout)
+    return json.loads((folder / "out.json").read_text())
+
+
+def environment_of_vllm() -> dict[str, str]:
+    """Return the variables of a process that runs vLLM, whose own processes find the tests' modules too."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
+    paths = filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)])
+    return environment | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run_script(words: list[str], folder: Path, log: Path, environment: dict[str, str], timeout: float) -> None:
+    """Run a script of the tests in a process of its own, in ``folder``; ``log`` takes what it prints.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of the log.
+    """
+    with log.open("w") as file:
+        code = subprocess.run(
+            [sys.executable, *words],
+            env=environment,
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            check=False,
+        ).returncode
+    require_success(code, log)
+
+
+def require_success(code: int, log: Path) -> None:
+    """Raise RuntimeError with the end of the log unless a process ended well."""
     if code != 0:
         raise RuntimeError(f"vLLM ended with {code}:\n" + log.read_text()[-6000:])
-    return json.loads((folder / "out.json").read_text())
 
 
 def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> list[dict[str, Any]]:
