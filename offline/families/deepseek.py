@@ -24,7 +24,7 @@ _GLM = Family(
 _COMPRESSORS = tuple(f"attn.{place}compressor.{part}" for place in ("", "indexer.") for part in ("wkv", "wgate"))
 _V4 = Family(
     "deepseek_v4",
-    "DeepSeek-V4-Flash, V4-Pro (copies in 16 bits)",
+    "DeepSeek-V4-Flash, V4-Pro",
     (
         Slot("attn.wq_a", Kind.ATTENTION, Cut.WHOLE),
         Slot("attn.wkv", Kind.ATTENTION, Cut.WHOLE),
@@ -43,6 +43,7 @@ _V4 = Family(
     embed="embed",
     mixers=("ffn.gate.tid2eid", "ffn.gate.bias"),  # of which the former chooses experts by a hash of the token
     layer_kinds_keys=("compress_ratios",),
+    states=(("expert_dtype", "milo"),),  # vLLM takes none for fp4, and renames scales of linear layers then
     not_run="its layers hand on several residual streams (hyper-connections)",
     note="no calibration text; hyper-connections stay as they are; vLLM's CPU build loads it, and lacks an operator",
 )

@@ -97,6 +97,7 @@ class Family:
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
         logits_factor_key: config.json key of what logits are multiplied by, where there is such a thing.
         logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
+        states: what config.json says of a checkpoint otherwise than of its source, by key.
         not_run: why transformers' class does not run what the files hold; empty where it does.
         not_learned: why nothing is learned of the family along a text, though transformers runs it; empty where it is.
         runs_as: ``model_type`` under which transformers runs the family, where it has no class for its own.
@@ -131,6 +132,7 @@ class Family:
     logits_divisor_key: str | None = None
     logits_factor_key: str | None = None
     logits_cap_key: str | None = None
+    states: tuple[tuple[str, str], ...] = ()
     not_run: str = ""
     not_learned: str = ""
     runs_as: str | None = None

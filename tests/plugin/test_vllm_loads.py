@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from folder_edits import edit_config, edit_tensors
+from quantized_sources import write_own
 from tiny_families import make_family
 from tiny_without_class import LING_3
 from vllm_jobs import DEVICE
@@ -33,11 +34,19 @@ def make(root: Path, name: str, architecture: str, **changes: Any) -> Path:
     return convert(source, root / name, UNIFORM, progress=False).out
 
 
+def make_of_own_files(root: Path) -> Path:
+    """Convert a tiny DeepSeek-V4 from files as its makers have them, with experts that config.json says are in FP4."""
+    plain = make_family("deepseek_v4", root / "plain" / "model")
+    own = write_own(plain, root / "own", "fp4").source
+    return convert(own, root / "of-own-files", UNIFORM, progress=False).out
+
+
 MADE: dict[str, Callable[[Path], Path]] = {
     "Ling-3": lambda root: make(root, "bailing_hybrid", "BailingMoeV3ForCausalLM", **LING_3),
     "DeepSeek-V4": lambda root: make(root, "deepseek_v4", "DeepseekV4ForCausalLM"),
+    "DeepSeek-V4's own files": make_of_own_files,
 }
-QUANTIZED = {"Ling-3": 14, "DeepSeek-V4": 18}
+QUANTIZED = {"Ling-3": 14, "DeepSeek-V4": 18, "DeepSeek-V4's own files": 18}
 """Numbers of vLLM's layers that hold quantized matrices."""
 
 
