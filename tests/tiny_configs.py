@@ -84,6 +84,15 @@ VISION = {
     "patch_size": 4,
     "num_position_embeddings": 16,
 }
+ARIA_VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+ARIA_VISION |= {"image_size": 16, "patch_size": 8}
+KIMI_VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+}
 DEEP_VISION = VISION | {"deepstack_visual_indexes": [0]}
 AUDIO = {
     "d_model": 64,

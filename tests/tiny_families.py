@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_configs import (
+    ARIA_VISION,
     AUDIO,
     CODES,
     DEEP_VISION,
@@ -27,6 +28,7 @@ from tiny_configs import (
     GROUPED,
     HEADS,
     HIDDEN,
+    KIMI_VISION,
     LATENT,
     LINEAR,
     LLAMA,
@@ -86,6 +88,21 @@ TINY = {
         | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1},
         made_of="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
+    ),
+    "kimi_k25": Tiny(
+        LATENT
+        | ROUTED
+        | QUERIES
+        | NO_AHEAD
+        | {"model_type": "deepseek_v3", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+        | {"n_group": 1, "topk_group": 1},
+        around={"tie_word_embeddings": False, "projection_hidden_size": 64, "vision_config": KIMI_VISION},
+        # transformers 5.19 undoes its renames of the tower in names of the text model too
+        published=(
+            (r"language_model\.model\.blocks", "language_model.model.layers"),
+            (r"^model\.mm_projector", "mm_projector"),
+            (r"encoder\.patch_embed", "patch_embed"),
+        ),
     ),
     # vLLM wants a norm after the dense FFN too, which transformers' class does not have, and never uses it
     **{
@@ -221,6 +238,12 @@ TINY = {
     ),
     "llama4_text": Tiny(LLAMA),
     "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
+    "aria": Tiny(
+        HEADS
+        | {"model_type": "aria_text", "intermediate_size": 256, "moe_num_experts": 4, "moe_topk": 2}
+        | {"moe_num_shared_experts": 2},
+        around={"projector_patch_to_query_dict": {"4": 2}, "vision_config": ARIA_VISION},
+    ),
     "gpt_oss": Tiny(
         HEADS | PLAIN | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
         louder=r"experts\.gate_up_proj$",  # its activation is clamped at 7

@@ -21,6 +21,16 @@ _GLM = Family(
     status=_SERVED,
 )
 
+_KIMI = Family(
+    "kimi_k2",
+    "Kimi-K2",
+    (*latent_attention(), *shared(), *dense()),
+    num_experts_keys=_ROUTED,
+    ahead=(LATER_LAYERS,),
+    runs_as="deepseek_v3",
+    status=_SERVED,
+)
+
 _COMPRESSORS = tuple(f"attn.{place}compressor.{part}" for place in ("", "indexer.") for part in ("wkv", "wgate"))
 _V4 = Family(
     "deepseek_v4",
@@ -73,14 +83,21 @@ DEEPSEEK_LIKE = (
         ahead=(LATER_LAYERS,),
         status=_SERVED,
     ),
-    Family(
-        "kimi_k2",
-        "Kimi-K2",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        runs_as="deepseek_v3",
-        status=_SERVED,
+    _KIMI,
+    replace(
+        _KIMI,
+        model_type="kimi_k25",
+        example="Kimi-K2.5, K2.6",
+        ahead=(),
+        body="language_model.model",
+        body_in_memory="model.language_model",
+        head="language_model.lm_head",
+        head_in_memory="lm_head",
+        text_config=("text_config",),
+        beside=("vision_tower.", "mm_projector."),
+        runs_as=None,
+        note="vLLM wants its makers' image processor even for text alone",
+        status="converts",
     ),
     Family(
         "axk1",

@@ -85,6 +85,7 @@ class Family:
             empty where names begin with these.
         body_in_memory: what transformers 5 calls the body in memory, where it is not what checkpoints do.
         head: name of the output head.
+        head_in_memory: what transformers 5 calls the output head in memory, where it is not what checkpoints do.
         text_config: the keys of config.json, within each other, that lead to the text model's; none where it is all.
         mixers: parts of a layer of which each layer has exactly one: kinds of attention, or what takes its place; or
             tensors.
@@ -122,6 +123,7 @@ class Family:
     body: str = "model"
     body_in_memory: str | None = None
     head: str = "lm_head"
+    head_in_memory: str | None = None
     text_config: tuple[str, ...] = ()
     mixers: tuple[str, ...] = ("self_attn",)
     layer_kinds_keys: tuple[str, ...] = ()

@@ -72,13 +72,6 @@ _ALL = (
         ("KimiK3ForConditionalGeneration",),
     ),
     Refused(
-        "kimi_k25",
-        "Kimi-K2.5, K2.6",
-        "transformers and its makers have other names for its text model, DeepSeek-V3's, and for what is around that",
-        "names of the body and the head in memory beside those in files",
-        ("KimiK25ForConditionalGeneration",),
-    ),
-    Refused(
         "minimax_m3_vl",
         "MiniMax-M3",
         "block-sparse attention has matrices that choose blocks, of which MiLo has no names",
@@ -194,7 +187,6 @@ _ALL = (
         "a reader that cuts that matrix",
         ("DbrxForCausalLM",),
     ),
-    Refused("aria", "Aria", _NOT_COMPARED, _AN_ENTRY, ("AriaForConditionalGeneration",)),
     Refused(
         "mistral4",
         "Mistral-4, Mistral-Large-3",

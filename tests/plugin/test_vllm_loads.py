@@ -44,6 +44,7 @@ def make_of_own_files(root: Path) -> Path:
 MADE: dict[str, Callable[[Path], Path]] = {
     "Ling-3": lambda root: make(root, "bailing_hybrid", "BailingMoeV3ForCausalLM", **LING_3),
     "DeepSeek-V4": lambda root: make(root, "deepseek_v4", "DeepseekV4ForCausalLM"),
+    "Kimi-K2.5": lambda root: make(root, "kimi_k25", "KimiK25ForConditionalGeneration"),
     "DeepSeek-V4's own files": make_of_own_files,
 }
 QUANTIZED = {"Ling-3": 14, "DeepSeek-V4": 18, "DeepSeek-V4's own files": 18}

@@ -41,7 +41,7 @@ KEPT = {
     "hunyuan_v1_moe": {"mlp.gate.wg"},
     "hy_v3": {"mlp.router.gate"},
     "afmoe": {"mlp.router.gate"},
-    "gpt_oss": {"mlp.router"},
+    **{name: {"mlp.router"} for name in ("gpt_oss", "aria")},
     **{
         name: {"mlp.gate", *(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))}
         for name in ("deepseek_v32", "glm_moe_dsa")
