@@ -24,6 +24,7 @@ from tiny_configs import (
     EXPERTS,
     GEMMA,
     GEMMA_VISION,
+    GLM_VISION,
     GRANITE,
     GROUPED,
     HEADS,
@@ -117,6 +118,31 @@ TINY = {
         )
         for name in ("deepseek_v32", "glm_moe_dsa")
     },
+    "hy_v4": Tiny(
+        LATENT
+        | ROUTED
+        | QUERIES
+        | {"num_hidden_layers": 3, "index_topk": 64, "index_n_heads": 4, "index_head_dim": 128}
+        | {"indexer_types": ["full", "full", "shared"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        # transformers 5.19 undoes its renames in too many names
+        published=(
+            (r"^model\.hc_pre\.hc_head", "model.hc_head"),
+            (r"hc_pre\.hc_(attn|mlp)_layer", r"hc_\1_layer.hc_pre"),
+            (r"(mlp|shared_experts|experts\.\d+)\.linear_gate", r"\1.gate_proj"),
+        ),
+    ),
+    "glm5_next": Tiny(
+        LATENT
+        | ROUTED
+        | QUERIES
+        | {"num_hidden_layers": 4, "qk_rope_head_dim": 0, "qk_nope_head_dim": 64, "index_topk": 64, "index_n_heads": 4}
+        | {"index_head_dim": 128, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
+        | {"layer_types": ["linear_attention", "indexed_attention", "linear_attention", "indexed_attention"]}
+        | {"indexer_types": ["full"] * 4, "linear_head_dim": 64, "linear_num_heads": 4}
+        | {"mhc": True, "mla_use_nope": True, "indexer_rope_interleave": True, "topk_method": "noaux_tc"}
+        | {"scoring_func": "sigmoid"},  # which vLLM reads, and transformers takes for granted
+        around={"vision_config": GLM_VISION},
+    ),
     "axk1": Tiny(LATENT | ROUTED | GROUPED | QUERIES | {"first_k_dense_replace": 0}),
     "glm4_moe_lite": Tiny(LATENT | ROUTED | QUERIES | NO_AHEAD),
     "glm4_moe": Tiny(HEADS | ROUTED | NO_AHEAD | {"attention_bias": True, "use_qk_norm": True}),

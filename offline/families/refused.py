@@ -50,14 +50,6 @@ _ALL = (
         "deepseek_v41", "DeepSeek-V4.1", f"{_STREAMS}, as DeepSeek-V4's", _STREAMS_NEED, ("DeepseekV41ForCausalLM",)
     ),
     Refused(
-        "glm5_next",
-        "GLM-5-Next",
-        _STREAMS,
-        _STREAMS_NEED,
-        ("Glm5NextForCausalLM", "Glm5NextForConditionalGeneration"),
-    ),
-    Refused("hy_v4", "Hy4", _STREAMS, _STREAMS_NEED, ("HYV4ForCausalLM",)),
-    Refused(
         "qwen4_exp",
         "Qwen4 (experimental)",
         _NOT_COMPARED,
@@ -157,7 +149,6 @@ _ALL = (
         _AN_ENTRY,
         ("LongcatFlashNgramForCausalLM",),
     ),
-    Refused("pangu_ultra_moe", "openPangu-Ultra-MoE", _NOT_COMPARED, _AN_ENTRY, ("PanguUltraMoEForCausalLM",)),
     Refused(
         "PanguProMoE",
         "Pangu-Pro-MoE",

@@ -105,7 +105,7 @@ def test_layers_of_the_whole_model_are_named_too():
 
 
 def test_a_shared_expert_that_stands_twice_in_its_block():
-    """As vLLM's Aria has it: beside the experts and in them, its layers called by the last part of their names alone."""
+    """As vLLM's Aria has it: beside the experts and in them, its layers called by the last part of a name alone."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     from vllm_milo.config import MiLoConfig
