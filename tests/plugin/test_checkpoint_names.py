@@ -141,6 +141,7 @@ def test_layers_that_are_not_called_what_they_are():
     assert name_in_model(".layers.0.moe.experts", text) == "model.layers.0.moe.experts"
     assert name_in_model("language_model.layers.0.moe", whole) == "language_model.model.layers.0.moe"
     assert name_in_model("language_model.model.layers.0.moe", whole) == "language_model.model.layers.0.moe"
+    assert name_in_model("language_model.layers.0.moe", text) == "language_model.model.layers.0.moe"
     aria = ("AriaForConditionalGeneration",)
     assert name_in_model("language_model.model.layers.0.mlp.experts", aria) == "language_model.layers.0.mlp.experts"
     assert name_in_model("language_model.layers.0.mlp.experts", aria) == "language_model.layers.0.mlp.experts"

@@ -13,10 +13,11 @@ _DRAFT = "draft_model."
 """What vLLM calls a model that drafts for another, before the names that it has in its own checkpoint."""
 _OTHERWISE = {"o_proj": "dense"}
 """What checkpoints may call a layer of vLLM, by the last parts of both: Ling-2.5's, of its latent attention."""
+_STEP = ((".", "model."), ("language_model.", "language_model.model."))
 _LAYERS = {
-    "Step3TextForCausalLM": (".", "model."),
-    "Step3VLForConditionalGeneration": ("language_model.", "language_model.model."),
-    "AriaForConditionalGeneration": ("language_model.model.", "language_model."),
+    "Step3TextForCausalLM": _STEP,  # also what vLLM says while it builds the text model of the next
+    "Step3VLForConditionalGeneration": _STEP,
+    "AriaForConditionalGeneration": (("language_model.model.", "language_model."),),
 }
 """What names of layers begin with in what vLLM's model calls them, and in what they are in it, by architecture."""
 _LAYER = re.compile(r"(?:.+\.)?layers\.[0-9]+(?=\.)")
@@ -57,7 +58,7 @@ def name_in_model(name: str, architectures: Iterable[str] = ()) -> str:
         architectures: of the model; some call their layers otherwise than they are in it.
     """
     name = name.removeprefix(_DRAFT)
-    for called, start in (_LAYERS[one] for one in architectures if one in _LAYERS):
+    for called, start in (pair for one in architectures for pair in _LAYERS.get(one, ())):
         if name.startswith(f"{called}layers."):
             return start + name.removeprefix(called)
     return name
