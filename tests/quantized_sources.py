@@ -37,26 +37,70 @@ class Way(NamedTuple):
     decode: Callable[[Tensors, dict[str, Any]], torch.Tensor]
 
 
-def encode_fine(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
-    """FP8 with a scale for each block, by plain loops."""
-    size = config["weight_block_size"][0]
+def _in_fp8(weight: torch.Tensor, size: int, powers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 codes and a scale for each block, a power of two or not, by plain loops."""
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scale = torch.empty(-(-weight.shape[0] // size), -(-weight.shape[1] // size))
     for row, column in torch.cartesian_prod(torch.arange(scale.shape[0]), torch.arange(scale.shape[1])).tolist():
         block = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
-        scale[row, column] = weight[block].float().abs().max() / 448
+        least = weight[block].float().abs().max() / 448
+        scale[row, column] = least.log2().ceil().exp2() if powers else least
         codes[block] = (weight[block].float() / scale[row, column]).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def encode_fine(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
+    """FP8 with a scale for each block, by plain loops."""
+    codes, scale = _in_fp8(weight, config["weight_block_size"][0])
     return {"weight": codes, "weight_scale_inv": scale}
 
 
 def decode_fine(tensors: Tensors, config: dict[str, Any]) -> torch.Tensor:
     """The values of :func:`encode_fine`, element by element of the scales."""
     size, values = config["weight_block_size"][0], tensors["weight"].float()
-    scale = tensors["weight_scale_inv"].float()
+    scale = tensors["scale" if "scale" in tensors else "weight_scale_inv"].float()
     for row in range(scale.shape[0]):
         for column in range(scale.shape[1]):
             values[row * size : (row + 1) * size, column * size : (column + 1) * size] *= scale[row, column]
     return values.bfloat16()
+
+
+def encode_own(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
+    """DeepSeek-V4's FP8, whose scales are powers of two but for V4-Flash-Base's."""
+    powers = config.get("scale_fmt") == "ue8m0"
+    codes, scale = _in_fp8(weight, config["weight_block_size"][0], powers)
+    return {"weight": codes, "scale": scale.to(torch.float8_e8m0fnu) if powers else scale}
+
+
+def encode_fp4(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
+    """DeepSeek-V4's FP4: e2m1, the earlier of two in the lower half of a byte, and a power of two for 32 of a row."""
+    parts = weight.double().unflatten(1, (-1, 32))
+    scale = (parts.abs().amax(-1, keepdim=True) / 6).log2().ceil().exp2()
+    table = torch.tensor([e2m1(code) for code in range(16)], dtype=torch.float64)
+    codes = (parts[..., None] / scale[..., None] - table).abs().argmin(-1).flatten(1).to(torch.uint8)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    return {"weight": packed.view(torch.int8), "scale": scale[..., 0].float().to(torch.float8_e8m0fnu)}
+
+
+def decode_fp4(tensors: Tensors, config: dict[str, Any]) -> torch.Tensor:
+    """The values of :func:`encode_fp4`, number by number."""
+    packed, exponents = tensors["weight"].view(torch.uint8).tolist(), tensors["scale"].view(torch.uint8).tolist()
+    rows = [
+        [
+            e2m1(byte >> 4 * half & 15) * 2.0 ** (powers[column // 16] - 127)
+            for column, byte in enumerate(codes)
+            for half in (0, 1)
+        ]
+        for codes, powers in zip(packed, exponents, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).bfloat16()
+
+
+def e2m1(code: int) -> float:
+    """Return the number of a sign, two bits of exponent and one of mantissa."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    size = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+    return -size if code & 8 else size
 
 
 def encode_whole(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
@@ -161,7 +205,30 @@ WAYS = {
 }
 
 
-def write_both(model: Path, folder: Path, way: Way, kept: str = KEPT) -> Written:
+OWN_KEPT = r"norm|^embed|^head|\.gate\.|\.compressor\.|weights_proj|hc_|tid2eid"
+"""What DeepSeek-V4's makers have in 16 bits or more, by transformers' class and vLLM's."""
+_OWN = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+OWN = {
+    "fp4": (
+        Way(_OWN | {"scale_fmt": "ue8m0"}, encode_own, decode_fine),
+        Way({}, encode_fp4, decode_fp4),
+    ),
+    "fp8": (Way(_OWN, encode_own, decode_fine), None),
+}
+"""How DeepSeek-V4's makers store matrices, and routed experts' where that is another way, by its ``expert_dtype``."""
+
+
+def write_own(model: Path, folder: Path, expert_dtype: str) -> Written:
+    """Write a DeepSeek-V4 in bfloat16 as its makers do, and what that makes of it in bfloat16."""
+    way, experts = OWN[expert_dtype]
+    found = write_both(model, folder, way, OWN_KEPT, experts)
+    for place in found:
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | {"expert_dtype": expert_dtype}))
+    return found
+
+
+def write_both(model: Path, folder: Path, way: Way, kept: str = KEPT, experts: Way | None = None) -> Written:
     """Write a model in bfloat16 in another way, and what that makes of it in bfloat16.
 
     Args:
@@ -169,6 +236,7 @@ def write_both(model: Path, folder: Path, way: Way, kept: str = KEPT) -> Written
         folder: for the two, which have the same name.
         way: of storing matrices.
         kept: a pattern of what stays in bfloat16.
+        experts: the way of routed experts, where it is another.
     """
     tensors, source, copy = load_file(model / WEIGHTS), folder / "stored" / "model", folder / "copy" / "model"
     stored, values = {}, {}
@@ -176,15 +244,28 @@ def write_both(model: Path, folder: Path, way: Way, kept: str = KEPT) -> Written
         if tensor.dim() != 2 or re.search(kept, name):
             stored[name] = values[name] = tensor
             continue
-        parts = way.encode(tensor, way.config)
+        its = experts if experts is not None and ".experts." in name else way
+        parts = its.encode(tensor, its.config)
         stored |= {name.removesuffix("weight") + leaf: part for leaf, part in parts.items()}
-        values[name] = way.decode(parts, way.config).contiguous()
+        values[name] = its.decode(parts, its.config).contiguous()
     for place, held in ((source, stored), (copy, values)):
         shutil.copytree(model, place)
         save_file(held, place / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": way.config}))
     return Written(source, copy)
+
+
+def content(folder: Path, source_format: str | None = None) -> dict[str, Any]:
+    """The files of a checkpoint, but for what names the source's format, which must be this."""
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    del files["milo_manifest.json"]
+    config = files["config.json"] = json.loads(files["config.json"])
+    assert config["quantization_config"]["quant_method"] == "milo"
+    assert config["quantization_config"]["recipe"].pop("source_format", None) == source_format
+    card = files.pop("README.md").decode()
+    assert source_format is None or source_format in card
+    return files
 
 
 def split_shards(folder: Path, shard_of: Callable[[str], int]) -> list[str]:

@@ -84,6 +84,17 @@ VISION = {
     "patch_size": 4,
     "num_position_embeddings": 16,
 }
+GLM_VISION = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 128}
+GLM_VISION |= {"patch_size": 4, "image_size": 16, "projection_intermediate_size": 64}
+ARIA_VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+ARIA_VISION |= {"image_size": 16, "patch_size": 8}
+KIMI_VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+}
 DEEP_VISION = VISION | {"deepstack_visual_indexes": [0]}
 AUDIO = {
     "d_model": 64,

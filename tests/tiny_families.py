@@ -17,16 +17,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_configs import (
+    ARIA_VISION,
     AUDIO,
     CODES,
     DEEP_VISION,
     EXPERTS,
     GEMMA,
     GEMMA_VISION,
+    GLM_VISION,
     GRANITE,
     GROUPED,
     HEADS,
     HIDDEN,
+    KIMI_VISION,
     LATENT,
     LINEAR,
     LLAMA,
@@ -87,6 +90,21 @@ TINY = {
         made_of="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
     ),
+    "kimi_k25": Tiny(
+        LATENT
+        | ROUTED
+        | QUERIES
+        | NO_AHEAD
+        | {"model_type": "deepseek_v3", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+        | {"n_group": 1, "topk_group": 1},
+        around={"tie_word_embeddings": False, "projection_hidden_size": 64, "vision_config": KIMI_VISION},
+        # transformers 5.19 undoes its renames of the tower in names of the text model too
+        published=(
+            (r"language_model\.model\.blocks", "language_model.model.layers"),
+            (r"^model\.mm_projector", "mm_projector"),
+            (r"encoder\.patch_embed", "patch_embed"),
+        ),
+    ),
     # vLLM wants a norm after the dense FFN too, which transformers' class does not have, and never uses it
     **{
         name: Tiny(
@@ -100,6 +118,31 @@ TINY = {
         )
         for name in ("deepseek_v32", "glm_moe_dsa")
     },
+    "hy_v4": Tiny(
+        LATENT
+        | ROUTED
+        | QUERIES
+        | {"num_hidden_layers": 3, "index_topk": 64, "index_n_heads": 4, "index_head_dim": 128}
+        | {"indexer_types": ["full", "full", "shared"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        # transformers 5.19 undoes its renames in too many names
+        published=(
+            (r"^model\.hc_pre\.hc_head", "model.hc_head"),
+            (r"hc_pre\.hc_(attn|mlp)_layer", r"hc_\1_layer.hc_pre"),
+            (r"(mlp|shared_experts|experts\.\d+)\.linear_gate", r"\1.gate_proj"),
+        ),
+    ),
+    "glm5_next": Tiny(
+        LATENT
+        | ROUTED
+        | QUERIES
+        | {"num_hidden_layers": 4, "qk_rope_head_dim": 0, "qk_nope_head_dim": 64, "index_topk": 64, "index_n_heads": 4}
+        | {"index_head_dim": 128, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
+        | {"layer_types": ["linear_attention", "indexed_attention", "linear_attention", "indexed_attention"]}
+        | {"indexer_types": ["full"] * 4, "linear_head_dim": 64, "linear_num_heads": 4}
+        | {"mhc": True, "mla_use_nope": True, "indexer_rope_interleave": True, "topk_method": "noaux_tc"}
+        | {"scoring_func": "sigmoid"},  # which vLLM reads, and transformers takes for granted
+        around={"vision_config": GLM_VISION},
+    ),
     "axk1": Tiny(LATENT | ROUTED | GROUPED | QUERIES | {"first_k_dense_replace": 0}),
     "glm4_moe_lite": Tiny(LATENT | ROUTED | QUERIES | NO_AHEAD),
     "glm4_moe": Tiny(HEADS | ROUTED | NO_AHEAD | {"attention_bias": True, "use_qk_norm": True}),
@@ -221,6 +264,12 @@ TINY = {
     ),
     "llama4_text": Tiny(LLAMA),
     "llama4": Tiny(LLAMA, around={"vision_config": LLAMA_VISION}),
+    "aria": Tiny(
+        HEADS
+        | {"model_type": "aria_text", "intermediate_size": 256, "moe_num_experts": 4, "moe_topk": 2}
+        | {"moe_num_shared_experts": 2},
+        around={"projector_patch_to_query_dict": {"4": 2}, "vision_config": ARIA_VISION},
+    ),
     "gpt_oss": Tiny(
         HEADS | PLAIN | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
         louder=r"experts\.gate_up_proj$",  # its activation is clamped at 7

@@ -114,6 +114,17 @@ def sarvam(config: Mapping[str, Any]) -> Shapes:
     return _decoder(config, lambda _: _latent(config, "o_proj"))
 
 
+def pangu(config: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of the tensors of openPangu-Ultra-MoE, whose FFN has a norm before it and one after it."""
+    found = _decoder(config, lambda _: _latent(config, "o_proj"), bias="bias")
+    for index in range(config["num_hidden_layers"]):
+        layer, norm = f"model.layers.{index}", (config["hidden_size"],)
+        found |= {f"{layer}.{part}_mlp_layernorm.weight": norm for part in ("pre", "post")}
+        bias = found.pop(f"{layer}.mlp.gate.bias", None)
+        found |= {} if bias is None else {f"{layer}.mlp.e_score_correction_bias": bias}
+    return found
+
+
 def _grouped(config: Mapping[str, Any]) -> Shapes:
     """Attention of Step-3.5, inside its block."""
     hidden, heads, size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
@@ -312,6 +323,16 @@ WITHOUT_CLASS = {
         | {"head_dim": 576, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         shapes=sarvam,
         architecture="SarvamMLAForCausalLM",
+    ),
+    "pangu_ultra_moe": Tiny(
+        LATENT
+        | QUERIES
+        | ROUTED
+        | {"num_experts": 4, "sandwich_norm": True, "router_enable_expert_bias": True, "hidden_act": "silu"}
+        | {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        shapes=pangu,
+        architecture="PanguUltraMoEForCausalLM",
     ),
     "step3p5": Tiny(
         STEP_3_5,

@@ -54,6 +54,18 @@ def _load(folder: str) -> int:
     return len(layers)
 
 
+def _take_dense_attention_for_sparse() -> None:
+    """Let models that want sparse attention be built, of which CPUs have none; its parameters are the model's own."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    choose: Any = CpuPlatform.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
+
+    def chosen(cls: Any, selected: Any, attn_selector_config: Any, **sizes: Any) -> str:
+        return choose(cls, selected, attn_selector_config._replace(use_sparse=False), **sizes)
+
+    CpuPlatform.get_attn_backend_cls = classmethod(chosen)  # type: ignore[assignment, method-assign]
+
+
 def _is_milo(module: Any) -> bool:
     return type(getattr(module, "quant_method", None)).__module__.startswith("vllm_milo.")
 
@@ -72,6 +84,7 @@ def _begin_process() -> None:
 def main() -> None:
     """Load the folders named on the command line."""
     results: dict[str, Any] = {}
+    _take_dense_attention_for_sparse()
     for folder in sys.argv[2:]:
         try:
             results[folder] = _load(folder)

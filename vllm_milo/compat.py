@@ -20,8 +20,8 @@ from vllm_milo.values import CheckpointError, one_line
 _LAYERS = "vllm.model_executor.layers.fused_moe"
 _CHECK = "track_weights_loading"
 """Of a loader: how it checks that a model is complete."""
-_WHOLE_EXPERTS = ("Step3TextForCausalLM", "Step3VLForConditionalGeneration")
-"""Architectures whose models load all experts of a layer from one tensor, and raise KeyError for those of one."""
+_WHOLE_EXPERTS = ("Step3TextForCausalLM", "Step3VLForConditionalGeneration", "AriaForConditionalGeneration")
+"""Architectures whose models load all experts of a layer from one tensor, and those of one wrongly or not at all."""
 _WEIGHT_ONLY = (
     "vllm.model_executor.kernels.linear",
     "vllm.model_executor.layers.quantization.kernels.mixed_precision",

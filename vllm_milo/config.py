@@ -211,7 +211,7 @@ class MiLoConfig(QuantizationConfig):
             return method
         if not isinstance(layer, LinearBase):
             return None
-        if not prefix:
+        if not prefix or prefix.startswith("."):  # what its parent, which has no name, would be called before
             return NamelessLinearMethod(self)
         parts = self.parts(prefix)
         if leaf_of(prefix) in ROUTERS or self._ignores(prefix, parts):

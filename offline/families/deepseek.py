@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from ..nouns import Kind
 from .family import LATER_LAYERS, Family
-from .slots import MIXTRAL, Cut, Rename, Slot, attention, dense, latent_attention, shared
+from .slots import MIXTRAL, Cut, Rename, Slot, Stack, attention, dense, latent_attention, shared
 
 _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
 _INDEXER = tuple(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))
 _SPARSE = "what chooses tokens for sparse attention stays as it is, and vLLM's CPU build has no sparse attention"
+_STREAMS = "its layers hand on several residual streams (hyper-connections)"
 _GLM = Family(
     "glm4_moe",
     "GLM-4.5, 4.6, 4.7, 4.5-Air",
@@ -21,10 +22,20 @@ _GLM = Family(
     status=_SERVED,
 )
 
+_KIMI = Family(
+    "kimi_k2",
+    "Kimi-K2",
+    (*latent_attention(), *shared(), *dense()),
+    num_experts_keys=_ROUTED,
+    ahead=(LATER_LAYERS,),
+    runs_as="deepseek_v3",
+    status=_SERVED,
+)
+
 _COMPRESSORS = tuple(f"attn.{place}compressor.{part}" for place in ("", "indexer.") for part in ("wkv", "wgate"))
 _V4 = Family(
     "deepseek_v4",
-    "DeepSeek-V4-Flash, V4-Pro (copies in 16 bits)",
+    "DeepSeek-V4-Flash, V4-Pro",
     (
         Slot("attn.wq_a", Kind.ATTENTION, Cut.WHOLE),
         Slot("attn.wkv", Kind.ATTENTION, Cut.WHOLE),
@@ -43,12 +54,66 @@ _V4 = Family(
     embed="embed",
     mixers=("ffn.gate.tid2eid", "ffn.gate.bias"),  # of which the former chooses experts by a hash of the token
     layer_kinds_keys=("compress_ratios",),
-    not_run="its layers hand on several residual streams (hyper-connections)",
+    states=(("expert_dtype", "milo"),),  # vLLM takes none for fp4, and renames scales of linear layers then
+    not_run=_STREAMS,
     note="no calibration text; hyper-connections stay as they are; vLLM's CPU build loads it, and lacks an operator",
+)
+
+_HY_STREAMS = tuple(
+    Rename(f"{memory}_hc.{part}", f"hc_{published}_layer.hc_pre.hc_{part}")
+    for memory, published in (("attn", "attn"), ("ffn", "mlp"))
+    for part in ("fn", "base", "scale")
+)
+_HY4 = Family(
+    "hy_v4",
+    "Hy4",
+    (*latent_attention(), Slot("self_attn.linear_gate", Kind.ATTENTION), *shared(), *dense()),
+    kept=("mlp.gate", *_INDEXER),
+    num_experts_keys=_ROUTED,
+    ahead=(LATER_LAYERS, "model.mtp_layers."),
+    layer_kinds_keys=("indexer_types",),
+    renames=(
+        Rename("self_attn.sinks", "self_attn.learnable_sink_param"),
+        Rename("self_attn.gate_proj.", "self_attn.linear_gate."),
+        *_HY_STREAMS,
+    ),
+    not_run=_STREAMS,
+    note=f"no calibration text; hyper-connections stay as they are; {_SPARSE}",
+)
+
+_LINEAR_ATTENTION = ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b")
+_LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_GLM_NEXT = Family(
+    "glm5_next",
+    "GLM-5.3-Flash",
+    (*shared(), *dense()),
+    # vLLM's class takes latent attention in 16 bits only, and fuses all that reads the input of linear attention
+    kept=(
+        "mlp.gate",
+        *(f"self_attn.{part}_proj" for part in _LINEAR_ATTENTION),
+        *(f"self_attn.{part}" for part in _LATENT_ATTENTION),
+        *_INDEXER,
+    ),
+    num_experts_keys=_ROUTED,
+    ahead=(LATER_LAYERS,),
+    body="model.language_model",
+    text_config=("text_config",),
+    beside=("model.visual.",),
+    mixers=("self_attn.q_a_proj", "self_attn.q_conv1d"),
+    layer_kinds_keys=("indexer_types",),
+    renames=(
+        Rename("self_attn.forget_gate.", "self_attn."),
+        *(Rename(f"{part}_hc.", f"hc_{part}_") for part in ("attn", "ffn")),
+    ),
+    stacks=(Stack("self_attn.conv1d.weight", tuple(f"self_attn.{part}_conv1d.weight" for part in "qkv")),),
+    not_run=_STREAMS,
+    note=f"no calibration text; attention and hyper-connections stay as they are; {_SPARSE}",
 )
 
 DEEPSEEK_LIKE = (
     _V4,
+    _HY4,
+    _GLM_NEXT,
     Family(
         "deepseek",
         "DeepSeek-MoE-16B",
@@ -72,14 +137,21 @@ DEEPSEEK_LIKE = (
         ahead=(LATER_LAYERS,),
         status=_SERVED,
     ),
-    Family(
-        "kimi_k2",
-        "Kimi-K2",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        runs_as="deepseek_v3",
-        status=_SERVED,
+    _KIMI,
+    replace(
+        _KIMI,
+        model_type="kimi_k25",
+        example="Kimi-K2.5, K2.6",
+        ahead=(),
+        body="language_model.model",
+        body_in_memory="model.language_model",
+        head="language_model.lm_head",
+        head_in_memory="lm_head",
+        text_config=("text_config",),
+        beside=("vision_tower.", "mm_projector."),
+        runs_as=None,
+        note="vLLM wants its makers' image processor even for text alone",
+        status="converts",
     ),
     Family(
         "axk1",
@@ -88,6 +160,15 @@ DEEPSEEK_LIKE = (
         num_experts_keys=_ROUTED,
         ahead=(LATER_LAYERS,),
         renames=(Rename("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
+        status=_SERVED,
+    ),
+    Family(
+        "pangu_ultra_moe",
+        "openPangu-Ultra-MoE-718B",
+        (*latent_attention(), *shared(), *dense()),
+        num_experts_keys=_ROUTED,
+        ahead=(LATER_LAYERS,),
+        note="no calibration text: transformers has no class for it; names by vLLM's loader",
         status=_SERVED,
     ),
     Family(

@@ -85,6 +85,7 @@ class Family:
             empty where names begin with these.
         body_in_memory: what transformers 5 calls the body in memory, where it is not what checkpoints do.
         head: name of the output head.
+        head_in_memory: what transformers 5 calls the output head in memory, where it is not what checkpoints do.
         text_config: the keys of config.json, within each other, that lead to the text model's; none where it is all.
         mixers: parts of a layer of which each layer has exactly one: kinds of attention, or what takes its place; or
             tensors.
@@ -97,6 +98,7 @@ class Family:
         logits_divisor_key: config.json key of what logits are divided by, where there is such a thing.
         logits_factor_key: config.json key of what logits are multiplied by, where there is such a thing.
         logits_cap_key: config.json key of a c where logits x become c·tanh(x/c).
+        states: what config.json says of a checkpoint otherwise than of its source, by key.
         not_run: why transformers' class does not run what the files hold; empty where it does.
         not_learned: why nothing is learned of the family along a text, though transformers runs it; empty where it is.
         runs_as: ``model_type`` under which transformers runs the family, where it has no class for its own.
@@ -121,6 +123,7 @@ class Family:
     body: str = "model"
     body_in_memory: str | None = None
     head: str = "lm_head"
+    head_in_memory: str | None = None
     text_config: tuple[str, ...] = ()
     mixers: tuple[str, ...] = ("self_attn",)
     layer_kinds_keys: tuple[str, ...] = ()
@@ -131,6 +134,7 @@ class Family:
     logits_divisor_key: str | None = None
     logits_factor_key: str | None = None
     logits_cap_key: str | None = None
+    states: tuple[tuple[str, str], ...] = ()
     not_run: str = ""
     not_learned: str = ""
     runs_as: str | None = None

@@ -26,8 +26,8 @@ class Refused(NamedTuple):
     architectures: tuple[str, ...] = ()
 
 
-_STREAMS = "its layers hand on several residual streams (hyper-connections), of whose matrices MiLo has no names"
-_STREAMS_NEED = "slots for its attention and streams, and a GPU to compare a served model on"
+_STREAMS = "its layers hand on several residual streams (hyper-connections)"
+_STREAMS_NEED = "slots for its attention and tables, and a GPU to compare a served model on"
 _NOT_SERVED = "vLLM has no class that serves it"
 _GONE = "vLLM no longer serves it"
 _A_CLASS = "a class in vLLM"
@@ -47,21 +47,17 @@ _ALL = (
         ("DeepseekV4ForConditionalGeneration",),
     ),
     Refused(
-        "deepseek_v41", "DeepSeek-V4.1", f"{_STREAMS}, as DeepSeek-V4's", _STREAMS_NEED, ("DeepseekV41ForCausalLM",)
-    ),
-    Refused(
-        "glm5_next",
-        "GLM-5-Next",
-        _STREAMS,
+        "deepseek_v41",
+        "DeepSeek-V4.1",
+        f"{_STREAMS}, as DeepSeek-V4's, and look n-grams up in tables (engrams), of whose matrices MiLo has no names",
         _STREAMS_NEED,
-        ("Glm5NextForCausalLM", "Glm5NextForConditionalGeneration"),
+        ("DeepseekV41ForCausalLM",),
     ),
-    Refused("hy_v4", "Hy4", _STREAMS, _STREAMS_NEED, ("HYV4ForCausalLM",)),
     Refused(
         "qwen4_exp",
         "Qwen4 (experimental)",
-        _NOT_COMPARED,
-        _AN_ENTRY,
+        f"{_STREAMS} and look n-grams up in tables, of whose matrices MiLo has no names",
+        _STREAMS_NEED,
         ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
     ),
     Refused(
@@ -70,13 +66,6 @@ _ALL = (
         f"{_READS_PLAIN}, and its experts' activation (situ) is none that MiLo computes",
         "the activation in the kernels, and layers of vLLM that ask for no plain weights",
         ("KimiK3ForConditionalGeneration",),
-    ),
-    Refused(
-        "kimi_k25",
-        "Kimi-K2.5, K2.6",
-        "transformers and its makers have other names for its text model, DeepSeek-V3's, and for what is around that",
-        "names of the body and the head in memory beside those in files",
-        ("KimiK25ForConditionalGeneration",),
     ),
     Refused(
         "minimax_m3_vl",
@@ -164,12 +153,11 @@ _ALL = (
         _AN_ENTRY,
         ("LongcatFlashNgramForCausalLM",),
     ),
-    Refused("pangu_ultra_moe", "openPangu-Ultra-MoE", _NOT_COMPARED, _AN_ENTRY, ("PanguUltraMoEForCausalLM",)),
     Refused(
         "PanguProMoE",
         "Pangu-Pro-MoE",
-        "its attention has keys and values that belong to no token, and " + _NOT_COMPARED,
-        _AN_ENTRY,
+        "its attention has keys and values that belong to no token, which vLLM computes on GPUs alone",
+        "an entry in the table, and a GPU to compare a served model on",
         ("PanguProMoEV2ForCausalLM",),
     ),
     Refused(
@@ -179,7 +167,13 @@ _ALL = (
         "the activation in the kernels",
         ("Moondream3ForCausalLM", "HfMoondream"),
     ),
-    Refused("minicpm", "MiniCPM-MoE", _NOT_COMPARED, _AN_ENTRY, ("MiniCPMForCausalLM",)),
+    Refused(
+        "minicpm",
+        "MiniCPM-MoE",
+        "vLLM's class multiplies by plain weights of its experts, which it asks no quantization for",
+        "experts of vLLM that ask for one",
+        ("MiniCPMForCausalLM",),
+    ),
     Refused(
         "ovis2_6_moe",
         "Ovis2.6-MoE",
@@ -190,11 +184,10 @@ _ALL = (
     Refused(
         "dbrx",
         "DBRX",
-        "its makers store the experts of a layer in one matrix one after the other",
-        "a reader that cuts that matrix",
+        "its makers store the experts of a layer in one matrix one after the other, and call layers blocks",
+        "a reader that cuts that matrix, and names of layers by family",
         ("DbrxForCausalLM",),
     ),
-    Refused("aria", "Aria", _NOT_COMPARED, _AN_ENTRY, ("AriaForConditionalGeneration",)),
     Refused(
         "mistral4",
         "Mistral-4, Mistral-Large-3",

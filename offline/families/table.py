@@ -301,6 +301,31 @@ _GEMMA_LIKE = (
     ),
 )
 
+_ARIA = Family(
+    "aria",
+    "Aria",
+    (*attention(), *shared()),
+    kept=("mlp.router",),
+    fused=(
+        FusedTensor("experts.fc1.weight", ("gate", "up"), transposed=True, in_memory=True),
+        FusedTensor("experts.fc2.weight", ("down",), transposed=True, in_memory=True),
+    ),
+    only_fused=True,
+    num_experts_keys=("moe_num_experts",),
+    body="language_model.model",
+    body_in_memory="model.language_model",
+    head="language_model.lm_head",
+    head_in_memory="lm_head",
+    text_config=("text_config",),
+    beside=("vision_tower.", "multi_modal_projector."),
+    renames=(
+        Rename("mlp.experts.gate_up_proj", "mlp.experts.fc1.weight"),
+        Rename("mlp.experts.down_proj", "mlp.experts.fc2.weight"),
+    ),
+    not_learned="its experts lie transposed in transformers' memory, of which the calibration knows nothing",
+    note="no calibration text",
+    status=_SERVED,
+)
 _OPENAI = Family(
     "gpt_oss",
     "gpt-oss-20b, 120b",
@@ -326,6 +351,7 @@ _ALL = (
     *BAILING,
     *_MOONSHOT_LIKE,
     *_LLAMA_LIKE,
+    _ARIA,
     _OPENAI,
     *NVIDIA,
     *STEPFUN,

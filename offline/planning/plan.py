@@ -98,7 +98,7 @@ class Plan:
 
     def config(self, fmt: MiLoFormat) -> dict[str, Any]:
         """Return the config.json of a checkpoint of this format."""
-        return _stated_dtype(self.reader) | {"quantization_config": fmt.to_dict()}
+        return _stated(self.reader) | {"quantization_config": fmt.to_dict()}
 
     @property
     def quantized_bytes(self) -> int:
@@ -233,7 +233,7 @@ def make_plan(reader: ModelReader, out: Path, conversion: Conversion, claim: Cla
     else:
         ranks, warnings = assume_ranks(matrices, choice, conversion.recipe), []
     fmt = replace(unranked, ranks=rank_table(matrices, ranks))
-    config = _stated_dtype(reader) | {"quantization_config": fmt.to_dict()}
+    config = _stated(reader) | {"quantization_config": fmt.to_dict()}
     tensors = planned_tensors(reader, layers, fmt, ranks, str(safetensors_name(str(reader.dtype))))
     refuse_broken_plan(reader.folder, tensors, fmt, config)
     companions = find_companions(reader.folder)
@@ -355,12 +355,16 @@ def _format(
     )
 
 
-def _stated_dtype(reader: ModelReader) -> dict[str, Any]:
-    """Return the model's config, with the dtype that its tensors have where it states none: 16-bit factors have it."""
+def _stated(reader: ModelReader) -> dict[str, Any]:
+    """Return what config.json says of a checkpoint beside its format.
+
+    That is what it says of the model, and the dtype that its tensors have where it states none: 16-bit factors have it.
+    """
+    config = reader.whole_config | dict(reader.family.states)
     stated = str(reader.config.get("dtype", reader.config.get("torch_dtype")))
     if safetensors_name(stated) in MODEL_DTYPES:
-        return dict(reader.whole_config)
-    return reader.whole_config | {"dtype": str(reader.dtype).removeprefix("torch.")}
+        return config
+    return config | {"dtype": str(reader.dtype).removeprefix("torch.")}
 
 
 def _decided(recipe: Recipe) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class StreamedModel:
         name = family.embedding if config.tie_word_embeddings else f"{family.head}.weight"
         weight = self._one(name).to(self.device, self.dtype)
         bias = None
-        if self._model.get_submodule(family.head).bias is not None:
+        if self._model.get_submodule(family.head_in_memory or family.head).bias is not None:
             bias = self._one(f"{family.head}.bias").to(self.device, self.dtype)
         factor = getattr(config, family.logits_factor_key or "", 1) / getattr(
             config, family.logits_divisor_key or "", 1

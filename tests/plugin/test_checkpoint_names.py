@@ -135,12 +135,16 @@ def test_a_module_that_checkpoints_call_otherwise():
     assert module_in_checkpoint("model.layers.1.self_attn.o_proj", known) == "model.layers.1.self_attn.o_proj"
 
 
-def test_layers_without_what_they_stand_below():
-    """As vLLM's Step-3 calls its own."""
+def test_layers_that_are_not_called_what_they_are():
+    """vLLM's Step-3 leaves out what its own stand below, and its Aria names more than that."""
     text, whole = ("Step3TextForCausalLM",), ("Step3VLForConditionalGeneration",)
     assert name_in_model(".layers.0.moe.experts", text) == "model.layers.0.moe.experts"
     assert name_in_model("language_model.layers.0.moe", whole) == "language_model.model.layers.0.moe"
     assert name_in_model("language_model.model.layers.0.moe", whole) == "language_model.model.layers.0.moe"
+    assert name_in_model("language_model.layers.0.moe", text) == "language_model.model.layers.0.moe"
+    aria = ("AriaForConditionalGeneration",)
+    assert name_in_model("language_model.model.layers.0.mlp.experts", aria) == "language_model.layers.0.mlp.experts"
+    assert name_in_model("language_model.layers.0.mlp.experts", aria) == "language_model.layers.0.mlp.experts"
     assert name_in_model(".layers.0.moe", ("Step3p5ForCausalLM",)) == ".layers.0.moe"
     assert name_in_model("draft_model.model.layers.0.moe") == "model.layers.0.moe"
 

@@ -104,6 +104,22 @@ def test_layers_of_the_whole_model_are_named_too():
     assert model.adapter[0].quant_method.ranks == [8]
 
 
+def test_a_shared_expert_that_stands_twice_in_its_block():
+    """As vLLM's Aria has it: beside the experts and in them, its layers called by the last part of a name alone."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from vllm_milo.config import MiLoConfig
+
+    config = MiLoConfig(make_format({"model.layers.0.mlp.shared.down_proj": 8}))
+    block, experts, shared = torch.nn.Module(), Named("model.layers.0.mlp.experts"), torch.nn.Module()
+    shared.down_proj = ReplicatedLinear(K, 64, bias=False, quant_config=config, prefix=".down_proj")
+    block.shared = shared
+    experts.shared = shared
+    block.experts = experts
+    assert shared.down_proj.prefix == "model.layers.0.mlp.shared.down_proj"
+    assert shared.down_proj.quant_method.ranks == [8]
+
+
 @pytest.mark.parametrize("beside", [None, "something.else", ".attn"])
 def test_layer_without_a_named_neighbour_is_refused(beside: str | None):
     decoder = Decoder(Attention(make_format(RANKS), beside=beside))

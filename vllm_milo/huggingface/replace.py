@@ -128,7 +128,8 @@ def _replacement(name: str, module: nn.Module, stored: _Stored) -> _Replacement 
         [[f"{fused.experts}.{index}.{part}" for part in parts] for index in range(number)] for parts in projections
     ]
     for gemm, leaf in zip(gemms, leaves, strict=True):
-        count, n, k = module.get_parameter(leaf).shape
+        count, *sides = module.get_parameter(leaf).shape
+        n, k = reversed(sides) if fused.in_memory else sides
         stored.check(_flat(gemm), n // len(gemm[0]), k)
         if count != number:
             raise CheckpointError(

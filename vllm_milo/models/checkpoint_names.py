@@ -13,8 +13,13 @@ _DRAFT = "draft_model."
 """What vLLM calls a model that drafts for another, before the names that it has in its own checkpoint."""
 _OTHERWISE = {"o_proj": "dense"}
 """What checkpoints may call a layer of vLLM, by the last parts of both: Ling-2.5's, of its latent attention."""
-_SHORT = {"Step3TextForCausalLM": ".", "Step3VLForConditionalGeneration": "language_model."}
-"""What names of layers begin with where vLLM's model leaves out the name of what they stand below, by architecture."""
+_STEP = ((".", "model."), ("language_model.", "language_model.model."))
+_LAYERS = {
+    "Step3TextForCausalLM": _STEP,  # also what vLLM says while it builds the text model of the next
+    "Step3VLForConditionalGeneration": _STEP,
+    "AriaForConditionalGeneration": (("language_model.model.", "language_model."),),
+}
+"""What names of layers begin with in what vLLM's model calls them, and in what they are in it, by architecture."""
 _LAYER = re.compile(r"(?:.+\.)?layers\.[0-9]+(?=\.)")
 
 
@@ -50,12 +55,12 @@ def name_in_model(name: str, architectures: Iterable[str] = ()) -> str:
 
     Args:
         name: what vLLM calls it.
-        architectures: of the model; some name their layers without what these stand below.
+        architectures: of the model; some call their layers otherwise than they are in it.
     """
     name = name.removeprefix(_DRAFT)
-    for start in _SHORT.values() if not _SHORT.keys().isdisjoint(architectures) else ():
-        if name.startswith(f"{start}layers."):
-            return f"{start.lstrip('.')}model.{name.removeprefix(start)}"
+    for called, start in (pair for one in architectures for pair in _LAYERS.get(one, ())):
+        if name.startswith(f"{called}layers."):
+            return start + name.removeprefix(called)
     return name
 
 

@@ -66,11 +66,14 @@ def _find_names(parent: torch.nn.Module, leaf: str, child: torch.nn.Module) -> N
     if not _nameless:
         return
     below = list(_modules_below(parent, leaf, child))
-    layers: list[tuple[str, Any]] = [(path, module) for path, module in below if module in _nameless]
+    layers: dict[Any, str] = {}
+    for path, module in below:
+        if module in _nameless:
+            layers.setdefault(module, path)  # experts hold the shared one too, which stands beside them first
     if not layers:
         return
     prefix = _prefix_of_parent(below)
-    for path, layer in layers:
+    for layer, path in layers.items():
         if prefix is not None:
             _nameless.discard(layer)
             layer.quant_method.settle(layer, f"{prefix}{path}")

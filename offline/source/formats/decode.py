@@ -15,8 +15,12 @@ _LEAST_POWER = 1 << 22
 
 
 def dequantize_elements(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """Return codes that are numbers by themselves, FP8 or int8 [N, K], times their scales."""
-    return _times(tensors[scheme.format.codes].float(), tensors[scheme.format.scale], scheme)
+    """Return codes that are numbers by themselves, FP8 or int8 [N, K], times their scales.
+
+    Scales that are whole numbers, uint8, are exponents of powers of two.
+    """
+    scale = tensors[scheme.format.scale]
+    return _times(tensors[scheme.format.codes].float(), scale if scale.is_floating_point() else _powers(scale), scheme)
 
 
 def dequantize_packed(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
@@ -34,10 +38,11 @@ def dequantize_packed(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> to
 
 
 def dequantize_fp4(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """Return e2m1 numbers, two in a byte, uint8 [N, K / 2], times powers of two by exponents, uint8 [N, K / 32]."""
+    """Return e2m1 numbers, two in a byte [N, K / 2], times powers of two by exponents, uint8 [N, K / 32]."""
     codes, exponents = tensors[scheme.format.codes], tensors[scheme.format.scale]
     pairs = torch.tensor(FP4_VALUES)[_nibbles(torch.arange(256, dtype=torch.uint8)[:, None]).int()].to(codes.device)
-    return _times(torch.nn.functional.embedding(codes.int(), pairs).flatten(-2), _powers(exponents), scheme)
+    bytes_of = codes.view(torch.uint8).int()
+    return _times(torch.nn.functional.embedding(bytes_of, pairs).flatten(-2), _powers(exponents), scheme)
 
 
 def _powers(exponents: torch.Tensor) -> torch.Tensor:

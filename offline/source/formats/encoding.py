@@ -50,7 +50,7 @@ class Encoding(NamedTuple):
             ConversionError: scales that are zero, NaN or infinite, another shape, or columns in another order; names
                 the file and the tensor.
         """
-        tensors = {leaf: load(place) for leaf, place in self.places.items()}
+        tensors = {leaf: _exponents(load(place)) for leaf, place in self.places.items()}
         self._check_scales(tensors)
         self._check_shape(tensors)
         self._check_order(tensors)
@@ -117,6 +117,11 @@ class Encoded(NamedTuple):
         if scheme.format.rounded and scale.is_floating_point():
             values = values.to(scale.dtype)
         return values.to(getattr(torch, self.encoding.dtype))
+
+
+def _exponents(tensor: torch.Tensor) -> torch.Tensor:
+    """Return powers of two (e8m0), of which torch computes hardly anything, as their exponents, uint8; others as is."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
 
 
 def _read(tensor: torch.Tensor, pinned: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ from vllm_milo.values import shown, shown_name
 
 from ...errors import ConversionError
 from .scheme import Format, Scheme
-from .table import FINE_FP8, FLOAT, INT8, MXFP4, MXFP4_EXPERTS, PACKED, PLAIN_FP8
+from .table import FINE_FP8, FLOAT, INT8, MXFP4, MXFP4_EXPERTS, OWN_FP4, OWN_FP8, PACKED, PLAIN_FP8
 
 Config = Mapping[str, Any]
 _FURTHER = (("sparsity_config", "format", "dense"), ("transform_config", "config_groups", None))
@@ -19,8 +19,11 @@ _FURTHER = (("sparsity_config", "format", "dense"), ("transform_config", "config
 _MOST_GROUPS = 100
 _LARGEST_BLOCK = 2**24
 _FP8_NAMES = (None, "e4m3", "float8_e4m3fn")
-_OWN_SCALES = ("deepseek_v4",)
-"""Model types whose makers' FP8 and FP4 files have scales of other names and types (``.scale``, powers of two)."""
+_DEEPSEEK = ("deepseek_v4",)
+"""Model types whose makers' FP8 and FP4 files have scales of other names and types."""
+_DEEPSEEK_METHODS = ("fp8", "deepseek_v4_fp8")
+_DEEPSEEK_EXPERTS = r"re:.*\.experts\.\d+\.w[123]"
+"""Their matrices that may be in FP4, those of what predicts further tokens among them."""
 
 
 class _Kind(NamedTuple):
@@ -42,9 +45,8 @@ _COMPRESSED = {
 }
 """By compressed-tensors' names of a format and of the type of numbers."""
 KNOWN = (
-    "16 bits, float32, FP8 e4m3 (quant_method fp8), gpt-oss's MXFP4 (quant_method mxfp4), and compressed-tensors' "
-    + ", ".join(dict.fromkeys(name for name, _ in _COMPRESSED))
-    + " of 4 or 8 bits"
+    "16 bits, float32, FP8 e4m3 (quant_method fp8), with FP4 as DeepSeek-V4 has it, gpt-oss's MXFP4 (quant_method "
+    "mxfp4), and compressed-tensors' " + ", ".join(dict.fromkeys(name for name, _ in _COMPRESSED)) + " of 4 or 8 bits"
 )
 """The formats that are read, for messages."""
 
@@ -65,15 +67,12 @@ def find_schemes(config: Config, path: Path) -> tuple[Scheme, ...]:
     if stated is None:
         return ()
     method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+    if method in _DEEPSEEK_METHODS and config.get("model_type") in _DEEPSEEK:
+        return _read_deepseek(stated, config, path)
     known = _METHODS.get(method) if isinstance(method, str) else None
     if known is None:
         name = method if isinstance(method, str) and method.isidentifier() else shown(method)
         raise ConversionError(f"{path}: the model is quantized already ({name}); {advice()}")
-    if method == "fp8" and config.get("model_type") in _OWN_SCALES:
-        raise ConversionError(
-            f"{path}: {config['model_type']}'s own FP8 and FP4 files have scales (.scale) that are not read; "
-            f"convert a copy in 16 bits"
-        )
     return known(stated, path)
 
 
@@ -90,6 +89,25 @@ def _read_fp8(stated: Config, path: Path) -> tuple[Scheme, ...]:
     if block is None:
         return (Scheme(PLAIN_FP8, (None, None)),)
     return (Scheme(FINE_FP8, _sides(block, path, "weight_block_size")),)
+
+
+def _read_deepseek(stated: Config, config: Config, path: Path) -> tuple[Scheme, ...]:
+    """Read what DeepSeek-V4's makers publish: FP8 in blocks, and routed experts in FP4 where ``expert_dtype`` says so.
+
+    By vLLM's reader (vllm/models/deepseek_v4/quant_config.py), which takes a missing ``expert_dtype`` for FP4 too.
+    """
+    block, algorithm = stated.get("weight_block_size"), stated.get("moe_quant_algo")
+    if block is None:
+        raise _unknown(path, f"weight_block_size is missing, which {config['model_type']}'s FP8 matrices have")
+    if algorithm:
+        raise _unknown(path, f"moe_quant_algo is {shown(algorithm)}, whose experts are not read")
+    fine = Scheme(OWN_FP8, _read_fp8(stated, path)[0].block, targets=("Linear",))
+    experts = config.get("expert_dtype", "fp4")
+    if experts == "fp8":
+        return (fine,)
+    if experts != "fp4":
+        raise ConversionError(f"{path}: expert_dtype is {shown(experts)}, not fp4 or fp8; {advice()}")
+    return (fine, Scheme(OWN_FP4, (1, 32), bits=4, targets=(_DEEPSEEK_EXPERTS,)))
 
 
 def _read_experts(stated: Config, path: Path) -> tuple[Scheme, ...]:

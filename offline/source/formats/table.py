@@ -5,9 +5,15 @@ from __future__ import annotations
 from .decode import dequantize_elements, dequantize_fp4, dequantize_packed
 from .scheme import FLOATS, Format
 
+_EXPONENTS = ("F8_E8M0", "U8")
+"""Dtypes of scales that are powers of two, which are stored as exponents alone (ue8m0)."""
+
 FINE_FP8 = Format("FP8 e4m3", "weight", ("F8_E4M3",), "weight_scale_inv", FLOATS, dequantize_elements, rounded=False)
 """As DeepSeek stores its models: the scale is called the inverse of one, and is what to multiply by."""
 PLAIN_FP8 = FINE_FP8._replace(scale="weight_scale")
+OWN_FP8 = FINE_FP8._replace(name="FP8 e4m3 (DeepSeek-V4)", scale="scale", scale_dtypes=(*_EXPONENTS, *FLOATS))
+"""As DeepSeek-V4's makers store it: its scales have another name, and are exponents or, of V4-Flash-Base, float32."""
+OWN_FP4 = Format("FP4 e2m1 (DeepSeek-V4)", "weight", ("I8", "U8"), "scale", _EXPONENTS, dequantize_fp4)
 FLOAT = Format("FP8 e4m3 (compressed-tensors)", "weight", ("F8_E4M3",), "weight_scale", FLOATS, dequantize_elements)
 INT8 = Format("INT8 (compressed-tensors)", "weight", ("I8",), "weight_scale", FLOATS, dequantize_elements)
 PACKED = Format(

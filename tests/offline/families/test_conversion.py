@@ -41,11 +41,14 @@ KEPT = {
     "hunyuan_v1_moe": {"mlp.gate.wg"},
     "hy_v3": {"mlp.router.gate"},
     "afmoe": {"mlp.router.gate"},
-    "gpt_oss": {"mlp.router"},
+    **{name: {"mlp.router"} for name in ("gpt_oss", "aria")},
     **{
         name: {"mlp.gate", *(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))}
-        for name in ("deepseek_v32", "glm_moe_dsa")
+        for name in ("deepseek_v32", "glm_moe_dsa", "hy_v4")
     },
+    "glm5_next": {"mlp.gate", *(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))}
+    | {f"self_attn.{part}_proj" for part in ("q", "k", "v", "b", "f_a", "f_b", "g_a", "g_b", "q_a", "q_b", "kv_b", "o")}
+    | {"self_attn.kv_a_proj_with_mqa"},
     **{name: {"block_sparse_moe.gate"} for name in ("mixtral", "minimax_m2", "phimoe")},
     **{
         name: {"mlp.gate", "mlp.shared_expert_gate"}
@@ -176,6 +179,7 @@ def test_without_a_text(name: str, uniform, tmp_path: Path):
 def test_kinds(name: str, uniform):
     source, _ = uniform(name)
     kinds = {matrix.kind for matrix in ModelReader(source).matrices}
-    assert {Kind.ATTENTION, Kind.ROUTED_EXPERT} <= kinds
+    assert Kind.ROUTED_EXPERT in kinds
+    assert (Kind.ATTENTION in kinds) == (name != "glm5_next")
     shared = any(slot.kind is Kind.SHARED_EXPERT for slot in FAMILIES[name].slots)
     assert (Kind.SHARED_EXPERT in kinds) is shared

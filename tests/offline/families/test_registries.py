@@ -27,7 +27,7 @@ NOT_MOE = {"PanguEmbeddedForCausalLM"}
 """Dense models whose module in vLLM has others with experts."""
 OTHER_SPELLINGS = {"ExaoneMoEForCausalLM", "Qwen3OmniMoeForConditionalGeneration", "MiMoV2FlashForCausalLM"}
 """Architectures of families in the table that transformers and the tiny models call otherwise."""
-SECOND = {"BailingMoeV3ForCausalLM"}
+SECOND = {"BailingMoeV3ForCausalLM", "Glm5NextForCausalLM"}
 """Further architectures of families in the table."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from folder_edits import edit_config, edit_tensors
-from quantized_sources import KEPT, WAYS, WEIGHTS, Tensors, Written, split_shards, write_both
+from quantized_sources import KEPT, WAYS, WEIGHTS, Tensors, Written, content, split_shards, write_both
 from refusals import FAST
 from safetensors.torch import load_file
 from tiny_families import make_family
@@ -65,18 +65,6 @@ def bundled(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Writ
     found = write_both(small_model, tmp_path_factory.mktemp("bundled"), WAYS["fp8 blocks"])
     split_shards(found.source, lambda name: int(name.endswith("weight_scale_inv")))
     return found
-
-
-def content(folder: Path, source_format: str | None = None) -> dict[str, Any]:
-    """The files of a checkpoint, but for what names the source's format, which must be this."""
-    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    del files["milo_manifest.json"]
-    config = files["config.json"] = json.loads(files["config.json"])
-    assert config["quantization_config"]["quant_method"] == "milo"
-    assert config["quantization_config"]["recipe"].pop("source_format", None) == source_format
-    card = files.pop("README.md").decode()
-    assert source_format is None or source_format in card
-    return files
 
 
 def same(found: Written, out: Path, source_format: str, conversion: Conversion) -> None:
