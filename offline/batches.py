@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from .calibration.layer_moments import LayerMoments
 from .nouns import LoadedMatrix, Matrix, Moments
-from .source.layers import Layer
 
 BATCH_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
 """Most weights that the solver takes at once: on a CPU what its cache holds, on a GPU what fills it. The solver
@@ -77,7 +76,18 @@ def batches(
             yield Batch(matrices, weights, moments.of(matrices, weights.device))
 
 
-def gather_layers(layers: Iterable[Layer], device: torch.device, elements: int) -> Iterator[list[Layer]]:
+class Sized(Protocol):
+    """What has a number of weights: a decoder layer."""
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights of its matrices."""
+
+
+AnyLayer = TypeVar("AnyLayer", bound=Sized)
+
+
+def gather_layers(layers: Iterable[AnyLayer], device: torch.device, elements: int) -> Iterator[list[AnyLayer]]:
     """Put layers together that follow each other, so that the solver's batches are full where layers are small.
 
     A GPU works as long on a few small matrices as on many. A CPU gets one layer at a time.
@@ -88,7 +98,7 @@ def gather_layers(layers: Iterable[Layer], device: torch.device, elements: int) 
         elements: most weights of a batch.
     """
     most = elements if device.type == "cuda" else 0
-    together: list[Layer] = []
+    together: list[AnyLayer] = []
     for layer in layers:
         if together and sum(one.weights for one in [*together, layer]) > most:
             yield together

@@ -35,7 +35,7 @@ from vllm_milo.validation import experts_of, is_fused_experts, modules_of, valid
 
 if TYPE_CHECKING:
     from vllm_milo.fused_moe import MiLoMoEMethod
-    from vllm_milo.offline.nouns import Recipe
+    from vllm_milo.online.gathering import Gathering
 
 logger = logging.getLogger("vllm.milo")
 _WHILE_LOADED = (
@@ -59,7 +59,7 @@ class MiLoConfig(QuantizationConfig):
         super().__init__()
         self.format = fmt or MiLoFormat()
         self._online: OnlineOptions | None = options or OnlineOptions() if fmt is None else None
-        self._recipe: Recipe | None = None
+        self._gathering: Gathering | None = None
         self._mappers: list[Any] = []
         self._stored_experts: set[str] = set()
         self._stored_modules: set[str] = set()
@@ -126,10 +126,11 @@ class MiLoConfig(QuantizationConfig):
             self._stored_experts, self._stored_modules = experts_of(tensors), modules_of(tensors)
 
     def _plan_online(self, model_name: str, revision: str | None, options: OnlineOptions) -> None:
+        from vllm_milo.online.gathering import Gathering
         from vllm_milo.online.plan import find_files, plan_online
 
         plan = plan_online(find_files(model_name, revision), options)
-        self.format, self._recipe = plan.format, plan.recipe
+        self.format, self._gathering = plan.format, Gathering(plan.recipe)
         self._stored_experts, self._stored_modules = set(plan.experts), set(plan.modules)
         logger.info(_WHILE_LOADED, model_name, options.budget_bits, model_name)
 
@@ -200,8 +201,8 @@ class MiLoConfig(QuantizationConfig):
             if self.format.ignores(name):
                 return None
             what = (self.format, layer.moe_config, name)
-            if self._recipe is not None:
-                return _online().OnlineMoEMethod(*what, self._recipe)
+            if self._gathering is not None:
+                return _online().OnlineMoEMethod(*what, self._gathering)
             method = MiLoMoEMethod(*what)
             if compat.loads_experts_itself(layer):
                 if not self._diverted:
@@ -218,7 +219,9 @@ class MiLoConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         refuse_permuted(parts, compat.architectures())
         named = (self.format, prefix, parts)
-        return MiLoLinearMethod(*named) if self._recipe is None else _online().OnlineLinearMethod(*named, self._recipe)
+        if self._gathering is not None:
+            return _online().OnlineLinearMethod(*named, self._gathering)
+        return MiLoLinearMethod(*named)
 
     def _await_head(self) -> None:
         """Say so in one line where tensors of a quantized head come and vLLM's model has asked for no method for it."""

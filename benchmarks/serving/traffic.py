@@ -11,6 +11,9 @@ them, and the same routes by a table (``--own-routes``: by each contender's dumm
 many); prefixes are not cached. A server that is not asked waits and takes nothing but memory. Each figure is the median
 over the turns of a turn's median, with the least and the largest turn. Answers of dummy weights mean nothing, but they
 must be of the length that was asked for.
+
+The client reads pieces of answers when it runs: where other processes keep it from running, as on a machine of few
+cores, several are there at once, and the time between them is nothing. Each turn records how long it was kept from it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +45,9 @@ from benchmarks.serving.word_tokenizer import write_tokenizer
 
 FIGURES = {"tpot": "median_tpot_ms", "ttft": "median_ttft_ms", "tokens_per_second": "output_throughput"}
 """What is kept of a turn, by ``vllm bench serve``'s names: milliseconds, milliseconds, output tokens a second."""
+STALLED, BEAT, MOST_STALLED = "stalled_ms", 0.005, 50.0
+"""A turn's longest time in which the client did not run, in milliseconds; seconds between two looks at the clock; and
+beyond what the report says that times of pieces are worth little."""
 FILLING = {
     "entry_points.txt": "[vllm.general_plugins]\nfilled_dummies = benchmarks.serving.dummy.weights:fill_integers\n",
     "METADATA": "Metadata-Version: 2.1\nName: filled-dummies\nVersion: 0\n",
@@ -168,11 +175,33 @@ def ask(url: str, model: Path, load: Load, concurrency: int) -> dict[str, float]
     words += ["--max-concurrency", str(concurrency), "--ignore-eos", "--temperature", "0", "--num-warmups", "2"]
     # an answer of special tokens alone would come as one piece of text, at its end
     words += ["--extra-body", '{"skip_special_tokens": false}', "--disable-tqdm"]
-    result = bench_serve(words)
+    with watched() as stalled:
+        result = bench_serve(words)
     wanted = requests_of(concurrency)
     if result["completed"] != wanted or result["total_output_tokens"] != wanted * load.output:
         raise RuntimeError(f"{model.name}: {result['completed']} of {wanted} answers, {result['total_output_tokens']}")
-    return {figure: result[name] for figure, name in FIGURES.items()}
+    return {figure: result[name] for figure, name in FIGURES.items()} | {STALLED: 1000 * max(stalled)}
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[float]]:
+    """Note how late a thread of this process gets to run that sleeps :data:`BEAT` again and again, in seconds."""
+    late, ended = [0.0], threading.Event()
+
+    def beat() -> None:
+        last = time.monotonic()
+        while not ended.wait(BEAT):
+            now = time.monotonic()
+            late.append(now - last - BEAT)
+            last = now
+
+    thread = threading.Thread(target=beat, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield late
+    finally:
+        ended.set()
+        thread.join()
 
 
 def bench_serve(words: Sequence[str]) -> dict[str, Any]:
@@ -236,6 +265,13 @@ def format_report(record: Mapping[str, Any]) -> str:
     header = ["tokens", "requests at once", "contender", "ms a token", f"{first} = 1", "ms to the first", "tokens/s"]
     about = record["environment"]
     title = f"{record['model']}, {record['layers']} layers, dummy weights, vLLM {about['vllm']} on {about['device']}."
+    stalled = max((row.get(STALLED, 0.0) for row in record["turns"]), default=0.0)
+    if stalled > MOST_STALLED:
+        title += (
+            f" The client was kept from running for up to {stalled:.0f} ms in a turn, its start included: pieces of "
+            f"answers may have been read late and at once, which falsifies times of a token and to the first; tokens a "
+            f"second hold."
+        )
     chosen = [f"- {name}: {'; '.join(kernels)}" for name, kernels in record.get("kernels", {}).items()]
     return "\n\n".join(
         [title, markdown_table(header, lines), *(["Kernels, by the logs:", "\n".join(chosen)] if chosen else [])]

@@ -61,7 +61,7 @@ def plan_layers(tensors: Mapping[str, TensorEntry], family: Family, config: Mapp
     """
     layers: dict[str, Layer] = {}
     number, hidden = family.num_layers(config), family.experts_width(config)
-    for tensor, entry in sorted(tensors.items(), key=lambda item: _natural_key(item[0])):
+    for tensor, entry in sorted(tensors.items(), key=lambda item: natural_key(item[0])):
         name = family.layer_of(tensor) or OUTSIDE
         whole = family.whole_pattern(tensor, number)
         if whole is not None:
@@ -74,7 +74,8 @@ def plan_layers(tensors: Mapping[str, TensorEntry], family: Family, config: Mapp
     return list(layers.values())
 
 
-def _natural_key(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return what sorts the names of tensors with their numbers as numbers: layer 2 before layer 10."""
     return [
         (int(part), "") if part.isdecimal() and part.isascii() and len(part) < 10 else (-1, part)
         for part in name.split(".")

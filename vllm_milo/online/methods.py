@@ -1,13 +1,14 @@
-"""MiLo's layers for 16-bit models: a matrix becomes codes and factors as soon as it is loaded.
+"""MiLo's layers for 16-bit models: matrices become codes and factors as soon as those of some layers are loaded.
 
 The parameters are those of a checkpoint's layer. Beside them stands one for 16-bit weights that holds none: its loader
-quantizes what it is given and hands the result to the others' loaders, so whatever these know of tensor and expert
-parallelism is known here too. Each process quantizes whole matrices, so that all hold parts of the same result.
+hands what it is given to the model's gathering, and what comes of it to the others' loaders, so whatever these know of
+tensor and expert parallelism is known here too. Each process quantizes whole matrices, so that all hold parts of one
+result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_milo.checkpoint import PACKED, CheckpointError, MiLoFormat
 from vllm_milo.fused_moe import MiLoMoEMethod
 from vllm_milo.linear import MiLoLinearMethod
-from vllm_milo.offline.nouns import Recipe
-from vllm_milo.online.solver import quantize_loaded
+from vllm_milo.online.gathering import Gathering
 
 WEIGHT = "weight"
 _LEFT = "save the model with transformers' save_pretrained, or convert it first: milo quantize MODEL -o OUT"
@@ -33,21 +33,29 @@ class OnlineLinearMethod(MiLoLinearMethod):
 
     Args:
         fmt, prefix, parts: as of a checkpoint's layer.
-        recipe: of the solver.
+        gathering: of the model.
     """
 
-    def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str], recipe: Recipe) -> None:
+    def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str], gathering: Gathering) -> None:
         super().__init__(fmt, prefix, parts)
-        self._recipe = recipe
+        self._gathering = gathering
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **options: Any) -> None:
         """Register a checkpoint's parameters, and one without values that takes 16-bit weights."""
         super().create_weights(layer, *sizes, **options)
+        k = self.split.k * self.split.row_tp
+        for part, rank in enumerate(self.ranks):
+            self._gathering.expect(self._piece(part, WEIGHT), rank, self.split.full_width(self.spans[part]) * k)
         nothing = torch.empty(0, dtype=self.dtype)
         layer.register_parameter(WEIGHT, BasevLLMParameter(data=nothing, weight_loader=self._quantizer(layer)))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """See :class:`MiLoLinearMethod`."""
+        """See :class:`MiLoLinearMethod`.
+
+        Raises:
+            CheckpointError: some of the model's matrices never arrived.
+        """
+        self._gathering.refuse_incomplete()
         delattr(layer, WEIGHT)
         super().process_weights_after_loading(layer)
 
@@ -55,28 +63,28 @@ class OnlineLinearMethod(MiLoLinearMethod):
         def load(param: BasevLLMParameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
             _refuse_reload(param, self.prefix)
             part = self._part(shard_id)
-            name = self.parts[part]
-            device = getattr(layer, PACKED).device
-            found = quantize_loaded({name: loaded_weight}, {name: self.ranks[part]}, self._recipe, device)
-            for tensor, values in found[name].items():
-                target = getattr(layer, tensor)
-                target.weight_loader(target, values, shard_id)
+
+            def deliver(tensors: Mapping[str, torch.Tensor]) -> None:
+                for tensor, values in tensors.items():
+                    target = getattr(layer, tensor)
+                    target.weight_loader(target, values, shard_id)
+
+            self._gathering.take(self._piece(part, WEIGHT), loaded_weight, getattr(layer, PACKED).device, deliver)
 
         return load
 
 
 class OnlineMoEMethod(MiLoMoEMethod):
-    """Quantizes the routed experts of one layer while they are loaded, all that this process holds at once.
+    """Quantizes the routed experts of one layer that this process holds, while they are loaded.
 
     Args:
         fmt, moe, prefix: as of a checkpoint's layer.
-        recipe: of the solver.
+        gathering: of the model.
     """
 
-    def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str, recipe: Recipe) -> None:
+    def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str, gathering: Gathering) -> None:
         super().__init__(fmt, moe, prefix)
-        self._recipe = recipe
-        self._loaded: dict[tuple[str, int], torch.Tensor] = {}
+        self._gathering = gathering
 
     def create_weights(self, layer: Any, *sizes: Any, **options: Any) -> None:
         """Register a checkpoint's parameters, and two without values that take 16-bit weights."""
@@ -84,6 +92,10 @@ class OnlineMoEMethod(MiLoMoEMethod):
             kind = "with biases" if self.moe.has_bias else "without a gate"
             raise CheckpointError(f"{self.prefix}: experts {kind} are not quantized while they are loaded; {_LEFT}")
         super().create_weights(layer, *sizes, **options)
+        weights = self.hidden * self.intermediate * self.tp_size
+        for shard in self.shard_of.values():
+            for expert in self.local.global_ids:
+                self._gathering.expect(self._piece(expert, shard, WEIGHT), self._rank(shard, expert), weights)
         for gemm in self.gemms:
             nothing = Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
             set_weight_attrs(nothing, {"weight_loader": self._collector(layer)})
@@ -93,13 +105,9 @@ class OnlineMoEMethod(MiLoMoEMethod):
         """See :class:`MiLoMoEMethod`.
 
         Raises:
-            CheckpointError: some of the experts' matrices never arrived.
+            CheckpointError: some of the model's matrices never arrived.
         """
-        if self._loaded:
-            raise CheckpointError(
-                f"{self.prefix}: {len(self._loaded)} of {3 * len(self.local.global_ids)} matrices of experts arrived; "
-                f"are the model's files complete?"
-            )
+        self._gathering.refuse_incomplete()
         for gemm in self.gemms:
             delattr(layer, f"{gemm.name}_{WEIGHT}")
         super().process_weights_after_loading(layer)
@@ -114,25 +122,17 @@ class OnlineMoEMethod(MiLoMoEMethod):
                     f"{weight_name}: has shape {list(loaded_weight.shape)}; experts are quantized while they are "
                     f"loaded only from files with a matrix for each; {_LEFT}"
                 )
-            self._loaded[shard_id, expert_id] = loaded_weight
-            if len(self._loaded) == 3 * len(self.local.global_ids):
-                self._quantize(layer)
+            gemm, _ = self._place(shard_id)
+
+            def deliver(tensors: Mapping[str, torch.Tensor]) -> None:
+                for tensor, values in tensors.items():
+                    target = getattr(layer, f"{gemm.name}_{tensor}")
+                    target.weight_loader(target, values, f"{self.prefix}.{gemm.name}_{tensor}", shard_id, expert_id)
+
+            piece, device = self._piece(expert_id, shard_id, WEIGHT), getattr(layer, f"w13_{PACKED}").device
+            self._gathering.take(piece, loaded_weight, device, deliver)
 
         return self._local_loader(take)
-
-    def _quantize(self, layer: Any) -> None:
-        """Quantize the layer's experts, and load the result."""
-        names = {place: f"{self.prefix}.{place[1]}.{self._projection(place[0])}" for place in self._loaded}
-        weights = {names[place]: values for place, values in self._loaded.items()}
-        ranks = {name: self._rank(*place) for place, name in names.items()}
-        device = getattr(layer, f"w13_{PACKED}").device
-        found = quantize_loaded(weights, ranks, self._recipe, device)
-        for (shard, expert), name in names.items():
-            gemm, _ = self._place(shard)
-            for tensor, values in found[name].items():
-                target = getattr(layer, f"{gemm.name}_{tensor}")
-                target.weight_loader(target, values, f"{self.prefix}.{gemm.name}_{tensor}", shard, expert)
-        self._loaded.clear()
 
     def _rank(self, shard: str, expert: int) -> int:
         gemm, part = self._place(shard)
