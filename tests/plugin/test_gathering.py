@@ -161,3 +161,21 @@ def test_what_comes_twice_or_unasked_is_refused(name: str):
     into.take("model.layers.0.self_attn.q_proj.weight", torch.ones(64, 128), CPU, lambda tensors: None)
     with pytest.raises(CheckpointError, match=rf"{name}: appears twice, or in no layer of the model"):
         into.take(name, torch.ones(64, 128), CPU, lambda tensors: None)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_too_little_memory_is_said(error: BaseException, monkeypatch: pytest.MonkeyPatch):
+    """With what was quantized, and what to do; other errors stay what they are."""
+    weights, raised = model(), [error, RuntimeError("another")]
+
+    def fail(*_: Any) -> None:
+        raise raised[0]
+
+    monkeypatch.setattr(job, "quantize_matrices", fail)
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight: out of memory on cpu"
+    ):
+        load(announced(weights), weights)
+    raised.pop(0)
+    with pytest.raises(RuntimeError, match="another"):
+        load(announced(weights), weights)

@@ -16,6 +16,7 @@ import torch
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.offline.batches import Rule, gather_layers, plan_batches
+from vllm_milo.offline.calibration import memory
 from vllm_milo.offline.calibration.layer_moments import NoMoments
 from vllm_milo.offline.checkpoint.matrices import tensors_on_host
 from vllm_milo.offline.nouns import Kind, Matrix, Recipe
@@ -100,7 +101,7 @@ class Gathering:
             deliver: takes the result.
 
         Raises:
-            CheckpointError: the matrix was not announced, or came before.
+            CheckpointError: the matrix was not announced, or came before; or memory ran out for its step.
             ConversionError: a matrix of the step holds NaN or Inf or cannot be quantized; it is named.
         """
         if self._announced:
@@ -114,7 +115,16 @@ class Gathering:
         step.taken[name] = _Taken(values, deliver)
         if step.missing:
             return
-        self._quantize(step.taken, device)
+        try:
+            self._quantize(step.taken, device)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            weights, first = sum(held.values.numel() for held in step.taken.values()), min(step.taken, key=natural_key)
+            raise CheckpointError(
+                f"{first}: out of memory on {device}, where {len(step.taken)} matrices of {weights} weights are "
+                f"quantized; free some, or convert the model first: milo quantize MODEL -o OUT --device cpu"
+            ) from error
         for done in step.taken:
             del self._steps[done]
         if not self._steps:
