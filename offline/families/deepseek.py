@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from ..nouns import Kind
 from .family import LATER_LAYERS, Family
+from .refused import HYPER_CONNECTIONS
 from .slots import MIXTRAL, Cut, Rename, Slot, Stack, attention, dense, latent_attention, shared
 
 _SERVED = "served"
 _ROUTED = ("n_routed_experts",)
 _INDEXER = tuple(f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj"))
 _SPARSE = "what chooses tokens for sparse attention stays as it is, and vLLM's CPU build has no sparse attention"
-_STREAMS = "its layers hand on several residual streams (hyper-connections)"
 _GLM = Family(
     "glm4_moe",
     "GLM-4.5, 4.6, 4.7, 4.5-Air",
@@ -22,15 +22,15 @@ _GLM = Family(
     status=_SERVED,
 )
 
-_KIMI = Family(
-    "kimi_k2",
-    "Kimi-K2",
+_V3 = Family(
+    "deepseek_v3",
+    "DeepSeek-V3, R1",
     (*latent_attention(), *shared(), *dense()),
     num_experts_keys=_ROUTED,
     ahead=(LATER_LAYERS,),
-    runs_as="deepseek_v3",
     status=_SERVED,
 )
+_KIMI = replace(_V3, model_type="kimi_k2", example="Kimi-K2", runs_as="deepseek_v3")
 
 _COMPRESSORS = tuple(f"attn.{place}compressor.{part}" for place in ("", "indexer.") for part in ("wkv", "wgate"))
 _V4 = Family(
@@ -55,7 +55,7 @@ _V4 = Family(
     mixers=("ffn.gate.tid2eid", "ffn.gate.bias"),  # of which the former chooses experts by a hash of the token
     layer_kinds_keys=("compress_ratios",),
     states=(("expert_dtype", "milo"),),  # vLLM takes none for fp4, and renames scales of linear layers then
-    not_run=_STREAMS,
+    not_run=HYPER_CONNECTIONS,
     note="no calibration text; hyper-connections stay as they are; vLLM's CPU build loads it, and lacks an operator",
 )
 
@@ -77,7 +77,7 @@ _HY4 = Family(
         Rename("self_attn.gate_proj.", "self_attn.linear_gate."),
         *_HY_STREAMS,
     ),
-    not_run=_STREAMS,
+    not_run=HYPER_CONNECTIONS,
     note=f"no calibration text; hyper-connections stay as they are; {_SPARSE}",
 )
 
@@ -106,7 +106,7 @@ _GLM_NEXT = Family(
         *(Rename(f"{part}_hc.", f"hc_{part}_") for part in ("attn", "ffn")),
     ),
     stacks=(Stack("self_attn.conv1d.weight", tuple(f"self_attn.{part}_conv1d.weight" for part in "qkv")),),
-    not_run=_STREAMS,
+    not_run=HYPER_CONNECTIONS,
     note=f"no calibration text; attention and hyper-connections stay as they are; {_SPARSE}",
 )
 
@@ -129,14 +129,7 @@ DEEPSEEK_LIKE = (
         num_experts_keys=_ROUTED,
         status=_SERVED,
     ),
-    Family(
-        "deepseek_v3",
-        "DeepSeek-V3, R1",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
-        status=_SERVED,
-    ),
+    _V3,
     _KIMI,
     replace(
         _KIMI,
@@ -153,23 +146,17 @@ DEEPSEEK_LIKE = (
         note="vLLM wants its makers' image processor even for text alone",
         status="converts",
     ),
-    Family(
-        "axk1",
-        "A.X-K1",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
+    replace(
+        _V3,
+        model_type="axk1",
+        example="A.X-K1",
         renames=(Rename("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
-        status=_SERVED,
     ),
-    Family(
-        "pangu_ultra_moe",
-        "openPangu-Ultra-MoE-718B",
-        (*latent_attention(), *shared(), *dense()),
-        num_experts_keys=_ROUTED,
-        ahead=(LATER_LAYERS,),
+    replace(
+        _V3,
+        model_type="pangu_ultra_moe",
+        example="openPangu-Ultra-MoE-718B",
         note="no calibration text: transformers has no class for it; names by vLLM's loader",
-        status=_SERVED,
     ),
     Family(
         "glm4_moe_lite",

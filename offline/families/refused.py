@@ -26,7 +26,8 @@ class Refused(NamedTuple):
     architectures: tuple[str, ...] = ()
 
 
-_STREAMS = "its layers hand on several residual streams (hyper-connections)"
+HYPER_CONNECTIONS = "its layers hand on several residual streams (hyper-connections)"
+"""Why transformers does not run some of the families that are converted, and part of why others are not."""
 _STREAMS_NEED = "slots for its attention and tables, and a GPU to compare a served model on"
 _NOT_SERVED = "vLLM has no class that serves it"
 _GONE = "vLLM no longer serves it"
@@ -49,14 +50,15 @@ _ALL = (
     Refused(
         "deepseek_v41",
         "DeepSeek-V4.1",
-        f"{_STREAMS}, as DeepSeek-V4's, and look n-grams up in tables (engrams), of whose matrices MiLo has no names",
+        f"{HYPER_CONNECTIONS}, as DeepSeek-V4's, and look n-grams up in tables (engrams), of whose matrices MiLo has "
+        "no names",
         _STREAMS_NEED,
         ("DeepseekV41ForCausalLM",),
     ),
     Refused(
         "qwen4_exp",
         "Qwen4 (experimental)",
-        f"{_STREAMS} and look n-grams up in tables, of whose matrices MiLo has no names",
+        f"{HYPER_CONNECTIONS} and look n-grams up in tables, of whose matrices MiLo has no names",
         _STREAMS_NEED,
         ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
     ),
