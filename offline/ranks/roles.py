@@ -5,9 +5,10 @@ of Qwen2.5-Coder-0.5B as a Qwen2-MoE, without data, dense ranks of 112 and route
 0.207 and 0.150 nats (documentation, code), and the same bits spread evenly 0.328 and 0.226 (2026-11-27). A rank of a
 routed expert serves only the tokens that it sees.
 
-Steps are of 16, which the kernels hold: rank 8 is read and multiplied as rank 16 is. Routed experts alone may have a
-rank of 8, where the budget pays for no more: 16 for some projections and none for others left a KL divergence of 0.0426
-nats where 8 for all left 0.0385 (``fast``, a Mixtral of 22 M parameters, 48 windows, 2026-11-29).
+Steps are of 16, which the kernels hold: rank 8 is read and multiplied as rank 16 is. The first may be of 8, where a
+budget pays for no more: 16 for some projections and none for others left a KL divergence of 0.0426 nats where 8 for all
+left 0.0385 (``fast``, a Mixtral of 22 M parameters, 48 windows, 2026-11-29), and values alone, at 3.49 bits on the
+model above, 0.104 where 8 for nearly all had left 0.070.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class _Purse(NamedTuple):
                 grown = []
                 for group, of_rank, of_block in growing:
                     rank = ranks[group[0].name]
-                    more = _next_rank(group[0], rank) - rank
+                    more = _next_rank(rank) - rank
                     price, cost = more * of_rank, of_block * (rank_blocks(rank + more) - rank_blocks(rank))
                     if price <= bits and cost <= served and rank + more <= largest_rank(group[0]):
                         ranks.update((matrix.name, rank + more) for matrix in group)
@@ -148,9 +149,9 @@ class _Purse(NamedTuple):
         return sum(rank_bits(matrix, self.recipe.factor_bits) for matrix in group)
 
 
-def _next_rank(matrix: Matrix, rank: int) -> int:
+def _next_rank(rank: int) -> int:
     """Return the next larger rank that a matrix may have."""
-    return rank + (HALF if matrix.kind is Kind.ROUTED_EXPERT and rank < BLOCK else BLOCK)
+    return rank + (HALF if rank < BLOCK else BLOCK)
 
 
 def _within_allowance(purse: _Purse) -> dict[str, int]:
@@ -208,18 +209,16 @@ def largest_rank(matrix: Matrix) -> int:
 
 
 def _rank(matrix: Matrix, dense: float) -> int:
-    """Return the rank of a matrix, in steps of 16, where those that every token passes get ``dense``.
+    """Return the rank of a matrix, half of a step or steps of 16, where those that every token passes get ``dense``.
 
-    That of a routed expert is rounded to the nearest step, or to half of the first: a whole step more or less is much
-    for the few that it gets.
+    That of a routed expert is rounded to the nearest of them: a step more or less is much for the few that it gets.
     """
     if matrix.kind is Kind.ROUTED_EXPERT:
-        step = HALF if dense * ROUTED_SHARE < BLOCK else BLOCK
-        wanted = int(dense * ROUTED_SHARE / step + 0.5) * step
+        wanted, rounding = dense * ROUTED_SHARE, 0.5
     else:
-        share = NARROW_SHARE if _is_narrow(matrix) else 1.0
-        wanted = int(dense * share // BLOCK) * BLOCK
-    return min(wanted, largest_rank(matrix))
+        wanted, rounding = dense * (NARROW_SHARE if _is_narrow(matrix) else 1.0), 0.0
+    step = HALF if wanted < BLOCK else BLOCK
+    return min(int(wanted / step + rounding) * step, largest_rank(matrix))
 
 
 def _is_narrow(matrix: Matrix) -> bool:

@@ -100,8 +100,9 @@ class MiLoHeadMethod(QuantizeMethodBase):
         words, scale = getattr(layer, HEAD_WORDS), getattr(layer, HEAD_SCALE)
         if self.kernel is not None:
             self.kernel.process_weights_after_loading(layer)
-            # vLLM asks a head for this where adapters come, and whether a draft model's head is the same
-            object.__setattr__(layer, "weight", getattr(layer, HEAD_WORDS).data)
+            if not hasattr(layer, "weight"):  # some kernels give their words this name
+                # vLLM asks a head for it where adapters come, and whether a draft model's head is the same
+                object.__setattr__(layer, "weight", getattr(layer, HEAD_WORDS).data)
             return
         logger.info("%s: stored in %d bits; on CPUs it is held in %s", self.prefix, self.bits, self.dtype)
         weight = dequantize_integers(words.data, scale.data, self.bits).to(self.dtype)

@@ -61,9 +61,9 @@ def may_grow(matrices: list[Matrix], ranks: dict[str, int]) -> list[Matrix]:
     return [matrix for matrix in matrices if matrix.kind in DENSE_KINDS and ranks[matrix.name] < largest_rank(matrix)]
 
 
-def is_step(matrix: Matrix, rank: int) -> bool:
-    """Whole blocks, and half of the first one for routed experts."""
-    return rank % BLOCK == 0 or (rank == HALF and matrix.kind is Kind.ROUTED_EXPERT)
+def is_step(rank: int) -> bool:
+    """Whole blocks, and half of the first one."""
+    return rank % BLOCK == 0 or rank == HALF
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,7 +86,7 @@ def test_ranks_are_steps_of_16_within_their_limits(name: str, budget: float):
     matrices = MODELS[name]
     ranks, _ = share_budget(matrices, budget, RECIPE)
     for matrix in matrices:
-        assert is_step(matrix, ranks[matrix.name])
+        assert is_step(ranks[matrix.name])
         assert 0 <= ranks[matrix.name] <= largest_rank(matrix) <= min(matrix.n, matrix.k)
     if budget == 9:  # more than all of them take
         assert all(ranks[m.name] == largest_rank(m) for m in matrices)
@@ -213,7 +213,7 @@ def test_a_target_is_kept_beside_the_budget(name: str, most: float):
         assert ranks == free
     else:
         assert 0 < share(matrices, ranks) <= most
-        assert all(is_step(matrix, ranks[matrix.name]) for matrix in matrices)
+        assert all(is_step(ranks[matrix.name]) for matrix in matrices)
 
 
 def test_what_every_token_passes_gives_way_to_routed_experts():
