@@ -13,15 +13,17 @@ import triton.language as tl
 
 from ..launch import LaunchMode, launch
 from ..weights import MoESpec
+from .gemm.dequant import lane_order
 from .layout import UNIT
 from .routing import Routes, local_expert
 
 
 class Activated(NamedTuple):
-    """Input of the second GEMM: x [pairs, I] and its sums, as in :class:`.projection.launcher.Projected`."""
+    """Input of the second GEMM: x [pairs, I], its sums and rows, as in :class:`.projection.launcher.Projected`."""
 
     x: torch.Tensor
     sums: torch.Tensor
+    lanes: torch.Tensor | None
 
 
 @triton.jit
@@ -50,12 +52,14 @@ def _limited(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _activation_kernel(
-    y_ptr, h_ptr, sums_ptr, bias_ptr, ids_ptr, map_ptr, size, num_pairs,
+    y_ptr, h_ptr, sums_ptr, lanes_ptr, bias_ptr, ids_ptr, map_ptr, size, num_pairs,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, SPLIT_K: tl.constexpr, SUM: tl.constexpr, LANES: tl.constexpr,
+    UNITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h = act(gate)·up of one pair over UNITS units, and its sums; y [SPLIT_K, num_pairs, 2·size], gate first.
+    """h = act(gate)·up of one pair over UNITS units, its sums, and with ``LANES`` h in `lane_order`.
+
+    y is [SPLIT_K, num_pairs, 2·size], gate first.
 
     Without a gate h = act(up), y [SPLIT_K, num_pairs, size]. Biases [experts, 2·size or size] are those of the pair's
     expert.
@@ -94,6 +98,10 @@ def _activation_kernel(
     else:
         h = gated(gate, up, ACTIVATION).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + pair * size + k, h, mask=inside)
+    if LANES:
+        row = lanes_ptr + (pair * tl.cdiv(size, 128) + first_unit) * 128
+        whole = k < tl.cdiv(size, 128) * 128
+        tl.store(row + lane_order(UNITS * 128), tl.where(inside, h, 0.0), mask=whole)
     per_unit: tl.constexpr = 128 // SUM
     group = tl.arange(0, UNITS * per_unit)
     unit = first_unit + group // per_unit
@@ -116,6 +124,7 @@ def activate(
     bias: torch.Tensor | None,
     routes: Routes,
     group_size: int,
+    need_lanes: bool,
     dtype: torch.dtype,
     mode: LaunchMode,
 ) -> Activated:
@@ -129,6 +138,7 @@ def activate(
         bias: what is added to y before, fp32 [E, 2I] or [E, I] by the pair's expert; None for nothing.
         routes: the pairs' experts.
         group_size: 32, 64 or 128.
+        need_lanes: whether the second GEMM wants the rows in the order of lanes.
         dtype: fp16 or bf16.
         mode: how to launch.
     """
@@ -139,6 +149,7 @@ def activate(
     sum_size = min(group_size, 64)
     h = torch.empty(num_pairs, size, dtype=dtype, device=y.device)
     sums = torch.empty(units, num_pairs, 128 // sum_size, dtype=torch.float32, device=y.device)
+    lanes = torch.empty(num_pairs, units * UNIT, dtype=dtype, device=y.device) if need_lanes else None
     units_a_program = 4
     launch(
         _activation_kernel,
@@ -147,6 +158,7 @@ def activate(
         y,
         h,
         sums,
+        lanes,
         bias,
         routes.ids if has_bias else None,
         routes.expert_map if has_bias else None,
@@ -161,8 +173,9 @@ def activate(
         HAS_MAP=has_bias and routes.expert_map is not None,
         SPLIT_K=split_k,
         SUM=sum_size,
+        LANES=need_lanes,
         UNITS=units_a_program,
         PDL=mode.early,
         num_warps=2,
     )
-    return Activated(h, sums)
+    return Activated(h, sums, lanes)

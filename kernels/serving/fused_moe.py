@@ -1,10 +1,10 @@
 """The routed experts of one layer on Triton. At decode seven launches, of which 2 and 5 run beside 3 and 6:
 
-1. prepare: sums of x, which every tile of the first GEMM needs whole, or x in fp16; sorts the pairs as well, and sets
-   the counters of 2 and 5 to 0
+1. prepare: sums of x, which every tile of the first GEMM needs whole, and x in the order of lanes, or x in fp16; sorts
+   the pairs as well, and sets the counters of 2 and 5 to 0
 2. project: V13·x, which the epilogues of the first GEMM need
 3. gemm: gate and up, with U13 in the epilogue
-4. activate: h = act(gate)·up and its sums, after the biases of gate and up
+4. activate: h = act(gate)·up, its sums and h in the order of lanes, after the biases of gate and up
 5. project: V2·h
 6. gemm: down, with U2 in the epilogue
 7. weighted_sum: over top-k, after the biases of down
@@ -74,9 +74,9 @@ def fused_moe(
     formats = [(weights.group_size, spec.factor_bits) for weights in (gate_up, down)]
     fast = spec.is_plain and gate_up.bias is None and _is_fast(x, gate_up, down, first, second)
     dtype = x.dtype
-    needs_sums = first.needs_sums(gate_up.group_size)
+    needs_sums, reads_lanes = first.needs_sums(gate_up.group_size), first.reads_lanes(gate_up.group_size)
     source, blocks, (planned13, planned2) = prepare(
-        x, routes, num_experts, first.block_m, gate_up.group_size, fast, needs_sums, downs, mode
+        x, routes, num_experts, first.block_m, gate_up.group_size, fast, needs_sums, reads_lanes, downs, mode
     )
     down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
     source = source._replace(down=down13)
@@ -86,8 +86,9 @@ def fused_moe(
     else:
         widths = [gate_up.columns // 2] * 2 if spec.is_gated else [gate_up.columns]
         y = gemm(source, gate_up, widths, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
-        activated = activate(y, spec, gate_up.bias, routes, down.group_size, dtype, mode)
-        source = Projected(*activated, None)
+        reads_lanes = second.reads_lanes(down.group_size)
+        activated = activate(y, spec, gate_up.bias, routes, down.group_size, reads_lanes, dtype, mode)
+        source = Projected(activated.x, activated.sums, None, lanes=activated.lanes)
     down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)

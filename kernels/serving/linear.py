@@ -36,8 +36,9 @@ def linear(
     needs_sums = config.needs_sums(spec.group_size)
     half = x.dtype == torch.bfloat16 and not needs_sums and rows.shape[1] <= MAX_ROW
     shape = DownShape(largest_rank([spec.ranks]), layer.units, config.split_k)
+    lanes = config.reads_lanes(spec.group_size)
     source, blocks, (planned,) = prepare(
-        rows, None, 1, config.block_m, spec.group_size, half, needs_sums, [shape], mode
+        rows, None, 1, config.block_m, spec.group_size, half, needs_sums, lanes, [shape], mode
     )
     down = project(source.x, layer, blocks, None, 1, spec.factor_bits, planned, mode)
     source = source._replace(down=down)

@@ -1,7 +1,8 @@
 """What comes before the V·x of a GEMM's input, in one launch: the sort of the pairs, and what the GEMM wants of x.
 
-That is the sums of x over groups, with which zero points are taken off while tokens are few, or x in fp16 where many
-tokens meet weights in fp16 (see :mod:`.gemm.dequant`). What makes the second GEMM's input makes them as well. The
+That is the sums of x over groups, with which zero points are taken off while tokens are few, and x in the order in
+which the lanes of a warp take it where they are fewest; or x in fp16 where many tokens meet weights in fp16 (see
+:mod:`.gemm.dequant`). What makes the second GEMM's input makes them as well. The
 counters of all of a layer's V·x start here: each launch has its own, whichever stream or graph it runs in.
 """
 
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from ..launch import LaunchMode, launch
 from .activation import power_of_two
+from .gemm.dequant import lane_order
 from .layout import UNIT
 from .projection.launcher import Planned, Projected, allocate_counters
 from .projection.plan import DownShape, plan
@@ -31,15 +33,21 @@ COUNTERS = 1024
 
 
 @triton.jit
-def _store_sums(sums_ptr, x_ptr, row_block, unit, K, num_rows, SUM: tl.constexpr, ROWS: tl.constexpr):
-    """Store the sums over SUM columns of one unit of ROWS rows of x."""
+def _store_sums(
+    sums_ptr, lanes_ptr, x_ptr, row_block, unit, K, num_rows, SUM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Store the sums over SUM columns of one unit of ROWS rows of x, and with ``LANES`` the rows in `lane_order`."""
     rows = row_block * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
-    k = unit * 128 + tl.arange(0, 128)
+    each = tl.arange(0, 128)
+    k = unit * 128 + each
     place = x_ptr + rows[:, None].to(tl.int64) * K + k[None, :]
-    x = tl.load(place, mask=valid[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    x = tl.load(place, mask=valid[:, None] & (k < K)[None, :], other=0.0)
+    if LANES:
+        ordered = lanes_ptr + (rows.to(tl.int64) * ((K + 127) // 128) + unit)[:, None] * 128 + lane_order(128)[None, :]
+        tl.store(ordered, x, mask=valid[:, None] & (each >= 0)[None, :])
     per_unit: tl.constexpr = 128 // SUM
-    sums = tl.sum(tl.reshape(x, (ROWS, per_unit, SUM)), 2)
+    sums = tl.sum(tl.reshape(x.to(tl.float32), (ROWS, per_unit, SUM)), 2)
     target = sums_ptr + (unit * num_rows + rows.to(tl.int64))[:, None] * per_unit + tl.arange(0, per_unit)[None, :]
     tl.store(target, sums, mask=valid[:, None])
 
@@ -66,13 +74,13 @@ def _zero(counters_ptr, program, num_counters, COUNTERS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_experts", "num_counters"])
 def _prepare_kernel(
-    x_ptr, sums_ptr, half_ptr, row_scale_ptr, norm_ptr, ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr,
-    counters_ptr, K, num_pairs, num_rows, num_experts, num_counters,
-    SUM: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, COUNTERS: tl.constexpr, HAS_MAP: tl.constexpr,
-    SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, sums_ptr, lanes_ptr, half_ptr, row_scale_ptr, norm_ptr, ids_ptr, map_ptr, pairs_ptr, experts_ptr,
+    num_blocks_ptr, counters_ptr, K, num_pairs, num_rows, num_experts, num_counters,
+    SUM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, COUNTERS: tl.constexpr,
+    HAS_MAP: tl.constexpr, SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), zeros in the counters, and of x either
-    fp16 rows of up to HALF_ROW (if > 0) or sums. The sort takes longest, and starts first.
+    fp16 rows of up to HALF_ROW (if > 0) or sums, with rows in the order of lanes. The sort takes longest, and is first.
 
     Its step in :mod:`.protocol` is ``PREPARE``.
     """
@@ -90,7 +98,7 @@ def _prepare_kernel(
             _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, program, K, HALF_ROW)
         else:
             units = (K + 127) // 128
-            _store_sums(sums_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, ROWS)
+            _store_sums(sums_ptr, lanes_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, LANES, ROWS)
     elif program >= sorts:
         _zero(counters_ptr, program - sorts, num_counters, COUNTERS)
     elif SORT_M > 0:
@@ -114,6 +122,7 @@ def prepare(
     group_size: int,
     half: bool,
     need_sums: bool,
+    need_lanes: bool,
     downs: Sequence[DownShape],
     mode: LaunchMode,
 ) -> tuple[Projected, TokenBlocks, list[Planned]]:
@@ -130,6 +139,7 @@ def prepare(
         group_size: 32, 64 or 128.
         half: whether the GEMM wants fp16 rows, of at most :data:`MAX_ROW`.
         need_sums: whether it wants the sums, which it does not with ``half``.
+        need_lanes: whether it wants the rows in the order of lanes, which it does with the sums alone.
         downs: every V·x of the layer.
         mode: how to launch.
 
@@ -142,7 +152,8 @@ def prepare(
     units = triton.cdiv(k, UNIT)
     sum_size = min(group_size, 64)
     sums = torch.empty(units if need_sums else 0, rows, 128 // sum_size, dtype=torch.float32, device=x.device)
-    source = Projected(x, sums, None)
+    lanes = x.new_empty(rows, units * UNIT) if need_lanes else None
+    source = Projected(x, sums, None, lanes=lanes)
     row_programs = triton.cdiv(rows, SUM_ROWS) * units if need_sums else 0
     if half:
         scale, norm = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -166,6 +177,7 @@ def prepare(
         mode,
         x,
         sums,
+        lanes,
         source.x if half else None,
         source.row_scale,
         source.norm,
@@ -181,6 +193,7 @@ def prepare(
         num_experts,
         buffer.numel(),
         SUM=sum_size,
+        LANES=need_lanes,
         ROWS=SUM_ROWS,
         HALF_ROW=half_row,
         COUNTERS=COUNTERS,

@@ -16,7 +16,7 @@ Rules
 
 What the GEMM reads before its wait
     All kernels wait first, but for a GEMM that adds compensators: it waits after its loop over K. Until then it reads
-    weights, which no launch writes, and what launches before V·x wrote: x, its sums, the sorted pairs. That is safe by
+    weights, which no launch writes, and what launches before V·x wrote: x in any order, its sums, the sorted pairs. That is safe by
     rule 4. A program of the GEMM can run only once every program of V·x has waited, which is when all launches before
     V·x had ended and what they wrote was visible. This assumes that what was visible to the programs of V·x is visible
     to a grid that starts after it, as CUDA's memory model gives: it is performed at the scope of the GPU, and a grid
@@ -68,11 +68,11 @@ class Step(NamedTuple):
 AT_ONCE = "right after the wait"
 AFTER_LOOP = "after the loop over K, which is after the wait too"
 
-PREPARE = Step("_prepare_kernel", "sums of x or x in fp16, the sorted pairs, zeros in the counters", START, AT_ONCE)
+PREPARE = Step("_prepare_kernel", "x in other orders, its sums, the sorted pairs, zeros in counters", START, AT_ONCE)
 PROJECT = Step("project_kernel", "V·x, or its parts", START, AT_ONCE)
 GEMM = Step("gemm_kernel", "outputs, or their parts over K", LATE, AFTER_LOOP, needs=("down",))
 GEMM_ALONE = Step("gemm_kernel", "likewise, without V·x before it", START, AFTER_LOOP)
-ACTIVATE = Step("_activation_kernel", "the second GEMM's input and its sums", START, AT_ONCE)
+ACTIVATE = Step("_activation_kernel", "the second GEMM's input in two orders, its sums", START, AT_ONCE)
 WEIGHTED_SUM = Step("_weighted_sum_kernel", "the result of a MoE layer", START, AT_ONCE)
 SUM_SPLITS = Step("_sum_splits_kernel", "the result of a dense layer whose GEMM splits K", START, AT_ONCE)
 

@@ -17,10 +17,12 @@ class Activations(NamedTuple):
     Attributes:
         x: 16 bits, [num_rows, K]. Pair p reads row p // top_k.
         sums: sums of x over groups, as in :class:`..projection.launcher.Projected`.
+        lanes: x once more, as there, in words of two values; None where the tile does not read it.
     """
 
     x: Any
     sums: Any
+    lanes: Any
 
 
 class Weights(NamedTuple):
@@ -133,6 +135,7 @@ class Tile(NamedTuple):
         BLOCKS: how pairs lie in blocks, in the words of :func:`..blocks.load_pairs`.
         SCALE: what is scaled: "products", "weights" or "fast" (weights in fp16), see :mod:`.dequant`.
         WARP_MMA: whether the device multiplies by warps alone, whatever the tile; see :func:`.dequant.operand_order`.
+        LANES: whether x is read in the order of lanes.
         EVEN_N: whether every part's outputs fill whole tiles.
         EVEN_K: whether K is a multiple of 128.
         HAS_ROW_SCALE: whether there is a ``row_scale``.
@@ -158,6 +161,7 @@ class Tile(NamedTuple):
     BLOCKS: str
     SCALE: str
     WARP_MMA: bool
+    LANES: bool
     EVEN_N: bool
     EVEN_K: bool
     HAS_ROW_SCALE: bool

@@ -10,6 +10,8 @@ def rank_step(max_rank: int, parts: int) -> int:
     return 64 if max_rank >= 64 * parts else 16
 
 
+WARPGROUP_TOKENS = 16
+"""Fewest tokens of a tile that a warpgroup multiplies, see :mod:`.dequant`; fewer are multiplied by warps."""
 MAX_SPLIT = 16
 """Most parts of K."""
 
@@ -46,6 +48,10 @@ class GemmConfig(NamedTuple):
     def needs_sums(self, group_size: int) -> bool:
         """Whether the GEMM reads the sums of its input: scaled weights hold the zero points already."""
         return not self.scales_weights(group_size)
+
+    def reads_lanes(self, group_size: int) -> bool:
+        """Whether the GEMM reads its input in the order of lanes: its tiles are of few tokens, and scale products."""
+        return self.block_m < WARPGROUP_TOKENS and group_size != 32 and self.needs_sums(group_size)
 
     def fault(self) -> str | None:
         """Return why no kernel has this tile, for tiles that come from a file; None where one may."""

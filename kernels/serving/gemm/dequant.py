@@ -1,9 +1,11 @@
 """Device code: from packed codes in registers to MMA operands.
 
-``code_operand`` holds, exactly, BIAS + q·ONE (first half of a unit) or BIAS + 8·q·ONE (second half):
+``code_operand`` holds, exactly, BIAS + q·ONE:
 
-- fp16: codes are the low mantissa bits of subnormals, which tensor cores multiply exactly: BIAS 0, ONE 2^-24.
-- bf16: codes are or-ed to the mantissa of 128: BIAS 128, ONE 1. (``WIDE``: of an fp32 128, one instruction a code.)
+- fp16: codes are the low mantissa bits of subnormals, which tensor cores multiply exactly: BIAS 0, ONE 2^-24 in the
+  first half of a unit, and 2^-21 in the second, whose codes stand three bits higher.
+- bf16: codes are or-ed to the mantissa of 128 in the first half, and of 16 in the second: BIAS 128 or 16, ONE 1.
+  (``WIDE``: of an fp32 128 or 16, one instruction a code.)
 
 From there three ways lead to s·(q - z):
 
@@ -21,40 +23,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import config
 from .proved import warn_if_unproved
 
 warn_if_unproved(triton.__version__)
 
 _FP16_ONE = tl.constexpr(5.9604644775390625e-08)  # 2^-24
-WARPGROUP_TOKENS = tl.constexpr(16)
+WARPGROUP_TOKENS = tl.constexpr(config.WARPGROUP_TOKENS)
 """Tokens that a tile must have for Triton to let four warps multiply together, where the device can."""
 
 
 @triton.jit
 def _and_or_bf16(word, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """Codes of both halves in the mantissa of bf16 128.
+    """Codes of both halves in the mantissa of bf16 128, or 16 where they stand three bits higher.
 
     ASM: one three-input logic instruction, which compilers do not form from two constants by themselves.
     """
     if ASM and HIGH:
-        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380038, 0x43004300, 0xEA;"
+        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380038, 0x41804180, 0xEA;"
         return tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
     if ASM:
         asm_low: tl.constexpr = "lop3.b32 $0, $1, 0x00070007, 0x43004300, 0xEA;"
         return tl.inline_asm_elementwise(asm_low, "=r,r", [word], tl.int32, is_pure=True, pack=1)
-    return (word & (0x00380038 if HIGH else 0x00070007)) | 0x43004300
+    return (word & (0x00380038 if HIGH else 0x00070007)) | (0x41804180 if HIGH else 0x43004300)
 
 
 @triton.jit
 def _and_or_wide(word, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """The code of the upper half in the mantissa of fp32 128."""
+    """The code of the upper half in the mantissa of fp32 128 or 16."""
     if ASM and HIGH:
-        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380000, 0x43000000, 0xEA;"
+        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00380000, 0x41800000, 0xEA;"
         return tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
     if ASM:
         asm_low: tl.constexpr = "lop3.b32 $0, $1, 0x00070000, 0x43000000, 0xEA;"
         return tl.inline_asm_elementwise(asm_low, "=r,r", [word], tl.int32, is_pure=True, pack=1)
-    return (word & (0x00380000 if HIGH else 0x00070000)) | 0x43000000
+    return (word & (0x00380000 if HIGH else 0x00070000)) | (0x41800000 if HIGH else 0x43000000)
 
 
 @triton.jit
@@ -72,11 +75,33 @@ def _codes(words, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, AS
 
 
 @triton.jit
-def _shifted_words(w0, w1, w2, HALF: tl.constexpr):
+def codes_of_pairs(words, BF16: tl.constexpr, ASM: tl.constexpr):
+    """int32 [..] -> codes [.., 2] at bits 0 and 16, as :func:`scale_of_codes` has them."""
+    return _codes(words, False, BF16, BF16, ASM)
+
+
+@triton.jit
+def scale_of_codes(scale, zero, BF16: tl.constexpr):
+    """(factor, offset) in fp32 with scale·(q - zero) = codes·factor - offset, for what :func:`codes_of_pairs` gives."""
+    one: tl.constexpr = 1.0 if BF16 else _FP16_ONE
+    bias: tl.constexpr = 128.0 if BF16 else 0.0
+    factor = scale * (1.0 / one)
+    return factor, factor * (bias + zero * one)
+
+
+@triton.jit
+def _shifted_words(w0, w1, w2, HALF: tl.constexpr, ASM: tl.constexpr):
     """Words [ROWS, t] of a unit -> [ROWS, t, h, i0, i1], pairs of a half at bits 0 and 16 (second half: 3 and 19)."""
     if HALF == 0:
         v6 = w0 >> 12
         v7 = w1 >> 12
+    elif ASM:
+        v6 = w2 >> 9
+        # each takes some bits of one word and the others of another, of which all but three are masked later on
+        first: tl.constexpr = "lop3.b32 $0, $1, 0x00080008, $2, 0xE2;"
+        both: tl.constexpr = "lop3.b32 $0, $1, 0x00180018, $2, 0xE2;"
+        v7 = tl.inline_asm_elementwise(first, "=r,r,r", [w0 >> 12, w1 >> 11], tl.int32, is_pure=True, pack=1)
+        v7 = tl.inline_asm_elementwise(both, "=r,r,r", [v7, w2 >> 10], tl.int32, is_pure=True, pack=1)
     else:
         v6 = w2 >> 9
         v7 = ((w0 >> 12) & 0x00080008) | ((w1 >> 11) & 0x00100010) | ((w2 >> 10) & 0x00200020)
@@ -98,6 +123,16 @@ def operand_order(SIZE: tl.constexpr, WARP: tl.constexpr):
 
 
 @triton.jit
+def lane_order(SIZE: tl.constexpr):
+    """Place of each k of SIZE, a multiple of 32, where activations lie as the lanes of a warp's MMA take them, [SIZE].
+
+    Of 32 values a lane takes 8 in a row there, for two MMAs: k = 16·i0 + 8·h + 2·t + b stands at 8·t + 4·h + 2·i0 + b.
+    """
+    k = tl.arange(0, SIZE)
+    return k // 32 * 32 + k // 2 % 4 * 8 + k // 8 % 2 * 4 + k // 16 % 2 * 2 + k % 2
+
+
+@triton.jit
 def _operand(pairs, ROWS: tl.constexpr, WARP: tl.constexpr):
     """[ROWS, t, h, i0, i1, b] -> MMA operand [ROWS, 64] in the order of :func:`operand_order`, which moves nothing."""
     operand = tl.permute(pairs, (0, 4, 3, 1, 2, 5)) if WARP else tl.permute(pairs, (0, 4, 3, 2, 1, 5))
@@ -109,17 +144,17 @@ def code_operand(
     w0, w1, w2, HALF: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, WARP: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Words [ROWS, 4] of a unit -> the 64 codes of a half, BIAS + q·ONE (or 8·q), as an operand [ROWS, 64].
+    """Words [ROWS, 4] of a unit -> the 64 codes of a half, BIAS + q·ONE, as an operand [ROWS, 64].
 
     WIDE: in fp32, for :func:`scaled`; else in 16 bits.
     """
-    return _operand(_codes(_shifted_words(w0, w1, w2, HALF), HALF, BF16, WIDE, ASM), ROWS, WARP)
+    return _operand(_codes(_shifted_words(w0, w1, w2, HALF, ASM), HALF, BF16, WIDE, ASM), ROWS, WARP)
 
 
 @triton.jit
 def quarter_operand(w0, w1, w2, QUARTER: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr):
     """Words [ROWS, 4] of a unit -> 32 of its codes, as an operand [ROWS, 32]."""
-    first, second = tl.split(_shifted_words(w0, w1, w2, QUARTER // 2))  # by i1
+    first, second = tl.split(_shifted_words(w0, w1, w2, QUARTER // 2, ASM))  # by i1
     words = first if QUARTER % 2 == 0 else second
     pairs = _codes(words, QUARTER // 2, BF16, False, ASM)  # [ROWS, t, h, i0, b]
     return tl.reshape(tl.permute(pairs, (0, 3, 2, 1, 4)), (ROWS, 32))
@@ -136,8 +171,8 @@ def scale_and_zero(word):
 @triton.jit
 def add_group(acc, product, x_sum, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
     """acc += scale·(Σ q·x - zero·Σ x), from the product with the operand of one group."""
-    one: tl.constexpr = (8.0 if HALF else 1.0) if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
-    bias: tl.constexpr = 128.0 if BF16 else 0.0
+    one: tl.constexpr = 1.0 if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
+    bias: tl.constexpr = (16.0 if HALF else 128.0) if BF16 else 0.0
     return acc + (scale * (1.0 / one))[:, None] * (product - (bias + zero * one)[:, None] * x_sum[None, :])
 
 
@@ -145,11 +180,11 @@ def add_group(acc, product, x_sum, scale, zero, HALF: tl.constexpr, BF16: tl.con
 def scaled(codes, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
     """Operand of codes [ROWS, k] -> scale·(q - zero) in fp32, rounded once to 16 bits.
 
-    fp16: the product inside the FMA and zero·scale are exact. bf16: the FMA takes 128 off as well, which costs
+    fp16: the product inside the FMA and zero·scale are exact. bf16: the FMA takes BIAS off as well, which costs
     at most 2^-17 of a step.
     """
-    one: tl.constexpr = (8.0 if HALF else 1.0) if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
-    bias: tl.constexpr = 128.0 if BF16 else 0.0
+    one: tl.constexpr = 1.0 if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
+    bias: tl.constexpr = (16.0 if HALF else 128.0) if BF16 else 0.0
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     factor = scale * (1.0 / one)
     offset = factor * (bias + zero * one)
@@ -248,7 +283,7 @@ def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, 
     scale = scale[:, None, None, None, None]
     base = base[:, None, None, None, None]
     offset = offset[:, None, None, None, None]
-    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF), scale, base, offset, HALF, ASM), ROWS, WARP)
+    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF, ASM), scale, base, offset, HALF, ASM), ROWS, WARP)
 
 
 @triton.jit

@@ -52,21 +52,43 @@ def _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TIL
 
 
 @triton.jit
-def _add_halves(
-    acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
+def _load_halves(x_rows, x_mask, unit, K, WARP: tl.constexpr, EVEN_K: tl.constexpr):
+    """Both halves of a unit of x [64, BLOCK_M], from rows [1, BLOCK_M]."""
+    k64 = operand_order(64, WARP)
+    first = tl.load(x_rows + k64[:, None], mask=x_mask, other=0.0)
+    if EVEN_K:
+        second = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask, other=0.0)
+    else:
+        second = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask & (unit * 128 + 64 < K), other=0.0)
+    return first, second
+
+
+@triton.jit
+def _load_lanes(x_rows, valid, dtype: tl.constexpr, BLOCK_M: tl.constexpr):
+    """As :func:`_load_halves`, from rows in :func:`.dequant.lane_order` [BLOCK_M], two values a word.
+
+    One load from shared memory brings a lane the pairs of registers of two MMAs. From rows in the order of k the two
+    registers of one MMA come from two loads, and every eighth instruction of the loop only moves them together.
+    """
+    part = tl.arange(0, 4)  # of 32 values
+    word = tl.arange(0, 16)  # t, h, i0
+    place = x_rows[None, :, None] + (part * 16)[:, None, None] + word[None, None, :]
+    mask = valid[None, :, None] & (part >= 0)[:, None, None] & (word >= 0)[None, None, :]
+    words = tl.load(place, mask=mask, other=0)
+    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    pairs = tl.reshape(tl.join(low, high), (2, 2, BLOCK_M, 4, 2, 2, 2))  # half, i1, m, t, h, i0, b
+    first, second = tl.split(tl.permute(pairs, (1, 5, 3, 4, 6, 2, 0)))
+    return tl.reshape(first, (64, BLOCK_M)), tl.reshape(second, (64, BLOCK_M))
+
+
+@triton.jit
+def _add_halves(acc, w0, w1, w2, scale_zero, sums, x0, x1, TILE: tl.constexpr, WARP: tl.constexpr):
     """acc += the products of a unit in two halves, of one group of 128 or of two of 64."""
     BF16: tl.constexpr = TILE.BF16
     ASM: tl.constexpr = TILE.ASM
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    WARP: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
     wide: tl.constexpr = TILE.SCALE == "weights" and TILE.BF16
-    k64 = operand_order(64, WARP)
-    x0 = tl.load(x_rows + k64[:, None], mask=x_mask, other=0.0)
-    if TILE.EVEN_K:
-        x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask, other=0.0)
-    else:
-        x1 = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask & (unit * 128 + 64 < K), other=0.0)
     if TILE.GROUP == 64:
         word0, word1 = tl.split(scale_zero)
     else:
@@ -113,7 +135,11 @@ def multiply(
     group = tl.arange(0, groups)
     scales = weights.scale_zero + first_unit * (N * groups) + (n * groups)[:, None] + group[None, :]
     scale_mask = inside[:, None] & (group >= 0)[None, :]
-    x_rows = activations.x + rows[None, :].to(tl.int64) * K + begin * 128
+    WARP: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
+    if TILE.LANES:
+        x_rows = activations.lanes + (rows.to(tl.int64) * units + begin) * 64
+    else:
+        x_rows = activations.x + rows[None, :].to(tl.int64) * K + begin * 128
     sums_per_unit: tl.constexpr = 4 if TILE.GROUP == 32 else 2
     sum_lane = tl.arange(0, sums_per_unit)
     sums = activations.sums + ((begin.to(tl.int64) * num_rows + rows) * sums_per_unit)[:, None] + sum_lane[None, :]
@@ -134,9 +160,13 @@ def multiply(
         if TILE.GROUP == 32:
             acc = _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TILE, BLOCK_M)
         else:
-            acc = _add_halves(acc, w0, w1, w2, scale_zero, sums, x_rows, x_mask, unit, K, TILE, BLOCK_M)
+            if TILE.LANES:
+                x0, x1 = _load_lanes(x_rows, valid, activations.x.dtype.element_ty, BLOCK_M)
+            else:
+                x0, x1 = _load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K)
+            acc = _add_halves(acc, w0, w1, w2, scale_zero, sums, x0, x1, TILE, WARP)
         words += 12 * N
         scales += N * groups
-        x_rows += 128
+        x_rows += 64 if TILE.LANES else 128
         sums += num_rows * sums_per_unit
     return acc

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .dequant import WARPGROUP_TOKENS, finished, operand_order
+from .dequant import WARPGROUP_TOKENS, codes_of_pairs, finished, operand_order, scale_of_codes
 
 
 class Columns(NamedTuple):
@@ -52,21 +52,28 @@ def part_ranks(compensators, expert, part, PARTS: tl.constexpr):
 
 @triton.jit
 def _up_codes(
-    u_ptr, u_start, blocks, rank_block, columns,
-    FACTOR_BITS: tl.constexpr, WARP: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr,
+    u_ptr, u_start, blocks, rank_block, columns, TILE: tl.constexpr, WARP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, fp32 [BLOCK_N, RANK_STEP] in `operand_order`.
+    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, [BLOCK_N, RANK_STEP] in `operand_order`.
 
     ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part. Columns that are not inside, and blocks of
-    16 ranks from ``blocks`` on, give zeros.
+    16 ranks from ``blocks`` on, give zeros. With ``BITS`` codes are not made numbers: they are what
+    :func:`.dequant.codes_of_pairs` gives, for half of the instructions; not where tokens are many, which it slows down.
     """
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    RANK_STEP: tl.constexpr = TILE.RANK_STEP
     block = rank_block + tl.arange(0, RANK_STEP // 16)
     row = u_start[:, None] // 16 * 64 + (block * columns.width).to(tl.int64)[None, :] + columns.each[:, None]
     mask = (columns.inside[:, None] & (block[None, :] < blocks[:, None]))[:, :, None]
-    if FACTOR_BITS == 3:
+    if TILE.FACTOR_BITS == 3:
         lane = tl.arange(0, 4)
         place = u_ptr + row[:, :, None] * 4 + lane[None, None, :]
         word = tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0x4444).to(tl.int32)  # codes of 0
+        if BITS:
+            pairs = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
+            joined = codes_of_pairs(tl.join(pairs, pairs >> 8), TILE.BF16, TILE.ASM)  # [BLOCK_N, blocks, t, h, b]
+            codes = joined if WARP else tl.permute(joined, (0, 1, 3, 2, 4))
+            return tl.reshape(codes, (BLOCK_N, RANK_STEP))
         low = tl.join(word & 7, (word >> 4) & 7)
         high = tl.join((word >> 8) & 7, (word >> 12) & 7)
         joined = tl.join(low, high)  # [BLOCK_N, blocks, t, b, h]
@@ -76,6 +83,16 @@ def _up_codes(
     place = u_ptr + row[:, :, None] * 16 + rank[None, None, :]
     values = tl.load(place, mask=mask & (rank >= 0)[None, None, :], other=0)
     return tl.reshape(values, (BLOCK_N, RANK_STEP)).to(tl.float32)
+
+
+@triton.jit
+def _scaled(codes, scale, GROUPS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr):
+    """Uᵀ in fp32 from :func:`_up_codes` and scales [GROUPS, RANK_STEP]."""
+    if BITS:
+        factor, offset = scale_of_codes(scale, 4.0, TILE.BF16)
+        factor = _to_rows(factor, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
+        return codes.to(tl.float32) * factor - _to_rows(offset, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
+    return codes * _to_rows(scale, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
 
 
 @triton.jit
@@ -126,6 +143,7 @@ def add_up_projection(
     """acc += Uᵀ·(V·x) for this tile, over this split's share of the blocks of 16 ranks of its part."""
     bits: tl.constexpr = TILE.FACTOR_BITS
     warp: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
+    as_bits: tl.constexpr = bits == 3 and BLOCK_M < WARPGROUP_TOKENS
     rank_step: tl.constexpr = TILE.RANK_STEP
     step: tl.constexpr = rank_step // 16
     groups: tl.constexpr = TILE.BLOCK_N // 64
@@ -138,9 +156,9 @@ def add_up_projection(
         next_scale = _up_scales(compensators.u_scale, ranks, block + step, columns, bits, warp, rank_step, groups)
         u = _up_codes(
             compensators.u, ranks.start + columns.each * 0, ranks.blocks + columns.each * 0, block, columns,
-            bits, warp, TILE.BLOCK_N, rank_step,
+            TILE, warp, as_bits,
         )  # fmt: skip
-        u = (u * _to_rows(scale, groups, TILE.BLOCK_N, rank_step)).to(dtype)
+        u = _scaled(u, scale, groups, TILE, as_bits).to(dtype)
         scale = next_scale
         down = _load_down(
             compensators.down, ranks, block, counts, pairs, valid, TILE.DOWN_SPLITS, dtype, warp, BLOCK_M, rank_step
@@ -165,7 +183,7 @@ def add_gated_up_projection(
     u_start = tl.where(is_up, up.start, gate.start)
     own_blocks = tl.where(is_up, up.blocks, gate.blocks)
     for block in tl.range(0, tl.maximum(gate.blocks, up.blocks), rank_step // 16, num_stages=stages):
-        u = _up_codes(compensators.u, u_start, own_blocks, block, columns, bits, warp, TILE.BLOCK_N, rank_step)
+        u = _up_codes(compensators.u, u_start, own_blocks, block, columns, TILE, warp, False)
         gate_scale = _up_scales(compensators.u_scale, gate, block, columns, bits, warp, rank_step, groups)
         up_scale = _up_scales(compensators.u_scale, up, block, columns, bits, warp, rank_step, groups)
         gate_down = _load_down(

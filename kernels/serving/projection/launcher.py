@@ -34,6 +34,8 @@ class Projected(NamedTuple):
             is done or there is one part; None where no expert has rank.
         row_scale: fp32 [rows]; x, sums and down are those of the activations divided by it. None for 1.
         norm: fp32 [rows], Euclidean norms of the activations, where the GEMM applies the activation.
+        lanes: x with zeros up to whole units [rows, units·128], in :func:`..gemm.dequant.lane_order`; None where the
+            GEMM does not read it.
     """
 
     x: torch.Tensor
@@ -41,6 +43,7 @@ class Projected(NamedTuple):
     down: torch.Tensor | None
     row_scale: torch.Tensor | None = None
     norm: torch.Tensor | None = None
+    lanes: torch.Tensor | None = None
 
 
 class Planned(NamedTuple):

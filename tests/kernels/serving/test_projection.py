@@ -93,7 +93,7 @@ class Projection:
         shape = DownShape(max(sum(expert) for expert in self.padded), self.prepared.units, 1)
         # as if there were two in a layer, of which this is the second
         _, blocks, (_, planned) = prepare.prepare(
-            x, routes, len(case.ranks), case.block_m, 64, False, True, [shape, shape], mode
+            x, routes, len(case.ranks), case.block_m, 64, False, True, False, [shape, shape], mode
         )
         top_k = case.top_k or 1
         down = launcher.project(x, self.prepared, blocks, routes, top_k, case.bits, planned, mode)
