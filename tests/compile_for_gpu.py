@@ -43,6 +43,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         for tokens in (1, 2000):
             yield partial(mixtral, tokens)
             yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
+        yield partial(mixtral, 1, dtype=torch.float16)
         yield partial(mixtral, 16, tile=SHORT_TAIL)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
@@ -71,7 +72,9 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_experts, tokens, 8, 2, 512, 384, groups=groups)
     yield partial(mixtral, 1000, ranks=[0, 0])
     yield partial(mixtral, 1000, ranks=[1024, 512])
-    yield partial(mixtral, 300, dtype=torch.float16)
+    for tokens in (1, 300):
+        yield partial(mixtral, tokens, dtype=torch.float16)
+        yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512, dtype=torch.float16)
     tiles = ((64, 256, 8), (128, 128, 8), (128, 256, 8), (256, 128, 8)) if capability == 90 else ()
     for block_m, block_n, warps in tiles:
         tile = GemmConfig(block_m, block_n, 1, True, warps, 3, group_blocks=4, tail_m=block_m // 4)

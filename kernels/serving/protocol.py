@@ -16,11 +16,11 @@ Rules
 
 What the GEMM reads before its wait
     All kernels wait first, but for a GEMM that adds compensators: it waits after its loop over K. Until then it reads
-    weights, which no launch writes, and what launches before V·x wrote: x in any order, its sums, the sorted pairs. That is
-    safe by rule 4. A program of the GEMM can run only once every program of V·x has waited, which is when all launches before
-    V·x had ended and what they wrote was visible. This assumes that what was visible to the programs of V·x is visible
-    to a grid that starts after it, as CUDA's memory model gives: it is performed at the scope of the GPU, and a grid
-    starts with empty caches of its multiprocessors.
+    weights, which no launch writes, and what launches before V·x wrote: x in any order, its sums, the sorted pairs.
+    That is safe by rule 4. A program of the GEMM can run only once every program of V·x has waited, which is when all
+    launches before V·x had ended and what they wrote was visible. This assumes that what was visible to the programs of
+    V·x is visible to a grid that starts after it, as CUDA's memory model gives: it is performed at the scope of the
+    GPU, and a grid starts with empty caches of its multiprocessors.
     Of the GEMM's programs whose block is not in use only the first one waits, for rule 3. The others return at once, so
     that they do not hold the places of tiles.
 

@@ -54,7 +54,7 @@ def part_ranks(compensators, expert, part, PARTS: tl.constexpr):
 def _up_codes(
     u_ptr, u_start, blocks, rank_block, columns, TILE: tl.constexpr, WARP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, [BLOCK_N, RANK_STEP] in `operand_order`.
+    """Uᵀ of RANK_STEP ranks from ``rank_block`` on, not scaled yet, fp32 [BLOCK_N, RANK_STEP] in `operand_order`.
 
     ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part. Columns that are not inside, and blocks of
     16 ranks from ``blocks`` on, give zeros. With ``BITS`` codes are not made numbers: they are what
@@ -73,7 +73,7 @@ def _up_codes(
             pairs = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
             joined = codes_of_pairs(tl.join(pairs, pairs >> 8), TILE.BF16, TILE.ASM)  # [BLOCK_N, blocks, t, h, b]
             codes = joined if WARP else tl.permute(joined, (0, 1, 3, 2, 4))
-            return tl.reshape(codes, (BLOCK_N, RANK_STEP))
+            return tl.reshape(codes, (BLOCK_N, RANK_STEP)).to(tl.float32)
         low = tl.join(word & 7, (word >> 4) & 7)
         high = tl.join((word >> 8) & 7, (word >> 12) & 7)
         joined = tl.join(low, high)  # [BLOCK_N, blocks, t, b, h]
@@ -91,7 +91,7 @@ def _scaled(codes, scale, GROUPS: tl.constexpr, TILE: tl.constexpr, BITS: tl.con
     if BITS:
         factor, offset = scale_of_codes(scale, 4.0, TILE.BF16)
         factor = _to_rows(factor, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
-        return codes.to(tl.float32) * factor - _to_rows(offset, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
+        return codes * factor - _to_rows(offset, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
     return codes * _to_rows(scale, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
 
 
