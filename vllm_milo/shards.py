@@ -22,6 +22,8 @@ LARGEST_HEADER = 100_000_000
 LONGEST_NAME = 500
 """Characters of a tensor's name."""
 MOST_DIMENSIONS = 8
+_OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".npz")
+"""Ends of the names of weights that are not read."""
 _LARGEST_SIZE = 2**48
 """Of a dimension and of an offset in bytes."""
 
@@ -53,7 +55,7 @@ def read_json(path: Path, unique: bool = False) -> Any:
         ShardError: the file is missing, unreadable, too large, nested too deeply or not JSON.
     """
     try:
-        with _open(path, f"is {path.parent} a Hugging Face model folder?") as file:
+        with _open(path, _what_of(path.parent)) as file:
             data = file.read(LARGEST_JSON + 1)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
@@ -66,6 +68,20 @@ def read_json(path: Path, unique: bool = False) -> Any:
     if is_deep(content):
         raise ShardError(f"{path}: its lists and objects are nested more deeply than any settings are; copy it again")
     return content
+
+
+def _what_of(folder: Path) -> str:
+    """Return what to say of a folder that lacks a file which models have."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    if found := _other_weights(folder):
+        return f"{folder} holds {found}, which is not read; give the model in safetensors, with its config.json"
+    return f"is {folder} a Hugging Face model folder?"
+
+
+def _other_weights(folder: Path) -> str | None:
+    """Return the name of a file with weights in a format that is not read, None where there is none."""
+    return min((path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS), default=None)
 
 
 def read_object(path: Path, unique: bool = False) -> dict[str, Any]:
@@ -190,7 +206,12 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
     index = _read_index(folder)
     files = sorted({folder / file for file in index.values()}) or sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ShardError(f"{folder}: holds no *.safetensors file; other weight formats are not read")
+        found = _other_weights(folder)
+        instead = "" if found is None else f" but {found}"
+        raise ShardError(
+            f"{folder}: holds no *.safetensors file{instead}; other weight formats are not read, give the model in "
+            f"safetensors"
+        )
     tensors: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in read_header(file).items():

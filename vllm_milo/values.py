@@ -34,6 +34,11 @@ def one_line(error: BaseException) -> str:
     return (text if len(text) <= 5 * _SHOWN else f"{text[: 5 * _SHOWN]} …") or type(error).__name__
 
 
+def size_text(size: int) -> str:
+    """Return a number of bytes as text, in GiB or, where it is small, in MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def require_object(where: str, value: object, of: str = "") -> None:
     """Raise CheckpointError unless a value of ``quantization_config`` is an object.
 

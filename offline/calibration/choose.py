@@ -14,7 +14,7 @@ from ..source.streamed_model import StreamedModel, reader_tensors
 from ..source.tokens import check_known, load_tokenizer
 from ..source.whole_model import load_source_model
 from . import memory
-from .documents import cut_windows, fill_windows, packaged_documents, read_documents
+from .documents import Document, cut_windows, fill_windows, packaged_documents, read_documents
 from .generated_text import OWN_TEXT, chat_start, write_windows
 from .hub import hub_documents, hub_name
 from .suitability import doubts
@@ -68,7 +68,7 @@ def calibration_windows(reader: ModelReader, how: str, options: TextOptions) -> 
         rows = hub_documents(named, options.seed)
         windows = fill_windows(rows, tokenizer, options.windows, length, options.progress)
     else:
-        documents = packaged_documents() if how == PACKAGED else read_documents(Path(how))
+        documents = packaged_documents() if how == PACKAGED else _file_documents(how)
         windows = cut_windows(documents, tokenizer, options.windows, length, options.seed, options.progress)
     check_known(windows, reader.folder)
     return windows
@@ -87,8 +87,16 @@ def planned_windows(reader: ModelReader, how: str, options: TextOptions) -> torc
     if how == OWN_TEXT:
         memory.refuse_to_write_what_does_not_fit(reader, options.device)
     elif how != PACKAGED and hub_name(how) is None:
-        read_documents(Path(how))
+        _file_documents(how)
     return torch.zeros(1, 1, dtype=torch.int64).expand(options.windows, _length(reader))  # takes no memory
+
+
+def _file_documents(how: str) -> list[Document]:
+    """Return the documents of a file, of which one must hold something."""
+    documents = read_documents(Path(how))
+    if not any(isinstance(document, list) or document.strip() for document in documents):
+        raise ConversionError(f"{how}: holds no text; give a file with some thousand words at least")
+    return documents
 
 
 def _length(reader: ModelReader) -> int:

@@ -21,7 +21,7 @@ from vllm_milo.validation import (
     read_format,
     validate_checkpoint,
 )
-from vllm_milo.values import shown_name
+from vllm_milo.values import shown_name, size_text
 
 from ..families.family import Family
 from ..families.find import find_family
@@ -86,13 +86,12 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
 def format_report(report: Mapping[str, Any]) -> str:
     """Return the text that ``milo inspect`` prints."""
-    gib = 2**30
     lines = [
         f"3-bit, {name_group_sizes(report)}, compensators in {report['compensator_bits']} bits",
         f"recipe           {report['recipe']}",
-        f"all tensors      {report['bytes'] / gib:.3f} GiB",
-        f"quantized        {report['quantized_bytes'] / gib:.3f} GiB for {report['quantized_weights']:,} weights",
-        f"  compensators   {report['factor_bytes'] / gib:.3f} GiB",
+        f"all tensors      {size_text(report['bytes'])}",
+        f"quantized        {size_text(report['quantized_bytes'])} for {report['quantized_weights']:,} weights",
+        f"  compensators   {size_text(report['factor_bytes'])}",
         f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
         f"{report['resident_bits_per_weight']:.3f} on a GPU",
     ]
@@ -100,13 +99,13 @@ def format_report(report: Mapping[str, Any]) -> str:
         lines.append(f"serving          {serving_line(report['serving'])}")
     if report["kept_weights"]:
         lines.append(
-            f"kept as they are {report['kept_bytes'] / gib:.3f} GiB for {report['kept_weights']:,} weights (ignore); "
+            f"kept as they are {size_text(report['kept_bytes'])} for {report['kept_weights']:,} weights (ignore); "
             f"{report['bits_per_weight_with_kept']:.3f} bits a weight with them"
         )
     if report["lm_head"] is not None:
         head = report["lm_head"]
         lines.append(
-            f"lm_head          {head['bytes'] / gib:.3f} GiB for {head['weights']:,} weights in {head['bits']} bits, "
+            f"lm_head          {size_text(head['bytes'])} for {head['weights']:,} weights in {head['bits']} bits, "
             f"which the bits a weight do not count"
         )
     for title, table in (("rank", report["ranks"]), ("relative error", report["relative_error"])):

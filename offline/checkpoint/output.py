@@ -52,7 +52,9 @@ def refuse_unsafe_content(out: Path, overwrite: bool) -> None:
         if not out.exists() or not any(out.iterdir()):
             return
         if not overwrite:
-            raise ConversionError(f"{out}: exists and is not empty; choose another or pass --overwrite")
+            replaceable = is_milo_checkpoint(out) and not _strange_files(out)
+            or_replace = " or pass --overwrite" if replaceable else " output"
+            raise ConversionError(f"{out}: exists and is not empty; choose another{or_replace}")
         if not is_milo_checkpoint(out):
             raise ConversionError(
                 f"{out}: holds files, but is no MiLo checkpoint; --overwrite replaces only those. Choose another output"

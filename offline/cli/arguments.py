@@ -54,7 +54,7 @@ def check_text_arguments(arguments: argparse.Namespace) -> None:
     check_number("max_windows", windows, 1)
     for text in arguments.text if isinstance(arguments.text, list) else [arguments.text]:
         if not text.exists():
-            raise ConversionError(f"{text}: cannot be read as UTF-8 text: No such file or directory")
+            raise ConversionError(f"{text}: cannot be read as UTF-8 text: No such file or directory; name a text file")
 
 
 def check_number(name: str, value: int | None, least: int) -> None:

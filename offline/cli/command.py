@@ -127,10 +127,16 @@ def _unforeseen(error: Exception) -> str:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, and its subcommands' parsers, whose errors are a line: the list of all options would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, and end with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` tells all\n")
+
+
 def _parser(further: Sequence[Subcommand]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="milo", description="3-bit MoE checkpoints with low-rank compensators, for vLLM."
-    )
+    parser = _Parser(prog="milo", description="3-bit MoE checkpoints with low-rank compensators, for vLLM.")
     commands = parser.add_subparsers(dest="command", required=True)
     for subcommand in (quantize, exchange, inspect, verify, evaluate, stats, families, *further):
         subcommand.add_parser(commands)

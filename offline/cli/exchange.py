@@ -12,7 +12,7 @@ from ..exporting.exporter import FORMATS, export_checkpoint
 from ..importing.importer import import_checkpoint
 from .arguments import OR_HUB, command_of
 from .hub import model_place, path
-from .summary import serve_command
+from .summary import serve_lines
 
 
 def add_parser(commands: Any) -> None:
@@ -44,7 +44,7 @@ def _import(arguments: argparse.Namespace) -> None:
     bits = inspect_checkpoint(imported.out)["bits_per_weight"]
     print(
         f"{imported.out}: {imported.matrices} matrices of {imported.title}, all weights the same, {bits:.3f} bits a "
-        f"weight, no compensators\nserve it: {serve_command(imported.out)}"
+        f"weight, no compensators\n{serve_lines(imported.out)}"
     )
 
 

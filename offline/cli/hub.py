@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
+from vllm_milo.values import size_text
 
 from ..errors import ConversionError
 from ..evaluation.verify import verify_checkpoint
 from ..hub_names import REPOSITORY, ModelName, model_name
-from ..planning.disk import size_text
 
 if TYPE_CHECKING:
     from ..hub.listing import Listing

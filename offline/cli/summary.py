@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from vllm_milo.values import size_text
 
 from ..checkpoint.inspect import inspect_checkpoint, name_group_sizes
 from ..conversion import Summary
@@ -16,6 +20,18 @@ from ..progress import log_event
 def serve_command(folder: Path) -> str:
     """Return the command that serves a checkpoint, for a shell."""
     return f"vllm serve {shlex.quote(str(folder))} --quantization milo"
+
+
+def serve_lines(folder: Path) -> str:
+    """Return what is printed of how to serve a checkpoint: the command, and what stands for it in vLLM's CPU build.
+
+    That has no metadata of a package named vllm, which its own command ``vllm`` asks for.
+    """
+    lines = f"serve it: {serve_command(folder)}"
+    if find_spec("vllm") is not None and not any(distributions(name="vllm")):
+        module = f"python -m vllm.entrypoints.openai.api_server --model {shlex.quote(str(folder))}"
+        lines += f"\nwith vLLM's CPU build, as here: {module} --quantization milo"
+    return lines
 
 
 def print_summary(summary: Summary) -> Path:
@@ -29,11 +45,11 @@ def print_summary(summary: Summary) -> Path:
     groups = f" in {name_group_sizes(report)}" if len(report["group_sizes"]) > 1 else ""
     lines = [
         f"{summary.out}: {summary.matrices} matrices in {summary.seconds:.1f} s, "
-        f"{summary.bytes_written / 2**20:.1f} MiB, {report['bits_per_weight']:.3f} bits a weight{groups}, "
+        f"{size_text(summary.bytes_written)}, {report['bits_per_weight']:.3f} bits a weight{groups}, "
         f"mean relative error {summary.mean_error:.4f}; peak {peak}",
         "largest relative errors, before codes are learned:",
         *(f"  {entry.error:.4f}  rank {entry.rank:<4}  {name}" for name, entry in summary.worst.items()),
-        f"serve it: {serve_command(summary.out)}",
+        serve_lines(summary.out),
     ]
     _print_what_can_be("\n".join(lines))
     log_event("summary", **_describe(summary, report))

@@ -47,8 +47,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
         return family
     if text is None:
         raise ConversionError(
-            f"{said} is not a Mixture-of-Experts model: it states no number of experts; of MoE families MiLo does "
-            f"not convert all, {_LIST}"
+            f"{said} is not a Mixture-of-Experts model: it states no number of experts; MiLo converts such models "
+            f"alone, {_LIST}"
         )
     own = text.get("model_type")
     if text is not config and str(own) in FAMILIES:

@@ -15,9 +15,11 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import tqdm
 
+from vllm_milo.values import size_text
+
 from ..errors import ConversionError
 from ..hub_names import ModelName
-from ..planning.disk import free_bytes, size_text
+from ..planning.disk import free_bytes
 from .background import each, in_background
 from .failures import one_line
 from .files import fetch

@@ -19,10 +19,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vllm_milo.shards import ShardError, read_header, read_tensors
+from vllm_milo.values import size_text
 
 from ..durable.files import discard
 from ..errors import ConversionError, PassingError
-from ..planning.disk import size_text
 from .background import Background
 from .files import fetch, refuse_damaged
 from .listing import Listing

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_milo.values import size_text
+
 from ..calibration import memory
 from ..checkpoint.inspect import describe_head
 from ..ranks.budget import resident_bits
 from ..served.load import held_by, serving_line, serving_load
 from ..source.config import chosen_experts
-from .disk import free_bytes, size_text
+from .disk import free_bytes
 from .plan import Plan
 
 
@@ -83,7 +85,7 @@ def format_description(plan: Plan) -> str:
     ]
     if said["serving"] is not None:
         most = "" if said["serving_target"] is None else f" (at most {said['serving_target']:g})"
-        lines.append(f"serving          {about}{serving_line(said['serving'])}{most}")
+        lines.append(f"serving          {serving_line(said['serving'], about)}{most}")
     if said["source_format"] is not None:
         lines.insert(1, f"stored as        {said['source_format']}; becomes {str(plan.reader.dtype)[6:]} as it is read")
     for kind, row in said["by_kind"].items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from vllm_milo.values import size_text
+
 from ..errors import ConversionError
 
 
@@ -40,8 +42,3 @@ def refuse_what_does_not_fit(out: Path, need: int, there: int = 0, shards: int =
             f"{out}: the checkpoint takes {size_text(need)}{source}, and {size_text(free)} are free on its file "
             f"system{have}; free space or choose another output"
         )
-
-
-def size_text(size: int) -> str:
-    """Return a size as text, in GiB or, where it is small, in MiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from vllm_milo.checkpoint import GROUP_SIZES
 from vllm_milo.kernels.resident import BLOCK, rank_blocks
 from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 
@@ -59,9 +60,10 @@ def share_budget(
     """
     least, groups = least_bits(matrices, recipe), name_groups(matrices, recipe)
     if budget < least:
+        larger = " or --group-size" if recipe.group_size < max(GROUP_SIZES) else ""
         raise ConversionError(
             f"--budget-bits {budget:g}: codes, scales and zero points of {groups} take {least:g} bits "
-            f"a weight already; raise the budget or --group-size"
+            f"a weight already; raise the budget{larger}"
         )
 
     purse = _Purse(matrices, budget, recipe, allow(matrices, recipe, target))

@@ -89,11 +89,11 @@ class Load(NamedTuple):
         }
 
 
-def serving_line(said: Mapping[str, Any]) -> str:
-    """Return what :meth:`Load.to_dict` holds as a line for people."""
+def serving_line(said: Mapping[str, Any], about: str = "") -> str:
+    """Return what :meth:`Load.to_dict` holds as a line for people, with ``about`` before bytes of a forecast."""
     read = said["code_bytes"] + said["factor_bytes"]
     return (
-        f"a token alone reads {read / 2**20:.1f} MiB, {said['factor_bytes'] / read:.1%} of it compensators: "
+        f"a token alone reads {about}{read / 2**20:.1f} MiB, {said['factor_bytes'] / read:.1%} of it compensators: "
         f"serving share {said['serving_share']:.3f}, predicted time {said['time_share']:+.0%}"
     )
 

@@ -143,6 +143,8 @@ class ModelReader:
     """
 
     def __init__(self, folder: Path, shards: Shards | None = None) -> None:
+        if folder.is_file():
+            raise ConversionError(f"{folder}: is a file; give the model's folder, with config.json and safetensors")
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download the model first")
         self.folder = folder

@@ -13,6 +13,15 @@ from ..errors import ConversionError, OtherTokenizerError
 from .config import read_settings, read_text_settings
 from .foreign import check_settings, transformers_errors
 
+_NO_TEXTS = {
+    b"%PDF-": "is a PDF; give the text of it, as pdftotext extracts it",
+    b"PK\x03\x04": "is a zip archive or an office document; give the text that is in it",
+    b"\x1f\x8b": "is compressed by gzip; unpack it first",
+}
+"""What is given for a text, by its first bytes."""
+_MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""Encodings by the mark that such a text begins with."""
+
 
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a model folder.
@@ -43,22 +52,33 @@ def read_text(path: Path) -> str:
     """Return the content of a text file.
 
     Raises:
-        ConversionError: the file cannot be read, is a device, is not UTF-8, or holds zero bytes.
+        ConversionError: the file cannot be read, is a device, a PDF or an archive, is not UTF-8, or holds zero bytes.
     """
     try:
         if path.is_char_device() or path.is_block_device():  # which may never end
             raise ConversionError(f"{path}: is a device; give a file of UTF-8 text, or a pipe")
         content = path.read_text(encoding="utf-8-sig")  # editors may put a mark of the encoding first
     except OSError as error:
-        raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        why = f"{error.strerror or error}; name a text file"
+        raise ConversionError(f"{path}: cannot be read as UTF-8 text: {why}") from error
     except UnicodeDecodeError as error:
+        _refuse_no_text(path, error.object)
+        encoding = next((name for mark, name in _MARKS.items() if error.object.startswith(mark)), "latin1")
         raise ConversionError(
             f"{path}: cannot be read as UTF-8 text: {error}; if it is text in another encoding, convert it, as by "
-            f"iconv -f latin1 -t utf-8"
+            f"iconv -f {encoding} -t utf-8"
         ) from error
+    _refuse_no_text(path, content[:8].encode())
     if "\0" in content:
         raise ConversionError(f"{path}: holds zero bytes, as binary files do; give a UTF-8 text")
     return content
+
+
+def _refuse_no_text(path: Path, start: bytes) -> None:
+    """Refuse a file that begins as a known kind does that is no text."""
+    for first, what in _NO_TEXTS.items():
+        if start.startswith(first):
+            raise ConversionError(f"{path}: cannot be read as UTF-8 text: it {what}")
 
 
 def read_tokens(folder: Path, text: Path) -> torch.Tensor:

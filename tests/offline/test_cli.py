@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_models import TEXT
 
-from vllm_milo.offline.cli import main
+from vllm_milo.offline.cli import main, summary
+from vllm_milo.offline.cli.summary import serve_lines
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,36 @@ def test_errors_go_to_stderr(small_model: Path, tmp_path: Path, capsys: pytest.C
     assert captured.err.startswith("milo quantize: error: ")
     assert message in captured.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantize", "m", "-o", "out", "--preset", "balnced"], "argument --preset: invalid choice: 'balnced' (choose"),
+        (["quantize", "m"], "the following arguments are required: -o/--output"),
+        (["quantise", "m"], "argument command: invalid choice: 'quantise' (choose"),
+    ],
+)
+def test_a_command_line_that_is_wrong_is_answered_in_a_line(words: list[str], message: str, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    name = "milo quantize" if words[0] == "quantize" else "milo"
+    assert line.startswith(f"{name}: error: {message}")
+    assert line.endswith(f"; `{name} --help` tells all")
+
+
+@pytest.mark.parametrize(("vllm", "package", "lines"), [(True, True, 1), (True, False, 2), (False, False, 1)])
+def test_how_to_serve_with_the_cpu_build_is_said_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, vllm: bool, package: bool, lines: int
+):
+    monkeypatch.setattr(summary, "find_spec", lambda _: object() if vllm else None)
+    monkeypatch.setattr(summary, "distributions", lambda name: iter([name] if package else []))
+    said = serve_lines(Path("a b")).splitlines()
+    assert said[0] == "serve it: vllm serve 'a b' --quantization milo"
+    module = "python -m vllm.entrypoints.openai.api_server --model 'a b' --quantization milo"
+    assert said[1:] == [f"with vLLM's CPU build, as here: {module}"][: lines - 1]
 
 
 def test_text_that_cannot_be_read(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -177,6 +208,7 @@ def test_called_from_python_it_leaves_the_handlers_as_they_were(capsys: pytest.C
     before = signal.getsignal(signal.SIGTERM)
     assert main(["families"]) == 0
     assert main(["inspect", "no such folder"]) == 1
+    assert "config.json: no such file; there is no folder no such folder\n" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(main, ["families"]).result() == 0

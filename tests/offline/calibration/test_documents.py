@@ -251,6 +251,24 @@ def test_other_encodings_are_refused(tmp_path: Path, encoding: str):
             read_documents(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"%PDF-1.4\n1 0 obj\nendobj\n", "it is a PDF; give the text of it"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "it is a PDF; give the text of it"),
+        (b"PK\x03\x04\x14\x00", "it is a zip archive or an office document"),
+        (b"\x1f\x8b\x08\x00", "it is compressed by gzip; unpack it first"),
+        ("Grüße".encode("utf-16"), ".*iconv -f utf-16 -t utf-8"),
+        ("Grüße".encode("utf-32"), ".*iconv -f utf-32 -t utf-8"),
+        ("Grüße".encode("latin-1"), ".*iconv -f latin1 -t utf-8"),
+    ],
+)
+def test_what_is_no_text_is_named_by_what_it_is(tmp_path: Path, content: bytes, said: str):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ConversionError, match=rf"a\.txt: cannot be read as UTF-8 text: {said}"):
+        read_documents(tmp_path / "a.txt")
+
+
 def test_a_mark_of_the_encoding_is_no_text(tmp_path: Path):
     for name, content in (("a.txt", "Grüße"), ("a.jsonl", '{"text": "Grüße"}')):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")

@@ -42,6 +42,8 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", str(checkpoint)]) == 0
     said = capsys.readouterr().out
     assert said.startswith("3-bit, group size 64, compensators in 3 bits\n")
+    assert f"all tensors      {report['bytes'] / 2**20:.1f} MiB\n" in said
+    assert f"quantized        {quantized / 2**20:.1f} MiB for " in said
     assert f"(codes, scales, zero points and factors), {report['resident_bits_per_weight']:.3f} on a GPU\n" in said
     assert f"serving          {serving_line(report['serving'])}\n" in said
 

@@ -23,9 +23,18 @@ def test_existing_output_is_kept(source: Path, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("data")
-    with pytest.raises(ConversionError, match="exists and is not empty; choose another or pass --overwrite"):
+    with pytest.raises(ConversionError, match="exists and is not empty; choose another output"):
         convert(source, out, Conversion(FAST), progress=False)
     assert (out / "precious.txt").read_text() == "data"
+
+
+def test_overwrite_is_the_advice_where_it_would_be_taken(source: Path, checkpoint: Path, tmp_path: Path):
+    out = Path(shutil.copytree(checkpoint, tmp_path / "out"))
+    with pytest.raises(ConversionError, match="exists and is not empty; choose another or pass --overwrite"):
+        convert(source, out, Conversion(FAST), progress=False)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="exists and is not empty; choose another output"):
+        convert(source, out, Conversion(FAST), progress=False)
 
 
 def test_failure_keeps_the_output_that_was_to_be_replaced(source: Path, checkpoint: Path, tmp_path: Path):

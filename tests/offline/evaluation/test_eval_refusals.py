@@ -67,7 +67,11 @@ def test_options_that_leave_nothing_to_do(bundled_model: Path, refused, compared
             r"text\.txt: has \d tokens, and a window takes 48; give a longer text or a smaller --window",
         ),
         (b"\xff\xfe\x80" * 99, r"text\.txt: cannot be read as UTF-8 text"),
-        (b"PK\x03\x04\x00\x00" * 99, r"text\.txt: holds zero bytes, as binary files do"),
+        (
+            b"PK\x03\x04\x00\x00" * 99,
+            r"text\.txt: cannot be read as UTF-8 text: it is a zip archive or an",
+        ),
+        (b"\x7fELF\x00\x00" * 99, r"text\.txt: holds zero bytes, as binary files do"),
     ],
 )
 def test_texts_that_cannot_be_scored(bundled_model: Path, tmp_path: Path, refused, content: bytes | None, message: str):
@@ -82,6 +86,13 @@ def test_folders_that_are_not_there(bundled_model: Path, tmp_path: Path, refused
     refused(message, none, "--reference", bundled_model, "--text", TEXT)
     refused(message, bundled_model, "--reference", none, "--text", TEXT)
     refused(message, none, "--text", TEXT)
+
+
+def test_model_and_reference_exchanged(bundled_model: Path, checkpoint: Path, refused):
+    said = rf"--reference {checkpoint}: is a MiLo checkpoint, and {bundled_model} is none; exchange the two"
+    refused(said, bundled_model, "--reference", checkpoint, "--text", TEXT)
+    said = rf"--reference {checkpoint}: is a MiLo checkpoint; give the model that it was made of"
+    refused(said, checkpoint, "--reference", checkpoint, "--text", TEXT)
 
 
 def test_quantized_reference(bundled_model: Path, model: Path, refused):

@@ -28,7 +28,10 @@ def test_known_families(family):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama"}, "'llama' is not a Mixture-of-Experts model: it states no number of experts"),
+        (
+            {"model_type": "llama"},
+            "'llama' is not a Mixture-of-Experts model: it states no number of experts; MiLo converts such models",
+        ),
         ({"model_type": "gemma4", "text_config": {"num_experts": None}}, "no num_experts; is this gemma4 model a MoE"),
         ({"model_type": "x", "text_config": {"num_experts": 1}}, "'x' is not a Mixture-of-Experts model"),
         (

@@ -62,6 +62,7 @@ def test_no_weight_is_read_and_no_text_cut(
         "172 matrices to quantize",
         "MiB on disk (",
         "bits a weight    about 3.59",
+        "serving          a token alone reads about ",
         "memory           up to",
         "rank",
     ):
@@ -113,6 +114,7 @@ def test_what_kurtosis_decides_is_said_to_be_about(bundled_model: Path, tmp_path
     [
         (["--calibration", "/nowhere.txt"], "/nowhere.txt: cannot be read as UTF-8 text"),
         (["--ranks", "frequency=8"], "needs --expert-counts"),
+        (["--calibration", "/"], "/: cannot be read as UTF-8 text: Is a directory; name a text file"),
         (["--budget-bits", "2"], "take 3.25 bits a weight already"),
         (["--serving-share", "0"], "--serving-share 0: must be a number above 0, such as 0.3"),
         (["--serving-share", "0.3", "--ranks", "dense=8"], "--serving-share 0.3: bounds ranks that a budget shares"),

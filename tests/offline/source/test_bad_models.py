@@ -149,6 +149,20 @@ def test_no_config(source: Path, tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "pytorch_model.bin"])
+def test_weights_in_other_formats_are_named(source: Path, tmp_path: Path, name: str):
+    (source / WEIGHTS).rename(source / name)
+    said = rf"source: holds no \*\.safetensors file but {name}; other weight formats are not read, give the model in"
+    refused(source, tmp_path / "out", said, error=ShardError)
+    (source / "config.json").unlink()
+    said = rf"config\.json: no such file; .*source holds {name}, which is not read; give the model in safetensors"
+    refused(source, tmp_path / "out", said, error=ShardError)
+
+
+def test_a_file_in_place_of_the_folder(source: Path, tmp_path: Path):
+    refused(source / WEIGHTS, tmp_path / "out", "safetensors: is a file; give the model's folder, with config.json")
+
+
 def test_config_that_is_not_json(source: Path, tmp_path: Path):
     (source / "config.json").write_text("{")
     refused(source, tmp_path / "out", r"config\.json: not valid JSON", error=ShardError)
