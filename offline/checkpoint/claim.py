@@ -57,7 +57,7 @@ class Claim:
         self.out = resolved(out)
         if not self.out.name:
             raise ConversionError(f"{out}: is the root of the file system; name a folder of the checkpoint's own")
-        self.partial = self.out.with_name(f".{self.out.name}.partial")
+        self.partial = _partial(self.out)
         self.replaced = self.out.with_name(f".{self.out.name}.replaced")
         self.published: Path | None = None
         self.journal = Journal(self.partial)
@@ -184,6 +184,19 @@ class Claim:
                 pid = int(match[1])
                 found.append((path, pid if _alive(pid) else 0))
         return found
+
+
+def refuse_unfinished(out: Path) -> None:
+    """Raise ConversionError where an output folder is not there because its conversion has not ended."""
+    if not out.is_dir() and out.name and _partial(out).is_dir():
+        raise ConversionError(
+            f"{out}: its conversion has not ended, or was killed; its command with --resume goes on, and is refused "
+            f"while it still runs"
+        )
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
 
 
 def _published(partial: Path) -> Path | None:

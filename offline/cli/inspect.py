@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+from ..checkpoint.claim import refuse_unfinished
 from ..checkpoint.inspect import format_report, inspect_checkpoint
 from .arguments import OR_HUB
 from .hub import model_place
@@ -23,6 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    refuse_unfinished(Path(arguments.checkpoint))
     report = inspect_checkpoint(arguments.checkpoint)
     print(json.dumps(_finite(report), indent=2) if arguments.json else format_report(report))
 

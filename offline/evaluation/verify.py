@@ -12,6 +12,7 @@ from vllm_milo.shards import ShardError
 from vllm_milo.validation import validate_checkpoint
 from vllm_milo.values import shown_name
 
+from ..checkpoint.claim import refuse_unfinished
 from ..checkpoint.damage import added_files, damaged_files, is_prose, stray_files
 from ..checkpoint.manifest import MANIFEST_NAME, read_manifest
 from ..errors import ConversionError
@@ -77,8 +78,9 @@ def verify_checkpoint(folder: Path, reference: Path | None = None, progress: boo
         progress: show how far it is on stderr.
 
     Raises:
-        ConversionError: there is no such folder.
+        ConversionError: there is no such folder, or its conversion has not ended.
     """
+    refuse_unfinished(folder)
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder")
     verdict = Verdict(folder)

@@ -90,6 +90,19 @@ def test_the_command_fails(out: Path, capsys: pytest.CaptureFixture[str]):
     assert "no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_conversion_that_has_not_ended_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As a kill leaves it: the folder beside the output, not the output."""
+    (tmp_path / ".out.partial").mkdir()
+    assert main([command, str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "out: its conversion has not ended" in said
+    assert "--resume" in said
+    (tmp_path / "out").mkdir()  # an older checkpoint, which the conversion is to replace
+    assert main([command, str(tmp_path / "out")]) == 1
+    assert not any("has not ended" in text for text in capsys.readouterr())
+
+
 def shards_name(number: int, folder: Path) -> str:
     total = next(folder.glob("*.safetensors")).name.partition("-of-")[2]
     return f"model-{number:05d}-of-{total}"
