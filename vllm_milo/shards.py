@@ -55,7 +55,7 @@ def read_json(path: Path, unique: bool = False) -> Any:
         ShardError: the file is missing, unreadable, too large, nested too deeply or not JSON.
     """
     try:
-        with _open(path, _what_of(path.parent)) as file:
+        with _open(path) as file:
             data = file.read(LARGEST_JSON + 1)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
@@ -124,18 +124,21 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _open(path: Path, advice: str) -> BinaryIO:
-    """Open a regular file: a pipe or a device would wait for ever, or never end."""
+def _open(path: Path, advice: str = "") -> BinaryIO:
+    """Open a regular file: a pipe or a device would wait for ever, or never end.
+
+    Where there is none, ``advice`` says what to do; by default it is looked up in the folder.
+    """
     try:
         if path.exists() and not path.is_file():
             raise ShardError(f"{path}: cannot be read: Is a directory or no regular file; copy it again")
         return path.open("rb")
     except FileNotFoundError:
-        raise ShardError(f"{path}: no such file; {advice}") from None
+        raise ShardError(f"{path}: no such file; {advice or _what_of(path.parent)}") from None
     except ValueError as error:  # a path with a zero byte
         if isinstance(error, ShardError):
             raise
-        raise ShardError(f"{shown_name(str(path))}: no such file; {advice}") from None
+        raise ShardError(f"{shown_name(str(path))}: no such file; {advice or _what_of(path.parent)}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

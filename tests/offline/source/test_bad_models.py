@@ -20,7 +20,7 @@ from vllm_milo.offline.convert import convert
 from vllm_milo.offline.learn.layer import LearnOptions
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.ranks.policies import parse_policies
-from vllm_milo.shards import ShardError
+from vllm_milo.shards import ShardError, read_json
 
 
 def test_truncated_source(source: Path, tmp_path: Path):
@@ -161,6 +161,12 @@ def test_weights_in_other_formats_are_named(source: Path, tmp_path: Path, name: 
 
 def test_a_file_in_place_of_the_folder(source: Path, tmp_path: Path):
     refused(source / WEIGHTS, tmp_path / "out", "safetensors: is a file; give the model's folder, with config.json")
+
+
+def test_a_config_that_is_there_asks_for_no_list_of_its_folder(source: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which may hold thousands of files, or may not be listed."""
+    monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("the folder was listed"))
+    assert read_json(source / "config.json")["model_type"]
 
 
 def test_config_that_is_not_json(source: Path, tmp_path: Path):
