@@ -188,7 +188,7 @@ class Claim:
 
 def refuse_unfinished(out: Path) -> None:
     """Raise ConversionError where an output folder is not there because its conversion has not ended."""
-    if not out.is_dir() and out.name and _partial(out).is_dir():
+    if not out.is_dir() and out.name and _partial(resolved(out)).is_dir():
         raise ConversionError(
             f"{out}: its conversion has not ended, or was killed; its command with --resume goes on, and is refused "
             f"while it still runs"

@@ -91,13 +91,11 @@ def refuse_strangers(model: Path, reference: Path) -> None:
     for folder in (model, reference):
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder; download or convert the model first")
-    if is_milo_checkpoint(reference) and not is_milo_checkpoint(model):
-        raise ConversionError(
-            f"--reference {reference}: is a MiLo checkpoint, and {model} is none; exchange the two: the reference is "
-            f"the model that it was made of"
-        )
     if is_milo_checkpoint(reference):
-        raise ConversionError(f"--reference {reference}: is a MiLo checkpoint; give the model that it was made of")
+        instead = "; give the model that it was made of"
+        if not is_milo_checkpoint(model):
+            instead = f", and {model} is none; exchange the two: the reference is the model that it was made of"
+        raise ConversionError(f"--reference {reference}: is a MiLo checkpoint{instead}")
     mine, theirs = (read_text_settings(folder) for folder in (model, reference))
     for key in _ALIKE:
         if mine.get(key) != theirs.get(key):

@@ -98,6 +98,9 @@ def test_a_conversion_that_has_not_ended_is_named(command: str, tmp_path: Path, 
     said = capsys.readouterr().err
     assert "out: its conversion has not ended" in said
     assert "--resume" in said
+    (tmp_path / "link").symlink_to("out")
+    assert main([command, str(tmp_path / "link")]) == 1
+    assert "has not ended" in capsys.readouterr().err
     (tmp_path / "out").mkdir()  # an older checkpoint, which the conversion is to replace
     assert main([command, str(tmp_path / "out")]) == 1
     assert not any("has not ended" in text for text in capsys.readouterr())
