@@ -5,8 +5,6 @@ Biases of the first GEMM, clamps, other constants than SiLU's, and experts witho
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +13,8 @@ from ..launch import LaunchMode, launch
 from ..weights import MoESpec
 from .gemm.dequant import lane_order
 from .layout import UNIT
+from .projection.launcher import Projected
 from .routing import Routes, local_expert
-
-
-class Activated(NamedTuple):
-    """Input of the second GEMM: x [pairs, I], its sums and rows, as in :class:`.projection.launcher.Projected`."""
-
-    x: torch.Tensor
-    sums: torch.Tensor
-    lanes: torch.Tensor | None
 
 
 @triton.jit
@@ -127,8 +118,8 @@ def activate(
     need_lanes: bool,
     dtype: torch.dtype,
     mode: LaunchMode,
-) -> Activated:
-    """Return act(gate)·up, ``dtype`` [pairs, I], and its sums, as in :class:`.projection.launcher.Projected`.
+) -> Projected:
+    """Return the second GEMM's input without V·x: act(gate)·up, ``dtype`` [pairs, I], and its sums.
 
     Rows of pairs whose expert is not local hold nothing of use.
 
@@ -178,4 +169,4 @@ def activate(
         PDL=mode.early,
         num_warps=2,
     )
-    return Activated(h, sums, lanes)
+    return Projected(h, sums, None, lanes=lanes)

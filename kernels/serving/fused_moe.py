@@ -87,8 +87,7 @@ def fused_moe(
         widths = [gate_up.columns // 2] * 2 if spec.is_gated else [gate_up.columns]
         y = gemm(source, gate_up, widths, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
         reads_lanes = second.reads_lanes(down.group_size)
-        activated = activate(y, spec, gate_up.bias, routes, down.group_size, reads_lanes, dtype, mode)
-        source = Projected(activated.x, activated.sums, None, lanes=activated.lanes)
+        source = activate(y, spec, gate_up.bias, routes, down.group_size, reads_lanes, dtype, mode)
     down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)

@@ -2,8 +2,8 @@
 
 That is the sums of x over groups, with which zero points are taken off while tokens are few, and x in the order in
 which the lanes of a warp take it where they are fewest; or x in fp16 where many tokens meet weights in fp16 (see
-:mod:`.gemm.dequant`). What makes the second GEMM's input makes them as well. The
-counters of all of a layer's V·x start here: each launch has its own, whichever stream or graph it runs in.
+:mod:`.gemm.dequant`). What makes the second GEMM's input makes them as well. The counters of all of a layer's V·x start
+here: each launch has its own, whichever stream or graph it runs in.
 """
 
 from __future__ import annotations
@@ -39,13 +39,12 @@ def _store_sums(
     """Store the sums over SUM columns of one unit of ROWS rows of x, and with ``LANES`` the rows in `lane_order`."""
     rows = row_block * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
-    each = tl.arange(0, 128)
-    k = unit * 128 + each
+    k = unit * 128 + tl.arange(0, 128)
     place = x_ptr + rows[:, None].to(tl.int64) * K + k[None, :]
     x = tl.load(place, mask=valid[:, None] & (k < K)[None, :], other=0.0)
     if LANES:
         ordered = lanes_ptr + (rows.to(tl.int64) * ((K + 127) // 128) + unit)[:, None] * 128 + lane_order(128)[None, :]
-        tl.store(ordered, x, mask=valid[:, None] & (each >= 0)[None, :])
+        tl.store(ordered, x, mask=valid[:, None])
     per_unit: tl.constexpr = 128 // SUM
     sums = tl.sum(tl.reshape(x.to(tl.float32), (ROWS, per_unit, SUM)), 2)
     target = sums_ptr + (unit * num_rows + rows.to(tl.int64))[:, None] * per_unit + tl.arange(0, per_unit)[None, :]

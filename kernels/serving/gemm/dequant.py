@@ -76,17 +76,8 @@ def _codes(words, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, AS
 
 @triton.jit
 def codes_of_pairs(words, BF16: tl.constexpr, ASM: tl.constexpr):
-    """int32 [..] -> codes [.., 2] at bits 0 and 16, as :func:`scale_of_codes` has them."""
+    """int32 [..] -> codes [.., 2] at bits 0 and 16, as the first half of a unit has them for :func:`scale_of_codes`."""
     return _codes(words, False, BF16, BF16, ASM)
-
-
-@triton.jit
-def scale_of_codes(scale, zero, BF16: tl.constexpr):
-    """(factor, offset) in fp32 with scale·(q - zero) = codes·factor - offset, for what :func:`codes_of_pairs` gives."""
-    one: tl.constexpr = 1.0 if BF16 else _FP16_ONE
-    bias: tl.constexpr = 128.0 if BF16 else 0.0
-    factor = scale * (1.0 / one)
-    return factor, factor * (bias + zero * one)
 
 
 @triton.jit
@@ -177,17 +168,23 @@ def add_group(acc, product, x_sum, scale, zero, HALF: tl.constexpr, BF16: tl.con
 
 
 @triton.jit
+def scale_of_codes(scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
+    """(factor, offset) in fp32 with scale·(q - zero) = codes·factor - offset."""
+    one: tl.constexpr = 1.0 if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
+    bias: tl.constexpr = (16.0 if HALF else 128.0) if BF16 else 0.0
+    factor = scale * (1.0 / one)
+    return factor, factor * (bias + zero * one)
+
+
+@triton.jit
 def scaled(codes, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
     """Operand of codes [ROWS, k] -> scale·(q - zero) in fp32, rounded once to 16 bits.
 
     fp16: the product inside the FMA and zero·scale are exact. bf16: the FMA takes BIAS off as well, which costs
     at most 2^-17 of a step.
     """
-    one: tl.constexpr = 1.0 if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
-    bias: tl.constexpr = (16.0 if HALF else 128.0) if BF16 else 0.0
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    factor = scale * (1.0 / one)
-    offset = factor * (bias + zero * one)
+    factor, offset = scale_of_codes(scale, zero, HALF, BF16)
     return (codes.to(tl.float32) * factor[:, None] - offset[:, None]).to(dtype)
 
 

@@ -58,7 +58,8 @@ def _up_codes(
 
     ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part. Columns that are not inside, and blocks of
     16 ranks from ``blocks`` on, give zeros. With ``BITS`` codes are not made numbers: they are what
-    :func:`.dequant.codes_of_pairs` gives, for half of the instructions; not where tokens are many, which it slows down.
+    :func:`.dequant.codes_of_pairs` gives, for half of the instructions. That is with ``WARP`` and for few tokens alone,
+    since it slows down tiles of more.
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     RANK_STEP: tl.constexpr = TILE.RANK_STEP
@@ -72,8 +73,7 @@ def _up_codes(
         if BITS:
             pairs = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
             joined = codes_of_pairs(tl.join(pairs, pairs >> 8), TILE.BF16, TILE.ASM)  # [BLOCK_N, blocks, t, h, b]
-            codes = joined if WARP else tl.permute(joined, (0, 1, 3, 2, 4))
-            return tl.reshape(codes, (BLOCK_N, RANK_STEP)).to(tl.float32)
+            return tl.reshape(joined, (BLOCK_N, RANK_STEP)).to(tl.float32)  # in the order of warps
         low = tl.join(word & 7, (word >> 4) & 7)
         high = tl.join((word >> 8) & 7, (word >> 12) & 7)
         joined = tl.join(low, high)  # [BLOCK_N, blocks, t, b, h]
@@ -89,7 +89,7 @@ def _up_codes(
 def _scaled(codes, scale, GROUPS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr):
     """Uᵀ in fp32 from :func:`_up_codes` and scales [GROUPS, RANK_STEP]."""
     if BITS:
-        factor, offset = scale_of_codes(scale, 4.0, TILE.BF16)
+        factor, offset = scale_of_codes(scale, 4.0, False, TILE.BF16)
         factor = _to_rows(factor, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
         return codes * factor - _to_rows(offset, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
     return codes * _to_rows(scale, GROUPS, TILE.BLOCK_N, TILE.RANK_STEP)
