@@ -12,6 +12,8 @@ MODELS ?=
 TEXTS ?=
 ROLES ?= q k v o routed-gate routed-up routed-down
 WINDOWS ?= 24
+# what vLLM's CPU build cannot run
+FAMILIES ?= jamba kimi_linear longcat_flash deepseek_v32 glm_moe_dsa deepseek_v4 hy_v4 laguna
 # of one run; what is cut off keeps its log
 SECONDS_A_RUN ?= 3600
 CONTENDERS ?= milo int4-g128 marlin-int4-g128 humming-uint3-g64
@@ -26,12 +28,13 @@ ROLE_RUNS := $(foreach name,$(NAMES),$(ROLES:%=$(OUT)/roles/$(name)/%/ended))
 DIVERGENCE_RUNS := $(NAMES:%=$(OUT)/divergence/%/ended)
 AT_LOAD_RUNS := $(NAMES:%=$(OUT)/at-load/%/ended)
 WIDE_RUNS := $(OUT)/wide/deepseek/ended $(OUT)/wide/qwen3_5_moe_text/ended
+FAMILY_RUNS := $(FAMILIES:%=$(OUT)/families/%/ended)
 TRAFFIC_RUNS := $(OUT)/traffic/mixtral/ended $(OUT)/traffic/qwen3/ended
 DECODE_RUNS := $(OUT)/decode/mixtral/ended $(OUT)/decode/qwen3/ended
 KERNEL_RUNS := $(OUT)/moe_layer/ended $(OUT)/linear/ended
 
 .PHONY: accuracy speed
-accuracy: $(WIDE_RUNS) $(DIVERGENCE_RUNS) $(ROLE_RUNS)
+accuracy: $(WIDE_RUNS) $(FAMILY_RUNS) $(DIVERGENCE_RUNS) $(ROLE_RUNS)
 speed: $(KERNEL_RUNS) $(DECODE_RUNS) $(TRAFFIC_RUNS) $(AT_LOAD_RUNS)
 
 layers_of_mixtral = 32
@@ -50,6 +53,9 @@ $(AT_LOAD_RUNS):
 
 $(WIDE_RUNS):
 	$(call run,tests/wide_families.py $(word 2,$(parts)))
+
+$(FAMILY_RUNS):
+	$(call run,tests/served_families.py $(word 2,$(parts)))
 
 $(KERNEL_RUNS):
 	$(call run,-m benchmarks.kernels.$(word 1,$(parts)) -o $(@D)/record.json)

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_families import TINY
 
 ROOT = Path(__file__).parents[2]
 RUNS = {
     "benchmarks.divergence": 2,
     "benchmarks.roles_alone": 4,
     "tests/wide_families.py": 2,
+    "tests/served_families.py": 2,
     "benchmarks.kernels.moe_layer": 1,
     "benchmarks.kernels.linear": 1,
     "benchmarks.serving.decode": 2,
@@ -31,7 +33,8 @@ class Parsed(Exception):
 @pytest.fixture(scope="module")
 def commands() -> dict[str, list[list[str]]]:
     """What make would run, by module or script."""
-    options = ["MODELS=out/first out/second", "TEXTS=docs.txt code.txt", "ROLES=q routed-down", "OUT=out/tables"]
+    options = ["MODELS=out/first out/second", "TEXTS=docs.txt code.txt", "OUT=out/tables"]
+    options += ["ROLES=q routed-down", "FAMILIES=jamba hy_v4"]
     make = ["make", "--dry-run", "-f", "benchmarks/tables.mk", "PYTHON=python", *options, "accuracy", "speed"]
     printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
     found: dict[str, list[list[str]]] = {}
@@ -47,7 +50,13 @@ def test_all_runs_are_there(commands: dict[str, list[list[str]]]):
     assert {words[-1] for words in commands["benchmarks.roles_alone"]} == {"q", "routed-down"}
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+def test_families_are_known():
+    defaults = re.search(r"^FAMILIES \?= (.*)$", (ROOT / "benchmarks/tables.mk").read_text(), re.MULTILINE)
+    assert defaults is not None
+    assert set(defaults[1].split()) <= set(TINY)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "tests/served_families.py"])
 def test_options_are_understood(name: str, commands: dict[str, list[list[str]]], monkeypatch: pytest.MonkeyPatch):
     real = argparse.ArgumentParser.parse_args
 
