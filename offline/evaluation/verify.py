@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.shards import ShardError
-from vllm_milo.validation import validate_checkpoint
+from vllm_milo.validation import read_format, validate_checkpoint
 from vllm_milo.values import shown_name
 
 from ..checkpoint.claim import refuse_unfinished
@@ -79,10 +79,13 @@ def verify_checkpoint(folder: Path, reference: Path | None = None, progress: boo
 
     Raises:
         ConversionError: there is no such folder, or its conversion has not ended.
+        CheckpointError: nothing in the folder says that it was one.
     """
     refuse_unfinished(folder)
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder")
+    if (folder / CONFIG).is_file() and not (folder / MANIFEST_NAME).exists():
+        read_format(folder)
     verdict = Verdict(folder)
     _check_files(verdict, progress)
     try:

@@ -88,7 +88,9 @@ def test_what_cannot_be_quantized_is_said_in_a_line(sources: dict[str, Path], tm
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
     }
+    del config["num_local_experts"]
     (dense / "config.json").unlink()
     (dense / "config.json").write_text(json.dumps(config))
     said = serve({"dense": dense}, tmp_path / "online", FEW)["dense"]["error"]
-    assert "llama" in said
+    assert "model_type 'llama' is not a Mixture-of-Experts model" in said
+    assert "vLLM serves the model as it is without --quantization milo" in said
