@@ -13,8 +13,11 @@ they are right, 1 where they are left out.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,9 +117,11 @@ def measure(name: str, root: Path, small: bool) -> Found:
     """Make a model, convert and serve it, and compare."""
     changes = WIDE[name].small if small else WIDE[name].true
     source = make_family(name, root / "source", device=DEVICE, louder=LOUDER, **changes)
+    _say(f"{name} was made")
     models = {kind: _convert(source, root / kind, options) for kind, options in OPTIONS.items()}
     *_, ranked = OPTIONS
     plain = hand_made.dequantized(models[ranked], root / CONTROL, DEVICE)
+    _say("converted")
     outputs, log = _serve(models | {CONTROL: plain}, TINY[name].dtype, root / "outputs")
     apart = {}
     for kind, folder in models.items():
@@ -128,6 +133,7 @@ def measure(name: str, root: Path, small: bool) -> Found:
             for served in mine:
                 values[served].append(_truth(model, prompts, outputs[served]))
             del model
+        _say(f"{kind} was computed")
         for served in mine:
             exact, *without = values[served]
             apart[served] = Apart.of(_served(outputs[served]), exact, without)
@@ -140,12 +146,28 @@ def _convert(source: Path, out: Path, options: Iterable[str]) -> Path:
     return out
 
 
-def _serve(models: dict[str, Path], dtype: str, place: Path) -> tuple[dict[str, Any], str]:
-    """Return vLLM's outputs by model, and its log; ``dtype`` is of CPUs."""
-    place.mkdir()
+def _serve(models: dict[str, Path], dtype: str, root: Path) -> tuple[dict[str, Any], str]:
+    """Return vLLM's outputs by model, and its logs; ``dtype`` is of CPUs.
+
+    On a GPU all start at once: a start takes minutes, most of which are spent on compiling.
+    """
     engine = ENGINE | {"dtype": dtype} if DEVICE == "cpu" else GRAPHS
-    outputs = vllm_runner.run(job(models, **engine), place, timeout=1500)
-    return outputs, (place / "vllm.log").read_text()
+    outputs: dict[str, Any] = {}
+
+    def serve(name: str) -> str:
+        place = root / name
+        place.mkdir(parents=True)
+        outputs.update(vllm_runner.run(job({name: models[name]}, **engine), place, timeout=1500))
+        _say(f"{name} was served")
+        return (place / "vllm.log").read_text()
+
+    with ThreadPoolExecutor(1 if DEVICE == "cpu" else len(models)) as pool:
+        return outputs, "".join(pool.map(serve, models))
+
+
+def _say(what: str) -> None:
+    """Print to stderr what is done, and the time of day: in true width each part takes minutes."""
+    print(time.strftime("%H:%M:%S"), what, file=sys.stderr, flush=True)
 
 
 def _served(outputs: list[dict[str, Any]]) -> torch.Tensor:
