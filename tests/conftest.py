@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 SHARING = ("test_vllm_models.py", "test_vllm_server.py")
 """Files whose tests share what takes long to make: a server, vLLM's output."""
+SHARING_BY_NAME = ("families/test_conversion.py",)
+"""Files in which those with the same parameters do: the conversion of a family."""
 
 
 class Scheduling(LoadScopeScheduling):
@@ -61,6 +63,8 @@ class Scheduling(LoadScopeScheduling):
         path = Path(nodeid.partition("::")[0])
         if path.name in SHARING:
             return path.name
+        if f"{path.parent.name}/{path.name}" in SHARING_BY_NAME:
+            return f"{path}{nodeid[nodeid.find('[') :]}" if "[" in nodeid else nodeid
         return "plugin" if path.parent.name == "plugin" else nodeid  # one import of vLLM
 
 
