@@ -34,6 +34,9 @@ DECODE_RUNS := $(OUT)/decode/mixtral/ended $(OUT)/decode/qwen3/ended
 KERNEL_RUNS := $(OUT)/moe_layer/ended $(OUT)/linear/ended
 
 .PHONY: accuracy speed
+ifneq ($(filter speed,$(MAKECMDGOALS)),)
+.NOTPARALLEL:  # whatever -j says
+endif
 accuracy: $(WIDE_RUNS) $(FAMILY_RUNS) $(DIVERGENCE_RUNS) $(ROLE_RUNS)
 speed: $(KERNEL_RUNS) $(DECODE_RUNS) $(TRAFFIC_RUNS) $(AT_LOAD_RUNS)
 

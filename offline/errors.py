@@ -13,3 +13,7 @@ class PassingError(ConversionError):
 
 class OtherTokenizerError(ConversionError):
     """The tokenizer gives ids that the model has no embedding of: one of the two is another model's."""
+
+
+class FamilyError(ConversionError):
+    """The model is of no family that MiLo converts, or has no experts."""

@@ -15,6 +15,7 @@ from vllm_milo.values import shown_name
 from ..checkpoint.claim import refuse_unfinished
 from ..checkpoint.damage import added_files, damaged_files, is_prose, stray_files
 from ..checkpoint.manifest import MANIFEST_NAME, read_manifest
+from ..checkpoint.output import is_milo_checkpoint
 from ..errors import ConversionError
 from ..progress import progress_bar
 from .against_source import Likeness, compare_with_source
@@ -84,8 +85,8 @@ def verify_checkpoint(folder: Path, reference: Path | None = None, progress: boo
     refuse_unfinished(folder)
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder")
-    if (folder / CONFIG).is_file() and not (folder / MANIFEST_NAME).exists():
-        read_format(folder)
+    if (folder / CONFIG).is_file() and not (folder / MANIFEST_NAME).exists() and not is_milo_checkpoint(folder):
+        read_format(folder)  # which says what it is not
     verdict = Verdict(folder)
     _check_files(verdict, progress)
     try:

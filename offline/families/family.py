@@ -16,7 +16,7 @@ import torch
 
 from vllm_milo.names import EXPERT_PROJECTIONS, leaf_of
 
-from ..errors import ConversionError
+from ..errors import ConversionError, FamilyError
 from ..nouns import Kind
 from .slots import FUSED, LLAMA, Cut, FusedTensor, Projections, Rename, Slot, Stack
 
@@ -348,12 +348,12 @@ class Family:
         """Return the number of routed experts that the text model's settings state.
 
         Raises:
-            ConversionError: it states none.
+            FamilyError: it states none.
         """
         for key in self.num_experts_keys:
             value = config.get(key)
             if type(value) is int and value > 0:
                 return value
-        raise ConversionError(
+        raise FamilyError(
             f"config.json: no {' or '.join(self.num_experts_keys)}; is this {self.model_type} model a MoE?"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_milo.values import shown
 
-from ..errors import ConversionError
+from ..errors import FamilyError
 from .family import Family
 from .refused import REFUSED, Refused
 from .table import FAMILIES
@@ -30,14 +30,14 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a model by its config.json.
 
     Raises:
-        ConversionError: the family is unknown or refused, or is known but this model has no experts.
+        FamilyError: the family is unknown or refused, or is known but this model has no experts.
     """
     model_type = config.get("model_type")
     said = f"config.json: model_type {shown(model_type)}"
     text = next(filter(counts_experts, configs_within(config)), None)
     refused = None if text is None else _refused(config, text)
     if refused is not None:
-        raise ConversionError(
+        raise FamilyError(
             f"{said} ({refused.example}) is a MoE family that MiLo does not convert: {refused.why}; that takes "
             f"{refused.needed}; {_LIST}"
         )
@@ -46,18 +46,18 @@ def find_family(config: Mapping[str, Any]) -> Family:
         family.num_experts(family.settings(config))
         return family
     if text is None:
-        raise ConversionError(
+        raise FamilyError(
             f"{said} is not a Mixture-of-Experts model: it states no number of experts; MiLo converts such models "
             f"alone, {_LIST}"
         )
     own = text.get("model_type")
     if text is not config and str(own) in FAMILIES:
-        raise ConversionError(
+        raise FamilyError(
             f"{said} is a larger model around the text model {shown(own)}, which MiLo converts alone: save that part "
             f"by itself first"
         )
     inner = "" if text is config or own is None else f" around a text model {shown(own)}"
-    raise ConversionError(f"{said}{inner} is a MoE family that MiLo does not know{_nearest(model_type, own)}; {_LIST}")
+    raise FamilyError(f"{said}{inner} is a MoE family that MiLo does not know{_nearest(model_type, own)}; {_LIST}")
 
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 from vllm_milo.checkpoint import MiLoFormat
 from vllm_milo.offline.conversion import Conversion
-from vllm_milo.offline.errors import ConversionError
-from vllm_milo.offline.families.find import find_family
+from vllm_milo.offline.errors import FamilyError
 from vllm_milo.offline.nouns import Recipe
 from vllm_milo.offline.planning.plan import decide_format
 from vllm_milo.offline.presets import PRESETS, milo_recipe
-from vllm_milo.offline.source.config import read_settings
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.online.options import OnlineOptions
 
@@ -58,10 +56,9 @@ def plan_online(folder: Path, options: OnlineOptions) -> OnlinePlan:
         ConversionError, CheckpointError, ShardError: this model cannot be converted, or not with these options.
     """
     try:
-        find_family(read_settings(folder))
-    except ConversionError as error:
-        raise ConversionError(f"{error}; vLLM serves the model as it is without --quantization milo") from error
-    reader = ModelReader(folder)
+        reader = ModelReader(folder)
+    except FamilyError as error:
+        raise FamilyError(f"{error}; vLLM serves the model as it is without --quantization milo") from error
     rounds = {} if options.max_rounds is None else {"max_rounds": options.max_rounds}
     fast = PRESETS["fast"]
     conversion = Conversion(
