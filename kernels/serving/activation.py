@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..launch import LaunchMode, launch
 from ..weights import MoESpec
-from .gemm.dequant import lane_order
+from .gemm.lanes import lane_order
 from .layout import UNIT
 from .projection.launcher import Projected
 from .routing import Routes, local_expert

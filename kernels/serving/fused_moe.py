@@ -78,7 +78,7 @@ def fused_moe(
     source, blocks, (planned13, planned2) = prepare(
         x, routes, num_experts, first.block_m, gate_up.group_size, fast, needs_sums, reads_lanes, downs, mode
     )
-    down13 = project(source.x, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
+    down13 = project(source, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
     source = source._replace(down=down13)
     if fast:
         hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode, spec.activation)
@@ -88,7 +88,7 @@ def fused_moe(
         y = gemm(source, gate_up, widths, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
         reads_lanes = second.reads_lanes(down.group_size)
         source = activate(y, spec, gate_up.bias, routes, down.group_size, reads_lanes, dtype, mode)
-    down2 = project(source.x, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
+    down2 = project(source, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
     y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)
     out = weighted_sum(y, down.bias, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)

@@ -40,7 +40,7 @@ def linear(
     source, blocks, (planned,) = prepare(
         rows, None, 1, config.block_m, spec.group_size, half, needs_sums, lanes, [shape], mode
     )
-    down = project(source.x, layer, blocks, None, 1, spec.factor_bits, planned, mode)
+    down = project(source, layer, blocks, None, 1, spec.factor_bits, planned, mode)
     source = source._replace(down=down)
     widths = [padded(width) for width in spec.widths]
     y = gemm(source, layer, widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)

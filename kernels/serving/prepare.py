@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..launch import LaunchMode, launch
 from .activation import power_of_two
-from .gemm.dequant import lane_order
+from .gemm.lanes import lane_order
 from .layout import UNIT
 from .projection.launcher import Planned, Projected, allocate_counters
 from .projection.plan import DownShape, plan

@@ -114,16 +114,6 @@ def operand_order(SIZE: tl.constexpr, WARP: tl.constexpr):
 
 
 @triton.jit
-def lane_order(SIZE: tl.constexpr):
-    """Place of each k of SIZE, a multiple of 32, where activations lie as the lanes of a warp's MMA take them, [SIZE].
-
-    Of 32 values a lane takes 8 in a row there, for two MMAs: k = 16·i0 + 8·h + 2·t + b stands at 8·t + 4·h + 2·i0 + b.
-    """
-    k = tl.arange(0, SIZE)
-    return k // 32 * 32 + k // 2 % 4 * 8 + k // 8 % 2 * 4 + k // 16 % 2 * 2 + k % 2
-
-
-@triton.jit
 def _operand(pairs, ROWS: tl.constexpr, WARP: tl.constexpr):
     """[ROWS, t, h, i0, i1, b] -> MMA operand [ROWS, 64] in the order of :func:`operand_order`, which moves nothing."""
     operand = tl.permute(pairs, (0, 4, 3, 1, 2, 5)) if WARP else tl.permute(pairs, (0, 4, 3, 2, 1, 5))

@@ -16,6 +16,7 @@ from .dequant import (
     scale_and_zero,
     scaled,
 )
+from .lanes import load_lanes
 
 
 @triton.jit
@@ -61,25 +62,6 @@ def _load_halves(x_rows, x_mask, unit, K, WARP: tl.constexpr, EVEN_K: tl.constex
     else:
         second = tl.load(x_rows + (64 + k64)[:, None], mask=x_mask & (unit * 128 + 64 < K), other=0.0)
     return first, second
-
-
-@triton.jit
-def _load_lanes(x_rows, valid, dtype: tl.constexpr, BLOCK_M: tl.constexpr):
-    """As :func:`_load_halves`, from rows in :func:`.dequant.lane_order` [BLOCK_M], two values a word.
-
-    One load from shared memory brings a lane the pairs of registers of two MMAs. From rows in the order of k the two
-    registers of one MMA come from two loads, and every eighth instruction of the loop only moves them together.
-    """
-    part = tl.arange(0, 4)  # of 32 values
-    word = tl.arange(0, 16)  # t, h, i0
-    place = x_rows[None, :, None] + (part * 16)[:, None, None] + word[None, None, :]
-    mask = valid[None, :, None] & (part >= 0)[:, None, None] & (word >= 0)[None, None, :]
-    words = tl.load(place, mask=mask, other=0)
-    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-    pairs = tl.reshape(tl.join(low, high), (2, 2, BLOCK_M, 4, 2, 2, 2))  # half, i1, m, t, h, i0, b
-    first, second = tl.split(tl.permute(pairs, (1, 5, 3, 4, 6, 2, 0)))
-    return tl.reshape(first, (64, BLOCK_M)), tl.reshape(second, (64, BLOCK_M))
 
 
 @triton.jit
@@ -161,7 +143,7 @@ def multiply(
             acc = _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TILE, BLOCK_M)
         else:
             if TILE.LANES:
-                x0, x1 = _load_lanes(x_rows, valid, activations.x.dtype.element_ty, BLOCK_M)
+                x0, x1 = load_lanes(x_rows, valid, activations.x.dtype.element_ty, BLOCK_M)
             else:
                 x0, x1 = _load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K)
             acc = _add_halves(acc, w0, w1, w2, scale_zero, sums, x0, x1, TILE, WARP)

@@ -48,6 +48,7 @@ class Tile(NamedTuple):
         BF16: whether x is bf16, else it is fp16.
         ASM: whether NVIDIA assembly is used.
         WARP_MMA: whether the device multiplies by warps alone, whatever the tile, as in :class:`..gemm.arguments.Tile`.
+        LANES: whether x is read in the order of lanes, as in :class:`..gemm.arguments.Tile`.
         EVEN_K: whether K is a multiple of 128.
         HAS_MAP: whether a map says which experts are local.
         BLOCKS: how pairs lie in blocks, in the words of :func:`..blocks.load_pairs`.
@@ -64,6 +65,7 @@ class Tile(NamedTuple):
     BF16: bool
     ASM: bool
     WARP_MMA: bool
+    LANES: bool
     EVEN_K: bool
     HAS_MAP: bool
     BLOCKS: str

@@ -6,12 +6,21 @@ import triton
 import triton.language as tl
 
 from ..blocks import block_expert, load_pairs
-from ..gemm.dequant import WARPGROUP_TOKENS, code_operand, finished, operand_order, scale_and_zero, scaled
+from ..gemm.dequant import (
+    WARPGROUP_TOKENS,
+    add_group,
+    code_operand,
+    finished,
+    operand_order,
+    scale_and_zero,
+    scaled,
+)
+from ..gemm.lanes import load_lanes
 
 
 @triton.jit
 def _down_project(
-    x_ptr, factor, K, expert, rows, valid, slot, split, unit_chunk, TILE: tl.constexpr
+    activations, factor, K, num_rows, expert, rows, valid, slot, split, unit_chunk, TILE: tl.constexpr
 ):  # fmt: skip
     """V·x of the ranks ``slot`` of an expert over ``unit_chunk`` units of K, fp32 [RANKS, BLOCK_M]."""
     PARTS: tl.constexpr = TILE.PARTS
@@ -32,14 +41,24 @@ def _down_project(
     words = factor.v + (first_unit * 192 + row % 16 * 4)[:, None] + lane[None, :]
     values = factor.v + ((row.to(tl.int64) * units + begin) * 128)[:, None] + k64[None, :]
     word_mask = in_rank[:, None] & (lane >= 0)[None, :]
-    x_rows = x_ptr + rows[None, :].to(tl.int64) * K + begin * 128 + k64[:, None]
+    if TILE.LANES:
+        x_rows = activations.lanes + (rows.to(tl.int64) * units + begin) * 64
+        places = begin.to(tl.int64) * num_rows + rows
+        sums = activations.sums + (places * 2)[:, None] + tl.arange(0, 2)[None, :]
+    else:
+        x_rows = activations.x + rows[None, :].to(tl.int64) * K + begin * 128 + k64[:, None]
     x_mask = valid[None, :] & (k64 >= 0)[:, None]
     down = tl.zeros((RANKS, BLOCK_M), tl.float32)
     for unit in tl.range(begin, end, num_stages=TILE.STAGES):
-        x0 = tl.load(x_rows, mask=x_mask, other=0.0)
-        if TILE.EVEN_K:
+        if TILE.LANES:
+            x0, x1 = load_lanes(x_rows, valid, activations.x.dtype.element_ty, BLOCK_M)
+            sum0, sum1 = tl.split(tl.load(sums))
+            sums += num_rows * 2
+        elif TILE.EVEN_K:
+            x0 = tl.load(x_rows, mask=x_mask, other=0.0)
             x1 = tl.load(x_rows + 64, mask=x_mask, other=0.0)
         else:
+            x0 = tl.load(x_rows, mask=x_mask, other=0.0)
             x1 = tl.load(x_rows + 64, mask=x_mask & (unit * 128 + 64 < K), other=0.0)
         # fp16 scales of both halves, joined like a scale and a zero point
         scale0, scale1 = scale_and_zero(tl.load(scales, mask=in_rank, other=0))
@@ -48,16 +67,21 @@ def _down_project(
             w1 = tl.load(words + 64, mask=word_mask, other=0)
             w2 = tl.load(words + 128, mask=word_mask, other=0)
             four = tl.full((RANKS,), 4.0, tl.float32)
-            codes0 = code_operand(w0, w1, w2, 0, BF16, BF16, ASM, WARP, RANKS)
-            codes1 = code_operand(w0, w1, w2, 1, BF16, BF16, ASM, WARP, RANKS)
-            down = tl.dot(scaled(codes0, scale0, four, 0, BF16), x0, down)
-            down = finished(tl.dot(scaled(codes1, scale1, four, 1, BF16), x1, down), ASM)
+            wide: tl.constexpr = BF16 and not TILE.LANES
+            codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, WARP, RANKS)
+            codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, WARP, RANKS)
+            if TILE.LANES:  # as in the GEMM, few tokens are scaled more cheaply than factors
+                down = add_group(down, tl.dot(codes0, x0), sum0, scale0, four, 0, BF16)
+                down = add_group(down, tl.dot(codes1, x1), sum1, scale1, four, 1, BF16)
+            else:
+                down = tl.dot(scaled(codes0, scale0, four, 0, BF16), x0, down)
+                down = finished(tl.dot(scaled(codes1, scale1, four, 1, BF16), x1, down), ASM)
         else:
             v0 = tl.load(values, mask=in_rank[:, None], other=0).to(tl.float32) * scale0[:, None]
             v1 = tl.load(values + 64, mask=in_rank[:, None], other=0).to(tl.float32) * scale1[:, None]
             down = tl.dot(v0.to(x0.dtype), x0, down)
             down = finished(tl.dot(v1.to(x1.dtype), x1, down), ASM)
-        x_rows += 128
+        x_rows += 64 if TILE.LANES else 128
         scales += 16
         words += 192
         values += 128
@@ -87,16 +111,18 @@ def _finish(
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "top_k", "max_blocks", "unit_chunk", "splits", "rank_tiles"],
+    do_not_specialize=["num_pairs", "num_rows", "top_k", "max_blocks", "unit_chunk", "splits", "rank_tiles"],
 )
 def project_kernel(
-    x_ptr, factor, result, blocks, K, num_pairs, top_k, max_rank, max_blocks, unit_chunk, splits, rank_tiles,
-    TILE: tl.constexpr,
+    activations, factor, result, blocks, K, num_pairs, num_rows, top_k, max_rank, max_blocks,
+    unit_chunk, splits, rank_tiles, TILE: tl.constexpr,
 ):  # fmt: skip
     """V·x of BLOCK_M pairs, RANKS ranks and ``unit_chunk`` units of K.
 
-    The parameters are those of :mod:`.arguments` and, as ``blocks``, :class:`..blocks.Blocks`; ``max_blocks`` are
-    blocks of the GEMM, ``max_rank`` the ranks of a row of the result, and the last three those of :class:`.plan.Plan`.
+    The parameters are those of :mod:`.arguments` and, as ``activations`` and ``blocks``,
+    :class:`..gemm.arguments.Activations` (sums and lanes only with LANES) and :class:`..blocks.Blocks`; ``max_blocks``
+    are blocks of the GEMM, ``max_rank`` the ranks of a row of the result, and the last three those of
+    :class:`.plan.Plan`.
     Its step in :mod:`..protocol` is ``PROJECT``.
     """
     if TILE.PDL:
@@ -114,7 +140,9 @@ def project_kernel(
         valid = pairs < num_pairs
         rows = tl.where(valid, pairs // top_k, 0)
         slot = tile * TILE.RANKS + tl.arange(0, TILE.RANKS)
-        own = _down_project(x_ptr, factor, K, expert, rows, valid, slot, split, unit_chunk, TILE)
+        own = _down_project(
+            activations, factor, K, num_rows, expert, rows, valid, slot, split, unit_chunk, TILE
+        )  # fmt: skip
         place = pairs[None, :].to(tl.int64) * max_rank + slot[:, None]
         inside = valid[None, :] & (slot < max_rank)[:, None]
         part_size = tl.cast(num_pairs, tl.int64) * max_rank

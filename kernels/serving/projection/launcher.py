@@ -17,6 +17,7 @@ import triton
 
 from ...launch import LaunchMode, launch
 from ..blocks import block_kind, make_blocks
+from ..gemm.arguments import Activations
 from ..layout import KernelWeights
 from ..routing import Routes, TokenBlocks
 from .arguments import Factor, Result, Tile
@@ -34,7 +35,7 @@ class Projected(NamedTuple):
             is done or there is one part; None where no expert has rank.
         row_scale: fp32 [rows]; x, sums and down are those of the activations divided by it. None for 1.
         norm: fp32 [rows], Euclidean norms of the activations, where the GEMM applies the activation.
-        lanes: x with zeros up to whole units [rows, units·128], in :func:`..gemm.dequant.lane_order`; None where the
+        lanes: x with zeros up to whole units [rows, units·128], in :func:`..gemm.lanes.lane_order`; None where the
             GEMM does not read it.
     """
 
@@ -67,7 +68,7 @@ def allocate_counters(plans: Sequence[Plan], device: torch.device) -> tuple[torc
 
 
 def project(
-    x: torch.Tensor,
+    source: Projected,
     weights: KernelWeights,
     blocks: TokenBlocks,
     routes: Routes | None,
@@ -79,7 +80,7 @@ def project(
     """Return V·x as in :class:`Projected`.
 
     Args:
-        x: activations, fp16 or bf16 [rows, K], contiguous; pair p reads row p // top_k.
+        source: activations, fp16 or bf16 [rows, K], contiguous, without V·x; pair p reads row p // top_k.
         weights: the GEMM's weights.
         blocks: the pairs in the GEMM's blocks.
         routes: where the pairs go; None for a dense layer, whose pairs are its rows.
@@ -91,7 +92,9 @@ def project(
     how, counters = planned
     if how.max_rank == 0:
         return None
+    x = source.x
     rows, k = x.shape
+    lanes = source.lanes.view(torch.int32) if source.lanes is not None and factor_bits == 3 else None
     num_pairs = rows if routes is None else routes.num_pairs
     num_experts = weights.packed.shape[0]
     parts = None
@@ -107,6 +110,7 @@ def project(
         BF16=x.dtype == torch.bfloat16,
         ASM=mode.asm,
         WARP_MMA=mode.warps,
+        LANES=lanes is not None,
         EVEN_K=k % 128 == 0,
         HAS_MAP=routes is not None and routes.expert_map is not None,
         BLOCKS=block_kind(blocks, routes),
@@ -120,12 +124,13 @@ def project(
         project_kernel,
         (how.blocks * how.splits * how.rank_tiles,),
         mode,
-        x,
+        Activations(x, None if lanes is None else source.sums, lanes),
         Factor(weights.v, weights.v_scale, weights.rank_blocks),
         Result(down, parts if how.finish else None, counters if how.finish else None),
         make_blocks(blocks, routes),
         k,
         num_pairs,
+        rows,
         top_k,
         how.max_rank,
         blocks.max_blocks,

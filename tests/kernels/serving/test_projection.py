@@ -13,7 +13,7 @@ from vllm_milo.kernels import ops
 from vllm_milo.kernels.launch import launch_mode
 from vllm_milo.kernels.reference import expert_factors
 from vllm_milo.kernels.serving import fused_moe, linear, prepare
-from vllm_milo.kernels.serving.gemm.config import GemmConfig
+from vllm_milo.kernels.serving.gemm.config import WARPGROUP_TOKENS, GemmConfig
 from vllm_milo.kernels.serving.layout import KernelWeights, prepare_experts
 from vllm_milo.kernels.serving.projection import launcher
 from vllm_milo.kernels.serving.projection import plan as planning
@@ -38,6 +38,11 @@ class Case:
     bits: int = 3
     local: list[int] | None = field(default=None)
 
+    @property
+    def in_lanes(self) -> bool:
+        """Whether x is read in the order of lanes, as layers do with so few pairs a block."""
+        return self.block_m < WARPGROUP_TOKENS
+
 
 RAGGED = [[8, 24], [0, 0], [40, 16], [0, 8]]
 CASES = {
@@ -53,6 +58,11 @@ CASES = {
     "no expert here": Case(RAGGED[:1], 9, 2, local=[6]),
     "8 bits": Case(RAGGED, 7, 1, bits=8),
     "16 bits": Case(RAGGED, 7, 1, bits=16, splits=3),
+    "blocks of 8": Case(RAGGED, 11, 2, k=576, block_m=8, splits=3),
+    "blocks of 8, expert map": Case(RAGGED[:2], 9, 3, local=[4, 1], block_m=8),
+    "blocks of 8, one token": Case([[16, 16]] * 3, 1, 2, block_m=8, splits=3),
+    "blocks of 8, dense": Case([[72, 40, 8]], 6, k=640, block_m=8, splits=3),
+    "blocks of 8, 8 bits": Case(RAGGED, 7, 1, bits=8, block_m=8),
     "more parts than units": Case([[16]], 5, k=192, splits=4),
 }
 
@@ -92,11 +102,11 @@ class Projection:
         mode = launch_mode(x.device, few_tokens=True)
         shape = DownShape(max(sum(expert) for expert in self.padded), self.prepared.units, 1)
         # as if there were two in a layer, of which this is the second
-        _, blocks, (_, planned) = prepare.prepare(
-            x, routes, len(case.ranks), case.block_m, 64, False, True, False, [shape, shape], mode
+        source, blocks, (_, planned) = prepare.prepare(
+            x, routes, len(case.ranks), case.block_m, 64, False, True, case.in_lanes, [shape, shape], mode
         )
         top_k = case.top_k or 1
-        down = launcher.project(x, self.prepared, blocks, routes, top_k, case.bits, planned, mode)
+        down = launcher.project(source, self.prepared, blocks, routes, top_k, case.bits, planned, mode)
         return down, planned.counters, blocks, planned.plan
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
