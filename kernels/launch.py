@@ -106,6 +106,11 @@ def noting() -> Iterator[dict[Hashable, Launch]]:
         _noted.reset(token)
 
 
+def is_noting() -> bool:
+    """Return whether launches of this thread are noted, not done; what libraries compute then means nothing either."""
+    return _noted.get() is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], mode: LaunchMode, *arguments: Any, **constants: Any) -> None:
     """Launch a Triton kernel, or note it; ``arguments`` are in its order, ``constants`` hold launch options too."""
     constants |= mode.options()

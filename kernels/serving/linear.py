@@ -1,4 +1,7 @@
-"""A dense layer on Triton: sums of x, or x in fp16; V·x; the GEMM with U in the epilogue; the sum of its parts of K."""
+"""A dense layer on Triton: sums of x, or x in fp16; V·x; the GEMM with U in the epilogue; the sum of its parts of K.
+
+With very many tokens: its weights with their compensators in 16 bits, and a plain GEMM (:mod:`.expand`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 
 from ..launch import launch_mode
 from ..weights import LinearSpec, largest_rank
+from .expand import expand, multiply_expanded
 from .gemm.config import GemmConfig
 from .gemm.heuristic import linear_config
 from .gemm.launcher import gemm
@@ -18,6 +22,8 @@ from .reduce import sum_splits
 
 FEW_TOKENS = 256
 """Up to so many rows the latency of launches matters, and they start early."""
+MANY_TOKENS = 1024
+"""From so many rows on weights in 16 bits pay; see :mod:`.expand`."""
 
 
 def linear(
@@ -31,6 +37,13 @@ def linear(
     rows = pad_inputs(x.reshape(-1, x.shape[-1]).contiguous())
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], sum(spec.widths))
+    widths = [padded(width) for width in spec.widths]
+    shape_out = (*x.shape[:-1], sum(spec.widths))
+    if config is None and rows.shape[0] >= MANY_TOKENS:
+        mode = launch_mode(x.device, few_tokens=False)
+        rank = largest_rank([spec.ranks])
+        wide = expand(layer, widths, rows.shape[1], rank, spec.factor_bits, x.dtype, mode)
+        return cut_outputs(multiply_expanded(rows, wide), spec.widths).view(shape_out)
     config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
     needs_sums = config.needs_sums(spec.group_size)
@@ -42,6 +55,5 @@ def linear(
     )
     down = project(source, layer, blocks, None, 1, spec.factor_bits, planned, mode)
     source = source._replace(down=down)
-    widths = [padded(width) for width in spec.widths]
     y = gemm(source, layer, widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
-    return cut_outputs(sum_splits(y, x.dtype, mode), spec.widths).view(*x.shape[:-1], sum(spec.widths))
+    return cut_outputs(sum_splits(y, x.dtype, mode), spec.widths).view(shape_out)

@@ -19,7 +19,7 @@ from .up_projection import Columns, add_gated_up_projection, add_up_projection, 
 
 
 @triton.jit
-def _tile_part(tile, shape, BLOCK_N: tl.constexpr):
+def tile_part(tile, shape, BLOCK_N: tl.constexpr):
     """(part, first column of the part, first column of the tile in its part, width of the part) of a tile."""
     end0 = tl.cdiv(shape.n0, BLOCK_N)
     end1 = end0 + tl.cdiv(shape.n1, BLOCK_N)
@@ -41,7 +41,7 @@ def compute_tile(
     kind: tl.constexpr = TILE.BLOCKS
     valid = pairs < counts.num_pairs
     rows = tl.where(valid, pairs // counts.top_k, 0)
-    part, start, first_column, width = _tile_part(tile, shape, TILE.BLOCK_N)
+    part, start, first_column, width = tile_part(tile, shape, TILE.BLOCK_N)
     column = first_column + tl.arange(0, TILE.BLOCK_N)
     inside = column < width
     if TILE.EVEN_N:

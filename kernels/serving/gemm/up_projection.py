@@ -112,6 +112,20 @@ def _up_scales(
 
 
 @triton.jit
+def up_factor(compensators, ranks, columns, rank_block, dtype: tl.constexpr, TILE: tl.constexpr):
+    """Uᵀ of RANK_STEP ranks of a part from ``rank_block`` on, in their order, ``dtype`` [BLOCK_N, RANK_STEP]."""
+    groups: tl.constexpr = TILE.BLOCK_N // 64
+    scale = _up_scales(
+        compensators.u_scale, ranks, rank_block, columns, TILE.FACTOR_BITS, False, TILE.RANK_STEP, groups
+    )  # fmt: skip
+    u = _up_codes(
+        compensators.u, ranks.start + columns.each * 0, ranks.blocks + columns.each * 0, rank_block, columns,
+        TILE, False, False,
+    )  # fmt: skip
+    return _scaled(u, scale, groups, TILE, False).to(dtype)
+
+
+@triton.jit
 def _to_rows(scale, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr):
     """[GROUPS, RANK_STEP] -> [BLOCK_N, RANK_STEP], each group's values for as many neighbouring rows."""
     return tl.reshape(tl.broadcast_to(scale[:, None, :], (GROUPS, BLOCK_N // GROUPS, RANK_STEP)), (BLOCK_N, RANK_STEP))

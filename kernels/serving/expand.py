@@ -1,0 +1,169 @@
+"""A dense layer for very many tokens: its weights with the compensators in 16 bits, once, then one plain GEMM.
+
+A tile of the GEMM in 3 bits dequantizes its weights for its own tokens and multiplies V and U apart. With thousands of
+tokens that is done for every block of them, and the ranks of attention are a large part of the products: W + Uᵀ·V costs
+a fixed time, after which the GEMM is that of an unquantized layer. The 16 bits live as long as the call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import LaunchMode, is_noting, launch
+from .gemm.arguments import Compensators, Shape, Weights
+from .gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled
+from .gemm.launcher import MAX_PARTS
+from .gemm.tile import tile_part
+from .gemm.up_projection import Columns, part_ranks, up_factor
+from .layout import UNIT, KernelWeights
+from .projection.arguments import Factor
+
+BLOCK_N = 128
+RANK_STEP = 64
+
+
+class Tile(NamedTuple):
+    """The constants that the kernel is compiled for, in the words of :class:`.gemm.arguments.Tile`."""
+
+    PARTS: int
+    GROUP: int
+    FACTOR_BITS: int
+    HAS_RANK: bool
+    BF16: bool
+    ASM: bool
+    BLOCK_N: int
+    RANK_STEP: int
+    STAGES: int
+
+
+@triton.jit
+def _down_factor(factor, units, unit, row, in_rank, TILE: tl.constexpr):
+    """V of ``row`` [RANK_STEP] and both halves of a unit, 16 bits, each [RANK_STEP, 64]."""
+    BF16: tl.constexpr = TILE.BF16
+    first = (row // 16).to(tl.int64) * units + unit
+    scale0, scale1 = scale_and_zero(tl.load(factor.v_scale + first * 16 + row % 16, mask=in_rank, other=0))
+    if TILE.FACTOR_BITS == 3:
+        lane = tl.arange(0, 4)
+        words = factor.v + (first * 192 + row % 16 * 4)[:, None] + lane[None, :]
+        mask = in_rank[:, None] & (lane >= 0)[None, :]
+        w0 = tl.load(words, mask=mask, other=0)
+        w1 = tl.load(words + 64, mask=mask, other=0)
+        w2 = tl.load(words + 128, mask=mask, other=0)
+        four = tl.full((TILE.RANK_STEP,), 4.0, tl.float32)
+        codes0 = code_operand(w0, w1, w2, 0, BF16, BF16, TILE.ASM, False, TILE.RANK_STEP)
+        codes1 = code_operand(w0, w1, w2, 1, BF16, BF16, TILE.ASM, False, TILE.RANK_STEP)
+        return scaled(codes0, scale0, four, 0, BF16), scaled(codes1, scale1, four, 1, BF16)
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    values = factor.v + ((row.to(tl.int64) * units + unit) * 128)[:, None] + tl.arange(0, 64)[None, :]
+    v0 = tl.load(values, mask=in_rank[:, None], other=0).to(tl.float32) * scale0[:, None]
+    v1 = tl.load(values + 64, mask=in_rank[:, None], other=0).to(tl.float32) * scale1[:, None]
+    return v0.to(dtype), v1.to(dtype)
+
+
+@triton.jit
+def _add_weights(acc, weights, w0, w1, w2, unit, n, inside, N, HALF: tl.constexpr, TILE: tl.constexpr):
+    """acc + s·(q - z) of a half of a unit, fp32 [BLOCK_N, 64]."""
+    BF16: tl.constexpr = TILE.BF16
+    groups: tl.constexpr = 128 // TILE.GROUP
+    codes = code_operand(w0, w1, w2, HALF, BF16, BF16, TILE.ASM, False, TILE.BLOCK_N)
+    group = (HALF * 64 + tl.arange(0, 64)) // TILE.GROUP
+    place = weights.scale_zero + (unit * N * groups + n * groups)[:, None] + group[None, :]
+    scale, zero = scale_and_zero(tl.load(place, mask=inside[:, None] & (group >= 0)[None, :], other=0))
+    factor, offset = scale_of_codes(scale, zero, HALF, BF16)
+    return acc + (codes.to(tl.float32) * factor - offset)
+
+
+@triton.jit
+def _expand_kernel(out_ptr, weights, compensators, factor, shape, TILE: tl.constexpr):
+    """BLOCK_N rows and one unit of W + Uᵀ·V, rounded once, into [N, K]; parameters as of :mod:`.gemm.arguments`."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    N = shape.N
+    K = shape.K
+    unit = tl.program_id(1).to(tl.int64)
+    units = tl.cdiv(K, 128)
+    part, start, first_column, width = tile_part(tl.program_id(0), shape, BLOCK_N)
+    column = first_column + tl.arange(0, BLOCK_N)
+    inside = column < width
+    n = start + column
+    acc0 = tl.zeros((BLOCK_N, 64), tl.float32)
+    acc1 = tl.zeros((BLOCK_N, 64), tl.float32)
+    if TILE.HAS_RANK:
+        ranks = part_ranks(compensators, 0, part, TILE.PARTS)
+        columns = Columns(first_column, column, inside, width)
+        for block in tl.range(0, ranks.blocks, TILE.RANK_STEP // 16, num_stages=TILE.STAGES):
+            lane = block * 16 + tl.arange(0, TILE.RANK_STEP)
+            v0, v1 = _down_factor(factor, units, unit, ranks.before + lane, lane < ranks.blocks * 16, TILE)
+            u = up_factor(compensators, ranks, columns, block, v0.dtype, TILE)
+            acc0 = finished(tl.dot(u, v0, acc0), TILE.ASM)
+            acc1 = finished(tl.dot(u, v1, acc1), TILE.ASM)
+    lane = tl.arange(0, 4)
+    words = weights.packed + unit * (12 * N) + (n // 64 * 768 + n % 64 * 4)[:, None] + lane[None, :]
+    mask = inside[:, None] & (lane >= 0)[None, :]
+    w0 = tl.load(words, mask=mask, other=0)
+    w1 = tl.load(words + 256, mask=mask, other=0)
+    w2 = tl.load(words + 512, mask=mask, other=0)
+    acc0 = _add_weights(acc0, weights, w0, w1, w2, unit, n, inside, N, 0, TILE)
+    acc1 = _add_weights(acc1, weights, w0, w1, w2, unit, n, inside, N, 1, TILE)
+    k = unit * 128 + tl.arange(0, 64)
+    target = out_ptr + n[:, None].to(tl.int64) * K + k[None, :]
+    tl.store(target, acc0.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (k < K)[None, :])
+    tl.store(target + 64, acc1.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (k + 64 < K)[None, :])
+
+
+def expand(
+    weights: KernelWeights,
+    widths: list[int],
+    k: int,
+    max_rank: int,
+    factor_bits: int,
+    dtype: torch.dtype,
+    mode: LaunchMode,
+) -> torch.Tensor:
+    """Return W + Uᵀ·V of a dense layer, 16 bits [N, K], each value rounded once from fp32 (U and V before that).
+
+    Args:
+        weights: a dense layer in the kernel layout.
+        widths: outputs of each part, multiples of 64.
+        k: inputs, a multiple of 64.
+        max_rank: largest rank of a part; 0 for none.
+        factor_bits: 3, 8 or 16.
+        dtype: fp16 or bf16.
+        mode: how to launch.
+    """
+    out = torch.empty(weights.columns, k, dtype=dtype, device=weights.packed.device)
+    tile = Tile(
+        PARTS=len(widths),
+        GROUP=weights.group_size,
+        FACTOR_BITS=factor_bits,
+        HAS_RANK=max_rank > 0,
+        BF16=dtype == torch.bfloat16,
+        ASM=mode.asm,
+        BLOCK_N=BLOCK_N,
+        RANK_STEP=RANK_STEP,
+        STAGES=2,
+    )
+    tiles = sum(triton.cdiv(width, BLOCK_N) for width in widths)
+    launch(
+        _expand_kernel,
+        (tiles, triton.cdiv(k, UNIT)),
+        mode,
+        out,
+        Weights(weights.packed, weights.scale_zero),
+        Compensators(weights.u, weights.u_scale, weights.rank_blocks, weights.u_starts, None),
+        Factor(weights.v, weights.v_scale, weights.rank_blocks),
+        Shape(weights.columns, k, *widths, *[0] * (MAX_PARTS - len(widths))),
+        TILE=tile,
+        num_warps=4,
+    )
+    return out
+
+
+def multiply_expanded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return x·Wᵀ, [rows, K] and [N, K] -> [rows, N]; not computed where launches are only noted."""
+    if is_noting():
+        return x.new_empty(x.shape[0], weights.shape[0])
+    return torch.nn.functional.linear(x, weights)
