@@ -53,6 +53,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
     for tokens in (1, 40, 300, 2000) if capability == 90 else (1, 300):
         yield partial(mixtral, tokens)
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
+    yield partial(run_dense, 1500, [4096, 1024, 1024], 4096, 512)  # the most tokens by tiles
     yield partial(run_dense, 1, [4096], 4096, 0)
     for tokens in (1, 2000):
         yield partial(run_openai_experts, tokens)
@@ -67,6 +68,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_repack, group, bits)
         for tokens in (1, 1000):
             yield partial(run_experts, tokens, 8, 2, 512, intermediate, groups=(group, group), bits=bits)
+        for tokens in (1, 1000, 2000):
             yield partial(run_dense, tokens, [320], intermediate, 64, group=group, bits=bits)
     for tokens, groups in product((1, 1000), ((64, 128), (128, 64))):
         yield partial(run_experts, tokens, 8, 2, 512, 384, groups=groups)
@@ -74,6 +76,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
     yield partial(mixtral, 1000, ranks=[1024, 512])
     for tokens in (1, 300):
         yield partial(mixtral, tokens, dtype=torch.float16)
+    for tokens in (1, 300, 2000):
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512, dtype=torch.float16)
     tiles = ((64, 256, 8), (128, 128, 8), (128, 256, 8), (256, 128, 8)) if capability == 90 else ()
     for block_m, block_n, warps in tiles:

@@ -7,6 +7,8 @@ import torch
 from random_layers import random_linear, relative_error
 
 from vllm_milo.kernels import ops, reference
+from vllm_milo.kernels.launch import noting
+from vllm_milo.kernels.serving import linear as dense
 from vllm_milo.kernels.weights import LinearWeights
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
@@ -27,11 +29,18 @@ CASES = {
 }
 
 
+@pytest.fixture(params=["tiles", "expanded"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a layer multiplies: by tiles of 3 bits, or by weights in 16 bits as with very many tokens."""
+    monkeypatch.setattr(dense, "MANY_TOKENS", 1 if request.param == "expanded" else 1_000_000)
+    return request.param
+
+
 def prepare(weights: LinearWeights, spec, device: str):
     return ops.prepare_linear(LinearWeights(*(t.to(device) for t in weights)), spec, "triton")
 
 
-@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.usefixtures("poisoned_empty", "path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64(case: str, dtype: torch.dtype, kernel_device: str):
@@ -54,6 +63,7 @@ def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: 
         assert relative_error(found, reference.linear(x.double(), weights, spec)) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [128, 16])
 def test_identity_returns_the_weights(tokens: int, dtype: torch.dtype, kernel_device: str):
@@ -71,6 +81,7 @@ def test_identity_returns_the_weights(tokens: int, dtype: torch.dtype, kernel_de
         assert int(steps.max()) <= 1
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [128, 16, 1])
 def test_scales_below_the_normal_range(tokens: int, dtype: torch.dtype, kernel_device: str):
@@ -84,6 +95,7 @@ def test_scales_below_the_normal_range(tokens: int, dtype: torch.dtype, kernel_d
     assert relative_error(found, reference.linear(torch.eye(128) * 1024, weights, spec)) < TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 24, 130])
 def test_error_is_no_larger_than_that_of_rounded_weights(tokens: int, dtype: torch.dtype, kernel_device: str):
@@ -98,6 +110,7 @@ def test_error_is_no_larger_than_that_of_rounded_weights(tokens: int, dtype: tor
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("tokens", [1, 48])
 def test_opcheck_and_graph(tokens: int):
     weights, spec = random_linear([192, 64], [24, 8], 256, 64, 3)
@@ -112,3 +125,32 @@ def test_opcheck_and_graph(tokens: int):
     out.fill_(float("nan"))
     graph.replay()
     assert relative_error(out, reference.linear(fresh.double(), weights, spec)) < TOLERANCE[torch.bfloat16]
+
+
+def test_very_many_tokens_expand_the_weights(monkeypatch: pytest.MonkeyPatch, kernel_device: str):
+    weights, spec = random_linear([64], [16], 64, 64, 3)
+    prepared, expanded, real = prepare(weights, spec, kernel_device), [], dense.expand
+
+    def expand(*arguments):
+        expanded.append(real(*arguments))
+        return expanded[-1]
+
+    monkeypatch.setattr(dense, "expand", expand)
+    x = torch.randn(dense.MANY_TOKENS, 64).half()
+    expected = reference.linear(x.double(), weights, spec)
+    for tokens, whole in ((len(x) - 1, 0), (len(x), 1)):
+        found = ops.linear(x[:tokens].to(kernel_device), prepared, spec, "triton")
+        assert relative_error(found, expected[:tokens]) < TOLERANCE[torch.float16]
+        assert len(expanded) == whole
+    assert expanded[0].shape == (64, 64)
+    assert relative_error(expanded[0], reference.linear(torch.eye(64).double(), weights, spec).T) < 1e-3
+
+
+def test_nothing_is_multiplied_while_launches_are_noted(monkeypatch: pytest.MonkeyPatch, kernel_device: str):
+    weights, spec = random_linear([64, 64], [16, 8], 128, 64, 3)
+    prepared = prepare(weights, spec, kernel_device)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: pytest.fail("multiplied"))
+    with noting() as noted:
+        found = ops.linear(torch.zeros(dense.MANY_TOKENS, 128, device=kernel_device).half(), prepared, spec, "triton")
+    assert found.shape == (dense.MANY_TOKENS, 128)
+    assert [launch.kernel.__name__ for launch in noted.values()] == ["_expand_kernel"]
