@@ -80,7 +80,10 @@ def _add_weights(acc, weights, w0, w1, w2, unit, n, inside, N, HALF: tl.constexp
 
 @triton.jit
 def _expand_kernel(out_ptr, weights, compensators, factor, shape, TILE: tl.constexpr):
-    """BLOCK_N rows and one unit of W + Uᵀ·V, rounded once, into [N, K]; parameters as of :mod:`.gemm.arguments`."""
+    """BLOCK_N rows and one unit of W + Uᵀ·V, rounded once, into [N, K]; parameters as of :mod:`.gemm.arguments`.
+
+    Its step in :mod:`.protocol` is ``EXPAND``.
+    """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     N = shape.N
     K = shape.K

@@ -23,8 +23,8 @@ from .reduce import sum_splits
 FEW_TOKENS = 256
 """Up to so many rows the latency of launches matters, and they start early."""
 MANY_TOKENS = 1536
-"""From so many rows on weights in 16 bits pay, see :mod:`.expand`: on an H200 from 500 (Qwen3's output projection) to 1900
-(Mixtral's, of rank 512) on."""
+"""From so many rows on weights in 16 bits pay, see :mod:`.expand`: on an H200 from 500 (Qwen3's output projection) to
+1900 (Mixtral's, of rank 512) on."""
 
 
 def linear(

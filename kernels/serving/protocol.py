@@ -75,9 +75,11 @@ GEMM_ALONE = Step("gemm_kernel", "likewise, without V·x before it", START, AFTE
 ACTIVATE = Step("_activation_kernel", "the second GEMM's input in two orders, its sums", START, AT_ONCE)
 WEIGHTED_SUM = Step("_weighted_sum_kernel", "the result of a MoE layer", START, AT_ONCE)
 SUM_SPLITS = Step("_sum_splits_kernel", "the result of a dense layer whose GEMM splits K", START, AT_ONCE)
+EXPAND = Step("_expand_kernel", "weights in 16 bits", START, AT_ONCE)
 
-STEPS = (PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS)
-"""In the order of launches. A MoE layer goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``."""
+STEPS = (PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, EXPAND)
+"""In the order of launches. ``EXPAND``, with very many tokens, comes alone before a library's GEMM, and neither starts
+early: by itself each waits until all before it have ended. A MoE layer goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``."""
 
 
 def find_step(kernel: str, has_down: bool) -> Step:
