@@ -65,6 +65,24 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> li
     return list(weights)
 
 
+def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    """Return a linear layer's weights with their compensators, W + Uᵀ·V in ``dtype`` [N, K], for a plain product.
+
+    Args:
+        weights: in the checkpoint layout.
+        spec: part widths and ranks, group size, factor bits.
+        dtype: of the activations; ``triton`` knows fp16 and bf16.
+        backend: ``torch`` or ``triton``.
+    """
+    if backend == "triton":
+        from .launch import device_of
+        from .serving import expand
+
+        with device_of(weights.packed):
+            return expand.expand_layer(prepare_linear(weights, spec, backend), spec, weights.scale.shape[1], dtype)
+    return reference.expand_linear(weights, spec, dtype)
+
+
 def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list[torch.Tensor]:
     """Return one expert GEMM's tensors as ``backend`` takes them."""
     if backend == "triton":

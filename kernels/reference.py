@@ -49,6 +49,12 @@ def linear(x: torch.Tensor, weights: LinearWeights, spec: LinearSpec) -> torch.T
     return out.to(x.dtype)
 
 
+def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype) -> torch.Tensor:
+    """Return W + Uᵀ·V of a layer in the checkpoint layout, ``dtype`` [N, K], each value rounded once from float32."""
+    k = weights.scale.shape[1] * spec.group_size
+    return linear(torch.eye(k, device=weights.packed.device), weights, spec).T.contiguous().to(dtype)
+
+
 def fused_moe(
     x: torch.Tensor,
     topk_weights: torch.Tensor,

@@ -198,6 +198,27 @@ def warm_up_repack(parts: int, group_size: int, factor_bits: int, dtype: torch.d
     return _note(lambda: key, "repacking", note, device)
 
 
+def warm_up_expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.dtype) -> Waiting:
+    """Begin to compile what gives a dense layer's weights in 16 bits; see :func:`.ops.expand_linear`.
+
+    Args:
+        weights: as prepared for ``triton``, or tensors that stand in for them.
+        spec: of the layer.
+        k: inputs of the layer.
+        dtype: of the activations.
+    """
+
+    def note() -> None:
+        from .serving.expand import expand_layer
+
+        expand_layer(weights, spec, k // spec.group_size, dtype)
+
+    def make_key() -> Hashable:
+        return "expand", linear_key(weights, spec, k, dtype)
+
+    return _note(make_key, "weights in 16 bits", note, weights[0].device)
+
+
 def _warm_up(
     what: str,
     make_key: Callable[[], Hashable],

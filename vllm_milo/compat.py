@@ -73,6 +73,15 @@ def max_tokens() -> int:
     return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)
 
 
+def graph_notes() -> dict[str, Any] | None:
+    """Return a part of the configuration of the model under construction that tells its compiled graphs apart.
+
+    What a plugin puts there must be JSON. None where another plugin keeps something of its own in its place.
+    """
+    notes = get_current_vllm_config().additional_config
+    return notes if isinstance(notes, dict) else None
+
+
 def place_on_host() -> tuple[int, int]:
     """Return which of this host's processes of the model under construction this is, from 0, and how many there are."""
     parallel = get_current_vllm_config().parallel_config

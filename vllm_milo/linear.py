@@ -29,7 +29,7 @@ from vllm_milo.checkpoint import (
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.warm_up import wait, warm_up_linear
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
-from vllm_milo.loading import account
+from vllm_milo.loading import account, dense
 from vllm_milo.loading.ahead import start_linear
 from vllm_milo.models.parameters import ANY_FLOAT, Cut, FillGuard, factor_dtype, require_split
 from vllm_milo.models.partitions import Split, keep_unquantized, spans_of
@@ -89,7 +89,10 @@ class MiLoLinearMethod(LinearMethodBase):
         self._register_base(layer, sum(widths), input_size_per_partition, loader)
         self._register_factors(layer, input_size_per_partition, params_dtype)
         device = getattr(layer, PACKED).device
-        self.kernels = start_linear(self.spec, self.split.k, self.dtype, self.max_tokens, device)
+        size = sum(widths) * self.split.k * params_dtype.itemsize
+        self.place = dense.reserve(self.prefix, size, device, params_dtype)
+        wide = self.place is not None
+        self.kernels = start_linear(self.spec, self.split.k, params_dtype, self.max_tokens, device, wide)
         account.make(self.prefix)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -103,18 +106,27 @@ class MiLoLinearMethod(LinearMethodBase):
         device = getattr(layer, PACKED).device
         self.backend = ops.choose_backend("linear", device.type)
         load = account.current()
+        self.wide = self.place is not None and self.place.keep(device)
+        if self.place is not None and self.wide:
+            with load.spend(account.WARMING_UP):
+                wait(self.kernels)
+            load.widen(self.prefix, self.place.size)
         with load.spend(account.REPACKING):
             prepared = self._repack(layer)
-        with load.spend(account.WARMING_UP):
-            wait(self.kernels)
-            # what start_linear did not foresee
-            wait(warm_up_linear(prepared, self.spec, self.backend, self.split.k, self.dtype, self.max_tokens))
+        if not self.wide:
+            with load.spend(account.WARMING_UP):
+                wait(self.kernels)
+                # what start_linear did not foresee
+                wait(warm_up_linear(prepared, self.spec, self.backend, self.split.k, self.dtype, self.max_tokens))
         account.finish(self.prefix, device)
 
     def _repack(self, layer: torch.nn.Module) -> list[torch.Tensor]:
-        """Replace the layer's parameters by the backend's, and return those."""
+        """Replace the layer's parameters by the backend's, or by weights in 16 bits, and return those."""
         weights = LinearWeights(*(getattr(layer, name).data for name in BASE_TENSORS + _FACTOR_ORDER))
-        prepared = ops.prepare_linear(weights, self.spec, self.backend)
+        if self.wide:
+            prepared = [ops.expand_linear(weights, self.spec, self.dtype, self.backend)]
+        else:
+            prepared = ops.prepare_linear(weights, self.spec, self.backend)
         for name in BASE_TENSORS + _FACTOR_ORDER:
             delattr(layer, name)
         # the first keeps its name: MLA and LoRA look for weight_packed
@@ -125,6 +137,8 @@ class MiLoLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + (x·Vᵀ)·U + bias."""
+        if self.wide:
+            return torch.nn.functional.linear(x, getattr(layer, PACKED), bias)
         weights = [getattr(layer, name) for name in self.names]
         out = ops.linear(x, weights, self.spec, self.backend)
         return out if bias is None else out + bias

@@ -1,9 +1,10 @@
-"""A dense layer for very many tokens: its weights with the compensators in 16 bits, once, then one plain GEMM.
+"""A dense layer's weights with the compensators in 16 bits: for a plain GEMM, of very many tokens or of any.
 
 A tile of the GEMM in 3 bits dequantizes its weights for its own tokens and multiplies V and U apart. With thousands of
 tokens that is done for every block of them, and the ranks of attention are a large part of the products: W + Uᵀ·V costs
-a fixed time, after which the GEMM is that of an unquantized layer. The 16 bits live as long as the call. On an H200
-8192 tokens take 0.65 ms in Mixtral's QKV with ranks of 512, where tiles of 3 bits take 1.20.
+a fixed time, after which the GEMM is that of an unquantized layer. On an H200 8192 tokens take 0.65 ms in Mixtral's QKV
+with ranks of 512, where tiles of 3 bits take 1.20. The 16 bits live as long as the call, or as the layer, where a
+server has room for them (:func:`expand_layer`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import LaunchMode, is_noting, launch
+from ..launch import LaunchMode, is_noting, launch, launch_mode
+from ..weights import LinearSpec, largest_rank
 from .gemm.arguments import Compensators, Shape, Weights
 from .gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled
 from .gemm.launcher import MAX_PARTS
 from .gemm.tile import tile_part
 from .gemm.up_projection import Columns, part_ranks, up_factor
 from .layout import UNIT, KernelWeights
+from .padding import padded
 from .projection.arguments import Factor
 
 BLOCK_N = 128
@@ -164,6 +167,23 @@ def expand(
         num_warps=4,
     )
     return out
+
+
+def expand_layer(weights: list[torch.Tensor], spec: LinearSpec, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return W + Uᵀ·V of a dense layer without padding, 16 bits [N, K].
+
+    Args:
+        weights: :class:`.layout.KernelWeights`.
+        spec: of the layer.
+        groups: of a row.
+        dtype: fp16 or bf16.
+    """
+    layer, k = KernelWeights(*weights), groups * spec.group_size
+    widths = [padded(width) for width in spec.widths]
+    mode = launch_mode(layer.packed.device, few_tokens=False)
+    wide = expand(layer, widths, padded(k), largest_rank([spec.ranks]), spec.factor_bits, dtype, mode)
+    rows = zip(wide.split(widths), spec.widths, strict=True)
+    return wide if wide.shape == (sum(spec.widths), k) else torch.cat([part[:width, :k] for part, width in rows])
 
 
 def multiply_expanded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,8 @@ SUM_SPLITS = Step("_sum_splits_kernel", "the result of a dense layer whose GEMM 
 EXPAND = Step("_expand_kernel", "weights in 16 bits", START, AT_ONCE)
 
 STEPS = (PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, EXPAND)
-"""In the order of launches. ``EXPAND``, with very many tokens, comes alone before a library's GEMM, and neither starts
-early: by itself each waits until all before it have ended. A MoE layer goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``."""
+"""In the order of launches. A MoE layer goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``. With
+very many tokens ``EXPAND`` comes alone before a library's GEMM: neither starts early, so each waits for all before."""
 
 
 def find_step(kernel: str, has_down: bool) -> Step:

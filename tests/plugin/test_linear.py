@@ -45,10 +45,14 @@ def outputs_of_ranks(
     return found
 
 
+@pytest.mark.parametrize("dense", ["3bit", "16bit"])
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("bits", [3, 8, 16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_ranks_together_give_the_whole_layer(name: str, bits: int, tp: int, monkeypatch: pytest.MonkeyPatch):
+def test_ranks_together_give_the_whole_layer(
+    name: str, bits: int, tp: int, dense: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_MILO_DENSE", dense)
     widths, ranks, prefix, leaves, heads = LAYERS[name]
     kind = name.split()[0]
     parent = prefix.rpartition(".")[0]

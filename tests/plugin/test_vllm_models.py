@@ -46,6 +46,15 @@ def test_equals_the_dequantized_model(name: str, checkpoints: dict[str, Path], s
     assert_matches(name, checkpoints, served, DTYPE)
 
 
+def test_dense_layers_in_16_bits(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As GPUs keep them by default, and there once more with all layers in 3 bits."""
+    other = "3bit" if DEVICE == "cuda" else "16bit"
+    monkeypatch.setenv("VLLM_MILO_DENSE", other)
+    outputs = vllm_runner.run(job({"bundled": checkpoints["bundled"]}, dtype=DTYPE, quantization="milo"), tmp_path)
+    assert_matches("bundled", checkpoints, outputs, DTYPE)
+    assert ("dense layers in 16 bits" in (tmp_path / "vllm.log").read_text()) == (other == "16bit")
+
+
 KEPT = {
     "mixtral": ["model.layers.1.block_sparse_moe.experts"],
     "qwen2_moe": [r"re:.*experts\.\d+\..*"],  # all that there are

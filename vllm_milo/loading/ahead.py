@@ -14,11 +14,13 @@ import torch
 from vllm_milo import compat
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.compiling import Share
-from vllm_milo.kernels.warm_up import Waiting, compiler, warm_up_linear, warm_up_moe, warm_up_repack
+from vllm_milo.kernels.warm_up import Waiting, compiler, warm_up_expand, warm_up_linear, warm_up_moe, warm_up_repack
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
-def start_linear(spec: LinearSpec, k: int, dtype: torch.dtype, max_tokens: int, device: torch.device) -> Waiting:
+def start_linear(
+    spec: LinearSpec, k: int, dtype: torch.dtype, max_tokens: int, device: torch.device, wide: bool
+) -> Waiting:
     """Begin to compile a dense layer's kernels; return what to wait for, nothing without a GPU.
 
     Args:
@@ -27,6 +29,7 @@ def start_linear(spec: LinearSpec, k: int, dtype: torch.dtype, max_tokens: int, 
         dtype: of the activations, and of factors of 16 bits.
         max_tokens: most tokens of a step.
         device: of the layer.
+        wide: whether it is kept in 16 bits.
     """
     if not _compiles("linear", device):
         return []
@@ -34,6 +37,8 @@ def start_linear(spec: LinearSpec, k: int, dtype: torch.dtype, max_tokens: int, 
 
     weights = stand_in(1, spec.widths, k, spec.group_size, spec.factor_bits, dtype, device)
     repack = warm_up_repack(1, spec.group_size, spec.factor_bits, dtype, device)
+    if wide:
+        return repack + warm_up_expand(weights, spec, k, dtype)
     return repack + warm_up_linear(weights, spec, "triton", k, dtype, max_tokens)
 
 

@@ -147,6 +147,20 @@ def test_very_many_tokens_expand_the_weights(monkeypatch: pytest.MonkeyPatch, ke
     assert relative_error(expanded[0], reference.linear(torch.eye(64).double(), weights, spec).T) < 1e-3
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, "odd sizes"])
+def test_expanded_weights_match_float64(case: str, dtype: torch.dtype, kernel_device: str):
+    _, widths, ranks, k, group, bits = {**CASES, "odd sizes": (0, [96, 40], [8, 0], 96, 32, 16)}[case]
+    weights, spec = random_linear(widths, ranks, k, group, bits)
+    moved = LinearWeights(*(values.to(kernel_device) for values in weights))
+    found = ops.expand_linear(moved, spec, dtype, "triton")
+    assert found.is_contiguous()
+    exact = reference.linear(torch.eye(k, dtype=torch.float64), weights, spec).T
+    assert found.shape == exact.shape
+    assert relative_error(found, exact) < TOLERANCE[dtype] / 3
+
+
 def test_nothing_is_multiplied_while_launches_are_noted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: pytest.fail("multiplied"))
     with noting():

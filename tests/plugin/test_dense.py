@@ -1,0 +1,118 @@
+"""Which dense layers a server keeps in 16 bits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from plugin_layers import PREFIX, K, checkpoint_tensors, load, make_format, make_layer
+from random_layers import random_linear
+
+from vllm_milo import compat
+from vllm_milo.kernels import reference
+from vllm_milo.kernels.weights import LinearWeights
+from vllm_milo.loading import account, dense
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
+GPU = torch.device("cuda:0")
+TOTAL = 10_000
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """vLLM's configuration for plugins, on a GPU of :data:`TOTAL` bytes that is empty."""
+    notes: dict = {"other plugin's": 1}
+    monkeypatch.setattr(compat, "graph_notes", lambda: notes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=TOTAL))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.delenv(dense.VARIABLE, raising=False)
+    return notes
+
+
+def test_layers_are_kept_while_they_are_few_of_the_devices_bytes(notes: dict):
+    places = [dense.reserve(f"layer {i}", 200, GPU, torch.bfloat16) for i in range(4)]
+    assert [place is not None for place in places] == [True, True, False, False]
+    assert dense.reserve("small", 100, GPU, torch.bfloat16) is not None
+    assert notes == {"other plugin's": 1, dense.NOTE: {"layer 0": 200, "layer 1": 200, "small": 100}}
+    assert json.loads(json.dumps(notes)) == notes
+
+
+def test_none_is_kept_where_weights_fill_the_device(notes: dict, monkeypatch: pytest.MonkeyPatch):
+    first, second = (dense.reserve(name, 200, GPU, torch.bfloat16) for name in ("first", "second"))
+    assert first is not None
+    assert second is not None
+    assert first.keep(GPU)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0.61 * TOTAL)
+    assert not second.keep(GPU)
+    assert first.keep(GPU), "a layer that is loaded once more stays what it was"
+    assert notes[dense.NOTE] == {"first": 200}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [(GPU, torch.float32), (torch.device("cpu"), torch.bfloat16), (torch.device("meta"), None)]
+)
+def test_none_is_kept_where_no_kernel_of_triton_would_run(device: torch.device, dtype, notes: dict):
+    assert dense.reserve("layer", 1, device, dtype or torch.bfloat16) is None
+    assert dense.NOTE not in notes
+
+
+def test_the_variable_decides(notes: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(dense.VARIABLE, "16bit")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: TOTAL)
+    place = dense.reserve("large", 10 * TOTAL, torch.device("cpu"), torch.float32)
+    assert place is not None
+    assert place.keep(torch.device("cpu"))
+    monkeypatch.setenv(dense.VARIABLE, "3bit")
+    assert dense.reserve("small", 1, GPU, torch.bfloat16) is None
+    monkeypatch.setenv(dense.VARIABLE, "4bit")
+    with pytest.raises(ValueError, match="VLLM_MILO_DENSE='4bit': must be one of auto, 3bit, 16bit"):
+        dense.reserve("small", 1, GPU, torch.bfloat16)
+
+
+def test_none_is_kept_where_graphs_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch):
+    from vllm.config import get_current_vllm_config
+
+    monkeypatch.setenv(dense.VARIABLE, "16bit")
+    monkeypatch.setattr(get_current_vllm_config(), "additional_config", SimpleNamespace(compute_hash=lambda: ""))
+    assert dense.reserve("layer", 1, torch.device("cpu"), torch.float32) is None
+
+
+def test_graphs_of_layers_in_16_bits_are_told_apart(monkeypatch: pytest.MonkeyPatch):
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    monkeypatch.setattr(config, "additional_config", {})
+    before = config.compute_hash()
+    monkeypatch.setenv(dense.VARIABLE, "16bit")
+    assert dense.reserve("layer", 1, torch.device("cpu"), torch.float32) is not None
+    assert config.compute_hash() != before
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_16_bits_is_a_plain_one(
+    bias: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv(dense.VARIABLE, "16bit")
+    monkeypatch.setattr(account, "_current", account.Load())
+    weights, spec = random_linear([128], [8], K, 64, 3)
+    layer = make_layer("column", make_format({f"{PREFIX}.o_proj": 8}), [128], f"{PREFIX}.o_proj")
+    load(layer, "column", checkpoint_tensors(weights, spec))
+    with caplog.at_level(logging.INFO, "vllm.milo"):
+        layer.quant_method.process_weights_after_loading(layer)
+    assert {name: values.shape for name, values in layer.named_parameters()} == {"weight_packed": (128, K)}
+    torch.testing.assert_close(layer.weight_packed, reference.expand_linear(weights, spec, torch.float32))
+    x, extra = torch.randn(3, K), torch.randn(128) if bias else None
+    found = layer.quant_method.apply(layer, x, extra)
+    torch.testing.assert_close(found, reference.linear(x, weights, spec) + (0 if extra is None else extra))
+    assert "MiLo keeps 1 dense layers in 16 bits, 0.00 GiB; VLLM_MILO_DENSE=3bit keeps none" in caplog.text
+
+
+def test_the_reference_rounds_once():
+    weights, spec = random_linear([64, 32], [8, 0], 96, 32, 16)
+    exact = reference.linear(torch.eye(96, dtype=torch.float64), LinearWeights(*weights), spec).T
+    found = reference.expand_linear(weights, spec, torch.float16)
+    assert found.shape == (96, 96)
+    assert float((found.double() - exact).abs().max() / exact.abs().max()) < 2**-11

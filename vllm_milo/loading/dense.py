@@ -1,0 +1,92 @@
+"""Which dense layers a server keeps in 16 bits, compensators added: where there is room, since that is quicker.
+
+Attention and shared experts are a few percent of a MoE model's weights, but each token reads all of theirs, and large
+ranks are multiplied beside them. In 16 bits a layer is one product of a library. The checkpoint stays as it is; what is
+added on the device is bounded by :data:`SHARE`, and nothing is added where weights fill it (:data:`FULL`).
+
+vLLM keeps compiled graphs from start to start, and those of both kinds differ: layers in 16 bits are noted in the part
+of vLLM's configuration that tells graphs apart and is open to plugins.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from vllm_milo import compat
+from vllm_milo.kernels import ops
+
+VARIABLE = "VLLM_MILO_DENSE"
+AUTO, PACKED, WIDE = "auto", "3bit", "16bit"
+SHARE = 0.05
+"""Of a device's memory: what layers in 16 bits may take at most, all together."""
+FULL = 0.6
+"""Of a device's memory: where weights take more, no layer is kept in 16 bits."""
+NOTE = "milo_dense_16bit"
+"""The key in vLLM's ``additional_config``: bytes of the layers in 16 bits by their names."""
+
+
+def choice() -> str:
+    """Return what ``VLLM_MILO_DENSE`` asks for.
+
+    Raises:
+        ValueError: it is none of the choices.
+    """
+    wanted = os.environ.get(VARIABLE, AUTO)
+    if wanted not in (AUTO, PACKED, WIDE):
+        raise ValueError(f"{VARIABLE}={wanted!r}: must be one of {AUTO}, {PACKED}, {WIDE}")
+    return wanted
+
+
+class Place:
+    """Room on a device for one layer in 16 bits, noted from the moment the layer is made.
+
+    Attributes:
+        size: bytes that the layer takes.
+    """
+
+    def __init__(self, layer: str, size: int, notes: dict[str, Any]) -> None:
+        self.size = size
+        self._layer, self._notes, self._kept = layer, notes, False
+        notes.setdefault(NOTE, {})[layer] = size
+
+    def keep(self, device: torch.device) -> bool:
+        """Return whether the layer is kept in 16 bits, now that weights are on the device; else the note is gone.
+
+        A layer that is loaded once more stays what it was: graphs were compiled for it.
+        """
+        if not self._kept and choice() == AUTO and torch.cuda.memory_allocated(device) > FULL * _total(device):
+            self._notes[NOTE].pop(self._layer, None)
+            return False
+        self._kept = True
+        return True
+
+
+def reserve(layer: str, size: int, device: torch.device, dtype: torch.dtype) -> Place | None:
+    """Return room for a layer that is being made; None where it is not to be kept in 16 bits.
+
+    Args:
+        layer: its name.
+        size: bytes that it takes in ``dtype``.
+        device: of the layer.
+        dtype: of the activations.
+    """
+    wanted, notes = choice(), compat.graph_notes()
+    if wanted == PACKED or notes is None:
+        return None
+    if wanted == AUTO and not _fits(size + sum(notes.get(NOTE, {}).values()), device, dtype):
+        return None
+    return Place(layer, size, notes)
+
+
+def _fits(size: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether so many bytes are few of the device's, which must be a GPU that Triton's kernels serve."""
+    if device.type != "cuda" or dtype.itemsize != 2 or ops.choose_backend("linear", device.type) != "triton":
+        return False
+    return size <= SHARE * _total(device)
+
+
+def _total(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory)
