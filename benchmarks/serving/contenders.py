@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from benchmarks.serving.models import BASE, MODELS, gptq, humming, milo
@@ -17,14 +18,17 @@ class Contender(NamedTuple):
     Attributes:
         quantization: ``quantization_config`` of a model by its name and its layers; None is bf16.
         moe_backend: vLLM's choice of MoE kernels.
+        environment: variables of the process that serves it.
     """
 
     quantization: Callable[[str, int], dict[str, Any]] | None
     moe_backend: str = "auto"
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 CONTENDERS = {
     "milo": Contender(shipped_format),
+    "milo-3bit-dense": Contender(shipped_format, environment={"VLLM_MILO_DENSE": "3bit"}),
     "milo-small": Contender(lambda name, layers: shipped_format(name, layers, "small")),
     "milo-s1": Contender(lambda name, layers: milo(MODELS[name], 1 / 8, 16)),
     "milo-s2": Contender(lambda name, layers: milo(MODELS[name], 1 / 4, 32)),
@@ -35,7 +39,8 @@ CONTENDERS = {
     "humming-int4-g128": Contender(lambda name, layers: gptq(MODELS[name]), "humming"),
     "humming-uint3-g64": Contender(lambda name, layers: humming(MODELS[name])),
 }
-"""``milo`` and ``milo-small`` are the bits, groups and ranks by role of the presets ``balanced`` and ``small``.
+"""``milo`` and ``milo-small`` are the bits, groups and ranks by role of the presets ``balanced`` and ``small``;
+``milo-3bit-dense`` keeps attention in 3 bits, of which the first has as much in 16 bits as the device has room for.
 ``int4-g128`` is a GPTQ checkpoint by the kernels that vLLM chooses: for experts Marlin up to 0.26, and Humming on
 Hopper in 0.33, where ``marlin-int4-g128`` asks for Marlin. Its dense layers are vLLM's choice in both (Machete on
 Hopper)."""

@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 SHOWN_LOG = 4000
-KERNEL_LINES = re.compile(r"(?:Using .*(?:backend|[Kk]ernel)|milo::).*")
+KERNEL_LINES = re.compile(r"(?:Using .*(?:backend|[Kk]ernel)|milo::|MiLo keeps).*")
 """What vLLM and the plugin log of the kernels they chose."""
 
 
@@ -73,6 +73,7 @@ def measure(contender: str, arguments: argparse.Namespace, folder: Path) -> dict
     log, out = folder / "vllm.log", folder / "out.json"
     row: dict[str, Any] = {"contender": contender, "model": arguments.model, "layers": arguments.layers}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ENVIRONMENT
+    environment |= CONTENDERS[contender].environment
     start = time.monotonic()
     words, seconds = (str(folder / "job.json"), str(out)), arguments.contender_seconds
     code = run_main(

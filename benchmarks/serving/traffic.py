@@ -156,6 +156,7 @@ def start_one(contender: str, arguments: argparse.Namespace, folder: Path) -> tu
     options += ["--enforce-eager"] if arguments.eager else []
     path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     variables = {**ENVIRONMENT, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    variables |= CONTENDERS[contender].environment
     begun = time.monotonic()
     server = serve(
         model, *options, log=folder / f"{contender}.log", timeout=arguments.start_seconds, environment=variables
