@@ -11,6 +11,7 @@ from typing import Any
 from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS, MiLoFormat
 from vllm_milo.dtypes import DTYPES
 from vllm_milo.head.layout import head_shape, quantized_heads
+from vllm_milo.kernels.resident import WIDE_BYTES
 from vllm_milo.names import split_expert_name
 from vllm_milo.shards import ShardError, TensorEntry, read_object, read_tensors
 from vllm_milo.validation import (
@@ -38,7 +39,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     codes, scales, zero points and factors over the quantized matrices; ``bytes`` is all tensors of the checkpoint,
     ``quantized_bytes`` those of quantized matrices. ``kept_weights`` and ``kept_bytes`` are of the matrices that could
     be quantized and are not, because ``ignore`` names them; ``bits_per_weight_with_kept`` counts them too.
-    ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU; ``serving`` what one
+    ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU,
+    ``resident_bits_dense_16bit`` where dense layers are kept in 16 bits; ``serving`` what one
     decoded token takes of them (:class:`..served.load.Load`), null where config.json does not say how many experts a
     token reads. ``lm_head``
     has bits, weights and bytes of the output head, which none of these counts; null where it is tied to the embeddings.
@@ -71,6 +73,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "quantized_weights": weights,
         "bits_per_weight": 8 * (base + factors) / weights,
         "resident_bits_per_weight": 8 * sum(one.code_bytes + one.factor_bytes for one in held) / weights,
+        "resident_bits_dense_16bit": 8 * sum(map(_bytes_dense_wide, held)) / weights,
         "serving": None if load is None else load.to_dict(),
         "kept_weights": kept_weights,
         "kept_bytes": kept_bytes,
@@ -93,7 +96,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"quantized        {size_text(report['quantized_bytes'])} for {report['quantized_weights']:,} weights",
         f"  compensators   {size_text(report['factor_bytes'])}",
         f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
-        f"{report['resident_bits_per_weight']:.3f} on a GPU",
+        f"{report['resident_bits_per_weight']:.3f} on a GPU, "
+        f"{report['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits",
     ]
     if report["serving"] is not None:
         lines.append(f"serving          {serving_line(report['serving'])}")
@@ -167,6 +171,13 @@ def _held(name: str, found: Mapping[str, TensorEntry], rank: int, fmt: MiLoForma
     kind = family.kind(name) or (Kind.ATTENTION if experts is None else Kind.ROUTED_EXPERT)
     matrix = Matrix(name, kind, *matrix_shape(found), experts, number)
     return Held(matrix, rank, fmt.module_group_size(name), fmt.compensator.bits)
+
+
+def _bytes_dense_wide(one: Held) -> float:
+    """Return the bytes of a matrix on a GPU that keeps dense layers in 16 bits."""
+    if one.matrix.experts is None:
+        return WIDE_BYTES * one.matrix.n * one.matrix.k
+    return one.code_bytes + one.factor_bytes
 
 
 def _load(held: Sequence[Held], top_k: int | None) -> Load | None:

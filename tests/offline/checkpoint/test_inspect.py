@@ -35,6 +35,10 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert report["bits_per_weight"] == pytest.approx(8 * quantized / report["quantized_weights"])
     # all sizes fill tiles; ranks of 8 are held as 16, and U in four bits in place of three
     assert 1.05 < report["resident_bits_per_weight"] / report["bits_per_weight"] < 1.4
+    experts = [matrix_shape(found) for name, found in modules.items() if split_expert_name(name)]
+    dense = report["quantized_weights"] - sum(n * k for n, k in experts)
+    held = 2 * dense + sum(resident_bytes(n, k, 8, 64, 3) for n, k in experts)
+    assert report["resident_bits_dense_16bit"] == pytest.approx(8 * held / report["quantized_weights"])
     assert report["ranks"]["attention"] == {"matrices": 8, "mean": 16, "min": 16, "max": 16}
     assert report["ranks"]["routed_expert"]["mean"] == 8
     assert (report["group_size"], report["group_sizes"]) == (64, {"64": 32})
@@ -44,7 +48,8 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert said.startswith("3-bit, group size 64, compensators in 3 bits\n")
     assert f"all tensors      {report['bytes'] / 2**20:.1f} MiB\n" in said
     assert f"quantized        {quantized / 2**20:.1f} MiB for " in said
-    assert f"(codes, scales, zero points and factors), {report['resident_bits_per_weight']:.3f} on a GPU\n" in said
+    assert f"(codes, scales, zero points and factors), {report['resident_bits_per_weight']:.3f} on a GPU, " in said
+    assert f"on a GPU, {report['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits\n" in said
     assert f"serving          {serving_line(report['serving'])}\n" in said
 
 

@@ -33,6 +33,7 @@ def test_it_says_what_will_be(bundled_model: Path, tmp_path: Path, capsys: pytes
     for key in (
         "bits_per_weight",
         "resident_bits_per_weight",
+        "resident_bits_dense_16bit",
         "serving",
         "bytes",
         "quantized_bytes",
