@@ -3,9 +3,9 @@
     python -m benchmarks.kernels.linear -o out/linear.json
     python -m benchmarks.kernels.linear -o out/linear.json --shapes mixtral-qkv --rank 1024
 
-Ours carries compensators of ``--rank`` in 3 bits on every part; the peers carry none. The calls of a graph rotate
-over so many copies of the layer that their 3-bit weights are three times L2, for all contenders alike. Roofs,
-errors and files are as in ``moe_layer.py``.
+Ours carries compensators of ``--rank`` in 3 bits on every part; ``milo-16bit`` is the same layer as servers with room
+keep it, compensators added; the peers carry none. The calls of a graph rotate over so many copies of the layer that
+their 3-bit weights are three times L2, for all contenders alike. Roofs, errors and files are as in ``moe_layer.py``.
 """
 
 from __future__ import annotations
@@ -86,6 +86,18 @@ def milo(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: 
     )
 
 
+def milo_wide(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: int) -> Dense:
+    """Ours where a server has room: the same layer in 16 bits, compensators added."""
+    backend = ops.choose_backend("linear", device.type)
+    weights, spec = random_linear(shape.widths, rank, shape.k, GROUP, device)
+    return Dense(
+        [ops.expand_linear(weights, spec, DTYPE, backend)],
+        lambda tensors, x: torch.nn.functional.linear(x, tensors[0]),
+        [],
+        lambda x: reference.linear(x.float(), weights, spec),
+    )
+
+
 def bf16(shape: LinearShape, tokens: Sequence[int], device: torch.device) -> Dense:
     """PyTorch's matmul on bf16 weights."""
     weight = torch.randn(sum(shape.widths), shape.k, dtype=DTYPE, device=device) * shape.k**-0.5
@@ -133,6 +145,7 @@ def contenders(rank: int) -> dict[str, Callable[[LinearShape, Sequence[int], tor
     """Return every contender by its name in tables."""
     return {
         "milo": partial(milo, rank=rank),
+        "milo-16bit": partial(milo_wide, rank=rank),
         "milo-no-compensators": partial(milo, rank=0),
         "bf16": bf16,
         "marlin-int4-g128": partial(marlin, group=128),

@@ -191,15 +191,16 @@ def test_dense_layers_rotate_over_three_times_l2():
 def test_linear_dry_run(tmp_path: Path):
     output = tmp_path / "linear.json"
     words = ["-o", str(output), "--shapes", "tiny", "--device", "cpu", "--point-seconds", "0.001", "--tokens", "1,4"]
-    linear.main([*words, "--contenders", "milo,milo-no-compensators,bf16", "--rank", "32"])
+    linear.main([*words, "--contenders", "milo,milo-16bit,milo-no-compensators,bf16", "--rank", "32"])
     record = json.loads(output.read_text())
     assert record["errors"] == record["skipped"] == []
-    assert len(record["rows"]) == 6
+    assert len(record["rows"]) == 8
     rows = {row["contender"]: row for row in record["rows"]}
     assert rows["milo"]["ranks"] == [32, 32]
     assert rows["milo"]["relative_error"] < 0.01
     assert rows["milo-no-compensators"]["bits_per_weight"] == 3.5
     # two parts of rank 32: 3.25 bits for each factor value
     assert rows["milo"]["bits_per_weight"] == 3.5 + 3.25 * 32 * (128 + 64 + 2 * 128) / (192 * 128)
-    assert rows["bf16"]["bits_per_weight"] == 16
+    assert rows["bf16"]["bits_per_weight"] == rows["milo-16bit"]["bits_per_weight"] == 16
+    assert rows["milo-16bit"]["relative_error"] < 0.01
     assert "| milo / fastest peer |" in output.with_suffix(".md").read_text()
