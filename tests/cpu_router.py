@@ -1,6 +1,7 @@
 """Routing that vLLM's CPU build leaves out, so that tests there can serve the families that need it.
 
 Its router takes softmax alone and drops the correction bias where experts are in no groups; routers of GPUs do both.
+Of the router that also chooses among experts without weights (LongCat-Flash) it lacks the operators.
 """
 
 from __future__ import annotations
@@ -24,6 +25,31 @@ def choose(
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights) * scale, ids.int()
 
 
+def _choose_among_all(
+    gating_output: torch.Tensor,
+    e_score_correction_bias: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    scoring_func: str,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``fused_topk_bias``."""
+    return choose(gating_output, topk, scoring_func, e_score_correction_bias, renormalize, 1.0)
+
+
+def _identities(
+    expert_indices: torch.Tensor,
+    expert_scales: torch.Tensor,
+    num_experts: int,
+    zero_expert_type: str,
+    hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    """As ``zero_experts_compute_triton``: what experts without weights, which come last, hand on of their inputs."""
+    assert zero_expert_type == "identity"
+    weight = expert_scales.masked_fill(expert_indices < num_experts, 0.0).sum(-1, keepdim=True)
+    return (hidden_states * weight).to(hidden_states.dtype)
+
+
 def mend() -> None:
     """Let vLLM's router of CPUs compute what it leaves out; what it can, it goes on to do itself."""
     router: Any = importlib.import_module(ROUTER).CPURouter
@@ -37,3 +63,6 @@ def mend() -> None:
         return theirs(self, hidden_states, logits, *others, **options)
 
     router._compute_routing = route
+    if not hasattr(torch.ops._moe_C, "topk_softmax"):
+        among_all: Any = importlib.import_module(ROUTER.replace("cpu_router", "zero_expert_router"))
+        among_all.fused_topk_bias, among_all.zero_experts_compute_triton = _choose_among_all, _identities

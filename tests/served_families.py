@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import hand_made
 import torch
 import vllm_runner
-from tiny_families import TINY, fuse_as_published, has_class, learns, make_family, publish
+from tiny_families import (
+    TINY,
+    fuse_as_published,
+    has_class,
+    has_idle_experts,
+    learns,
+    make_family,
+    publish,
+    with_idle_experts,
+)
 from tiny_models import VOCABULARY, compare, make_prompts
 from vllm_jobs import job
 
@@ -74,6 +83,14 @@ def _plain(name: str, source: Path, checkpoint: Path, out: Path) -> Path:
     return hand_made.copy_settings(source, out, {"dtype": "float32"})
 
 
+def reference(name: str, folders: dict[str, Path], kind: str) -> Path | None:
+    """Return the folder of what a checkpoint stands for that transformers runs, or None where its class does not."""
+    if has_class(name):
+        return folders[kind]
+    plain = folders[f"{kind} plain"]
+    return with_idle_experts(name, plain, plain.with_name(f"{kind} idle")) if has_idle_experts(name) else None
+
+
 def serve(families: dict[str, dict[str, Path]], folder: Path, mend_router: bool = True) -> dict[str, dict[str, Any]]:
     """Return vLLM's outputs by family and kind; families that need other options of vLLM get a process of their own."""
     outputs: dict[str, dict[str, Any]] = {}
@@ -127,10 +144,15 @@ def rows(families: dict[str, dict[str, Path]], outputs: dict[str, dict[str, Any]
             )
             continue
         cells = [_cell(found, kind, f"{kind} plain") for kind in KINDS]
-        plain = f"{KINDS[-1]} plain"
-        failed = "error" in found[plain]
-        control = found[plain]["error"] if failed else "no class" if not has_class(name) else ""
-        yield name, *cells, control or str(against_transformers(made[KINDS[-1]], found[plain]))
+        yield name, *cells, _control(name, made, found)
+
+
+def _control(name: str, made: dict[str, Path], found: dict[str, Any]) -> str:
+    plain = f"{KINDS[-1]} plain"
+    if "error" in found[plain]:
+        return found[plain]["error"]
+    folder = reference(name, made, KINDS[-1])
+    return "no class" if folder is None else str(against_transformers(folder, found[plain]))
 
 
 def _beside_transformers(folder: Path, found: Any) -> str:

@@ -28,6 +28,11 @@ def has_class(name: str) -> bool:
     return not TABLE[name].not_run and _is_known(name)
 
 
+def has_idle_experts(name: str) -> bool:
+    """Whether transformers' class wants weights of experts that have none, and never reads them."""
+    return _is_known(name) and any(part.startswith(".experts.") for part in TINY[name].without)
+
+
 def learns(name: str) -> bool:
     """Whether a family is converted along a text."""
     return has_class(name) and not TABLE[name].not_learned
@@ -84,6 +89,17 @@ def fuse_as_published(name: str, source: Path, folder: Path) -> Path:
             )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def with_idle_experts(name: str, folder: Path, out: Path) -> Path:
+    """Copy a model with zeros for the weights of experts that have none, for transformers' class."""
+    tensors = load_file(folder / "model.safetensors")
+    for key, tensor in list(tensors.items()):
+        if re.search(r"\.experts\.0\.(gate|up)_proj", key):
+            tensors |= {key.replace(".experts.0.", part): torch.zeros_like(tensor) for part in TINY[name].without}
+    hand_made.copy_settings(folder, out, {})
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def make_family(

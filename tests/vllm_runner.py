@@ -1,9 +1,9 @@
 """Runs vLLM on several checkpoints in a process of its own: ``python vllm_runner.py JOB.json OUT.json``.
 
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
-"mend_router": true, vLLM's router of CPUs routes as those of GPUs do, experts need no gate or may have Step-3.5's
-activation, and Ling-2.5's linear attention is there; with "lora": folder, an adapter is on; with "reload": true,
-weights are loaded once more after a first run.
+"mend_router": true, vLLM's routers route as those of GPUs do, experts need no gate or may have Step-3.5's
+activation, and Ling-2.5's linear attention and Mamba-1 are there; with "lora": folder, an adapter is on; with
+"reload": true, weights are loaded once more after a first run.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...], "logprobs": [...]}]}, the last those of what was generated,
 or {name: {"error": text}}. With "rounds": n, prompts are answered n times by one engine and without their own
 log-probabilities, which nothing could be taken from a cache for: {name: [[{"generated": [...], "logprobs": [...],
@@ -151,10 +151,12 @@ def main() -> None:
         sys.path.append(str(Path(__file__).parent))  # where PYTHONSAFEPATH leaves it out
         import cpu_experts
         import cpu_linear_attention
+        import cpu_mamba
         import cpu_router
 
         cpu_router.mend()
         cpu_linear_attention.mend()
+        cpu_mamba.mend()
         cpu_experts.allow_without_gate()
         cpu_experts.allow_step()
     for name, folder in job["models"].items():

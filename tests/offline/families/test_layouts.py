@@ -193,7 +193,7 @@ def test_a_router_chooses_among_experts_without_weights_too(tmp_path: Path):
     source = make_family("longcat_flash", tmp_path / "source")
     edit_config(source, zero_expert_num=3)
     refused(
-        source, tmp_path / "out", r"classifier\.weight has shape \[6, 128\], but there are 7 experts to choose from"
+        source, tmp_path / "out", r"classifier\.weight has shape \[6, 256\], but there are 7 experts to choose from"
     )
     edit_config(source, zero_expert_num=2, num_layers=3)
     refused(source, tmp_path / "out", r"model\.layers\.2: missing")
