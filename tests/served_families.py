@@ -28,7 +28,7 @@ from tiny_families import (
     with_idle_experts,
 )
 from tiny_models import VOCABULARY, compare, make_prompts
-from vllm_jobs import job
+from vllm_jobs import DEVICE, DTYPE, job
 
 from vllm_milo.offline.conversion import Conversion, Text
 from vllm_milo.offline.convert import convert
@@ -94,11 +94,11 @@ def reference(name: str, folders: dict[str, Path], kind: str) -> Path | None:
 def serve(families: dict[str, dict[str, Path]], folder: Path, mend_router: bool = True) -> dict[str, dict[str, Any]]:
     """Return vLLM's outputs by family and kind; families that need other options of vLLM get a process of their own."""
     outputs: dict[str, dict[str, Any]] = {}
-    for dtype, is_part in sorted({(TINY[name].dtype, bool(TINY[name].around)) for name in families}):
+    for dtype, is_part in sorted({_needs(name) for name in families}):
         models = {
             f"{name}/{kind}": path
             for name, made in families.items()
-            if (TINY[name].dtype, bool(TINY[name].around)) == (dtype, is_part)
+            if _needs(name) == (dtype, is_part)
             for kind, path in made.items()
             if TINY[name].unquantized or kind in KINDS
         }
@@ -109,6 +109,11 @@ def serve(families: dict[str, dict[str, Path]], folder: Path, mend_router: bool 
             name, kind = key.split("/")
             outputs.setdefault(name, {})[kind] = output
     return outputs
+
+
+def _needs(name: str) -> tuple[str, bool]:
+    """Return what vLLM computes a family in, and whether it is the text model within a larger one."""
+    return TINY[name].dtype if DEVICE == "cpu" else DTYPE, bool(TINY[name].around)
 
 
 ENGINE = {

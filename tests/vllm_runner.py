@@ -1,7 +1,7 @@
 """Runs vLLM on several checkpoints in a process of its own: ``python vllm_runner.py JOB.json OUT.json``.
 
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
-"mend_router": true, vLLM's routers route as those of GPUs do, experts need no gate or may have Step-3.5's
+"mend_router": true, on CPUs, vLLM's routers route as those of GPUs do, experts need no gate or may have Step-3.5's
 activation, and Ling-2.5's linear attention and Mamba-1 are there; with "lora": folder, an adapter is on; with
 "reload": true, weights are loaded once more after a first run.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...], "logprobs": [...]}]}, the last those of what was generated,
@@ -147,7 +147,7 @@ def main() -> None:
     """Run the job file named on the command line."""
     job = json.loads(Path(sys.argv[1]).read_text())
     results: dict[str, Any] = {}
-    if job.get("mend_router"):
+    if job.get("mend_router") and not torch.cuda.is_available():
         sys.path.append(str(Path(__file__).parent))  # where PYTHONSAFEPATH leaves it out
         import cpu_experts
         import cpu_linear_attention
