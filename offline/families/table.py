@@ -207,6 +207,7 @@ _OTHERS = (
         block="feed_forward",
         mixers=("self_attn", "mamba"),
         norm="final_layernorm",
+        status=_SERVED,
         note=f"{_KEEPS_MAMBA}, and vLLM's CPU build cannot run them",
     ),
 )
@@ -245,7 +246,8 @@ _MOONSHOT_LIKE = (
         num_layers_key="num_layers",
         ahead=("model.mtp.", "mtp."),
         not_run="its class wants weights of the experts that have none",
-        note="no calibration text; vLLM's CPU build loads it, and lacks its router's operator",
+        status=_SERVED,
+        note="no calibration text; vLLM's CPU build lacks its router's operator",
     ),
 )
 _LLAMA = Family(

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 from cpu_router import ROUTER
-from served_families import KINDS, against_transformers, between, make, serve
-from tiny_families import TINY, has_class
+from served_families import KINDS, Difference, between, make, reference, serve
+from tiny_families import TINY
+from tiny_models import compare, make_prompts
 from vllm_jobs import DEVICE
+
+from vllm_milo.offline.evaluation.model import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 if DEVICE != "cpu":
@@ -24,10 +27,11 @@ if DEVICE != "cpu":
 QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe", "gpt_oss", "nemotron_h")
 """What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one;
 experts with biases and a clamped activation, whose model loads them by itself; experts without a gate, on a latent."""
-SLOW = ("hunyuan_v1_moe", "deepseek", "qwen3_next", "bailing_hybrid", "step3_text", "aria")
+SLOW = ("hunyuan_v1_moe", "deepseek", "qwen3_next", "bailing_hybrid", "step3_text", "aria", "longcat_flash", "jamba")
 """Each of another kind: norms after rotation, layers without a name, attention without a softmax, and that beside
 latent attention of which checkpoints call a part otherwise; a model that loads all experts of a layer at once, and one
-that also builds its shared expert without a name and calls its layers otherwise than they are."""
+that also builds its shared expert without a name and calls its layers otherwise than they are; two attentions and dense
+parts in a layer, with experts that have no weights; and Mamba-1."""
 LARGEST = {"float32": (1e-5, 2e-3), "bfloat16": (0.1, 1.0)}
 """Mean and worst difference, by what vLLM computes in; without the factors of any part of a layer the mean is 0.2."""
 Made = tuple[dict[str, dict[str, Path]], dict[str, dict[str, Any]]]
@@ -59,8 +63,11 @@ def assert_served(name: str, made: Made, kinds: Iterable[str]) -> None:
         if TINY[name].unquantized:
             assert "error" not in found[plain], found[plain]
             compared["vLLM"] = between(found[kind], found[plain])
-        if has_class(name):
-            compared["transformers"] = against_transformers(folders[kind], found[kind])
+        folder = reference(name, folders, kind)
+        if folder is not None:
+            there = compare(load_model(folder), make_prompts(folder), found[kind])
+            compared["transformers"] = Difference.of(there.differences)
+            assert max(there.shortfalls) < worst, f"{name} {kind}: transformers would go on otherwise after a prompt"
         for other, difference in compared.items():
             assert difference.mean < mean, f"{name} {kind}: {difference} from the unquantized model in {other}"
             assert difference.worst < worst, f"{name} {kind}: {difference} from the unquantized model in {other}"
