@@ -216,8 +216,17 @@ TINY = {
         LATENT
         | EXPERTS
         | {"num_experts": 4, "num_shared_experts": 1, "num_experts_per_token": 2}
-        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3}
-        | {"mlp_layer_types": ["dense", "sparse", "sparse"], "linear_head_dim": 64, "linear_num_heads": 2},
+        # as its makers write it, and vLLM reads it
+        | {"num_hidden_layers": 3, "first_k_dense_replace": 1, "mla_use_nope": True}
+        | {
+            "linear_attn_config": {
+                "kda_layers": [1, 3],
+                "full_attn_layers": [2],
+                "head_dim": 64,
+                "num_heads": 2,
+                "short_conv_kernel_size": 4,
+            }
+        },
         published=((r"block_sparse_moe\.(\w+_proj)", r"mlp.\1"),),
     ),
     "longcat_flash": Tiny(

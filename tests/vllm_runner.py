@@ -2,8 +2,8 @@
 
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
 "mend_router": true, on CPUs, vLLM's routers route as those of GPUs do, experts need no gate or may have Step-3.5's
-activation, and Ling-2.5's linear attention and Mamba-1 are there; with "lora": folder, an adapter is on; with
-"reload": true, weights are loaded once more after a first run.
+activation, and Ling-2.5's and Kimi's linear attention and Mamba-1 are there; with "lora": folder, an adapter is on;
+with "reload": true, weights are loaded once more after a first run.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...], "logprobs": [...]}]}, the last those of what was generated,
 or {name: {"error": text}}. With "rounds": n, prompts are answered n times by one engine and without their own
 log-probabilities, which nothing could be taken from a cache for: {name: [[{"generated": [...], "logprobs": [...],
@@ -149,6 +149,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     if job.get("mend_router") and not torch.cuda.is_available():
         sys.path.append(str(Path(__file__).parent))  # where PYTHONSAFEPATH leaves it out
+        import cpu_delta_attention
         import cpu_experts
         import cpu_linear_attention
         import cpu_mamba
@@ -157,6 +158,7 @@ def main() -> None:
         cpu_router.mend()
         cpu_linear_attention.mend()
         cpu_mamba.mend()
+        cpu_delta_attention.mend()
         cpu_experts.allow_without_gate()
         cpu_experts.allow_step()
     for name, folder in job["models"].items():

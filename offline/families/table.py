@@ -234,7 +234,8 @@ _MOONSHOT_LIKE = (
             *(Rename(f"mlp.{part}", f"block_sparse_moe.{part}") for part in ("experts", "shared_experts.", "gate.")),
         ),
         stacks=(Stack("self_attn.conv1d.weight", tuple(f"self_attn.{part}_conv1d.weight" for part in "qkv")),),
-        note="what linear attention reads stays as it is, and vLLM's CPU build cannot import it",
+        status=_SERVED,
+        note="what linear attention reads stays as it is, and vLLM's CPU build lacks its operators",
     ),
     Family(
         "longcat_flash",

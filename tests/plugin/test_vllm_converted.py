@@ -27,11 +27,21 @@ if DEVICE != "cpu":
 QUICK = ("minimax_m2", "granitemoehybrid", "lfm2_moe", "gpt_oss", "nemotron_h")
 """What no hand-made checkpoint has: a router's bias; layers kept under another name than vLLM's; w1 and w3 in one;
 experts with biases and a clamped activation, whose model loads them by itself; experts without a gate, on a latent."""
-SLOW = ("hunyuan_v1_moe", "deepseek", "qwen3_next", "bailing_hybrid", "step3_text", "aria", "longcat_flash", "jamba")
+SLOW = (
+    "hunyuan_v1_moe",
+    "deepseek",
+    "qwen3_next",
+    "bailing_hybrid",
+    "step3_text",
+    "aria",
+    "longcat_flash",
+    "jamba",
+    "kimi_linear",
+)
 """Each of another kind: norms after rotation, layers without a name, attention without a softmax, and that beside
 latent attention of which checkpoints call a part otherwise; a model that loads all experts of a layer at once, and one
 that also builds its shared expert without a name and calls its layers otherwise than they are; two attentions and dense
-parts in a layer, with experts that have no weights; and Mamba-1."""
+parts in a layer, with experts that have no weights; Mamba-1; and delta attention with a gate for every key."""
 LARGEST = {"float32": (1e-5, 2e-3), "bfloat16": (0.1, 1.0)}
 """Mean and worst difference, by what vLLM computes in; without the factors of any part of a layer the mean is 0.2."""
 Made = tuple[dict[str, dict[str, Path]], dict[str, dict[str, Any]]]
