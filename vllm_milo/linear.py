@@ -1,4 +1,7 @@
-"""``MiLoLinearMethod``: attention, shared-expert and dense FFN layers in 3 bits plus compensators."""
+"""``MiLoLinearMethod``: attention, shared-expert and dense FFN layers in 3 bits plus compensators.
+
+Where the device has room they are loaded as such, and then kept in 16 bits, compensators added (:mod:`.loading.dense`).
+"""
 
 from __future__ import annotations
 
