@@ -79,7 +79,8 @@ def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, 
         from .serving import expand
 
         with device_of(weights.packed):
-            return expand.expand_layer(prepare_linear(weights, spec, backend), spec, weights.scale.shape[1], dtype)
+            k = weights.scale.shape[1] * spec.group_size
+            return expand.expand(prepare_linear(weights, spec, backend), spec, k, dtype)
     return reference.expand_linear(weights, spec, dtype)
 
 

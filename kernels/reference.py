@@ -51,8 +51,14 @@ def linear(x: torch.Tensor, weights: LinearWeights, spec: LinearSpec) -> torch.T
 
 def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype) -> torch.Tensor:
     """Return W + Uᵀ·V of a layer in the checkpoint layout, ``dtype`` [N, K], each value rounded once from float32."""
-    k = weights.scale.shape[1] * spec.group_size
-    return linear(torch.eye(k, device=weights.packed.device), weights, spec).T.contiguous().to(dtype)
+    wide = dequantize(weights.packed, weights.scale, weights.zero, spec.group_size)
+    if sum(spec.ranks) == 0:
+        return wide.to(dtype)
+    v = dequantize_factor(weights.v, weights.v_scale, spec.factor_bits).split(spec.ranks)
+    u = _linear_up_factors(weights, spec, wide.dtype)
+    for block, u_part, v_part in zip(wide.split(spec.widths), u, v, strict=True):
+        block += u_part.T @ v_part
+    return wide.to(dtype)
 
 
 def fused_moe(

@@ -209,9 +209,9 @@ def warm_up_expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype:
     """
 
     def note() -> None:
-        from .serving.expand import expand_layer
+        from .serving.expand import expand
 
-        expand_layer(weights, spec, k // spec.group_size, dtype)
+        expand(weights, spec, k, dtype)
 
     def make_key() -> Hashable:
         return "expand", linear_key(weights, spec, k, dtype)

@@ -25,7 +25,7 @@ from register_hazards import hazards, instructions
 from triton.runtime.jit import JITFunction
 
 from vllm_milo.kernels.launch import TOGETHER, LaunchMode
-from vllm_milo.kernels.serving import fused_moe, linear
+from vllm_milo.kernels.serving import expand, fused_moe, linear
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.tuning.compiling import TargetDriver
@@ -114,7 +114,7 @@ def main(capability: int, which: str, asm: bool) -> None:
     def mode(device: torch.device, few_tokens: bool) -> LaunchMode:
         return LaunchMode(asm, few_tokens and capability >= 90, capability // 10 not in TOGETHER)
 
-    patches = [mock.patch.object(module, "launch_mode", mode) for module in (fused_moe, linear)]
+    patches = [mock.patch.object(module, "launch_mode", mode) for module in (expand, fused_moe, linear)]
     patches.append(mock.patch.object(heuristic, "processors", return_value=132))
     patches.append(mock.patch.object(heuristic, "shared_memory", return_value=SHARED_BYTES[capability]))
     patches.append(mock.patch.object(JITFunction, "__getitem__", compile_only))

@@ -26,7 +26,7 @@ from meta_layers import make_experts, meta_layer, run_dense, run_experts
 from vllm_milo.kernels import compiling
 from vllm_milo.kernels.compiling import Compiler, Share
 from vllm_milo.kernels.launch import Launch, LaunchMode, noting
-from vllm_milo.kernels.serving import activation, fused_moe, linear, prepare, reduce
+from vllm_milo.kernels.serving import activation, expand, fused_moe, linear, prepare, reduce
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm import kernel as gemm
 from vllm_milo.kernels.serving.projection import kernel as projection
@@ -108,7 +108,7 @@ def main() -> None:
     def only_compile(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *values, **options: kernel.warmup(*values, grid=grid, **options)
 
-    patches = [mock.patch.object(module, "launch_mode", mode) for module in (fused_moe, linear)]
+    patches = [mock.patch.object(module, "launch_mode", mode) for module in (expand, fused_moe, linear)]
     patches.append(mock.patch.object(heuristic, "processors", return_value=132))
     for patch in patches:
         patch.start()

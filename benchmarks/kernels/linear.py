@@ -74,34 +74,29 @@ class Dense(NamedTuple):
         return sum(tensor.nbytes for tensor in self.weights)
 
 
-def milo(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: int) -> Dense:
-    """Ours: 3 bits, groups of 64, compensators of ``rank`` in 3 bits."""
+def milo(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: int, wide: bool = False) -> Dense:
+    """Ours: 3 bits, groups of 64, compensators of ``rank`` in 3 bits; ``wide``: the same in 16 bits, all added."""
     backend = ops.choose_backend("linear", device.type)
     weights, spec = random_linear(shape.widths, rank, shape.k, GROUP, device)
-    return Dense(
-        ops.prepare_linear(weights, spec, backend),
-        lambda tensors, x: ops.linear(x, list(tensors), spec, backend),
-        spec.ranks,
-        lambda x: reference.linear(x.float(), weights, spec),
-    )
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return reference.linear(x.float(), weights, spec)
+
+    if wide:
+        return Dense([ops.expand_linear(weights, spec, DTYPE, backend)], plain, [], exact)
+    prepared = ops.prepare_linear(weights, spec, backend)
+    return Dense(prepared, lambda tensors, x: ops.linear(x, list(tensors), spec, backend), spec.ranks, exact)
 
 
-def milo_wide(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: int) -> Dense:
-    """Ours where a server has room: the same layer in 16 bits, compensators added."""
-    backend = ops.choose_backend("linear", device.type)
-    weights, spec = random_linear(shape.widths, rank, shape.k, GROUP, device)
-    return Dense(
-        [ops.expand_linear(weights, spec, DTYPE, backend)],
-        lambda tensors, x: torch.nn.functional.linear(x, tensors[0]),
-        [],
-        lambda x: reference.linear(x.float(), weights, spec),
-    )
+def plain(tensors: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """PyTorch's matmul on weights in 16 bits."""
+    return torch.nn.functional.linear(x, tensors[0])
 
 
 def bf16(shape: LinearShape, tokens: Sequence[int], device: torch.device) -> Dense:
     """PyTorch's matmul on bf16 weights."""
     weight = torch.randn(sum(shape.widths), shape.k, dtype=DTYPE, device=device) * shape.k**-0.5
-    return Dense([weight], lambda tensors, x: torch.nn.functional.linear(x, tensors[0]), [])
+    return Dense([weight], plain, [])
 
 
 def marlin(shape: LinearShape, tokens: Sequence[int], device: torch.device, group: int) -> Dense:
@@ -145,7 +140,7 @@ def contenders(rank: int) -> dict[str, Callable[[LinearShape, Sequence[int], tor
     """Return every contender by its name in tables."""
     return {
         "milo": partial(milo, rank=rank),
-        "milo-16bit": partial(milo_wide, rank=rank),
+        "milo-16bit": partial(milo, rank=rank, wide=True),
         "milo-no-compensators": partial(milo, rank=0),
         "bf16": bf16,
         "marlin-int4-g128": partial(marlin, group=128),

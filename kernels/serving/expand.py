@@ -4,7 +4,7 @@ A tile of the GEMM in 3 bits dequantizes its weights for its own tokens and mult
 tokens that is done for every block of them, and the ranks of attention are a large part of the products: W + Uᵀ·V costs
 a fixed time, after which the GEMM is that of an unquantized layer. On an H200 8192 tokens take 0.65 ms in Mixtral's QKV
 with ranks of 512, where tiles of 3 bits take 1.20. The 16 bits live as long as the call, or as the layer, where a
-server has room for them (:func:`expand_layer`).
+server has room for them (:func:`..ops.expand_linear`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import LaunchMode, is_noting, launch, launch_mode
+from ..launch import is_noting, launch, launch_mode
 from ..weights import LinearSpec, largest_rank
 from .gemm.arguments import Compensators, Shape, Weights
 from .gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled
@@ -121,32 +121,24 @@ def _expand_kernel(out_ptr, weights, compensators, factor, shape, TILE: tl.const
     tl.store(target + 64, acc1.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (k + 64 < K)[None, :])
 
 
-def expand(
-    weights: KernelWeights,
-    widths: list[int],
-    k: int,
-    max_rank: int,
-    factor_bits: int,
-    dtype: torch.dtype,
-    mode: LaunchMode,
-) -> torch.Tensor:
+def expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.dtype) -> torch.Tensor:
     """Return W + Uᵀ·V of a dense layer, 16 bits [N, K], each value rounded once from fp32 (U and V before that).
 
     Args:
-        weights: a dense layer in the kernel layout.
-        widths: outputs of each part, multiples of 64.
-        k: inputs, a multiple of 64.
-        max_rank: largest rank of a part; 0 for none.
-        factor_bits: 3, 8 or 16.
+        weights: :class:`.layout.KernelWeights`.
+        spec: of the layer.
+        k: its inputs.
         dtype: fp16 or bf16.
-        mode: how to launch.
     """
-    out = torch.empty(weights.columns, k, dtype=dtype, device=weights.packed.device)
+    layer, wide_k = KernelWeights(*weights), padded(k)
+    widths = [padded(width) for width in spec.widths]
+    mode = launch_mode(layer.packed.device, few_tokens=False)
+    out = torch.empty(layer.columns, wide_k, dtype=dtype, device=layer.packed.device)
     tile = Tile(
         PARTS=len(widths),
-        GROUP=weights.group_size,
-        FACTOR_BITS=factor_bits,
-        HAS_RANK=max_rank > 0,
+        GROUP=layer.group_size,
+        FACTOR_BITS=spec.factor_bits,
+        HAS_RANK=largest_rank([spec.ranks]) > 0,
         BF16=dtype == torch.bfloat16,
         ASM=mode.asm,
         BLOCK_N=BLOCK_N,
@@ -156,38 +148,24 @@ def expand(
     tiles = sum(triton.cdiv(width, BLOCK_N) for width in widths)
     launch(
         _expand_kernel,
-        (tiles, triton.cdiv(k, UNIT)),
+        (tiles, triton.cdiv(wide_k, UNIT)),
         mode,
         out,
-        Weights(weights.packed, weights.scale_zero),
-        Compensators(weights.u, weights.u_scale, weights.rank_blocks, weights.u_starts, None),
-        Factor(weights.v, weights.v_scale, weights.rank_blocks),
-        Shape(weights.columns, k, *widths, *[0] * (MAX_PARTS - len(widths))),
+        Weights(layer.packed, layer.scale_zero),
+        Compensators(layer.u, layer.u_scale, layer.rank_blocks, layer.u_starts, None),
+        Factor(layer.v, layer.v_scale, layer.rank_blocks),
+        Shape(layer.columns, wide_k, *widths, *[0] * (MAX_PARTS - len(widths))),
         TILE=tile,
         num_warps=4,
     )
-    return out
-
-
-def expand_layer(weights: list[torch.Tensor], spec: LinearSpec, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return W + Uᵀ·V of a dense layer without padding, 16 bits [N, K].
-
-    Args:
-        weights: :class:`.layout.KernelWeights`.
-        spec: of the layer.
-        groups: of a row.
-        dtype: fp16 or bf16.
-    """
-    layer, k = KernelWeights(*weights), groups * spec.group_size
-    widths = [padded(width) for width in spec.widths]
-    mode = launch_mode(layer.packed.device, few_tokens=False)
-    wide = expand(layer, widths, padded(k), largest_rank([spec.ranks]), spec.factor_bits, dtype, mode)
-    rows = zip(wide.split(widths), spec.widths, strict=True)
-    return wide if wide.shape == (sum(spec.widths), k) else torch.cat([part[:width, :k] for part, width in rows])
+    if out.shape == (sum(spec.widths), k):
+        return out
+    rows = zip(out.split(widths), spec.widths, strict=True)
+    return torch.cat([part[:width, :k] for part, width in rows])
 
 
 def multiply_expanded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return x·Wᵀ, [rows, K] and [N, K] -> [rows, N]; not computed where launches are only noted."""
+    """Return x·Wᵀ, [.., K] and [N, K] -> [.., N]; not computed where launches are only noted."""
     if is_noting():
-        return x.new_empty(x.shape[0], weights.shape[0])
+        return x.new_empty(*x.shape[:-1], weights.shape[0])
     return torch.nn.functional.linear(x, weights)

@@ -35,16 +35,12 @@ def linear(
     ``weights`` are :class:`.layout.KernelWeights`; ``config`` forces the tile.
     """
     layer = KernelWeights(*weights)
-    rows = pad_inputs(x.reshape(-1, x.shape[-1]).contiguous())
+    rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], sum(spec.widths))
-    widths = [padded(width) for width in spec.widths]
-    shape_out = (*x.shape[:-1], sum(spec.widths))
     if config is None and rows.shape[0] >= MANY_TOKENS:
-        mode = launch_mode(x.device, few_tokens=False)
-        rank = largest_rank([spec.ranks])
-        wide = expand(layer, widths, rows.shape[1], rank, spec.factor_bits, x.dtype, mode)
-        return cut_outputs(multiply_expanded(rows, wide), spec.widths).view(shape_out)
+        return multiply_expanded(x, expand(weights, spec, x.shape[-1], x.dtype))
+    rows = pad_inputs(rows.contiguous())
     config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)
     needs_sums = config.needs_sums(spec.group_size)
@@ -56,5 +52,6 @@ def linear(
     )
     down = project(source, layer, blocks, None, 1, spec.factor_bits, planned, mode)
     source = source._replace(down=down)
+    widths = [padded(width) for width in spec.widths]
     y = gemm(source, layer, widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
-    return cut_outputs(sum_splits(y, x.dtype, mode), spec.widths).view(shape_out)
+    return cut_outputs(sum_splits(y, x.dtype, mode), spec.widths).view(*x.shape[:-1], sum(spec.widths))

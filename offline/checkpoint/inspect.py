@@ -11,7 +11,6 @@ from typing import Any
 from vllm_milo.checkpoint import BASE_TENSORS, FACTOR_TENSORS, MiLoFormat
 from vllm_milo.dtypes import DTYPES
 from vllm_milo.head.layout import head_shape, quantized_heads
-from vllm_milo.kernels.resident import WIDE_BYTES
 from vllm_milo.names import split_expert_name
 from vllm_milo.shards import ShardError, TensorEntry, read_object, read_tensors
 from vllm_milo.validation import (
@@ -27,7 +26,7 @@ from vllm_milo.values import shown_name, size_text
 from ..families.family import Family
 from ..families.find import find_family
 from ..nouns import Kind, Matrix
-from ..served.load import Held, Load, serving_line, serving_load
+from ..served.load import Held, Load, resident_bits, serving_line, serving_load
 from ..source.config import check_numbers, chosen_experts
 from .report import REPORT_NAME
 
@@ -72,8 +71,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": dict(fmt.recipe),
         "quantized_weights": weights,
         "bits_per_weight": 8 * (base + factors) / weights,
-        "resident_bits_per_weight": 8 * sum(one.code_bytes + one.factor_bytes for one in held) / weights,
-        "resident_bits_dense_16bit": 8 * sum(map(_bytes_dense_wide, held)) / weights,
+        "resident_bits_per_weight": resident_bits(held),
+        "resident_bits_dense_16bit": resident_bits(held, dense_wide=True),
         "serving": None if load is None else load.to_dict(),
         "kept_weights": kept_weights,
         "kept_bytes": kept_bytes,
@@ -171,13 +170,6 @@ def _held(name: str, found: Mapping[str, TensorEntry], rank: int, fmt: MiLoForma
     kind = family.kind(name) or (Kind.ATTENTION if experts is None else Kind.ROUTED_EXPERT)
     matrix = Matrix(name, kind, *matrix_shape(found), experts, number)
     return Held(matrix, rank, fmt.module_group_size(name), fmt.compensator.bits)
-
-
-def _bytes_dense_wide(one: Held) -> float:
-    """Return the bytes of a matrix on a GPU that keeps dense layers in 16 bits."""
-    if one.matrix.experts is None:
-        return WIDE_BYTES * one.matrix.n * one.matrix.k
-    return one.code_bytes + one.factor_bytes
 
 
 def _load(held: Sequence[Held], top_k: int | None) -> Load | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_milo.values import size_text
 
 from ..calibration import memory
 from ..checkpoint.inspect import describe_head
-from ..ranks.budget import resident_bits
-from ..served.load import held_by, serving_line, serving_load
+from ..served.load import Held, held_by, resident_bits, serving_line, serving_load
 from ..source.config import chosen_experts
 from .disk import free_bytes
 from .plan import Plan
@@ -39,6 +38,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     ``calibration`` holds the most windows and tokens that the text is cut into; it is not read.
     """
     fmt, need, device = plan.format(), plan.memory, plan.conversion.device
+    held = held_by(plan.matrices, plan.ranks, plan.conversion.recipe)
     return {
         "model": str(plan.reader.folder),
         "output": str(plan.out),
@@ -48,9 +48,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "by_kind": _by_kind(plan),
         "quantized_weights": plan.weights,
         "bits_per_weight": plan.bits_per_weight,
-        "resident_bits_per_weight": resident_bits(plan.matrices, plan.ranks, plan.conversion.recipe),
-        "resident_bits_dense_16bit": resident_bits(plan.matrices, plan.ranks, plan.conversion.recipe, dense_wide=True),
-        "serving": _serving(plan),
+        "resident_bits_per_weight": resident_bits(held),
+        "resident_bits_dense_16bit": resident_bits(held, dense_wide=True),
+        "serving": _serving(plan, held),
         "serving_target": plan.conversion.serving_share,
         "bits_per_weight_with_kept": plan.kept.bits_with(plan.weights, plan.quantized_bytes),
         "kept": plan.kept.to_dict(),
@@ -115,11 +115,11 @@ def format_description(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _serving(plan: Plan) -> dict[str, Any] | None:
+def _serving(plan: Plan, held: Sequence[Held]) -> dict[str, Any] | None:
     top_k = chosen_experts(plan.reader.config)
     if top_k is None:
         return None
-    return serving_load(held_by(plan.matrices, plan.ranks, plan.conversion.recipe), top_k).to_dict()
+    return serving_load(held, top_k).to_dict()
 
 
 def group_notes(plan: Plan) -> list[str]:

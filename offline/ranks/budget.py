@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vllm_milo.checkpoint import BITS, COMPENSATOR_GROUP_SIZE
-from vllm_milo.kernels.resident import WIDE_BYTES, resident_bytes
 
 from ..errors import ConversionError
 from ..nouns import Matrix, Recipe
@@ -46,22 +45,6 @@ def stored_bits(matrices: Sequence[Matrix], ranks: Mapping[str, int], recipe: Re
     weights = sum(matrix.n * matrix.k for matrix in matrices)
     factors = sum(ranks[matrix.name] * rank_bits(matrix, recipe.factor_bits) for matrix in matrices)
     return least_bits(matrices, recipe) + factors / weights
-
-
-def resident_bits(
-    matrices: Sequence[Matrix], ranks: Mapping[str, int], recipe: Recipe, dense_wide: bool = False
-) -> float:
-    """Return the average bits of a weight as the kernels hold it on one GPU, everything counted.
-
-    With ``dense_wide``, matrices that are no routed expert's are in 16 bits.
-    """
-    held = (
-        WIDE_BYTES * m.n * m.k
-        if dense_wide and m.experts is None
-        else resident_bytes(m.n, m.k, ranks[m.name], recipe.group_size_for(m.k), recipe.factor_bits)
-        for m in matrices
-    )
-    return 8 * sum(held) / sum(matrix.n * matrix.k for matrix in matrices)
 
 
 def unspent(budget: float, spent: float) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vllm_milo.kernels.resident import resident_bytes
+from vllm_milo.kernels.resident import WIDE_BYTES, resident_bytes
 from vllm_milo.names import EXPERT_PROJECTIONS, FUSED_LAYERS, leaf_of
 
 from ..nouns import Matrix, Recipe
@@ -118,6 +118,21 @@ def costs_of(matrix: Matrix, costs: Costs) -> LayerCosts:
 def held_by(matrices: Iterable[Matrix], ranks: Mapping[str, int], recipe: Recipe) -> list[Held]:
     """Return matrices as a recipe stores them, with their ranks by name."""
     return [Held(m, ranks[m.name], recipe.group_size_for(m.k), recipe.factor_bits) for m in matrices]
+
+
+def resident_bits(held: Iterable[Held], dense_wide: bool = False) -> float:
+    """Return the average bits of a weight as the kernels hold it on one GPU, everything counted.
+
+    Args:
+        held: the matrices.
+        dense_wide: whether those that are no routed expert's are in 16 bits.
+    """
+    size = weights = 0
+    for one in held:
+        here = one.matrix.n * one.matrix.k
+        weights += here
+        size += WIDE_BYTES * here if dense_wide and one.matrix.experts is None else one.code_bytes + one.factor_bytes
+    return 8 * size / weights
 
 
 def serving_load(held: Sequence[Held], top_k: int, costs: Costs | None = None) -> Load:
