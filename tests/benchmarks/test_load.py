@@ -58,3 +58,18 @@ def test_start_to_first_token_of_the_bundled_model(checkpoints: dict[str, Path],
     assert 0 < row["reading"] < row["load"] < row["engine"] < row["first_token"]
     assert row["repacking"] + row["warming_up"] < row["load"]
     assert "nothing cached" in capsys.readouterr().out
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_start_to_first_token_of_a_model_that_is_quantized_at_load(tmp_path: Path, capsys):
+    """In the shapes of Qwen3, a quarter of its sizes."""
+    out, folder = tmp_path / "load.json", tmp_path / "model"
+    words = ["--model", "qwen3", "--layers", "1", "--scale", "4", "--folder", str(folder), "--quantize"]
+    load.main([*words, "-o", str(out), "--starts", "1", "--eager"])
+    record = json.loads(out.read_text())
+    (row,) = record["rows"]
+    # q, k, v, o and three of each of 128 experts
+    assert (record["quantized"], row["matrices"]) == (True, 4 + 3 * 128)
+    assert 0 < row["solving"] < row["first_token"]
+    assert "solving" in capsys.readouterr().out
