@@ -33,6 +33,7 @@ from vllm_milo.kernels.tuning.compiling import TargetDriver
 SERVING = "vllm_milo.kernels.serving."
 SHORT_TAIL = GemmConfig(16, 128, 2, False, 4, 4, tail_m=8)
 """Multiplies by warpgroups where there are, but the tail by warps."""
+JOINED = GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=16, max_registers=168, joined=True)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
@@ -45,6 +46,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
             yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
         yield partial(mixtral, 1, dtype=torch.float16)
         yield partial(mixtral, 16, tile=SHORT_TAIL)
+        yield partial(mixtral, 256, ranks=[128, 64], tile=JOINED)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
         yield partial(run_converter, 64)
@@ -62,6 +64,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_converter, group)
         yield partial(run_repack, group, 3)
     yield partial(mixtral, 16, tile=SHORT_TAIL)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield partial(mixtral, 256, ranks=[128, 64], tile=JOINED, dtype=dtype)
     if which == "usual":
         return
     for group, bits, intermediate in ((32, 8, 320), (128, 3, 384), (64, 16, 320)):

@@ -14,12 +14,15 @@ from ..launch import processors, shared_memory
 from ..serving.gemm.config import GemmConfig
 from ..serving.gemm.heuristic import (
     FOUR_TILES,
+    JOINING,
     SCALING_TOKENS,
     THREE_TILES,
     GemmShape,
+    blocks_time,
     expected_load,
     gemm_shapes,
     heuristic_configs,
+    likely_loads,
     pipeline_bytes,
     resident,
     streaming_time,
@@ -81,7 +84,8 @@ def all_candidates(tokens: int, shape: MoEShape, device: torch.device) -> list[T
 
 def fits(tile: GemmConfig, device: torch.device) -> bool:
     """Whether a tile's load pipeline fits into the device's shared memory."""
-    return pipeline_bytes(tile.block_m, tile.num_stages, tile.block_n) <= shared_memory(device)
+    tokens = tile.block_m + (tile.tail_m if tile.joined else 0)
+    return pipeline_bytes(tokens, tile.num_stages, tile.block_n) <= shared_memory(device)
 
 
 def cost(tile: GemmConfig, gemm: GemmShape, tokens: int, shape: MoEShape, device: torch.device) -> float:
@@ -91,19 +95,13 @@ def cost(tile: GemmConfig, gemm: GemmShape, tokens: int, shape: MoEShape, device
     if not tile.scaled:
         return streaming_time(gemm, load, tile.split_k, device)
     mean = max(1.0, pairs / shape.experts)
-    rows = sum(_rows(round(mean + z * mean**0.5), tile) for z in (-1.3, -0.5, 0.0, 0.5, 1.3)) / 5
+    loads = likely_loads(mean)
+    rows = sum(blocks_time(max(1, one), tile.block_m, tile.tail_m, tile.joined) for one in loads) / len(loads)
     work = load.experts * gemm.tiles * gemm.units * rows
     places = resident(tile.block_m) * processors(device) / (tile.block_n / 128)
     longest = (tile.block_m + SCALING_TOKENS) * gemm.units / tile.split_k
     sums = 0.0 if tile.split_k == 1 else tile.split_k * pairs * gemm.width * gemm.parts / 2e6
     return work / places / (tile.block_n / 128) + longest / 2 + sums
-
-
-def _rows(load: int, tile: GemmConfig) -> int:
-    """Return the time of an expert's blocks, in that of one token's products."""
-    whole, rest = divmod(max(1, load), tile.block_m)
-    last = 0 if rest == 0 else (tile.tail_m if 0 < rest <= tile.tail_m else tile.block_m) + SCALING_TOKENS
-    return whole * (tile.block_m + SCALING_TOKENS) + last
 
 
 def _best(tokens: int, shape: MoEShape, place: int, device: torch.device) -> list[GemmConfig]:
@@ -133,17 +131,25 @@ def _tiles(tokens: int, shape: MoEShape, gemm: GemmShape, place: int, device: to
     mean = pairs / min(shape.experts, pairs)
     for tile in TILES:
         least = mean / 8 if tile.scaled else mean / 1.5
-        if not fits(tile, device) or not least <= tile.block_m <= max(16, 3 * mean):
+        if not least <= tile.block_m <= max(16, 3 * mean):
             continue
         if tile.scaled and min(shape.groups) == 32:
             tile = tile._replace(scaled=False, group_blocks=1)
         splits = (1,) if tile.scaled and place == 0 else SPLITS
         for split in splits:
             if split == 1 or gemm.units >= 2 * split:
-                yield from (tile._replace(split_k=split, tail_m=tail) for tail in _tails(tile))
+                yield from (same for same in _tails(tile._replace(split_k=split)) if fits(same, device))
 
 
-def _tails(tile: GemmConfig) -> tuple[int, ...]:
+def _tails(tile: GemmConfig) -> Iterator[GemmConfig]:
+    """Yield a tile with the tails that it may have, apart and, where it is small, joined to the block before them.
+
+    Larger tiles lose more by the place that a joined tail takes in shared memory than by a tile for it alone.
+    """
     if tile.scaled:
-        return tile.block_m // 2, tile.block_m // 4
-    return tuple(tail for tail in (0, 8, 16) if tail < tile.block_m)
+        for tail in (tile.block_m // 2, tile.block_m // 4):
+            yield tile._replace(tail_m=tail)
+            if tile.block_m == JOINING:
+                yield tile._replace(tail_m=tail, joined=True)
+    else:
+        yield from (tile._replace(tail_m=tail) for tail in (0, 8, 16) if tail < tile.block_m)

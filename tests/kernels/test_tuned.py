@@ -185,6 +185,8 @@ def content(tokens: str = "1", **changes: object) -> str:
         (content(num_warps="4"), "down: num_warps must be a number, found '4'"),
         (content(tail_m=16), "down: tail_m is 16, and must be less than block_m"),
         (content(scaled=1), "down: scaled must be true or false"),
+        (content(joined=1), "down: joined must be true or false"),
+        (content(joined=True), "down: joined needs scaled weights and a tail_m of at least 16, found 0"),
         (content(max_registers=9), "down: max_registers must be null or from 24 to 255"),
     ],
 )

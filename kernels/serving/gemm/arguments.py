@@ -142,6 +142,7 @@ class Tile(NamedTuple):
         BLOCK_M: pairs of a tile.
         BLOCK_N: outputs of a tile.
         TAIL_M: a block with at most so many pairs, an expert's last, runs as a tile of that size; 0 for none.
+        JOIN: whether such a block runs in one tile with the expert's block before it, where there is one.
         SPLIT_K: parts of K that are computed apart.
         STAGES: depth of the load pipeline.
         GROUP_BLOCKS: neighbouring blocks that go through the tiles together and share the weights in the cache.
@@ -168,6 +169,7 @@ class Tile(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     TAIL_M: int
+    JOIN: bool
     SPLIT_K: int
     STAGES: int
     GROUP_BLOCKS: int

@@ -29,6 +29,8 @@ class GemmConfig(NamedTuple):
         group_blocks: neighbouring token blocks that go through the outputs together.
         tail_m: size of the smaller tile for an expert's last pairs; 0 for none.
         max_registers: cap on a thread's registers, so that more tiles fit; None for no cap.
+        joined: an expert's last pairs run in one tile with the block before them, where the tile scales weights: these
+            are dequantized once for both.
     """
 
     block_m: int
@@ -40,6 +42,7 @@ class GemmConfig(NamedTuple):
     group_blocks: int = 1
     tail_m: int = 0
     max_registers: int | None = None
+    joined: bool = False
 
     def scales_weights(self, group_size: int) -> bool:
         """Whether whole tiles scale weights; groups of 32 never do."""
@@ -55,7 +58,8 @@ class GemmConfig(NamedTuple):
 
     def fault(self) -> str | None:
         """Return why no kernel has this tile, for tiles that come from a file; None where one may."""
-        numbers = {name: value for name, value in self._asdict().items() if name not in ("scaled", "max_registers")}
+        others = ("scaled", "max_registers", "joined")
+        numbers = {name: value for name, value in self._asdict().items() if name not in others}
         if bad := [name for name, value in numbers.items() if type(value) is not int]:
             return f"{bad[0]} must be a number, found {numbers[bad[0]]!r}"
         allowed = {
@@ -71,8 +75,11 @@ class GemmConfig(NamedTuple):
             return f"{bad[0]} is {numbers[bad[0]]}, and must be one of {', '.join(map(str, allowed[bad[0]]))}"
         if self.tail_m >= self.block_m:
             return f"tail_m is {self.tail_m}, and must be less than block_m, {self.block_m}"
-        if type(self.scaled) is not bool:
-            return f"scaled must be true or false, found {self.scaled!r}"
+        for name in ("scaled", "joined"):
+            if type(getattr(self, name)) is not bool:
+                return f"{name} must be true or false, found {getattr(self, name)!r}"
+        if self.joined and not (self.scaled and self.tail_m >= WARPGROUP_TOKENS):
+            return f"joined needs scaled weights and a tail_m of at least {WARPGROUP_TOKENS}, found {self.tail_m}"
         most = self.max_registers
         if most is not None and (type(most) is not int or not 24 <= most <= 255):
             return f"max_registers must be null or from 24 to 255, found {most!r}"

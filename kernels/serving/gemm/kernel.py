@@ -46,43 +46,63 @@ def gemm_kernel(
     block_m: tl.constexpr = TILE.BLOCK_M
     expert = block_expert(blocks, block, max_blocks, TILE.HAS_MAP, kind)
     pairs = load_pairs(blocks, block, num_pairs, max_blocks, block_m, kind)
-    is_tail = False
     if tail_m > 0:
-        is_tail = past_last_pair(blocks, block * block_m + tail_m, num_pairs, max_blocks * block_m, kind)
         share: tl.constexpr = block_m // tail_m
-        few = load_pairs(blocks, block * share, num_pairs, max_blocks * share, tail_m, kind)
+        is_tail = past_last_pair(blocks, block * block_m + tail_m, num_pairs, max_blocks * block_m, kind)
+        joined = False
+        few_block = block
+        if TILE.JOIN:
+            after = block_expert(blocks, block + 1, max_blocks, TILE.HAS_MAP, kind)
+            few_after = past_last_pair(blocks, (block + 1) * block_m + tail_m, num_pairs, max_blocks * block_m, kind)
+            joined = (after == expert) & few_after
+            few_block += joined.to(tl.int32)
+            before = block_expert(blocks, tl.maximum(block - 1, 0), max_blocks, TILE.HAS_MAP, kind)
+            expert = tl.where(is_tail & (block > 0) & (before == expert), -1, expert)  # the block before took them
+        few_block *= share
+        few = load_pairs(blocks, few_block, num_pairs, max_blocks * share, tail_m, kind)
     if expert < 0:
         # the protocol's rule 3: one program must wait, and others would be in tiles' places
         if late_wait:  # noqa: SIM102 (a constant, which Triton must see by itself)
             if tl.program_id(0) + tl.program_id(1) == 0:
                 tl.extra.cuda.gdc_wait()
         return
-    if tail_m > 0:  # noqa: SIM102 (a constant, which Triton must see by itself)
+    if tail_m > 0:
+        if TILE.JOIN:  # noqa: SIM102 (likewise)
+            if joined:
+                _compute(
+                    activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
+                    expert, block, pairs, few_block, few, tile, split_index, TILE, block_m, tail_m,
+                )  # fmt: skip
+                return
         if is_tail:
             _compute(
                 activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks * share,
-                expert, block * share, few, tile, split_index, TILE, tail_m,
+                expert, few_block, few, few_block, few, tile, split_index, TILE, tail_m, 0,
             )  # fmt: skip
             return
     _compute(
         activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
-        expert, block, pairs, tile, split_index, TILE, block_m,
+        expert, block, pairs, block, pairs, tile, split_index, TILE, block_m, 0,
     )  # fmt: skip
 
 
 @triton.jit
 def _compute(
     activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
-    expert, block, pairs, tile, split_index, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    expert, block, pairs, few_block, few, tile, split_index,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, FEW_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile, with or without the activation function, of the pairs of a block (in blocks of BLOCK_M)."""
+    """One tile, with or without the activation function, of the pairs of a block (in blocks of BLOCK_M).
+
+    With FEW_M also of the ``few`` pairs of ``few_block`` (in blocks of FEW_M), by the same weights.
+    """
     if TILE.ACTIVATION != "":
         compute_gated_tile(
             activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
-            expert, block, pairs, tile, split_index, TILE, BLOCK_M,
+            expert, block, pairs, few_block, few, tile, split_index, TILE, BLOCK_M, FEW_M,
         )  # fmt: skip
     else:
         compute_tile(
             activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
-            expert, block, pairs, tile, split_index, TILE, BLOCK_M,
+            expert, block, pairs, few_block, few, tile, split_index, TILE, BLOCK_M, FEW_M,
         )  # fmt: skip

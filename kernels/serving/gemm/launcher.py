@@ -185,6 +185,7 @@ def _make_tile(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TAIL_M=config.tail_m if config.tail_m < config.block_m else 0,
+        JOIN=config.joined and scale != "products",
         SPLIT_K=config.split_k,
         STAGES=config.num_stages,
         GROUP_BLOCKS=config.group_blocks,

@@ -65,8 +65,20 @@ def _load_halves(x_rows, x_mask, unit, K, WARP: tl.constexpr, EVEN_K: tl.constex
 
 
 @triton.jit
-def _add_halves(acc, w0, w1, w2, scale_zero, sums, x0, x1, TILE: tl.constexpr, WARP: tl.constexpr):
-    """acc += the products of a unit in two halves, of one group of 128 or of two of 64."""
+def _add_product(acc, few_acc, operand, x, few_x, ASM: tl.constexpr, FEW_M: tl.constexpr):
+    """Both sums with the products of an operand, the second one's where there are FEW_M pairs of it, waited for."""
+    acc = tl.dot(operand, x, acc)
+    if FEW_M > 0:
+        few_acc = finished(tl.dot(operand, few_x, few_acc), ASM)
+    return finished(acc, ASM), few_acc
+
+
+@triton.jit
+def _add_halves(
+    acc, few_acc, w0, w1, w2, scale_zero, sums, x0, x1, few_x0, few_x1,
+    TILE: tl.constexpr, WARP: tl.constexpr, FEW_M: tl.constexpr,
+):  # fmt: skip
+    """Both sums with the products of a unit in two halves, of one group of 128 or of two of 64."""
     BF16: tl.constexpr = TILE.BF16
     ASM: tl.constexpr = TILE.ASM
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -77,8 +89,10 @@ def _add_halves(acc, w0, w1, w2, scale_zero, sums, x0, x1, TILE: tl.constexpr, W
         word0 = tl.reshape(scale_zero, (BLOCK_N,))
         word1 = word0
     if TILE.SCALE == "fast":
-        acc = finished(tl.dot(fast_operand(w0, w1, w2, word0, 0, ASM, WARP, BLOCK_N), x0, acc), ASM)
-        acc = finished(tl.dot(fast_operand(w0, w1, w2, word1, 1, ASM, WARP, BLOCK_N), x1, acc), ASM)
+        first_half = fast_operand(w0, w1, w2, word0, 0, ASM, WARP, BLOCK_N)
+        acc, few_acc = _add_product(acc, few_acc, first_half, x0, few_x0, ASM, FEW_M)
+        second_half = fast_operand(w0, w1, w2, word1, 1, ASM, WARP, BLOCK_N)
+        acc, few_acc = _add_product(acc, few_acc, second_half, x1, few_x1, ASM, FEW_M)
     else:
         scale0, zero0 = scale_and_zero(word0)
         scale1, zero1 = scale_and_zero(word1)
@@ -88,20 +102,25 @@ def _add_halves(acc, w0, w1, w2, scale_zero, sums, x0, x1, TILE: tl.constexpr, W
             first_half = scaled(codes0, scale0, zero0, 0, BF16)
             second_half = scaled(codes1, scale1, zero1, 1, BF16)
             acc = tl.dot(first_half, x0, acc)
-            acc = finished(tl.dot(second_half, x1, acc), ASM)
+            if FEW_M > 0:
+                few_acc = tl.dot(first_half, few_x0, few_acc)
+            acc, few_acc = _add_product(acc, few_acc, second_half, x1, few_x1, ASM, FEW_M)
         else:
             sum0, sum1 = tl.split(tl.load(sums))
             acc = add_group(acc, tl.dot(codes0, x0), sum0, scale0, zero0, 0, BF16)
             acc = add_group(acc, tl.dot(codes1, x1), sum1, scale1, zero1, 1, BF16)
-    return acc
+    return acc, few_acc
 
 
 @triton.jit
 def multiply(
-    activations, weights, shape, num_rows, expert, rows, valid, n, inside, split_index,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    activations, weights, shape, num_rows, expert, rows, valid, few_rows, few_valid, n, inside, split_index,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, FEW_M: tl.constexpr,
 ):  # fmt: skip
-    """W·x of an expert's outputs ``n`` and of ``rows`` of x over one of SPLIT_K parts of K, fp32 [BLOCK_N, BLOCK_M]."""
+    """W·x of an expert's outputs ``n`` and of ``rows`` of x over one of SPLIT_K parts of K, fp32 [BLOCK_N, BLOCK_M].
+
+    And of ``few_rows``, where there are FEW_M of them, by the same dequantized weights, [BLOCK_N, FEW_M].
+    """
     N = shape.N
     K = shape.K
     units = (K + 127) // 128
@@ -128,6 +147,11 @@ def multiply(
     x_mask = valid[None, :] & (k64 >= 0)[:, None]
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    few_acc = acc
+    if FEW_M > 0:
+        few_acc = tl.zeros((BLOCK_N, FEW_M), tl.float32)
+        few_x_rows = activations.x + few_rows[None, :].to(tl.int64) * K + begin * 128
+        few_mask = few_valid[None, :] & (k64 >= 0)[:, None]
     for unit in tl.range(begin, end, num_stages=TILE.STAGES):
         if TILE.EVEN_N:
             w0 = tl.load(words)
@@ -146,9 +170,15 @@ def multiply(
                 x0, x1 = load_lanes(x_rows, valid, activations.x.dtype.element_ty, BLOCK_M)
             else:
                 x0, x1 = _load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K)
-            acc = _add_halves(acc, w0, w1, w2, scale_zero, sums, x0, x1, TILE, WARP)
+            few_x0, few_x1 = x0, x1
+            if FEW_M > 0:
+                few_x0, few_x1 = _load_halves(few_x_rows, few_mask, unit, K, WARP, TILE.EVEN_K)
+                few_x_rows += 128
+            acc, few_acc = _add_halves(
+                acc, few_acc, w0, w1, w2, scale_zero, sums, x0, x1, few_x0, few_x1, TILE, WARP, FEW_M
+            )  # fmt: skip
         words += 12 * N
         scales += N * groups
         x_rows += 64 if TILE.LANES else 128
         sums += num_rows * sums_per_unit
-    return acc
+    return acc, few_acc

@@ -33,79 +33,124 @@ def tile_part(tile, shape, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _rows_of(pairs, counts):
+    """(row of x, whether there is one) of each pair."""
+    valid = pairs < counts.num_pairs
+    return tl.where(valid, pairs // counts.top_k, 0), valid
+
+
+@triton.jit
 def compute_tile(
     activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
-    expert, block, pairs, tile, split_index, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    expert, block, pairs, few_block, few, tile, split_index,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, FEW_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of :func:`.kernel.gemm_kernel`, for BLOCK_M pairs."""
-    kind: tl.constexpr = TILE.BLOCKS
-    valid = pairs < counts.num_pairs
-    rows = tl.where(valid, pairs // counts.top_k, 0)
+    """One tile of :func:`.kernel.gemm_kernel`, for BLOCK_M pairs, and with FEW_M for so many further ones."""
+    rows, valid = _rows_of(pairs, counts)
+    few_rows, few_valid = _rows_of(few, counts)
     part, start, first_column, width = tile_part(tile, shape, TILE.BLOCK_N)
     column = first_column + tl.arange(0, TILE.BLOCK_N)
     inside = column < width
     if TILE.EVEN_N:
         inside = column >= 0
     n = start + column
+    ranks = part
     if TILE.HAS_RANK:  # read before the loop, for the epilogue's sake
         ranks = part_ranks(compensators, expert, part, TILE.PARTS)
-    acc = multiply(
-        activations, weights, shape, counts.num_rows, expert, rows, valid, n, inside, split_index, TILE, BLOCK_M
+    acc, few_acc = multiply(
+        activations, weights, shape, counts.num_rows, expert, rows, valid, few_rows, few_valid, n, inside, split_index,
+        TILE, BLOCK_M, FEW_M,
     )  # fmt: skip
     if TILE.PDL and TILE.HAS_RANK:
         tl.extra.cuda.gdc_wait()
     if TILE.PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    columns = Columns(first_column, column, inside, width)
+    x_dtype: tl.constexpr = activations.x.dtype.element_ty
+    if FEW_M > 0:  # first, since their sums take fewer registers meanwhile
+        _store_tile(
+            few_acc, compensators, scales, output, blocks, shape, counts, max_blocks * (BLOCK_M // FEW_M), few_block,
+            ranks, columns, n, split_index, x_dtype, TILE, FEW_M,
+        )  # fmt: skip
+    _store_tile(
+        acc, compensators, scales, output, blocks, shape, counts, max_blocks, block, ranks, columns, n, split_index,
+        x_dtype, TILE, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_tile(
+    acc, compensators, scales, output, blocks, shape, counts, max_blocks, block, ranks, columns, n, split_index,
+    x_dtype: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Add the up-projection to a block's sums and store them."""
+    kind: tl.constexpr = TILE.BLOCKS
     # once more: registers are short in the loop
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
-    valid = pairs < counts.num_pairs
-    rows = tl.where(valid, pairs // counts.top_k, 0)
+    rows, valid = _rows_of(pairs, counts)
     if TILE.HAS_RANK:
-        columns = Columns(first_column, column, inside, width)
         acc = add_up_projection(
-            acc, compensators, ranks, columns, counts, pairs, valid, split_index,
-            activations.x.dtype.element_ty, TILE, BLOCK_M,
+            acc, compensators, ranks, columns, counts, pairs, valid, split_index, x_dtype, TILE, BLOCK_M
         )  # fmt: skip
     if TILE.HAS_ROW_SCALE:
         acc *= tl.load(scales.row_scale + rows)[None, :]
     target = (split_index.to(tl.int64) * counts.num_pairs + pairs)[None, :] * shape.N + n[:, None]
-    tl.store(output.y + target, acc.to(output.y.dtype.element_ty), mask=valid[None, :] & inside[:, None])
+    tl.store(output.y + target, acc.to(output.y.dtype.element_ty), mask=valid[None, :] & columns.inside[:, None])
 
 
 @triton.jit
 def compute_gated_tile(
     activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
-    expert, block, pairs, tile, split_index, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    expert, block, pairs, few_block, few, tile, split_index,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, FEW_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of gate and up together: h = act(gate)·up of BLOCK_N / 2 outputs and BLOCK_M pairs, in fp16.
+    """One tile of gate and up together, as :func:`compute_tile`: h = act(gate)·up of BLOCK_N / 2 outputs, in fp16.
 
     Eight rows of the tile are gate's, the next eight up's, and so on, so that a thread holds both halves of its
     outputs. A row of h is divided by a power of two that keeps it in fp16 whatever the weights' signs: norms bound it.
     """
-    kind: tl.constexpr = TILE.BLOCKS
-    activation: tl.constexpr = TILE.ACTIVATION
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    valid = pairs < counts.num_pairs
-    rows = tl.where(valid, pairs // counts.top_k, 0)
-    lane = tl.arange(0, BLOCK_N)
-    first_column = tile * (BLOCK_N // 2)
+    rows, valid = _rows_of(pairs, counts)
+    few_rows, few_valid = _rows_of(few, counts)
+    lane = tl.arange(0, TILE.BLOCK_N)
+    first_column = tile * (TILE.BLOCK_N // 2)
     column = first_column + lane // 16 * 8 + lane % 8
     is_up = lane // 8 % 2 == 1
     width = shape.N // 2
     n = column + tl.where(is_up, width, 0)
-    acc = multiply(
-        activations, weights, shape, counts.num_rows, expert, rows, valid, n, column >= 0, split_index, TILE, BLOCK_M
+    inside = column >= 0
+    acc, few_acc = multiply(
+        activations, weights, shape, counts.num_rows, expert, rows, valid, few_rows, few_valid, n, inside, split_index,
+        TILE, BLOCK_M, FEW_M,
     )  # fmt: skip
     if TILE.PDL and TILE.HAS_RANK:
         tl.extra.cuda.gdc_wait()
     if TILE.PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    columns = Columns(first_column, column, inside, width)
+    if FEW_M > 0:  # first, as above
+        _store_gated_tile(
+            few_acc, compensators, scales, output, blocks, counts, max_blocks * (BLOCK_M // FEW_M), expert, few_block,
+            columns, is_up, tile, TILE, FEW_M,
+        )  # fmt: skip
+    _store_gated_tile(
+        acc, compensators, scales, output, blocks, counts, max_blocks, expert, block, columns, is_up, tile,
+        TILE, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_gated_tile(
+    acc, compensators, scales, output, blocks, counts, max_blocks, expert, block, columns, is_up, tile,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Add the up-projection to a block's sums, apply the activation function and store h."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    activation: tl.constexpr = TILE.ACTIVATION
+    kind: tl.constexpr = TILE.BLOCKS
     # once more: registers are short in the loop
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
-    valid = pairs < counts.num_pairs
-    rows = tl.where(valid, pairs // counts.top_k, 0)
+    rows, valid = _rows_of(pairs, counts)
     if TILE.HAS_RANK:
-        columns = Columns(first_column, column, column >= 0, width)
         acc = add_gated_up_projection(
             acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE, BLOCK_M
         )  # fmt: skip
@@ -115,8 +160,8 @@ def compute_gated_tile(
     largest = tl.load(scales.largest + expert * 2) * norm * (tl.load(scales.largest + expert * 2 + 1) * norm)
     scale, inverse = power_of_two(largest * 0.00006103515625)  # 2^-14: h / scale stays below 2^15
     h = (gated(gate, up, activation) * inverse[None, None, :]).to(tl.float16)
-    place = first_column + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    target = output.y + pairs[None, None, :].to(tl.int64) * width + place[:, :, None]
+    place = columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    target = output.y + pairs[None, None, :].to(tl.int64) * columns.width + place[:, :, None]
     tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
     if tile == 0:
         tl.store(output.scale + pairs, scale, mask=valid)

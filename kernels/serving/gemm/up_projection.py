@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .dequant import WARPGROUP_TOKENS, codes_of_pairs, finished, operand_order, scale_of_codes
+from .dequant import WARPGROUP_TOKENS, codes_of_pairs, finished, operand_order, scale_and_zero, scale_of_codes
 
 
 class Columns(NamedTuple):
@@ -112,6 +112,58 @@ def _up_scales(
 
 
 @triton.jit
+def _scale_pairs(u_scale_ptr, ranks, rank_block, columns, RANK_STEP: tl.constexpr, GROUPS: tl.constexpr):
+    """The scales of :func:`_up_scales` as fp16 of two neighbouring ranks, int32 [GROUPS, RANK_STEP / 16, t, h]."""
+    block = rank_block + tl.arange(0, RANK_STEP // 16)[None, :, None, None, None]
+    group = columns.first // 64 + tl.arange(0, GROUPS)[:, None, None, None, None]
+    in_block = tl.arange(0, 4)[:, None, None] * 2 + tl.arange(0, 2)[None, :, None] * 8 + tl.arange(0, 2)[None, None, :]
+    groups = columns.width // 64
+    place = ranks.start + (block * groups + group).to(tl.int64) * 16 + in_block[None, None, :, :, :]
+    known = (block < ranks.blocks) & (group < groups) & (in_block >= 0)[None, None, :, :, :]
+    low, high = tl.split(tl.load(u_scale_ptr + place, mask=known, other=0.0).to(tl.int16, bitcast=True).to(tl.int32))
+    return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def _pairs_to_rows(pairs, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, RANK_STEP: tl.constexpr):
+    """[GROUPS, RANK_STEP / 16, t, h] -> [BLOCK_N, ..], as :func:`_to_rows`."""
+    rows = tl.broadcast_to(pairs[:, None, :, :, :], (GROUPS, BLOCK_N // GROUPS, RANK_STEP // 16, 4, 2))
+    return tl.reshape(rows, (BLOCK_N, RANK_STEP // 16, 4, 2))
+
+
+@triton.jit
+def _fast_factor(u_ptr, u_start, blocks, rank_block, columns, scale, TILE: tl.constexpr):
+    """Uᵀ of RANK_STEP ranks from 3-bit codes and scales of :func:`_pairs_to_rows`, fp16 [BLOCK_N, RANK_STEP].
+
+    Two values an instruction and half of the registers; each is rounded once, so it is what fp32 would round to fp16.
+    ``u_start`` and ``blocks`` are as in :func:`_up_codes`.
+    """
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    RANK_STEP: tl.constexpr = TILE.RANK_STEP
+    block = rank_block + tl.arange(0, RANK_STEP // 16)
+    row = u_start[:, None] // 16 * 64 + (block * columns.width).to(tl.int64)[None, :] + columns.each[:, None]
+    mask = (columns.inside[:, None] & (block[None, :] < blocks[:, None]))[:, :, None]
+    lane = tl.arange(0, 4)
+    place = u_ptr + row[:, :, None] * 4 + lane[None, None, :]
+    word = tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0x4444).to(tl.int32)  # codes of 0
+    pairs = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
+    pairs = tl.join(pairs, pairs >> 8)  # [BLOCK_N, blocks, t, h]
+    if TILE.ASM:
+        asm: tl.constexpr = (
+            "{ .reg .b32 q, c; lop3.b32 q, $1, 0x00070007, 0x64006400, 0xEA; mov.b32 c, 0x64046404;"
+            " sub.rn.f16x2 q, q, c; mul.rn.f16x2 $0, q, $2; }"
+        )
+        bits = tl.inline_asm_elementwise(asm, "=r,r,r", [pairs, scale], tl.int32, is_pure=True, pack=1)
+        low = (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        low_scale, high_scale = scale_and_zero(scale)
+        low = (((pairs & 7) - 4).to(tl.float32) * low_scale).to(tl.float16)
+        high = ((((pairs >> 16) & 7) - 4).to(tl.float32) * high_scale).to(tl.float16)
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2, 4)), (BLOCK_N, RANK_STEP))
+
+
+@triton.jit
 def up_factor(compensators, ranks, columns, rank_block, dtype: tl.constexpr, TILE: tl.constexpr):
     """Uᵀ of RANK_STEP ranks of a part from ``rank_block`` on, in their order, ``dtype`` [BLOCK_N, RANK_STEP]."""
     groups: tl.constexpr = TILE.BLOCK_N // 64
@@ -158,6 +210,7 @@ def add_up_projection(
     bits: tl.constexpr = TILE.FACTOR_BITS
     warp: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
     as_bits: tl.constexpr = bits == 3 and BLOCK_M < WARPGROUP_TOKENS
+    fast: tl.constexpr = bits == 3 and dtype == tl.float16 and not warp
     rank_step: tl.constexpr = TILE.RANK_STEP
     step: tl.constexpr = rank_step // 16
     groups: tl.constexpr = TILE.BLOCK_N // 64
@@ -165,20 +218,34 @@ def add_up_projection(
     share = tl.cdiv(tl.cdiv(ranks.blocks, step), TILE.SPLIT_K) * step
     begin = split_index * share
     # scales are loaded a step ahead: Triton's pipeline takes no loads as narrow as these
-    scale = _up_scales(compensators.u_scale, ranks, begin, columns, bits, warp, rank_step, groups)
+    scale = _next_scales(compensators.u_scale, ranks, begin, columns, fast, warp, TILE)
     for block in tl.range(begin, tl.minimum(begin + share, ranks.blocks), step, num_stages=stages):
-        next_scale = _up_scales(compensators.u_scale, ranks, block + step, columns, bits, warp, rank_step, groups)
-        u = _up_codes(
-            compensators.u, ranks.start + columns.each * 0, ranks.blocks + columns.each * 0, block, columns,
-            TILE, warp, as_bits,
-        )  # fmt: skip
-        u = _scaled(u, scale, groups, TILE, as_bits).to(dtype)
+        next_scale = _next_scales(compensators.u_scale, ranks, block + step, columns, fast, warp, TILE)
+        u_start, blocks = ranks.start + columns.each * 0, ranks.blocks + columns.each * 0
+        if fast:
+            rows = _pairs_to_rows(scale, groups, TILE.BLOCK_N, rank_step)
+            u = _fast_factor(compensators.u, u_start, blocks, block, columns, rows, TILE)
+        else:
+            u = _up_codes(compensators.u, u_start, blocks, block, columns, TILE, warp, as_bits)
+            u = _scaled(u, scale, groups, TILE, as_bits).to(dtype)
         scale = next_scale
         down = _load_down(
             compensators.down, ranks, block, counts, pairs, valid, TILE.DOWN_SPLITS, dtype, warp, BLOCK_M, rank_step
         )  # fmt: skip
         acc = finished(tl.dot(u, down, acc), TILE.ASM)
     return acc
+
+
+@triton.jit
+def _next_scales(u_scale_ptr, ranks, block, columns, FAST: tl.constexpr, WARP: tl.constexpr, TILE: tl.constexpr):
+    """The scales of the ranks from ``block`` on, as :func:`_fast_factor` takes them or as :func:`_scaled` does."""
+    groups: tl.constexpr = TILE.BLOCK_N // 64
+    rank_step: tl.constexpr = TILE.RANK_STEP
+    if FAST:
+        scales = _scale_pairs(u_scale_ptr, ranks, block, columns, rank_step, groups)
+    else:
+        scales = _up_scales(u_scale_ptr, ranks, block, columns, TILE.FACTOR_BITS, WARP, rank_step, groups)
+    return scales
 
 
 @triton.jit
@@ -196,19 +263,33 @@ def add_gated_up_projection(
     up = part_ranks(compensators, expert, 1, 2)
     u_start = tl.where(is_up, up.start, gate.start)
     own_blocks = tl.where(is_up, up.blocks, gate.blocks)
+    fast: tl.constexpr = bits == 3 and not warp
     for block in tl.range(0, tl.maximum(gate.blocks, up.blocks), rank_step // 16, num_stages=stages):
-        u = _up_codes(compensators.u, u_start, own_blocks, block, columns, TILE, warp, False)
-        gate_scale = _up_scales(compensators.u_scale, gate, block, columns, bits, warp, rank_step, groups)
-        up_scale = _up_scales(compensators.u_scale, up, block, columns, bits, warp, rank_step, groups)
         gate_down = _load_down(
             compensators.down, gate, block, counts, pairs, valid, splits, tl.float16, warp, BLOCK_M, rank_step
         )  # fmt: skip
         up_down = _load_down(
             compensators.down, up, block, counts, pairs, valid, splits, tl.float16, warp, BLOCK_M, rank_step
         )  # fmt: skip
-        gate_scale = _to_rows(gate_scale, groups, TILE.BLOCK_N, rank_step)
-        up_scale = _to_rows(up_scale, groups, TILE.BLOCK_N, rank_step)
-        acc = tl.dot((u * tl.where(is_up[:, None], 0.0, gate_scale)).to(tl.float16), gate_down, acc)
-        product = tl.dot((u * tl.where(is_up[:, None], up_scale, 0.0)).to(tl.float16), up_down, acc)
-        acc = finished(product, TILE.ASM)
+        if fast:
+            gate_scale = _scale_pairs(compensators.u_scale, gate, block, columns, rank_step, groups)
+            up_scale = _scale_pairs(compensators.u_scale, up, block, columns, rank_step, groups)
+            scale = tl.where(
+                is_up[:, None, None, None],
+                _pairs_to_rows(up_scale, groups, TILE.BLOCK_N, rank_step),
+                _pairs_to_rows(gate_scale, groups, TILE.BLOCK_N, rank_step),
+            )
+            u = _fast_factor(compensators.u, u_start, own_blocks, block, columns, scale, TILE)
+        else:
+            gate_scale = _up_scales(compensators.u_scale, gate, block, columns, bits, warp, rank_step, groups)
+            up_scale = _up_scales(compensators.u_scale, up, block, columns, bits, warp, rank_step, groups)
+            scale = tl.where(
+                is_up[:, None],
+                _to_rows(up_scale, groups, TILE.BLOCK_N, rank_step),
+                _to_rows(gate_scale, groups, TILE.BLOCK_N, rank_step),
+            )
+            codes = _up_codes(compensators.u, u_start, own_blocks, block, columns, TILE, warp, False)
+            u = (codes * scale).to(tl.float16)
+        acc = tl.dot(tl.where(is_up[:, None], 0.0, u).to(tl.float16), gate_down, acc)
+        acc = finished(tl.dot(tl.where(is_up[:, None], u, 0.0).to(tl.float16), up_down, acc), TILE.ASM)
     return acc

@@ -60,14 +60,21 @@ def test_last_pairs_take_the_cheaper_of_two_smaller_tiles(pairs_an_expert: int, 
         assert (config.block_m, config.tail_m) == (block_m, tail)
 
 
+@pytest.mark.parametrize(("pairs_an_expert", "joined"), [(20, False), (32, False), (64, True), (96, False)])
+def test_last_pairs_are_joined_where_many_experts_have_a_few_more_than_a_block(pairs_an_expert: int, joined: bool):
+    for tile in heuristic_configs(8 * pairs_an_expert, layer(8, 4096, 14336), CPU):
+        assert tile.joined == joined
+        assert tile.fault() is None
+        assert not (joined and tile.max_registers)  # sums of two blocks want them all
+
+
 @pytest.mark.parametrize(("memory", "block_m", "stages"), [(227, 128, 3), (163, 128, 2), (99, 128, 2), (64, 64, 2)])
 def test_tiles_fit_the_shared_memory_of_the_device(memory: int, block_m: int, stages: int, monkeypatch):
     monkeypatch.setattr(heuristic, "shared_memory", lambda device: memory * 1024)
     config = heuristic_configs(8 * 1000, layer(8, 4096, 14336), CPU)[0]
     assert (config.block_m, config.num_stages) == (block_m, stages)
-    first, second = heuristic_configs(8 * 50, layer(8, 4096, 14336), CPU)
-    assert first.max_registers == (168 if memory == 227 else None)
-    assert second.max_registers is None
+    for tile in heuristic_configs(8 * 50, layer(8, 4096, 14336), CPU):
+        assert tile.max_registers == (168 if memory == 227 else None)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 700, 4096])

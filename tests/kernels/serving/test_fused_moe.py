@@ -103,11 +103,11 @@ class Layer:
             for w in (self.w13, self.w2)
         ]
 
-    def run(self, x, weights, ids, configs=None):
+    def run(self, x, weights, ids, tile=None, second=None):
         x, weights, ids = (t.to(self.device) for t in (x, weights, ids))
-        if configs is not None:
+        if tile is not None:
             arguments = (x, weights, ids, self.expert_map, *self.prepared, self.spec)
-            return triton_moe.fused_moe(*arguments, (configs, configs))
+            return triton_moe.fused_moe(*arguments, (tile, second or tile))
         return ops.fused_moe(x, weights, ids, self.expert_map, *self.prepared, self.spec, "triton")
 
     def exact(self, x, weights, ids):
@@ -144,11 +144,15 @@ TILES = [
     GemmConfig(256, 128, 1, True, 8, 3, group_blocks=4, tail_m=64),
     GemmConfig(128, 128, 1, True, 4, 3, group_blocks=4, tail_m=64),
     GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=32, max_registers=168),
+    GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=16, joined=True),
+    GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=32, max_registers=168, joined=True),
+    GemmConfig(128, 256, 1, True, 8, 2, group_blocks=1, tail_m=32, joined=True),
     GemmConfig(16, 128, 2, False, 4, 3, tail_m=8),
     GemmConfig(8, 128, 2, False, 4, 4),
     GemmConfig(8, 64, 1, True, 4, 3),
     GemmConfig(8, 128, 1, False, 4, 4, max_registers=128),
 ]
+JOINED = [tile for tile in TILES if tile.joined]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -182,6 +186,26 @@ def test_every_tile(tile: GemmConfig, dtype: torch.dtype, groups: tuple[int, int
     # the interpreter truncates where a GPU rounds to bf16
     tolerance = 2.5e-2 if kernel_device == "cpu" and dtype == torch.bfloat16 else TOLERANCE[dtype]
     assert relative_error(found.cpu().double() / scale, expected / scale) < tolerance
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize("tile", JOINED, ids=lambda tile: f"{tile.block_m}+{tile.tail_m}")
+def test_joined_blocks(tile: GemmConfig, split_k: int, dtype: torch.dtype, kernel_device: str):
+    """Experts of a whole block; of one and a tail; of more than a tail; of a tail alone; of two blocks and a tail."""
+    block, tail = tile.block_m, tile.tail_m
+    counts = [block, block + 3, block + tail + 1, tail, 2 * block + tail]
+    tokens = max(counts)
+    case = Case(tokens=tokens, top_k=len(counts), experts=len(counts), hidden=256, intermediate=128)
+    layer = Layer(case, kernel_device)
+    x = torch.randn(tokens, case.hidden).to(dtype)
+    weights, ids = make_routing(case)
+    for expert, count in enumerate(counts):
+        ids[:, expert] = torch.where(torch.randperm(tokens) < count, expert, -1)
+    found = layer.run(x, weights, ids, tile, tile._replace(split_k=split_k))
+    tolerance = 2.5e-2 if kernel_device == "cpu" and dtype == torch.bfloat16 else TOLERANCE[dtype]
+    assert relative_error(found, layer.exact(x, weights, ids)) < tolerance
 
 
 def test_negative_ids_add_nothing(kernel_device: str):

@@ -64,6 +64,14 @@ def test_tiles_fit_the_shared_memory_of_the_device(monkeypatch: pytest.MonkeyPat
     assert all(candidates.fits(tile, CPU) for tile in fewer)
 
 
+def test_last_pairs_are_tried_both_ways_where_they_may_be_joined():
+    tiles = {first for first, _ in first_candidates(256, MIXTRAL, CPU)}
+    found = {tile for tile in tiles if tile.joined}
+    assert found
+    assert all(tile.block_m == 64 and tile.fault() is None for tile in found)
+    assert any(tile._replace(joined=False) in tiles for tile in found)
+
+
 def test_groups_of_32_never_scale_weights():
     for tokens in (1, 256, 4096):
         pairs = all_candidates(tokens, QWEN._replace(groups=(128, 32)), CPU)
