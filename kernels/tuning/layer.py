@@ -16,6 +16,8 @@ from ..weights import RANK_BLOCK, MoEShape
 from .random_weights import moe_spec, random_experts
 from .timing import CALLS_IN_GRAPH, BadOutputError, l2_bytes, time_calls
 
+PREFERENCE = 0.5
+"""Standard deviation of what all tokens' scores of an expert have in common, where a token's own part has 1."""
 MAX_ERROR = 0.02
 """Largest relative error against float32; rounding in bf16 alone gives about 0.004."""
 
@@ -61,12 +63,18 @@ class Layer:
         return 1 if one_token > l2_bytes(self.device) else CALLS_IN_GRAPH
 
     def inputs(self, tokens: int) -> Inputs:
-        """Return inputs of unit size and routings that prefer no expert, the same for the same number of tokens."""
+        """Return inputs of unit size and routings, the same for the same number of tokens.
+
+        Every second call's tokens prefer some experts, as those of trained routers do: with tokens that prefer none,
+        all experts have about the mean, and the best tiles are those for the mean alone.
+        """
         torch.manual_seed(tokens)
         inputs = Inputs([], [], [])
-        for _ in range(CALLS_IN_GRAPH):
+        for call in range(CALLS_IN_GRAPH):
             inputs.x.append(torch.randn(tokens, self.shape.hidden, dtype=self.dtype, device=self.device))
             scores = torch.randn(tokens, self.shape.experts, device=self.device)
+            if call % 2:
+                scores += PREFERENCE * torch.randn(self.shape.experts, device=self.device)
             logits, ids = scores.topk(self.shape.top_k, dim=-1)
             inputs.router.append(logits.softmax(dim=-1))
             inputs.ids.append(ids.to(torch.int32))

@@ -125,8 +125,7 @@ def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> 
     mean = num_pairs / shape.experts
     group = min(shape.groups)
     block_m = _block_m(mean, group, device)
-    tail_m = _tail(block_m, mean)
-    joined = _joined(block_m, tail_m, mean, group)
+    tail_m, joined = _tail(block_m, mean, group)
     load = expected_load(num_pairs, shape.experts, block_m)
     first, second = (
         _tile(block_m, _split(gemm, load, group, device), group, tail_m, device)._replace(joined=joined)
@@ -280,20 +279,17 @@ def blocks_time(load: int, block_m: int, tail_m: int, joined: bool) -> int:
     return time + tail_m + (0 if joined and whole else SCALING_TOKENS)
 
 
-def _tail(block_m: int, mean: float) -> int:
-    """Return the size that costs less over the likely loads of an expert."""
-    loads = likely_loads(mean)
-    return min(tails(block_m), key=lambda tail: sum(blocks_time(load, block_m, tail, False) for load in loads))
+def _tail(block_m: int, mean: float, group_size: int) -> tuple[int, bool]:
+    """Return the size of an expert's last tile, and whether it is joined to the block before it: what costs least."""
+    ways = [(tail, False) for tail in tails(block_m)]
+    if block_m == JOINING and _scaled(block_m, group_size):
+        ways += [(tail, True) for tail in tails(block_m)]
 
+    def cost(way: tuple[int, bool]) -> float:
+        time = sum(blocks_time(load, block_m, *way) for load in likely_loads(mean))
+        return time * JOINED_TIME if way[1] else time
 
-def _joined(block_m: int, tail_m: int, mean: float, group_size: int) -> bool:
-    """Whether an expert's last pairs should run in one tile with the block before them."""
-    if block_m != JOINING or not _scaled(block_m, group_size):
-        return False
-    apart, along = (
-        sum(blocks_time(load, block_m, tail_m, way) for load in likely_loads(mean)) for way in (False, True)
-    )
-    return along * JOINED_TIME < apart
+    return min(ways, key=cost)
 
 
 def _scaled(block_m: int, group_size: int) -> bool:

@@ -66,6 +66,14 @@ def test_calls_differ_in_input_and_rotate_over_copies(monkeypatch: pytest.Monkey
     assert len(Layer(SHAPE, CPU, torch.float16).copies) == 1
 
 
+def test_tokens_of_every_second_call_prefer_some_experts():
+    shape = MoEShape(8, 2, 64, 64, (64, 64), (0, 0))
+    counts = [ids.flatten().bincount(minlength=8) for ids in Layer(shape, CPU, torch.float16).inputs(256).ids]
+    assert all(int(each.sum()) == 512 for each in counts)
+    spreads = [float(each.double().std()) for each in counts]
+    assert min(spreads[1::2]) > max(spreads[::2])
+
+
 @pytest.mark.usefixtures("_few_calls")
 def test_a_tune_in_the_interpreter_times_the_heuristic_first(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(candidates, "TILES", candidates.TILES[:2])
