@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_runner import environment_of_vllm, run_script
+from vllm_runner import environment_of_vllm, hide_amx, run_script
 
 
 def load(folders: list[Path], place: Path, timeout: float = 600) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def _begin_process() -> None:
 def main() -> None:
     """Load the folders named on the command line."""
     results: dict[str, Any] = {}
+    hide_amx()
     _take_dense_attention_for_sparse()
     for folder in sys.argv[2:]:
         try:

@@ -92,7 +92,7 @@ def _expand_kernel(out_ptr, weights, compensators, factor, shape, TILE: tl.const
     K = shape.K
     unit = tl.program_id(1).to(tl.int64)
     units = tl.cdiv(K, 128)
-    part, start, first_column, width = tile_part(tl.program_id(0), shape, BLOCK_N)
+    part, start, first_column, width = tile_part(tl.program_id(0), shape, BLOCK_N, TILE.PARTS)
     column = first_column + tl.arange(0, BLOCK_N)
     inside = column < width
     n = start + column

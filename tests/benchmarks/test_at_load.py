@@ -135,7 +135,8 @@ def test_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert 0.7 < scores["top1"] < 0.95
     assert 1 < scores["perplexity"] / theirs["perplexity"] < 1.3
     assert plain["resident_bits"] is None
-    assert 3.5 < milo["resident_bits"] < 3.8
+    # where a CPU has AMX, vLLM packs layers in 16 bits, and what a packed tensor takes is not seen
+    assert 3.5 < milo["resident_bits"] < (5 if torch.cpu._is_amx_tile_supported() else 3.8)
     assert milo["weight_bytes"] < 0.5 * plain["weight_bytes"]
     assert 0 < milo["load_seconds"] < milo["start_seconds"]
     assert "milo: " in capsys.readouterr().out

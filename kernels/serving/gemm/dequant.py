@@ -75,12 +75,6 @@ def _codes(words, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, AS
 
 
 @triton.jit
-def codes_of_pairs(words, BF16: tl.constexpr, ASM: tl.constexpr):
-    """int32 [..] -> codes [.., 2] at bits 0 and 16, as the first half of a unit has them for :func:`scale_of_codes`."""
-    return _codes(words, False, BF16, BF16, ASM)
-
-
-@triton.jit
 def _shifted_words(w0, w1, w2, HALF: tl.constexpr, ASM: tl.constexpr):
     """Words [ROWS, t] of a unit -> [ROWS, t, h, i0, i1], pairs of a half at bits 0 and 16 (second half: 3 and 19)."""
     if HALF == 0:

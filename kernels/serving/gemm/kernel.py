@@ -29,17 +29,20 @@ def gemm_kernel(
     if TILE.ACTIVATION != "":
         tiles = shape.n0 // (TILE.BLOCK_N // 2)
     else:
-        tiles = (
-            tl.cdiv(shape.n0, TILE.BLOCK_N)
-            + tl.cdiv(shape.n1, TILE.BLOCK_N)
-            + tl.cdiv(shape.n2, TILE.BLOCK_N)
-            + tl.cdiv(shape.n3, TILE.BLOCK_N)
-        )
-    in_group = tl.program_id(0) % (TILE.GROUP_BLOCKS * tiles)
-    block = tl.program_id(0) // (TILE.GROUP_BLOCKS * tiles) * TILE.GROUP_BLOCKS
-    group_blocks = tl.minimum(max_blocks - block, TILE.GROUP_BLOCKS)  # the last group may have less
-    block += in_group % group_blocks
-    tile = in_group // group_blocks
+        tiles = tl.cdiv(shape.n0, TILE.BLOCK_N)
+        if TILE.PARTS > 1:
+            tiles += tl.cdiv(shape.n1, TILE.BLOCK_N)
+        if TILE.PARTS > 2:
+            tiles += tl.cdiv(shape.n2, TILE.BLOCK_N) + tl.cdiv(shape.n3, TILE.BLOCK_N)
+    if TILE.GROUP_BLOCKS == 1:
+        block = tl.program_id(0) // tiles
+        tile = tl.program_id(0) % tiles
+    else:
+        in_group = tl.program_id(0) % (TILE.GROUP_BLOCKS * tiles)
+        block = tl.program_id(0) // (TILE.GROUP_BLOCKS * tiles) * TILE.GROUP_BLOCKS
+        group_blocks = tl.minimum(max_blocks - block, TILE.GROUP_BLOCKS)  # the last group may have less
+        block += in_group % group_blocks
+        tile = in_group // group_blocks
     split_index = tl.program_id(1)
     kind: tl.constexpr = TILE.BLOCKS
     tail_m: tl.constexpr = TILE.TAIL_M

@@ -19,16 +19,26 @@ from .up_projection import Columns, add_gated_up_projection, add_up_projection, 
 
 
 @triton.jit
-def tile_part(tile, shape, BLOCK_N: tl.constexpr):
+def tile_part(tile, shape, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     """(part, first column of the part, first column of the tile in its part, width of the part) of a tile."""
-    end0 = tl.cdiv(shape.n0, BLOCK_N)
-    end1 = end0 + tl.cdiv(shape.n1, BLOCK_N)
-    end2 = end1 + tl.cdiv(shape.n2, BLOCK_N)
-    part = (tile >= end0).to(tl.int32) + (tile >= end1).to(tl.int32) + (tile >= end2).to(tl.int32)
-    first_tile = tl.where(part == 0, 0, tl.where(part == 1, end0, tl.where(part == 2, end1, end2)))
-    start2 = shape.n0 + shape.n1
-    start = tl.where(part == 0, 0, tl.where(part == 1, shape.n0, tl.where(part == 2, start2, start2 + shape.n2)))
-    width = tl.where(part == 0, shape.n0, tl.where(part == 1, shape.n1, tl.where(part == 2, shape.n2, shape.n3)))
+    part = tile * 0
+    start = part
+    first_tile = part
+    width = shape.n0
+    if PARTS > 1:
+        end0 = tl.cdiv(shape.n0, BLOCK_N)
+        part = (tile >= end0).to(tl.int32)
+        start = tl.where(part == 0, 0, shape.n0)
+        first_tile = tl.where(part == 0, 0, end0)
+        width = tl.where(part == 0, shape.n0, shape.n1)
+    if PARTS > 2:
+        end1 = end0 + tl.cdiv(shape.n1, BLOCK_N)
+        end2 = end1 + tl.cdiv(shape.n2, BLOCK_N)
+        in_third, in_fourth = tile >= end1, tile >= end2
+        part += in_third.to(tl.int32) + in_fourth.to(tl.int32)
+        start += tl.where(in_third, shape.n1, 0) + tl.where(in_fourth, shape.n2, 0)
+        first_tile = tl.where(in_fourth, end2, tl.where(in_third, end1, first_tile))
+        width = tl.where(in_fourth, shape.n3, tl.where(in_third, shape.n2, width))
     return part, start, (tile - first_tile) * BLOCK_N, width
 
 
@@ -48,7 +58,7 @@ def compute_tile(
     """One tile of :func:`.kernel.gemm_kernel`, for BLOCK_M pairs, and with FEW_M for so many further ones."""
     rows, valid = _rows_of(pairs, counts)
     few_rows, few_valid = _rows_of(few, counts)
-    part, start, first_column, width = tile_part(tile, shape, TILE.BLOCK_N)
+    part, start, first_column, width = tile_part(tile, shape, TILE.BLOCK_N, TILE.PARTS)
     column = first_column + tl.arange(0, TILE.BLOCK_N)
     inside = column < width
     if TILE.EVEN_N:

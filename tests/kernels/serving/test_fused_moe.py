@@ -135,6 +135,7 @@ TILES = [
     GemmConfig(16, 64, 1, False, 4, 2),
     GemmConfig(16, 128, 2, False, 4, 4),
     GemmConfig(32, 128, 3, False, 4, 3, group_blocks=2),
+    GemmConfig(32, 256, 1, False, 8, 3),
     GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=16),
     GemmConfig(64, 64, 1, True, 4, 2),
     GemmConfig(128, 128, 1, True, 8, 3, group_blocks=4, tail_m=32),
@@ -160,8 +161,8 @@ JOINED = [tile for tile in TILES if tile.joined]
 @pytest.mark.parametrize(
     ("tile", "groups"),
     [(tile, (64, 64)) for tile in TILES]
-    + [(TILES[1], (128, 128)), (TILES[3], (128, 128)), (TILES[7], (128, 128))]
-    + [(TILES[1], (64, 128)), (TILES[3], (64, 128)), (TILES[3], (128, 64)), (TILES[3], (64, 32))]
+    + [(TILES[1], (128, 128)), (TILES[4], (128, 128)), (TILES[8], (128, 128))]
+    + [(TILES[1], (64, 128)), (TILES[4], (64, 128)), (TILES[4], (128, 64)), (TILES[4], (64, 32))]
     + [(TILES[-3], (128, 128)), (TILES[-3], (64, 32))],
     ids=lambda value: "-".join(map(str, value)),
 )
