@@ -49,6 +49,14 @@ def load_pairs(blocks, block, num_pairs, max_blocks, BLOCK_M: tl.constexpr, BLOC
 
 
 @triton.jit
+def rows_of(pairs, num_pairs, top_k, SHARED_ROWS: tl.constexpr):
+    """(row of x, whether there is one) of each pair; a division by a number that is not known is slow."""
+    valid = pairs < num_pairs
+    row = pairs // top_k if SHARED_ROWS else pairs
+    return tl.where(valid, row, 0), valid
+
+
+@triton.jit
 def past_last_pair(blocks, index, num_pairs, last_index, BLOCKS: tl.constexpr):
     """Whether no pair stands at ``index`` of the sorted pairs; within a block they stand in front."""
     if BLOCKS == "sorted":

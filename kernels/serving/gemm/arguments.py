@@ -132,6 +132,7 @@ class Tile(NamedTuple):
         BF16: whether x is bf16, else it is fp16.
         ASM: whether NVIDIA assembly is used.
         HAS_MAP: whether a map says which experts are local.
+        SHARED_ROWS: whether pairs share rows of x, top_k of them each.
         BLOCKS: how pairs lie in blocks, in the words of :func:`..blocks.load_pairs`.
         SCALE: what is scaled: "products", "weights" or "fast" (weights in fp16), see :mod:`.dequant`.
         WARP_MMA: whether the device multiplies by warps alone, whatever the tile; see :func:`.dequant.operand_order`.
@@ -159,6 +160,7 @@ class Tile(NamedTuple):
     BF16: bool
     ASM: bool
     HAS_MAP: bool
+    SHARED_ROWS: bool
     BLOCKS: str
     SCALE: str
     WARP_MMA: bool

@@ -123,7 +123,7 @@ def _launch(
     x = source.x
     rows, k = x.shape
     _check(x, weights, widths, blocks, group_size, config)
-    tile = _make_tile(source, widths, blocks, routes, group_size, factor_bits, config, mode, activation)
+    tile = _make_tile(source, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, activation)
     max_rank = 0 if source.down is None else source.down.shape[2]
     widths = [*widths, *[0] * (MAX_PARTS - len(widths))]
     launch(
@@ -153,6 +153,7 @@ def _make_tile(
     widths: list[int],
     blocks: TokenBlocks,
     routes: Routes | None,
+    top_k: int,
     group_size: int,
     factor_bits: int,
     config: GemmConfig,
@@ -175,6 +176,7 @@ def _make_tile(
         BF16=source.x.dtype == torch.bfloat16,
         ASM=mode.asm,
         HAS_MAP=routes is not None and routes.expert_map is not None,
+        SHARED_ROWS=top_k > 1,
         BLOCKS=block_kind(blocks, routes),
         SCALE=scale,
         WARP_MMA=mode.warps,

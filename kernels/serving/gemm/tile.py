@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..activation import gated, power_of_two
-from ..blocks import load_pairs
+from ..blocks import load_pairs, rows_of
 from .products import multiply
 from .up_projection import Columns, add_gated_up_projection, add_up_projection, part_ranks
 
@@ -43,21 +43,14 @@ def tile_part(tile, shape, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(pairs, counts):
-    """(row of x, whether there is one) of each pair."""
-    valid = pairs < counts.num_pairs
-    return tl.where(valid, pairs // counts.top_k, 0), valid
-
-
-@triton.jit
 def compute_tile(
     activations, weights, compensators, scales, output, blocks, shape, counts, max_blocks,
     expert, block, pairs, few_block, few, tile, split_index,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr, FEW_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of :func:`.kernel.gemm_kernel`, for BLOCK_M pairs, and with FEW_M for so many further ones."""
-    rows, valid = _rows_of(pairs, counts)
-    few_rows, few_valid = _rows_of(few, counts)
+    rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
+    few_rows, few_valid = rows_of(few, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     part, start, first_column, width = tile_part(tile, shape, TILE.BLOCK_N, TILE.PARTS)
     column = first_column + tl.arange(0, TILE.BLOCK_N)
     inside = column < width
@@ -97,7 +90,7 @@ def _store_tile(
     kind: tl.constexpr = TILE.BLOCKS
     # once more: registers are short in the loop
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
-    rows, valid = _rows_of(pairs, counts)
+    rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     if TILE.HAS_RANK:
         acc = add_up_projection(
             acc, compensators, ranks, columns, counts, pairs, valid, split_index, x_dtype, TILE, BLOCK_M
@@ -119,8 +112,8 @@ def compute_gated_tile(
     Eight rows of the tile are gate's, the next eight up's, and so on, so that a thread holds both halves of its
     outputs. A row of h is divided by a power of two that keeps it in fp16 whatever the weights' signs: norms bound it.
     """
-    rows, valid = _rows_of(pairs, counts)
-    few_rows, few_valid = _rows_of(few, counts)
+    rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
+    few_rows, few_valid = rows_of(few, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     lane = tl.arange(0, TILE.BLOCK_N)
     first_column = tile * (TILE.BLOCK_N // 2)
     column = first_column + lane // 16 * 8 + lane % 8
@@ -159,7 +152,7 @@ def _store_gated_tile(
     kind: tl.constexpr = TILE.BLOCKS
     # once more: registers are short in the loop
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
-    rows, valid = _rows_of(pairs, counts)
+    rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     if TILE.HAS_RANK:
         acc = add_gated_up_projection(
             acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE, BLOCK_M

@@ -51,6 +51,7 @@ class Tile(NamedTuple):
         LANES: whether x is read in the order of lanes, as in :class:`..gemm.arguments.Tile`.
         EVEN_K: whether K is a multiple of 128.
         HAS_MAP: whether a map says which experts are local.
+        SHARED_ROWS: whether pairs share rows of x, as in :class:`..gemm.arguments.Tile`.
         BLOCKS: how pairs lie in blocks, in the words of :func:`..blocks.load_pairs`.
         BLOCK_M: pairs of a program.
         SUB_BLOCKS: so many blocks are a block of the GEMM.
@@ -68,6 +69,7 @@ class Tile(NamedTuple):
     LANES: bool
     EVEN_K: bool
     HAS_MAP: bool
+    SHARED_ROWS: bool
     BLOCKS: str
     BLOCK_M: int
     SUB_BLOCKS: int

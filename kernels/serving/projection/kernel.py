@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..blocks import block_expert, load_pairs
+from ..blocks import block_expert, load_pairs, rows_of
 from ..gemm.dequant import (
     WARPGROUP_TOKENS,
     add_group,
@@ -20,9 +20,9 @@ from ..gemm.lanes import load_lanes
 
 @triton.jit
 def _down_project(
-    activations, factor, K, num_rows, expert, rows, valid, slot, split, unit_chunk, TILE: tl.constexpr
+    activations, factor, K, num_rows, expert, rows, valid, tile, split, unit_chunk, TILE: tl.constexpr
 ):  # fmt: skip
-    """V·x of the ranks ``slot`` of an expert over ``unit_chunk`` units of K, fp32 [RANKS, BLOCK_M]."""
+    """V·x of a tile of an expert's ranks over ``unit_chunk`` units of K, fp32 [RANKS, BLOCK_M]."""
     PARTS: tl.constexpr = TILE.PARTS
     RANKS: tl.constexpr = TILE.RANKS
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
@@ -31,15 +31,18 @@ def _down_project(
     units = (K + 127) // 128
     begin = split * unit_chunk
     end = tl.minimum(begin + unit_chunk, units)
-    row = tl.load(factor.rank_blocks + expert * PARTS) * 16 + slot
-    in_rank = row < tl.load(factor.rank_blocks + expert * PARTS + PARTS) * 16
+    rank = tl.arange(0, RANKS)  # divided where it is known, when compiled
+    block = tl.load(factor.rank_blocks + expert * PARTS) + tile * (RANKS // 16) + rank // 16
+    in_block = rank % 16
+    in_rank = block < tl.load(factor.rank_blocks + expert * PARTS + PARTS)
     WARP: tl.constexpr = (TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS) and TILE.FACTOR_BITS == 3
     k64 = operand_order(64, WARP)
     lane = tl.arange(0, 4)
-    first_unit = (row // 16).to(tl.int64) * units + begin
-    scales = factor.v_scale + first_unit * 16 + row % 16
-    words = factor.v + (first_unit * 192 + row % 16 * 4)[:, None] + lane[None, :]
-    values = factor.v + ((row.to(tl.int64) * units + begin) * 128)[:, None] + k64[None, :]
+    first_unit = block.to(tl.int64) * units + begin
+    scales = factor.v_scale + first_unit * 16 + in_block
+    words = factor.v + (first_unit * 192 + in_block * 4)[:, None] + lane[None, :]
+    row = block.to(tl.int64) * 16 + in_block
+    values = factor.v + ((row * units + begin) * 128)[:, None] + k64[None, :]
     word_mask = in_rank[:, None] & (lane >= 0)[None, :]
     if TILE.LANES:
         x_rows = activations.lanes + (rows.to(tl.int64) * units + begin) * 64
@@ -130,18 +133,14 @@ def project_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     kind: tl.constexpr = TILE.BLOCKS
     block_m: tl.constexpr = TILE.BLOCK_M
-    program = tl.program_id(0)
-    block = program // (splits * rank_tiles)
-    split = program % splits
-    tile = program // splits % rank_tiles
+    split, tile, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = block_expert(blocks, block // TILE.SUB_BLOCKS, max_blocks, TILE.HAS_MAP, kind)
     pairs = load_pairs(blocks, block, num_pairs, max_blocks * TILE.SUB_BLOCKS, block_m, kind)
     if expert >= 0:
-        valid = pairs < num_pairs
-        rows = tl.where(valid, pairs // top_k, 0)
+        rows, valid = rows_of(pairs, num_pairs, top_k, TILE.SHARED_ROWS)
         slot = tile * TILE.RANKS + tl.arange(0, TILE.RANKS)
         own = _down_project(
-            activations, factor, K, num_rows, expert, rows, valid, slot, split, unit_chunk, TILE
+            activations, factor, K, num_rows, expert, rows, valid, tile, split, unit_chunk, TILE
         )  # fmt: skip
         place = pairs[None, :].to(tl.int64) * max_rank + slot[:, None]
         inside = valid[None, :] & (slot < max_rank)[:, None]

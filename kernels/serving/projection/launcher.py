@@ -113,6 +113,7 @@ def project(
         LANES=lanes is not None,
         EVEN_K=k % 128 == 0,
         HAS_MAP=routes is not None and routes.expert_map is not None,
+        SHARED_ROWS=top_k > 1,
         BLOCKS=block_kind(blocks, routes),
         BLOCK_M=how.block_m,
         SUB_BLOCKS=how.sub_blocks,
@@ -122,7 +123,7 @@ def project(
     )
     launch(
         project_kernel,
-        (how.blocks * how.splits * how.rank_tiles,),
+        (how.splits, how.rank_tiles, how.blocks),
         mode,
         Activations(x, None if lanes is None else source.sums, lanes),
         Factor(weights.v, weights.v_scale, weights.rank_blocks),
