@@ -11,12 +11,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..launch import processors, shared_memory
-from ..serving.gemm.config import GemmConfig
+from ..serving.gemm.config import FOUR_TILES, THREE_TILES, GemmConfig
 from ..serving.gemm.heuristic import (
-    FOUR_TILES,
     JOINING,
     SCALING_TOKENS,
-    THREE_TILES,
     GemmShape,
     blocks_time,
     expected_load,

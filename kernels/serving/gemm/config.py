@@ -14,6 +14,8 @@ WARPGROUP_TOKENS = 16
 """Fewest tokens of a tile that a warpgroup multiplies, see :mod:`.dequant`; fewer are multiplied by warps."""
 MAX_SPLIT = 16
 """Most parts of K."""
+THREE_TILES, FOUR_TILES = 168, 128
+"""Registers of a thread with which three and four tiles of four warps fit on a multiprocessor."""
 
 
 class GemmConfig(NamedTuple):
@@ -43,6 +45,13 @@ class GemmConfig(NamedTuple):
     tail_m: int = 0
     max_registers: int | None = None
     joined: bool = False
+
+    @property
+    def register_cap(self) -> int | None:
+        """The cap that a launch asks for: tiles of 16 tokens that name none must fit three times all the same."""
+        if self.max_registers is None and (self.block_m, self.block_n, self.num_warps) == (16, 128, 4):
+            return THREE_TILES
+        return self.max_registers
 
     def scales_weights(self, group_size: int) -> bool:
         """Whether whole tiles scale weights; groups of 32 never do."""

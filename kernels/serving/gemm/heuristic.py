@@ -25,7 +25,7 @@ from ...weights import MoEShape
 from ..layout import UNIT, KernelWeights
 from ..projection.plan import RANKS, DownShape, plan, rank_tiles
 from ..routing import TokenBlocks
-from .config import GemmConfig, rank_step
+from .config import FOUR_TILES, THREE_TILES, GemmConfig, rank_step
 
 BLOCK_N = 128
 SHORTEST, FEWEST = 8, 5
@@ -37,8 +37,6 @@ SHORT = 32
 """Tokens of the largest tile whose products are scaled instead of its weights."""
 SCALING_TOKENS = 72
 """Scaling a tile's weights takes as long as the products of so many tokens, by the times of tiles of 64 and of 128."""
-THREE_TILES, FOUR_TILES = 168, 128
-"""Registers of a thread with which three and four tiles of four warps fit on a multiprocessor."""
 SPLITS = (1, 2, 4, 8)
 JOINING, JOINED_TIME = 64, 1.07
 """Tokens of the tiles that take an expert's last pairs along, and the time of the others' tiles, which are two and not

@@ -144,7 +144,7 @@ def _launch(
         blocks.max_blocks,
         TILE=tile,
         num_warps=config.num_warps,
-        maxnreg=config.max_registers,
+        maxnreg=config.register_cap,
     )
 
 

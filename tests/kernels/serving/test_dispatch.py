@@ -14,6 +14,7 @@ import torch
 from vllm_milo.kernels import tuned
 from vllm_milo.kernels.serving.dispatch import moe_configs
 from vllm_milo.kernels.serving.gemm import heuristic
+from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.serving.gemm.heuristic import heuristic_configs
 from vllm_milo.kernels.weights import MoEShape
 
@@ -75,6 +76,13 @@ def test_tiles_fit_the_shared_memory_of_the_device(memory: int, block_m: int, st
     assert (config.block_m, config.num_stages) == (block_m, stages)
     for tile in heuristic_configs(8 * 50, layer(8, 4096, 14336), CPU):
         assert tile.max_registers == (168 if memory == 227 else None)
+
+
+def test_three_tiles_of_16_tokens_fit_on_a_multiprocessor():
+    tile = GemmConfig(16, 128, 1, False, 4, 4)
+    assert tile.register_cap == 168
+    assert tile._replace(max_registers=128).register_cap == 128
+    assert all(other.register_cap is None for other in (tile._replace(block_m=32), tile._replace(num_warps=8)))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 700, 4096])
