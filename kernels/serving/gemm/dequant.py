@@ -34,6 +34,13 @@ WARPGROUP_TOKENS = tl.constexpr(config.WARPGROUP_TOKENS)
 
 
 @triton.jit
+def halves(word, dtype: tl.constexpr):
+    """The two values of 16 bits that an int32 holds, the low one first."""
+    low = (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    return low, (word >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
 def _and_or_bf16(word, HIGH: tl.constexpr, ASM: tl.constexpr):
     """Codes of both halves in the mantissa of bf16 128, or 16 where they stand three bits higher.
 
@@ -69,8 +76,7 @@ def _codes(words, HIGH: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, AS
     else:
         dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
         bits = _and_or_bf16(words, HIGH, ASM) if BF16 else words & (0x00380038 if HIGH else 0x00070007)
-        low = (bits & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-        high = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+        low, high = halves(bits, dtype)
     return tl.join(low, high)
 
 
@@ -138,9 +144,8 @@ def quarter_operand(w0, w1, w2, QUARTER: tl.constexpr, BF16: tl.constexpr, ASM: 
 @triton.jit
 def scale_and_zero(word):
     """int32 with fp16 scale (low half) and zero point (high half) -> both in fp32."""
-    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    zero = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, zero
+    scale, zero = halves(word, tl.float16)
+    return scale.to(tl.float32), zero.to(tl.float32)
 
 
 @triton.jit
@@ -240,8 +245,7 @@ def _fast_weights(words, scale, base, offset, HIGH: tl.constexpr, ASM: tl.conste
                 is_pure=True,
                 pack=1,
             )
-        low = (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        low, high = halves(bits, tl.float16)
     else:
         codes = words >> 3 if HIGH else words
         bias: tl.constexpr = 128.0 if HIGH else 1024.0

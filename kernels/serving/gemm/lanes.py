@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dequant import halves
+
 
 @triton.jit
 def lane_order(SIZE: tl.constexpr):
@@ -28,8 +30,7 @@ def load_lanes(x_rows, valid, dtype: tl.constexpr, BLOCK_M: tl.constexpr):
     place = x_rows[None, :, None] + (part * 16)[:, None, None] + word[None, None, :]
     mask = valid[None, :, None] & (part >= 0)[:, None, None] & (word >= 0)[None, None, :]
     words = tl.load(place, mask=mask, other=0)
-    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    low, high = halves(words, dtype)
     pairs = tl.reshape(tl.join(low, high), (2, 2, BLOCK_M, 4, 2, 2, 2))  # half, i1, m, t, h, i0, b
     first, second = tl.split(tl.permute(pairs, (1, 5, 3, 4, 6, 2, 0)))
     return tl.reshape(first, (64, BLOCK_M)), tl.reshape(second, (64, BLOCK_M))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .dequant import WARPGROUP_TOKENS, finished, operand_order, scale_and_zero
+from .dequant import WARPGROUP_TOKENS, finished, halves, operand_order, scale_and_zero
 
 FEW_TOKENS = tl.constexpr(32)
 """Most tokens of a tile that takes :func:`_add_few`: more make V·x the larger of both operands."""
@@ -54,18 +54,33 @@ def part_ranks(compensators, expert, part, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _up_words(u_ptr, u_start, blocks, rank_block, columns, TILE: tl.constexpr):
-    """3-bit codes of RANK_STEP ranks from ``rank_block`` on, four in a word, int32 [BLOCK_N, RANK_STEP / 16, t].
+def _up_rows(u_start, blocks, rank_block, columns, RANK_STEP: tl.constexpr):
+    """Rows of 16 ranks of U for RANK_STEP of them from ``rank_block`` on, and which there are, [BLOCK_N, .. / 16].
 
-    ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part. Columns that are not inside, and blocks of
-    16 ranks from ``blocks`` on, give codes of 0.
+    ``u_start`` and ``blocks`` [BLOCK_N] are those of each column's part: columns that are not inside have none, nor
+    have blocks of 16 ranks from ``blocks`` on.
     """
-    block = rank_block + tl.arange(0, TILE.RANK_STEP // 16)
+    block = rank_block + tl.arange(0, RANK_STEP // 16)
     row = u_start[:, None] // 16 * 64 + (block * columns.width).to(tl.int64)[None, :] + columns.each[:, None]
-    mask = (columns.inside[:, None] & (block[None, :] < blocks[:, None]))[:, :, None]
+    return row, columns.inside[:, None] & (block[None, :] < blocks[:, None])
+
+
+@triton.jit
+def _up_words(u_ptr, u_start, blocks, rank_block, columns, TILE: tl.constexpr):
+    """3-bit codes of :func:`_up_rows`, four in a word, int32 [BLOCK_N, RANK_STEP / 16, t]; 0 where there are none."""
+    row, there = _up_rows(u_start, blocks, rank_block, columns, TILE.RANK_STEP)
+    mask = there[:, :, None]
     lane = tl.arange(0, 4)
     place = u_ptr + row[:, :, None] * 4 + lane[None, None, :]
     return tl.load(place, mask=mask & (lane >= 0)[None, None, :], other=0x4444).to(tl.int32)
+
+
+@triton.jit
+def _up_pairs(u_ptr, u_start, blocks, rank_block, columns, TILE: tl.constexpr):
+    """The codes of :func:`_up_words` in pairs at bits 0 and 16, int32 [BLOCK_N, RANK_STEP / 16, t, h]."""
+    word = _up_words(u_ptr, u_start, blocks, rank_block, columns, TILE)
+    pairs = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
+    return tl.join(pairs, pairs >> 8)
 
 
 @triton.jit
@@ -80,9 +95,8 @@ def _up_codes(u_ptr, u_start, blocks, rank_block, columns, TILE: tl.constexpr, W
         joined = tl.join(low, high)  # [BLOCK_N, blocks, t, b, h]
         codes = tl.permute(joined, (0, 1, 2, 4, 3)) if WARP else tl.permute(joined, (0, 1, 4, 2, 3))
         return (tl.reshape(codes, (BLOCK_N, RANK_STEP)) - 4).to(tl.float32)
-    block = rank_block + tl.arange(0, RANK_STEP // 16)
-    row = u_start[:, None] // 16 * 64 + (block * columns.width).to(tl.int64)[None, :] + columns.each[:, None]
-    mask = (columns.inside[:, None] & (block[None, :] < blocks[:, None]))[:, :, None]
+    row, there = _up_rows(u_start, blocks, rank_block, columns, RANK_STEP)
+    mask = there[:, :, None]
     rank = operand_order(16, WARP)
     place = u_ptr + row[:, :, None] * 16 + rank[None, None, :]
     values = tl.load(place, mask=mask & (rank >= 0)[None, None, :], other=0)
@@ -112,8 +126,7 @@ def _few_codes(pairs, BF16: tl.constexpr, ASM: tl.constexpr):
                 " mov.b32 b, 0xD404D404; fma.rn.f16x2 $0, q, a, b; }"
             )
             bits = tl.inline_asm_elementwise(half, "=r,r", [pairs], tl.int32, is_pure=True, pack=1)
-        low = (bits & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-        high = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+        low, high = halves(bits, dtype)
     else:
         one: tl.constexpr = 1.0 if BF16 else 0.0625
         low = (((pairs & 7) - 4).to(tl.float32) * one).to(dtype)
@@ -165,9 +178,8 @@ def _add_few(
         second = first
         if GROUPS == 2:
             second = _few_scale(compensators.u_scale, ranks, block, columns, 1, WARP, BLOCK_M, RANK_STEP)
-        word = _up_words(compensators.u, u_start, blocks, block, columns, TILE)
-        word = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
-        codes = _few_codes(tl.join(word, word >> 8), BF16, TILE.ASM)  # [BLOCK_N, blocks, t, h, b]
+        pairs_of_codes = _up_pairs(compensators.u, u_start, blocks, block, columns, TILE)
+        codes = _few_codes(pairs_of_codes, BF16, TILE.ASM)  # [BLOCK_N, blocks, t, h, b]
         if not WARP:
             codes = tl.permute(codes, (0, 1, 3, 2, 4))
         codes = tl.reshape(codes, (BLOCK_N, RANK_STEP))  # in the order of the operand
@@ -221,21 +233,18 @@ def _fast_factor(u_ptr, u_start, blocks, rank_block, columns, scale, TILE: tl.co
     """Uᵀ of RANK_STEP ranks from 3-bit codes and scales of :func:`_pairs_to_rows`, fp16 [BLOCK_N, RANK_STEP].
 
     Two values an instruction and half of the registers; each is rounded once, so it is what fp32 would round to fp16.
-    ``u_start`` and ``blocks`` are as in :func:`_up_words`.
+    ``u_start`` and ``blocks`` are as in :func:`_up_rows`.
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     RANK_STEP: tl.constexpr = TILE.RANK_STEP
-    word = _up_words(u_ptr, u_start, blocks, rank_block, columns, TILE)
-    pairs = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
-    pairs = tl.join(pairs, pairs >> 8)  # [BLOCK_N, blocks, t, h]
+    pairs = _up_pairs(u_ptr, u_start, blocks, rank_block, columns, TILE)
     if TILE.ASM:
         asm: tl.constexpr = (
             "{ .reg .b32 q, c; lop3.b32 q, $1, 0x00070007, 0x64006400, 0xEA; mov.b32 c, 0x64046404;"
             " sub.rn.f16x2 q, q, c; mul.rn.f16x2 $0, q, $2; }"
         )
         bits = tl.inline_asm_elementwise(asm, "=r,r,r", [pairs, scale], tl.int32, is_pure=True, pack=1)
-        low = (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        low, high = halves(bits, tl.float16)
     else:
         low_scale, high_scale = scale_and_zero(scale)
         low = (((pairs & 7) - 4).to(tl.float32) * low_scale).to(tl.float16)
