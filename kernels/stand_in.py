@@ -56,6 +56,7 @@ def stand_in(
         _empty((experts * parts + 1,), torch.int32, device),
         _empty((experts * parts,), torch.int64, device),
         norms,
+        _empty((experts,), torch.int32, device),
         _empty((experts, columns), torch.float32, device) if biased else None,
     )
     return layer.present

@@ -30,6 +30,7 @@ def meta_layer(
         "rank_blocks": ((experts * parts + 1,), torch.int32),
         "u_starts": ((experts * parts,), torch.int64),
         "norms": ((experts * parts,), torch.float32),
+        "exponents": ((experts,), torch.int32),
     }
     if bias:
         tensors["bias"] = ((experts, n), torch.float32)

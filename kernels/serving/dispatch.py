@@ -16,7 +16,7 @@ _untuned = lru_cache(maxsize=4096)(heuristic_configs)
 
 
 def moe_configs(
-    tokens: int, shape: MoEShape, held: float, device: torch.device, dtype: torch.dtype
+    tokens: int, shape: MoEShape, held: float, device: torch.device, dtype: torch.dtype, fast: bool
 ) -> tuple[GemmConfig, GemmConfig]:
     """Return the tiles of the two GEMMs of a MoE layer.
 
@@ -26,10 +26,11 @@ def moe_configs(
         held: share of the model's experts that this process holds; the others' pairs are no load here.
         device: of the layer.
         dtype: of the activations.
+        fast: whether weights may be scaled in fp16.
 
     Raises:
         ValueError: the tuned file of this shape and device is broken.
     """
     loading = tokens if held == 1 else max(1, round(tokens * held))
     found = tuned.find(shape, loading, device, dtype)
-    return _untuned(loading * shape.top_k, shape, device) if found is None else found
+    return _untuned(loading * shape.top_k, shape, device, fast) if found is None else found

@@ -18,10 +18,10 @@ import triton.language as tl
 from ..launch import is_noting, launch, launch_mode
 from ..weights import LinearSpec, largest_rank
 from .gemm.arguments import Compensators, Shape, Weights
-from .gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled
+from .gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled, unit_of_scales
 from .gemm.launcher import MAX_PARTS
 from .gemm.tile import tile_part
-from .gemm.up_projection import Columns, part_ranks, up_factor
+from .gemm.up_factor import Columns, part_ranks, up_factor
 from .layout import UNIT, KernelWeights
 from .padding import padded
 from .projection.arguments import Factor
@@ -77,7 +77,7 @@ def _add_weights(acc, weights, w0, w1, w2, unit, n, inside, N, HALF: tl.constexp
     group = (HALF * 64 + tl.arange(0, 64)) // TILE.GROUP
     place = weights.scale_zero + (unit * N * groups + n * groups)[:, None] + group[None, :]
     scale, zero = scale_and_zero(tl.load(place, mask=inside[:, None] & (group >= 0)[None, :], other=0))
-    factor, offset = scale_of_codes(scale, zero, HALF, BF16)
+    factor, offset = scale_of_codes(scale * unit_of_scales(tl.load(weights.exponents), 0), zero, HALF, BF16)
     return acc + (codes.to(tl.float32) * factor - offset)
 
 
@@ -151,7 +151,7 @@ def expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.d
         (tiles, triton.cdiv(wide_k, UNIT)),
         mode,
         out,
-        Weights(layer.packed, layer.scale_zero),
+        Weights(layer.packed, layer.scale_zero, layer.exponents),
         Compensators(layer.u, layer.u_scale, layer.rank_blocks, layer.u_starts, None),
         Factor(layer.v, layer.v_scale, layer.rank_blocks),
         Shape(layer.columns, wide_k, *widths, *[0] * (MAX_PARTS - len(widths))),

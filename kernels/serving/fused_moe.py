@@ -64,15 +64,17 @@ def fused_moe(
     hidden_size = x.shape[1]
     x = pad_inputs(x)
     num_experts = gate_up.packed.shape[0]
+    may_be_fast = spec.is_plain and gate_up.bias is None and x.dtype == torch.bfloat16
     if configs is None:
         held = 1.0 if expert_map is None else num_experts / expert_map.numel()
-        configs = moe_configs(tokens, moe_shape(gate_up, down, spec, top_k), held, x.device, x.dtype)
-    first, second = configs
+        shape = moe_shape(gate_up, down, spec, top_k)
+        configs = moe_configs(tokens, shape, held, x.device, x.dtype, may_be_fast)
+    fast = may_be_fast and _is_fast(x.shape[1], gate_up, down, *configs)
+    first, second = configs if fast else (config.by_products for config in configs)
     mode = launch_mode(x.device, few_tokens=routes.num_pairs <= FEW_PAIRS)
     rank13, rank2 = spec.max_ranks
     downs = [DownShape(rank13, gate_up.units, first.split_k), DownShape(rank2, down.units, second.split_k)]
     formats = [(weights.group_size, spec.factor_bits) for weights in (gate_up, down)]
-    fast = spec.is_plain and gate_up.bias is None and _is_fast(x, gate_up, down, first, second)
     dtype = x.dtype
     needs_sums, reads_lanes = first.needs_sums(gate_up.group_size), first.reads_lanes(gate_up.group_size)
     source, blocks, (planned13, planned2) = prepare(
@@ -104,10 +106,8 @@ def moe_shape(gate_up: KernelWeights, down: KernelWeights, spec: MoESpec, top_k:
     return MoEShape(experts, top_k, down.columns, intermediate, groups, (first, second), parts)
 
 
-def _is_fast(
-    x: torch.Tensor, gate_up: KernelWeights, down: KernelWeights, first: GemmConfig, second: GemmConfig
-) -> bool:
-    """Whether both GEMMs scale weights in fp16: many tokens of a bf16 model."""
-    whole = first.split_k == 1 and max(x.shape[1], down.units * 128) <= MAX_ROW
+def _is_fast(k: int, gate_up: KernelWeights, down: KernelWeights, first: GemmConfig, second: GemmConfig) -> bool:
+    """Whether both GEMMs, the first one's rows being of k, have tiles that scale weights in fp16."""
+    whole = first.split_k == 1 and max(k, down.units * 128) <= MAX_ROW
     scaled = first.scales_weights(gate_up.group_size) and second.scales_weights(down.group_size)
-    return x.dtype == torch.bfloat16 and scaled and whole
+    return scaled and whole

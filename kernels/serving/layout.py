@@ -76,14 +76,14 @@ class KernelWeights(NamedTuple):
     With R blocks of 16 ranks over all experts and parts, G = 128/group_size, Nᵢ padded to 64, N their sum, and factors
     of 3 bits (8 and 16 bits: one element a value):
 
-    packed int32 [E, K/128, N/64, 3, 64, 4]; scale_zero int32 [E, K/128, N, G], fp16 scale in the low half and
-    zero point in the high half; u int16, 1-D, the parts' [rᵢ/16, Nᵢ, 4] ([rᵢ/16, Nᵢ, 16]) one after another;
+    packed int32 [E, K/128, N/64, 3, 64, 4]; scale_zero int32 [E, K/128, N, G], fp16 scale times 2^exponent in the low
+    half and zero point in the high half; u int16, 1-D, the parts' [rᵢ/16, Nᵢ, 4] ([rᵢ/16, Nᵢ, 16]) one after another;
     u_scale fp16, 1-D, likewise [rᵢ/16, Nᵢ/64, 16]; v int32 [R, K/128, 3, 16, 4] ([R, 16, 128·⌈K/128⌉]);
     v_scale int32 [R, ⌈K/128⌉, 16], the fp16 scales of a unit's halves in its halves, 0 in the rows and groups that
     padding added; rank_blocks int32 [E·P + 1],
     the blocks of part p of expert e; u_starts int64 [E·P], where its part of u starts, in elements of u_scale;
-    norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty; bias fp32 [E, N],
-    0 in the rows that padding added, or None.
+    norms fp32 [E·P], the largest norm of a row (:mod:`..bounds`) of experts of two parts, else empty; exponents int32
+    [E], of :func:`scale_exponents`; bias fp32 [E, N], 0 in the rows that padding added, or None.
     """
 
     packed: torch.Tensor
@@ -95,6 +95,7 @@ class KernelWeights(NamedTuple):
     rank_blocks: torch.Tensor
     u_starts: torch.Tensor
     norms: torch.Tensor
+    exponents: torch.Tensor
     bias: torch.Tensor | None = None
 
     @property
@@ -159,6 +160,24 @@ def join_scale_zero(scale: torch.Tensor, zero: torch.Tensor, group_size: int) ->
     return pad(words, (0, -words.shape[-1] % groups)).unflatten(-1, (-1, groups)).movedim(-2, -3).contiguous()
 
 
+def scale_exponents(scale: torch.Tensor) -> torch.Tensor:
+    """Return the largest exponent up to 30 with which an expert's scales times 2^exponent fit in fp16, int32 [E].
+
+    So weights in units of 2^-24 of the largest are what fp16 holds best, and codes can be multiplied as they stand in
+    their words, as subnormals (:func:`.gemm.dequant.fast_operand`).
+
+    Args:
+        scale: fp16 [E, N, K/g].
+    """
+    _, above = torch.frexp(scale.abs().amax((1, 2)).float())  # of the power of two next above the largest
+    return (16 - above).clamp(0, 30).to(torch.int32)
+
+
+def raise_scales(scale: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Return fp16 scales [E, N, K/g] times the experts' 2^exponent, exactly."""
+    return torch.ldexp(scale.float(), exponents[:, None, None]).half()
+
+
 def padded_bias(weights: ExpertWeights, widths: list[int]) -> torch.Tensor | None:
     """Return the bias in fp32 with 0 in the rows that padding adds to parts of these widths; None without one."""
     if weights.bias is None:
@@ -179,13 +198,16 @@ def prepare_experts(weights: ExpertWeights, factor_bits: int) -> KernelWeights:
     rows = [slice(*bound) for bound in pairwise(offsets(ranks))]
     check_factors(widths * experts, ranks, checkpoint_columns(weights.packed), factor_bits)
     scale = factor_bits != 16
+    exponents = scale_exponents(weights.scale)
+    scales = pad_rows(raise_scales(weights.scale, exponents), widths)
     return KernelWeights(
         _repack_experts(pad_rows(weights.packed, widths)),
-        join_scale_zero(pad_rows(weights.scale, widths), pad_rows(weights.zero, widths), weights.group_size),
+        join_scale_zero(scales, pad_rows(weights.zero, widths), weights.group_size),
         *_up_factors([(weights.u[r], weights.u_scale[r] if scale else None, n // parts) for r in rows], factor_bits),
         *_down_factors(weights.v, weights.v_scale, rows, checkpoint_columns(weights.packed), factor_bits),
         *serving_tables(ranks, widths * experts, weights.packed.device),
         largest_row_norms(weights, factor_bits) if parts == 2 else weights.scale.new_empty(0).float(),
+        exponents,
         padded_bias(weights, widths),
     )
 
@@ -210,15 +232,16 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec) -> KernelWeights:
             scale = weights.u_scale[scale_starts[part] : scale_starts[part + 1]].view(rank, width // 64)
         factors.append((u, scale, width))
     rows = [slice(*bound) for bound in pairwise(bounds)]
+    exponents = scale_exponents(weights.scale.unsqueeze(0))
+    scales = pad_rows(raise_scales(weights.scale.unsqueeze(0), exponents)[0], spec.widths)
     return KernelWeights(
         repack_matrix(pad_rows(weights.packed, spec.widths)).unsqueeze(0),
-        join_scale_zero(
-            pad_rows(weights.scale, spec.widths), pad_rows(weights.zero, spec.widths), spec.group_size
-        ).unsqueeze(0),
+        join_scale_zero(scales, pad_rows(weights.zero, spec.widths), spec.group_size).unsqueeze(0),
         *_up_factors(factors, spec.factor_bits),
         *_down_factors(weights.v, weights.v_scale, rows, k, spec.factor_bits),
         *serving_tables(spec.ranks, spec.widths, weights.packed.device),
         weights.scale.new_empty(0).float(),
+        exponents,
     )
 
 

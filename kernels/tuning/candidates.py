@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..launch import processors, shared_memory
-from ..serving.gemm.config import FOUR_TILES, THREE_TILES, GemmConfig
+from ..serving.gemm.config import FIVE_TILES, FOUR_TILES, SIX_TILES, THREE_TILES, GemmConfig
 from ..serving.gemm.heuristic import (
-    JOINING,
-    SCALING_TOKENS,
+    FAST_TOKENS,
     GemmShape,
     blocks_time,
     expected_load,
@@ -29,20 +28,19 @@ from ..tuned import Tiles
 from ..weights import MoEShape
 
 TILES = (
-    *(GemmConfig(8, 128, 1, False, 4, stages) for stages in (4, 5)),
-    GemmConfig(8, 128, 1, False, 4, 4, max_registers=FOUR_TILES),
-    *(GemmConfig(16, 128, 1, False, 4, stages) for stages in (3, 4, 5)),
-    *(GemmConfig(32, 128, 1, False, 4, stages) for stages in (3, 4)),
-    GemmConfig(32, 128, 1, False, 4, 4, max_registers=THREE_TILES),
-    GemmConfig(32, 256, 1, False, 8, 3),
-    *(GemmConfig(64, 128, 1, True, 4, stages, 4) for stages in (3, 4)),
-    GemmConfig(64, 128, 1, True, 4, 3, 4, max_registers=THREE_TILES),
-    GemmConfig(64, 256, 1, True, 8, 3, 4),
+    GemmConfig(8, 128, 1, False, 4, 5),
+    *(GemmConfig(8, 128, 1, False, 4, 4, max_registers=cap) for cap in (FOUR_TILES, FIVE_TILES, SIX_TILES)),
+    *(GemmConfig(16, 128, 1, False, 4, stages) for stages in (3, 4)),
+    *(GemmConfig(16, 128, 1, True, 4, 4, max_registers=cap) for cap in (FOUR_TILES, FIVE_TILES)),
+    GemmConfig(32, 128, 1, False, 4, 4),
+    *(GemmConfig(32, 128, 1, True, 4, stages, max_registers=FOUR_TILES) for stages in (3, 4)),
+    GemmConfig(32, 128, 1, True, 4, 3, max_registers=FIVE_TILES),
+    *(GemmConfig(64, 128, 1, True, 4, 3, 4, max_registers=cap) for cap in (THREE_TILES, None)),
     GemmConfig(128, 128, 1, True, 4, 3, 4),
-    GemmConfig(128, 256, 1, True, 8, 3, 4),
-    GemmConfig(256, 128, 1, True, 8, 3, 4),
 )
 """Tiles that are tried, each with several tails and parts of K."""
+JOINING = 32
+"""Tokens of the tiles whose tails are also tried joined to the block before them: larger ones lack registers."""
 SPLITS = (1, 2, 4, 8)
 WORSE = 1.5
 """Tiles that should take so many times as long as the best of their kind are left out."""
@@ -97,7 +95,7 @@ def cost(tile: GemmConfig, gemm: GemmShape, tokens: int, shape: MoEShape, device
     rows = sum(blocks_time(max(1, one), tile.block_m, tile.tail_m, tile.joined) for one in loads) / len(loads)
     work = load.experts * gemm.tiles * gemm.units * rows
     places = resident(tile.block_m) * processors(device) / (tile.block_n / 128)
-    longest = (tile.block_m + SCALING_TOKENS) * gemm.units / tile.split_k
+    longest = (tile.block_m + FAST_TOKENS) * gemm.units / tile.split_k
     sums = 0.0 if tile.split_k == 1 else tile.split_k * pairs * gemm.width * gemm.parts / 2e6
     return work / places / (tile.block_n / 128) + longest / 2 + sums
 
@@ -140,14 +138,12 @@ def _tiles(tokens: int, shape: MoEShape, gemm: GemmShape, place: int, device: to
 
 
 def _tails(tile: GemmConfig) -> Iterator[GemmConfig]:
-    """Yield a tile with the tails that it may have, apart and, where it is small, joined to the block before them.
-
-    Larger tiles lose more by the place that a joined tail takes in shared memory than by a tile for it alone.
-    """
+    """Yield a tile with the tails that it may have, apart and, where it is small, joined to the block before them."""
     if tile.scaled:
         for tail in (tile.block_m // 2, tile.block_m // 4):
-            yield tile._replace(tail_m=tail)
-            if tile.block_m == JOINING:
+            if tail >= 8:
+                yield tile._replace(tail_m=tail)
+            if tile.block_m == JOINING and tail >= 16:
                 yield tile._replace(tail_m=tail, joined=True)
     else:
         yield from (tile._replace(tail_m=tail) for tail in (0, 8, 16) if tail < tile.block_m)

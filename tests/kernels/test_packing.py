@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from vllm_milo.kernels.packing import dequantize, dequantize_factor, pack_codes, unpack_codes
-from vllm_milo.kernels.serving.layout import from_units, join_scale_zero, repack_matrix, to_units
+from vllm_milo.kernels.serving.layout import (
+    from_units,
+    join_scale_zero,
+    raise_scales,
+    repack_matrix,
+    scale_exponents,
+    to_units,
+)
 
 
 def test_golden_vector():
@@ -84,3 +91,16 @@ def test_scale_and_zero_share_a_word(group):
     assert torch.equal((flat[..., :groups] & 0xFFFF).to(torch.int16).view(torch.float16), scale)
     assert torch.equal((flat[..., :groups] >> 16).to(torch.int16).view(torch.float16), zero)
     assert not flat[..., groups:].any()
+
+
+def test_scales_are_raised_to_the_top_of_fp16():
+    """Exactly, whatever their size; zeros, as of experts that are all zeros, and the largest of fp16 too."""
+    largest = torch.tensor([65504.0, 1.0, 0.00999, 2.0**-24, 0.0, 2047 * 2.0**-11])
+    scale = (largest[:, None, None] * torch.tensor([[1.0, 0.5], [0.25, 0.0]])).half()
+    exponents = scale_exponents(scale)
+    assert exponents.tolist() == [0, 15, 22, 30, 16, 16]
+    raised = raise_scales(scale, exponents)
+    assert torch.isfinite(raised).all()
+    assert torch.equal(torch.ldexp(raised.double(), -exponents[:, None, None]), scale.double())
+    assert (raised.amax((1, 2)) >= 2.0**15)[[0, 1, 2, 5]].all()
+    assert torch.equal(scale_exponents(-scale), exponents)

@@ -10,7 +10,7 @@ from random_layers import random_experts, random_linear
 from vllm_milo.kernels.resident import resident_bytes
 from vllm_milo.kernels.serving.layout import KernelWeights, prepare_experts, prepare_linear
 
-TABLES = ("rank_blocks", "u_starts", "norms")
+TABLES = ("rank_blocks", "u_starts", "norms", "exponents")
 
 
 def held(layer: KernelWeights) -> int:

@@ -31,10 +31,12 @@ class Weights(NamedTuple):
     Attributes:
         packed: the codes.
         scale_zero: a scale and a zero point in each word.
+        exponents: of the powers of two that scales hold, by expert.
     """
 
     packed: Any
     scale_zero: Any
+    exponents: Any
 
 
 class Compensators(NamedTuple):

@@ -12,10 +12,12 @@ def rank_step(max_rank: int, parts: int) -> int:
 
 WARPGROUP_TOKENS = 16
 """Fewest tokens of a tile that a warpgroup multiplies, see :mod:`.dequant`; fewer are multiplied by warps."""
+SCALES_PRODUCTS = 32
+"""Most tokens of a tile for which it costs less to scale products than weights in fp32."""
 MAX_SPLIT = 16
 """Most parts of K."""
-THREE_TILES, FOUR_TILES = 168, 128
-"""Registers of a thread with which three and four tiles of four warps fit on a multiprocessor."""
+THREE_TILES, FOUR_TILES, FIVE_TILES, SIX_TILES = 168, 128, 96, 80
+"""Registers of a thread with which three to six tiles of four warps fit on a multiprocessor."""
 
 
 class GemmConfig(NamedTuple):
@@ -52,6 +54,13 @@ class GemmConfig(NamedTuple):
         if self.max_registers is None and (self.block_m, self.block_n, self.num_warps) == (16, 128, 4):
             return THREE_TILES
         return self.max_registers
+
+    @property
+    def by_products(self) -> GemmConfig:
+        """The tile where weights cannot be scaled in fp16: one of few tokens scales products then, which costs less."""
+        if not self.scaled or self.block_m > SCALES_PRODUCTS:
+            return self
+        return self._replace(scaled=False, joined=False, max_registers=None)
 
     def scales_weights(self, group_size: int) -> bool:
         """Whether whole tiles scale weights; groups of 32 never do."""

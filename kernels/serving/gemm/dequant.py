@@ -7,15 +7,15 @@
 - bf16: codes are or-ed to the mantissa of 128 in the first half, and of 16 in the second: BIAS 128 or 16, ONE 1.
   (``WIDE``: of an fp32 128 or 16, one instruction a code.)
 
-From there three ways lead to s·(q - z):
+From there three ways lead to s·(q - z), s being what the layout holds, a scale times the expert's power of two:
 
 - few tokens: the operand is multiplied as it is, and BIAS, zero point and scale are applied to the fp32 sum of
   each group (:func:`add_group`). That costs less than scaling weights which few tokens share, and rounds nothing.
 - many tokens: the operand is scaled in fp32 and rounded once (:func:`scaled`).
-- many tokens of a bf16 model: fp16 operands, scaled two at a time (:func:`fast_operand`); the
-  activations go to fp16 with a power of two a row, which loses nothing.
+- many tokens of a bf16 model: fp16 operands, scaled two at a time (:func:`fast_operand`), which the power of two keeps
+  within fp16; the activations go to fp16 with a power of two a row, which loses nothing.
 
-The first two return fp32(s·(q - z)), rounded once, for an identity input; the last what is within one step of bf16.
+The first two return fp32(s·(q - z)), rounded once, for an identity input; the last rounds s·z before that, to 11 bits.
 """
 
 from __future__ import annotations
@@ -157,58 +157,59 @@ def add_group(acc, product, x_sum, scale, zero, HALF: tl.constexpr, BF16: tl.con
 
 
 @triton.jit
-def scale_of_codes(scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
-    """(factor, offset) in fp32 with scale·(q - zero) = codes·factor - offset."""
+def scale_of_codes(scale, zero, HALF: tl.constexpr, BF16: tl.constexpr, UNIT: tl.constexpr = 1.0):
+    """(factor, offset) in fp32 with scale·(q - zero)·UNIT = codes·factor - offset."""
     one: tl.constexpr = 1.0 if BF16 else (8.0 if HALF else 1.0) * _FP16_ONE
     bias: tl.constexpr = (16.0 if HALF else 128.0) if BF16 else 0.0
-    factor = scale * (1.0 / one)
+    factor = scale * (UNIT / one)
     return factor, factor * (bias + zero * one)
 
 
 @triton.jit
-def scaled(codes, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr):
-    """Operand of codes [ROWS, k] -> scale·(q - zero) in fp32, rounded once to 16 bits.
+def scaled(codes, scale, zero, HALF: tl.constexpr, BF16: tl.constexpr, UNIT: tl.constexpr = 1.0):
+    """Operand of codes [ROWS, k] -> scale·(q - zero)·UNIT in fp32, rounded once to 16 bits.
 
     fp16: the product inside the FMA and zero·scale are exact. bf16: the FMA takes BIAS off as well, which costs
     at most 2^-17 of a step.
     """
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    factor, offset = scale_of_codes(scale, zero, HALF, BF16)
+    factor, offset = scale_of_codes(scale, zero, HALF, BF16, UNIT)
     return (codes.to(tl.float32) * factor[:, None] - offset[:, None]).to(dtype)
 
 
 @triton.jit
+def unit_of_scales(exponent, SHIFT: tl.constexpr):
+    """2^(SHIFT - exponent) in fp32: the unit of sums of weights that hold scales times 2^(exponent - SHIFT)."""
+    return ((127 + SHIFT - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _fast_scales(word, HALF: tl.constexpr, ASM: tl.constexpr):
-    """int32 [ROWS] with scale s and zero point z -> fp16 pairs of s, of minus round(z) less the codes' bias, and of
-    (round(z) - z)·s, as int32. Adding 1536 rounds to integers; all but the last product is exact.
+    """int32 [ROWS] with scale s and zero point z -> fp16 pairs of what codes are multiplied with, and of -s·z·2^-24.
+
+    All but the latter is exact, unless s is less than 2^-15.
     """
     if ASM:
-        asm_scale: tl.constexpr = "prmt.b32 $0, $1, 0, 0x1010;"
-        scale = tl.inline_asm_elementwise(asm_scale, "=r,r", [word], tl.int32, is_pure=True, pack=1)
         if HALF == 0:
-            asm: tl.constexpr = (
-                "{ .reg .b32 z, c; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600; add.rn.f16x2 z, z, c;"
-                " mov.b32 c, 0x60006000; sub.rn.f16x2 $0, c, z; }"
-            )
-            base = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+            asm_low: tl.constexpr = "prmt.b32 $0, $1, 0, 0x1010;"
+            scale = tl.inline_asm_elementwise(asm_low, "=r,r", [word], tl.int32, is_pure=True, pack=1)
         else:
             asm_high: tl.constexpr = (
-                "{ .reg .b32 z, c; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600; add.rn.f16x2 z, z, c;"
-                " mov.b32 c, 0x65806580; sub.rn.f16x2 $0, c, z; }"
+                "{ .reg .b32 t, c; prmt.b32 t, $1, 0, 0x1010; mov.b32 c, 0x30003000; mul.rn.f16x2 $0, t, c; }"
             )
-            base = tl.inline_asm_elementwise(asm_high, "=r,r", [word], tl.int32, is_pure=True, pack=1)
-        asm_offset: tl.constexpr = (
-            "{ .reg .b32 s, z, t, c; prmt.b32 s, $1, 0, 0x1010; prmt.b32 z, $1, 0, 0x3232; mov.b32 c, 0x66006600;"
-            " add.rn.f16x2 t, z, c; sub.rn.f16x2 t, t, c; sub.rn.f16x2 t, t, z; mul.rn.f16x2 $0, t, s; }"
+            scale = tl.inline_asm_elementwise(asm_high, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        # s·2^-14 and -z·2^-10, then their product twice
+        asm: tl.constexpr = (
+            "{ .reg .b32 t, c; mov.b32 c, 0x94000400; mul.rn.f16x2 t, $1, c; prmt.b32 c, t, 0, 0x1032;"
+            " mul.rn.f16x2 $0, t, c; }"
         )
-        offset = tl.inline_asm_elementwise(asm_offset, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+        offset = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
     else:
         s, z = scale_and_zero(word)
-        nearest = tl.floor(z + 0.5)
-        scale = _pair(s)
-        base = _pair(-nearest - (128.0 if HALF else 1024.0))
-        offset = _pair((nearest - z) * s)
-    return scale, base, offset
+        scale = _pair(s * (0.125 if HALF else 1.0))
+        small = (s * (1.0 / 16384)).to(tl.float16).to(tl.float32)
+        offset = _pair((z * (-1.0 / 1024)).to(tl.float16).to(tl.float32) * small)
+    return scale, offset
 
 
 @triton.jit
@@ -219,28 +220,26 @@ def _pair(value):
 
 
 @triton.jit
-def _fast_weights(words, scale, base, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """int32 [..] -> fp16 [.., 2]: (q - round(z))·s + (round(z) - z)·s of the codes at bits 0 and 16 (HIGH: 3 and 19).
+def _fast_weights(words, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """int32 [..] -> fp16 [.., 2]: q·s - s·z of the codes at bits 0 and 16 (HIGH: 3 and 19).
 
-    Two codes an instruction: into the mantissa of 1024, base off (exact), then one FMA.
+    Codes are subnormals as they stand, so that two weights take two instructions: an AND, and an FMA that rounds once.
     """
     if ASM:
         if HIGH:
             bits = tl.inline_asm_elementwise(
-                "{ .reg .b32 t, a; lop3.b32 t, $1, 0x00380038, 0x64006400, 0xEA; mov.b32 a, 0x30003000;"
-                " fma.rn.f16x2 t, t, a, $3; fma.rn.f16x2 $0, t, $2, $4; }",
-                "=r,r,r,r,r",
-                [words, scale, base, offset],
+                "{ .reg .b32 t; and.b32 t, $1, 0x00380038; fma.rn.f16x2 $0, t, $2, $3; }",
+                "=r,r,r,r",
+                [words, scale, offset],
                 tl.int32,
                 is_pure=True,
                 pack=1,
             )
         else:
             bits = tl.inline_asm_elementwise(
-                "{ .reg .b32 t; lop3.b32 t, $1, 0x00070007, 0x64006400, 0xEA;"
-                " add.rn.f16x2 t, t, $3; fma.rn.f16x2 $0, t, $2, $4; }",
-                "=r,r,r,r,r",
-                [words, scale, base, offset],
+                "{ .reg .b32 t; and.b32 t, $1, 0x00070007; fma.rn.f16x2 $0, t, $2, $3; }",
+                "=r,r,r,r",
+                [words, scale, offset],
                 tl.int32,
                 is_pure=True,
                 pack=1,
@@ -248,27 +247,24 @@ def _fast_weights(words, scale, base, offset, HIGH: tl.constexpr, ASM: tl.conste
         low, high = halves(bits, tl.float16)
     else:
         codes = words >> 3 if HIGH else words
-        bias: tl.constexpr = 128.0 if HIGH else 1024.0
+        one: tl.constexpr = (8.0 if HIGH else 1.0) * _FP16_ONE
         s, _ = scale_and_zero(scale)
-        negative, _ = scale_and_zero(base)
         c, _ = scale_and_zero(offset)
-        zero = -negative - bias
-        low = (((codes & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
-        high = ((((codes >> 16) & 7).to(tl.float32) - zero) * s + c).to(tl.float16)
+        low = ((codes & 7).to(tl.float32) * (s * one) + c).to(tl.float16)
+        high = (((codes >> 16) & 7).to(tl.float32) * (s * one) + c).to(tl.float16)
     return tl.join(low, high)
 
 
 @triton.jit
 def fast_operand(w0, w1, w2, scale_zero, HALF: tl.constexpr, ASM: tl.constexpr, WARP: tl.constexpr, ROWS: tl.constexpr):
-    """Words [ROWS, 4] of a unit and int32 [ROWS] -> fp16 operand [ROWS, 64] of s·(q - z), within 1.5 roundings.
+    """Words [ROWS, 4] of a unit and int32 [ROWS] -> fp16 operand [ROWS, 64] of s·(q - z)·2^-24, for s up to 2^16.
 
-    The FMA rounds once; before it, (round(z) - z)·s was rounded, of which at most half a step of codes is left.
+    The FMA rounds once; before it s·z was rounded to 11 bits.
     """
-    scale, base, offset = _fast_scales(scale_zero, HALF, ASM)
+    scale, offset = _fast_scales(scale_zero, HALF, ASM)
     scale = scale[:, None, None, None, None]
-    base = base[:, None, None, None, None]
     offset = offset[:, None, None, None, None]
-    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF, ASM), scale, base, offset, HALF, ASM), ROWS, WARP)
+    return _operand(_fast_weights(_shifted_words(w0, w1, w2, HALF, ASM), scale, offset, HALF, ASM), ROWS, WARP)
 
 
 @triton.jit

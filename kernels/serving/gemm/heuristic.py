@@ -1,8 +1,9 @@
 """Which tiles are used without a tuned file: from bytes, the tokens of an expert and the device's multiprocessors.
 
 **Tokens of a tile** follow the mean number of an expert's tokens. Up to :data:`SHORT` tokens a tile takes the time of
-its weights' bytes, and products are scaled; from 64 on that of its arithmetic, and weights are scaled once for all
-tokens (:data:`SCALING_TOKENS`). An expert's last tokens take a smaller tile where that is expected to cost less.
+its weights' bytes, from 64 on that of its arithmetic. Tiles of :data:`SHORTEST` tokens scale products. Larger ones
+scale weights, once for all tokens, where that is fast (fp16, :mod:`.dequant`); elsewhere those above :data:`SHORT` do.
+An expert's last tokens take a smaller tile where that is expected to cost less.
 
 **Parts of K.** Few tiles leave multiprocessors idle, and many short ones start more often than they compute. Short
 tiles take the split with the least :func:`streaming_time`. Its constants are those with which the splits come nearest
@@ -34,13 +35,16 @@ SHORTEST, FEWEST = 8, 5
 It takes a tenth less time than one of 16, and at 8 tokens a fifth more, on an H200 (``tuning-groups-of-64-h200.json``).
 """
 SHORT = 32
-"""Tokens of the largest tile whose products are scaled instead of its weights."""
-SCALING_TOKENS = 72
-"""Scaling a tile's weights takes as long as the products of so many tokens, by the times of tiles of 64 and of 128."""
+"""Tokens of the largest tile that takes the time of its bytes."""
+STREAMED, SHARED = 40, 100
+"""Most tokens of an expert on average with tiles of :data:`SHORT` and of 64, where weights are scaled fast.
+
+Mixtral's and Qwen3's layers with 32 take as long with either, those with 64 a tenth less with tiles of 64 than of 128,
+those with 128 the same (an H200, ``tuning-fast-scales-h200.json``).
+"""
+FAST_TOKENS, SCALING_TOKENS = 40, 72
+"""Scaling a tile's weights takes as long as the products of so many tokens: fast, and one by one in fp32."""
 SPLITS = (1, 2, 4, 8)
-JOINING, JOINED_TIME = 64, 1.07
-"""Tokens of the tiles that take an expert's last pairs along, and the time of the others' tiles, which are two and not
-three on a multiprocessor then, in that of before: 660 for 618 microseconds of Mixtral's layer at 256 tokens, H200."""
 
 START = 2.9
 """Microseconds from a tile's start to its first unit, and from the last one to its end."""
@@ -118,24 +122,30 @@ def expected_load(num_pairs: int, experts: int, block_m: int) -> Load:
     return Load(num_pairs, active, max(active, num_pairs / block_m), block_m)
 
 
-def heuristic_configs(num_pairs: int, shape: MoEShape, device: torch.device) -> tuple[GemmConfig, GemmConfig]:
-    """Return tiles for so many pairs of a token and a local expert. The two GEMMs of a layer agree in block_m."""
-    mean = num_pairs / shape.experts
-    group = min(shape.groups)
-    block_m = _block_m(mean, group, device)
-    tail_m, joined = _tail(block_m, mean, group)
+def heuristic_configs(
+    num_pairs: int, shape: MoEShape, device: torch.device, fast: bool = True
+) -> tuple[GemmConfig, GemmConfig]:
+    """Return tiles for so many pairs of a token and a local expert. The two GEMMs of a layer agree in block_m.
+
+    Args:
+        num_pairs: of the call.
+        shape: of the layer.
+        device: that it is on.
+        fast: whether weights may be scaled in fp16, as :func:`..fused_moe.fused_moe` does for most bf16 models.
+    """
+    mean, group = num_pairs / shape.experts, min(shape.groups)
+    fast &= group != 32
+    block_m = _block_m(mean, group, fast, device)
+    scaled = group != 32 and block_m > (SHORTEST if fast else SHORT)
     load = expected_load(num_pairs, shape.experts, block_m)
+    tail_m = _tail(block_m, mean)
     first, second = (
-        _tile(block_m, _split(gemm, load, group, device), group, tail_m, device)._replace(joined=joined)
-        for gemm in gemm_shapes(shape)
+        _tile(block_m, _split(gemm, load, scaled, device), scaled, tail_m, device) for gemm in gemm_shapes(shape)
     )
-    if block_m == SHORTEST:
-        first, second = (tile._replace(max_registers=FOUR_TILES) for tile in (first, second))
-    if first.scaled:  # what makes the second GEMM's input in fp16 reads whole sums
-        three_fit = block_m == 64 and 3 * pipeline_bytes(64, first.num_stages) <= shared_memory(device) and not joined
-        cap = THREE_TILES if three_fit else None
-        first, second = first._replace(split_k=1, max_registers=cap), second._replace(max_registers=cap)
-    return first, second
+    cap = _cap(first, device)
+    first, second = first._replace(max_registers=cap), second._replace(max_registers=cap)
+    # what makes the second GEMM's input in fp16 reads whole sums
+    return (first._replace(split_k=1) if scaled else first), second
 
 
 def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torch.device) -> GemmConfig:
@@ -155,7 +165,7 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
     while 2 * split_k * tiles[block_m] <= resident(block_m) * processors(device) and layer.units >= 8 * split_k:
         split_k *= 2
     # only one block is not whole: its size matters less than kernels to compile
-    return _tile(block_m, min(8, split_k), group_size, tails(block_m)[0], device)
+    return _tile(block_m, min(8, split_k), block_m > SHORT and group_size != 32, tails(block_m)[0], device)
 
 
 def streaming_time(gemm: GemmShape, load: Load, split_k: int, device: torch.device) -> float:
@@ -220,10 +230,12 @@ def tails(block_m: int) -> tuple[int, ...]:
     return (max(16, block_m // 4), block_m // 2) if block_m > 16 else (0,)
 
 
-def _block_m(mean: float, group_size: int, device: torch.device) -> int:
+def _block_m(mean: float, group_size: int, fast: bool, device: torch.device) -> int:
     """Return the tokens of a tile for so many pairs an expert."""
     if mean <= FEWEST:
         return SHORTEST
+    if fast:
+        return SHORT if mean <= STREAMED else 64 if mean <= SHARED else _largest_block(device)
     if mean <= 14:
         return 16
     if mean <= 24:
@@ -243,14 +255,27 @@ def _stages(block_m: int, device: torch.device) -> int:
     return max((stages for stages in range(2, deepest + 1) if pipeline_bytes(block_m, stages) <= room), default=2)
 
 
-def _split(gemm: GemmShape, load: Load, group_size: int, device: torch.device) -> int:
+def _cap(tile: GemmConfig, device: torch.device) -> int | None:
+    """Return the registers of a thread with which as many tiles fit as shared memory has room for.
+
+    Tiles wait for their own products before they scale on, so that others must run meanwhile; those that scale products
+    have no registers to spare, but for the shortest.
+    """
+    if tile.block_m == SHORTEST:
+        return FOUR_TILES
+    fit, cap = (4, FOUR_TILES) if tile.block_m <= SHORT else (3, THREE_TILES)
+    roomy = fit * pipeline_bytes(tile.block_m, tile.num_stages) <= shared_memory(device)
+    return cap if tile.scaled and tile.block_m <= 64 and roomy else None
+
+
+def _split(gemm: GemmShape, load: Load, scaled: bool, device: torch.device) -> int:
     """Return the parts of K.
 
     Tiles that scale weights are few and long where they hold 128 tokens, and no two experts have as many: K is split
     until there are three times as many as fit at once, so that the last round leaves little idle. Tiles of 64 are split
     only where they would leave half of the device idle.
     """
-    if not _scaled(load.block_m, group_size):
+    if load.block_m <= SHORT or not scaled:
         possible = [split for split in SPLITS if split == 1 or gemm.units >= 2 * split]
         times = {split: streaming_time(gemm, load, split, device) for split in possible}
         return next(split for split in possible if times[split] <= ALIKE * min(times.values()))
@@ -266,36 +291,23 @@ def likely_loads(mean: float) -> list[int]:
     return [round(mean + z * mean**0.5) for z in (-1.3, -0.5, 0.0, 0.5, 1.3)]
 
 
-def blocks_time(load: int, block_m: int, tail_m: int, joined: bool) -> int:
+def blocks_time(load: int, block_m: int, tail_m: int, joined: bool = False) -> int:
     """Return the time of the blocks of an expert with so many tokens, in that of one token's products."""
     whole, rest = divmod(load, block_m)
-    time = whole * (block_m + SCALING_TOKENS)
+    time = whole * (block_m + FAST_TOKENS)
     if rest == 0:
         return time
     if rest > tail_m:
-        return time + block_m + SCALING_TOKENS
-    return time + tail_m + (0 if joined and whole else SCALING_TOKENS)
+        return time + block_m + FAST_TOKENS
+    return time + tail_m + (0 if joined and whole else FAST_TOKENS)
 
 
-def _tail(block_m: int, mean: float, group_size: int) -> tuple[int, bool]:
-    """Return the size of an expert's last tile, and whether it is joined to the block before it: what costs least."""
-    ways = [(tail, False) for tail in tails(block_m)]
-    if block_m == JOINING and _scaled(block_m, group_size):
-        ways += [(tail, True) for tail in tails(block_m)]
-
-    def cost(way: tuple[int, bool]) -> float:
-        time = sum(blocks_time(load, block_m, *way) for load in likely_loads(mean))
-        return time * JOINED_TIME if way[1] else time
-
-    return min(ways, key=cost)
+def _tail(block_m: int, mean: float) -> int:
+    """Return the size of an expert's last tile that costs least."""
+    return min(tails(block_m), key=lambda tail: sum(blocks_time(load, block_m, tail) for load in likely_loads(mean)))
 
 
-def _scaled(block_m: int, group_size: int) -> bool:
-    return block_m > SHORT and group_size != 32
-
-
-def _tile(block_m: int, split_k: int, group_size: int, tail_m: int, device: torch.device) -> GemmConfig:
-    scaled = _scaled(block_m, group_size)
+def _tile(block_m: int, split_k: int, scaled: bool, tail_m: int, device: torch.device) -> GemmConfig:
     return GemmConfig(
         block_m=block_m,
         block_n=BLOCK_N,
@@ -303,6 +315,6 @@ def _tile(block_m: int, split_k: int, group_size: int, tail_m: int, device: torc
         scaled=scaled,
         num_warps=4,
         num_stages=_stages(block_m, device),
-        group_blocks=4 if scaled else 1,
+        group_blocks=4 if scaled and block_m > SHORT else 1,
         tail_m=tail_m,
     )

@@ -131,7 +131,7 @@ def _launch(
         (tiles * blocks.max_blocks, config.split_k),
         mode,
         Activations(x, source.sums, None if source.lanes is None else source.lanes.view(torch.int32)),
-        Weights(weights.packed, weights.scale_zero),
+        Weights(weights.packed, weights.scale_zero, weights.exponents),
         Compensators(weights.u, weights.u_scale, weights.rank_blocks, weights.u_starts, source.down),
         RowScales(source.row_scale, source.norm if activation else None, weights.norms if activation else None),
         output,

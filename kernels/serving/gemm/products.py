@@ -15,6 +15,7 @@ from .dequant import (
     quarter_operand,
     scale_and_zero,
     scaled,
+    unit_of_scales,
 )
 from .lanes import load_lanes
 
@@ -99,8 +100,9 @@ def _add_halves(
         codes0 = code_operand(w0, w1, w2, 0, BF16, wide, ASM, WARP, BLOCK_N)
         codes1 = code_operand(w0, w1, w2, 1, BF16, wide, ASM, WARP, BLOCK_N)
         if TILE.SCALE == "weights":
-            first_half = scaled(codes0, scale0, zero0, 0, BF16)
-            second_half = scaled(codes1, scale1, zero1, 1, BF16)
+            unit: tl.constexpr = 1.0 if BF16 else 0.0000152587890625  # fp16 holds no weight of a scale of up to 2^16
+            first_half = scaled(codes0, scale0, zero0, 0, BF16, unit)
+            second_half = scaled(codes1, scale1, zero1, 1, BF16, unit)
             acc = tl.dot(first_half, x0, acc)
             if FEW_M > 0:
                 few_acc = tl.dot(first_half, few_x0, few_acc)
@@ -181,4 +183,6 @@ def multiply(
         scales += N * groups
         x_rows += 64 if TILE.LANES else 128
         sums += num_rows * sums_per_unit
-    return acc, few_acc
+    shift: tl.constexpr = 24 if TILE.SCALE == "fast" else (16 if TILE.SCALE == "weights" and not TILE.BF16 else 0)
+    one = unit_of_scales(tl.load(weights.exponents + expert), shift)
+    return acc * one, few_acc * one

@@ -15,7 +15,8 @@ import triton.language as tl
 from ..activation import gated, power_of_two
 from ..blocks import load_pairs, rows_of
 from .products import multiply
-from .up_projection import Columns, add_gated_up_projection, add_up_projection, part_ranks
+from .up_factor import Columns, part_ranks
+from .up_projection import add_gated_up_projection, add_up_projection
 
 
 @triton.jit

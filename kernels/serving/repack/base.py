@@ -15,7 +15,7 @@ PLAIN = LaunchMode(asm=False, early=False)
 
 @triton.jit(do_not_specialize=["rows", "num_words", "num_groups", "units", "blocks"])
 def repack_base_kernel(
-    packed_out_ptr, joined_out_ptr, packed_ptr, scale_ptr, zero_ptr, table_ptr,
+    packed_out_ptr, joined_out_ptr, packed_ptr, scale_ptr, zero_ptr, exponents_ptr, table_ptr,
     rows, num_words, num_groups, units, blocks,
     GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -33,14 +33,16 @@ def repack_base_kernel(
     group = tl.arange(0, GROUPS)
     here = source[:, None] * num_groups + unit * GROUPS + group[None, :]
     there = valid[:, None] & (unit * GROUPS + group < num_groups)[None, :]
-    scale = tl.load(scale_ptr + here, mask=there, other=0).to(tl.int32)
+    power = ((127 + tl.load(exponents_ptr + expert)) << 23).to(tl.float32, bitcast=True)
+    raised = (tl.load(scale_ptr + here, mask=there, other=0.0).to(tl.float32) * power).to(tl.float16)
+    scale = raised.to(tl.int16, bitcast=True).to(tl.int32)
     zero = tl.load(zero_ptr + here, mask=there, other=0).to(tl.int32)
     joined = joined_out_ptr + (target * ROWS + row)[:, None] * GROUPS + group[None, :]
     tl.store(joined, (scale & 0xFFFF) | (zero << 16))
 
 
 def repack_base(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, table: torch.Tensor
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, exponents: torch.Tensor, table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``packed`` and ``scale_zero`` of :class:`..layout.KernelWeights`.
 
@@ -48,6 +50,7 @@ def repack_base(
         packed: int32 [E, N, 3K/32], contiguous.
         scale: fp16 [E, N, K/g], contiguous.
         zero: likewise.
+        exponents: of :func:`..layout.scale_exponents`.
         table: of :func:`.tables.row_table`.
     """
     experts, rows, words = packed.shape
@@ -62,8 +65,9 @@ def repack_base(
         out,
         joined,
         packed,
-        scale.view(torch.int16),
+        scale,
         zero.view(torch.int16),
+        exponents,
         table,
         rows,
         words,

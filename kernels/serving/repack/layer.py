@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from ...weights import ExpertWeights, LinearSpec, LinearWeights
-from ..layout import KernelWeights, checkpoint_columns, padded_bias, ranks_of_experts, serving_tables
+from ..layout import (
+    KernelWeights,
+    checkpoint_columns,
+    padded_bias,
+    ranks_of_experts,
+    scale_exponents,
+    serving_tables,
+)
 from ..padding import check_factors
 from .base import repack_base
 from .factors import repack_down, repack_up
@@ -72,10 +79,12 @@ def _repack(
     packed, scale, zero, u, u_scale, v, v_scale = tensors
     columns, device = checkpoint_columns(packed), packed.device
     table = rank_table(ranks, widths, bits, device)
+    exponents = scale_exponents(scale)
     return KernelWeights(
-        *repack_base(packed, scale, zero, row_table(own_widths, device)),
+        *repack_base(packed, scale, zero, exponents, row_table(own_widths, device)),
         *repack_up(u, u_scale, table, ranks, widths, bits),
         *repack_down(v, v_scale, table, columns, bits),
         *serving_tables(ranks, widths, device),
         norms,
+        exponents,
     )

@@ -38,7 +38,7 @@ def taken(words: torch.Tensor, device: str, by_warps: bool) -> list[torch.Tensor
     take_codes[(1,)](words.contiguous().to(device), *found, WARP=by_warps, ROWS=rows)
     # the operand holds q times 2^-24 (second half: 2^-21) exactly
     units = torch.tensor([2.0**24, 2.0**21]).repeat_interleave(64)
-    return [found[0].float().cpu() * units, found[1].float().cpu() * units, found[2].float().cpu()]
+    return [found[0].float().cpu() * units, found[1].float().cpu() * units, found[2].float().cpu() * 2.0**24]
 
 
 def example_words(value: int) -> torch.Tensor:

@@ -55,18 +55,20 @@ def test_more_tokens_take_larger_tiles():
     assert tiles[-1] == 128
 
 
-@pytest.mark.parametrize(("pairs_an_expert", "block_m", "tail"), [(64, 64, 16), (96, 128, 32), (1080, 128, 64)])
+@pytest.mark.parametrize(("pairs_an_expert", "block_m", "tail"), [(64, 64, 16), (120, 128, 32), (1080, 128, 64)])
 def test_last_pairs_take_the_cheaper_of_two_smaller_tiles(pairs_an_expert: int, block_m: int, tail: int):
     for config in heuristic_configs(64 * pairs_an_expert, layer(64, 2048, 1408), CPU):
         assert (config.block_m, config.tail_m) == (block_m, tail)
 
 
-@pytest.mark.parametrize(("pairs_an_expert", "joined"), [(20, False), (32, False), (64, True), (96, False)])
-def test_last_pairs_are_joined_where_many_experts_have_a_few_more_than_a_block(pairs_an_expert: int, joined: bool):
-    for tile in heuristic_configs(8 * pairs_an_expert, layer(8, 4096, 14336), CPU):
-        assert tile.joined == joined
+@pytest.mark.parametrize("pairs_an_expert", [1, 4, 6, 20, 32, 64, 96, 500])
+@pytest.mark.parametrize("fast", [True, False])
+def test_few_tokens_scale_weights_only_where_that_is_fast(pairs_an_expert: int, fast: bool):
+    for tile in heuristic_configs(8 * pairs_an_expert, layer(8, 4096, 14336), CPU, fast):
         assert tile.fault() is None
-        assert not (joined and tile.max_registers)  # sums of two blocks want them all
+        assert tile.scaled == (tile.block_m > (8 if fast else 32))
+        assert tile.by_products.scaled == (tile.block_m > 32)
+        assert tile.by_products.max_registers is None or tile.by_products == tile
 
 
 @pytest.mark.parametrize(("memory", "block_m", "stages"), [(227, 128, 3), (163, 128, 2), (99, 128, 2), (64, 64, 2)])
@@ -100,7 +102,7 @@ def test_dense_layers_fill_the_device_once(rows: int, monkeypatch: pytest.Monkey
 FOUND = {
     (64, 6, 2048, 1408): {1: (2, 4), 8: (1, 1), 16: (1, 1), 64: (1, 1)},
     (128, 8, 2048, 768): {2: (1, 1), 4: (1, 1), 8: (1, 1), 32: (1, 1), 128: (1, 1)},
-    (8, 2, 4096, 14336): {8: (1, 8), 16: (1, 4), 128: (1, 1), 512: (1, 4), 1024: (1, 2), 4096: (1, 1)},
+    (8, 2, 4096, 14336): {8: (1, 8), 16: (1, 4), 512: (1, 4), 1024: (1, 2), 4096: (1, 1)},
 }
 
 
@@ -169,14 +171,16 @@ def test_tuned_tiles_come_before_the_heuristic(tmp_path, monkeypatch):
     first, second = heuristic_configs(2, shape, CPU)
     entries = {16: (first, second._replace(split_k=7)), 128: (first, second._replace(split_k=5))}
     tuned.write_file(tmp_path / tuned.make_key(shape, "Some GPU", torch.bfloat16).file_name, entries, "3.6.0")
-    assert moe_configs(20, shape, 1.0, device, torch.bfloat16) == entries[16]
-    assert moe_configs(128, shape, 1.0, device, torch.bfloat16) == entries[128]
+    assert moe_configs(20, shape, 1.0, device, torch.bfloat16, True) == entries[16]
+    assert moe_configs(128, shape, 1.0, device, torch.bfloat16, True) == entries[128]
     # of 128 tokens' pairs an eighth of the experts sees an eighth
-    assert moe_configs(128, shape, 1 / 8, device, torch.bfloat16) == entries[16]
+    assert moe_configs(128, shape, 1 / 8, device, torch.bfloat16, True) == entries[16]
     tuned.forget()
 
 
 def test_the_heuristic_counts_the_pairs_of_local_experts():
     shape = layer(16, 2048, 768)
-    assert moe_configs(4096, shape, 1.0, CPU, torch.bfloat16) == heuristic_configs(8192, shape, CPU)
-    assert moe_configs(4096, shape, 1 / 8, CPU, torch.bfloat16) == heuristic_configs(1024, shape, CPU)
+    assert moe_configs(4096, shape, 1.0, CPU, torch.bfloat16, True) == heuristic_configs(8192, shape, CPU)
+    assert moe_configs(4096, shape, 1 / 8, CPU, torch.bfloat16, True) == heuristic_configs(1024, shape, CPU)
+    few = [moe_configs(128, shape, 1.0, CPU, dtype, False) for dtype in (torch.bfloat16, torch.float16)]
+    assert few == [heuristic_configs(256, shape, CPU, fast=False)] * 2

@@ -98,8 +98,12 @@ class Layer:
             self.expert_map = torch.full((case.experts,), -1, dtype=torch.int32, device=device)
             for expert, index in self.local.items():
                 self.expert_map[expert] = index
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Bring the weights to the device, once more if they were changed."""
         self.prepared = [
-            ops.prepare_experts(type(w)(*(t.to(device) for t in w.present)), self.spec, "triton")
+            ops.prepare_experts(type(w)(*(t.to(self.device) for t in w.present)), self.spec, "triton")
             for w in (self.w13, self.w2)
         ]
 
@@ -152,6 +156,11 @@ TILES = [
     GemmConfig(8, 128, 2, False, 4, 4),
     GemmConfig(8, 64, 1, True, 4, 3),
     GemmConfig(8, 128, 1, False, 4, 4, max_registers=128),
+    GemmConfig(8, 128, 1, False, 4, 4, max_registers=80),
+    GemmConfig(16, 128, 1, True, 4, 4, tail_m=8, max_registers=128),
+    GemmConfig(32, 128, 1, True, 4, 3, tail_m=16, max_registers=128),
+    GemmConfig(32, 128, 1, True, 4, 4, tail_m=8, max_registers=96),
+    GemmConfig(32, 128, 1, True, 4, 3, tail_m=16, max_registers=128, joined=True),
 ]
 JOINED = [tile for tile in TILES if tile.joined]
 
@@ -163,7 +172,7 @@ JOINED = [tile for tile in TILES if tile.joined]
     [(tile, (64, 64)) for tile in TILES]
     + [(TILES[1], (128, 128)), (TILES[4], (128, 128)), (TILES[8], (128, 128))]
     + [(TILES[1], (64, 128)), (TILES[4], (64, 128)), (TILES[4], (128, 64)), (TILES[4], (64, 32))]
-    + [(TILES[-3], (128, 128)), (TILES[-3], (64, 32))],
+    + [(TILES[-8], (128, 128)), (TILES[-8], (64, 32)), (TILES[-3], (128, 128)), (TILES[-3], (64, 32))],
     ids=lambda value: "-".join(map(str, value)),
 )
 def test_every_tile(tile: GemmConfig, dtype: torch.dtype, groups: tuple[int, int], kernel_device: str):
@@ -187,6 +196,39 @@ def test_every_tile(tile: GemmConfig, dtype: torch.dtype, groups: tuple[int, int
     # the interpreter truncates where a GPU rounds to bf16
     tolerance = 2.5e-2 if kernel_device == "cpu" and dtype == torch.bfloat16 else TOLERANCE[dtype]
     assert relative_error(found.cpu().double() / scale, expected / scale) < tolerance
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("ranks", ["large", "none"])
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+def test_scaled_weights_and_ranks_of_several_steps(block_m: int, ranks: str, kernel_device: str):
+    """Ranks of 8 to 64: with 64 a part the up-projection takes 64 at a time, and some experts have fewer."""
+    tile = GemmConfig(block_m, 128, 1, True, 4, 3, tail_m=block_m // 2)
+    layer = Layer(Case(tokens=70, top_k=3, experts=6, hidden=256, intermediate=192, ranks=ranks), kernel_device)
+    x = torch.randn(70, 256).bfloat16()
+    weights, ids = make_routing(layer.case)
+    found = layer.run(x, weights, ids, tile, tile._replace(split_k=2))
+    tolerance = 2.5e-2 if kernel_device == "cpu" else TOLERANCE[torch.bfloat16]  # as above
+    assert relative_error(found, layer.exact(x, weights, ids)) < tolerance
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("tokens", [1, 5, 40, 200])
+def test_scales_far_apart(tokens: int, kernel_device: str):
+    """Experts whose scales are subnormal, ordinary and near the largest of fp16: each is as exact by itself."""
+    if tokens <= 5 and kernel_device == "cpu":
+        pytest.skip("bf16 dots are wrong in the interpreter")
+    layer = Layer(Case(tokens=tokens, top_k=1, experts=3, ranks="none"), kernel_device)
+    powers = torch.tensor([2.0**-17, 1.0, 2.0**17])[:, None, None]
+    layer.w13 = layer.w13._replace(scale=(layer.w13.scale.float() * powers).half())
+    layer.w2 = layer.w2._replace(scale=(layer.w2.scale.float() * powers.flip(0)).half())
+    layer.prepare()
+    x = (torch.randn(tokens, 128) * 2.0**-8).bfloat16()
+    weights, ids = torch.ones(tokens, 1), (torch.arange(tokens) % 3).to(torch.int32)[:, None]
+    found, expected = layer.run(x, weights, ids).cpu().double(), layer.exact(x, weights, ids)
+    for expert in range(min(tokens, 3)):
+        own = ids[:, 0] == expert
+        assert relative_error(found[own], expected[own]) < 2.5e-2
 
 
 @pytest.mark.usefixtures("poisoned_empty")

