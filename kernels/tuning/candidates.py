@@ -14,6 +14,8 @@ from ..launch import processors, shared_memory
 from ..serving.gemm.config import FIVE_TILES, FOUR_TILES, SIX_TILES, THREE_TILES, GemmConfig
 from ..serving.gemm.heuristic import (
     FAST_TOKENS,
+    SHORT,
+    SHORTEST,
     GemmShape,
     blocks_time,
     expected_load,
@@ -122,15 +124,23 @@ def _in_turn(lists: Iterable[list[GemmConfig]]) -> Iterator[GemmConfig]:
 
 
 def _tiles(tokens: int, shape: MoEShape, gemm: GemmShape, place: int, device: torch.device) -> Iterator[GemmConfig]:
-    """Yield tiles for about as many tokens as an expert gets, with the tails and parts of K that they may have."""
+    """Yield tiles for about as many tokens as an expert gets, with the tails and parts of K that they may have.
+
+    Products are scaled only by the shortest, and by all where groups are of 32: a tile that scales weights does it too
+    where that is not fast (:attr:`..serving.gemm.config.GemmConfig.by_products`).
+    """
     pairs = tokens * shape.top_k
     mean = pairs / min(shape.experts, pairs)
     for tile in TILES:
         least = mean / 8 if tile.scaled else mean / 1.5
         if not least <= tile.block_m <= max(16, 3 * mean):
             continue
-        if tile.scaled and min(shape.groups) == 32:
+        if min(shape.groups) == 32:
+            if tile.scaled and tile.block_m <= SHORT:
+                continue
             tile = tile._replace(scaled=False, group_blocks=1)
+        elif not tile.scaled and tile.block_m > SHORTEST:
+            continue
         splits = (1,) if tile.scaled and place == 0 else SPLITS
         for split in splits:
             if split == 1 or gemm.units >= 2 * split:

@@ -74,7 +74,7 @@ def test_last_pairs_are_tried_both_ways_where_they_may_be_joined():
 
 def test_few_tokens_are_tried_by_products_and_by_weights():
     tiles = [first for first, _ in first_candidates(32, MIXTRAL, CPU)]
-    assert {tile.scaled for tile in tiles if tile.block_m == 16} == {True, False}
+    assert {(tile.block_m, tile.scaled) for tile in tiles} == {(8, False), (16, True), (32, True)}
 
 
 def test_groups_of_32_never_scale_weights():
