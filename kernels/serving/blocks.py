@@ -58,11 +58,9 @@ def rows_of(pairs, num_pairs, top_k, SHARED_ROWS: tl.constexpr):
 
 @triton.jit
 def past_last_pair(blocks, index, num_pairs, last_index, BLOCKS: tl.constexpr):
-    """Whether no pair stands at ``index`` of the sorted pairs; within a block they stand in front."""
+    """Whether no pair stands at ``index`` of the sorted pairs or rows; within a block they stand in front."""
     if BLOCKS == "sorted":
         return tl.load(blocks.pairs + index, mask=index < last_index, other=0) >= num_pairs
-    if BLOCKS == "single":
-        return True
     return index >= num_pairs
 
 

@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+WHOLE = 64
+"""Most pairs of a block that V·x takes whole; it takes a larger one in pieces, of which a block by itself has none."""
+
 
 class Routes(NamedTuple):
     """Which experts the tokens go to.
@@ -90,9 +93,9 @@ def sort_expert(
 
 
 def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBlocks:
-    """Return uninitialized blocks for the sort to fill; a single token needs no sort."""
+    """Return uninitialized blocks for the sort to fill; a single token needs none, but in far too large tiles."""
     num_pairs, device = routes.num_pairs, routes.ids.device
-    if routes.ids.shape[0] == 1:
+    if routes.ids.shape[0] == 1 and block_m <= WHOLE:
         return TokenBlocks(None, None, None, num_pairs, block_m)
     max_blocks = min(num_pairs, num_experts + num_pairs // block_m)
     # one buffer, each part at a multiple of 16 bytes: kernels are compiled anew for other addresses

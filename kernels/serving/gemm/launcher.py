@@ -167,6 +167,8 @@ def _make_tile(
     elif config.scales_weights(group_size):
         scale = "weights" if source.row_scale is None else "fast"
     max_rank = 0 if source.down is None else source.down.shape[2]
+    kind = block_kind(blocks, routes)
+    has_tails = config.tail_m < config.block_m and kind != "single"  # blocks of one pair have no last pairs
     return Tile(
         PARTS=len(widths),
         GROUP=group_size,
@@ -177,7 +179,7 @@ def _make_tile(
         ASM=mode.asm,
         HAS_MAP=routes is not None and routes.expert_map is not None,
         SHARED_ROWS=top_k > 1,
-        BLOCKS=block_kind(blocks, routes),
+        BLOCKS=kind,
         SCALE=scale,
         WARP_MMA=mode.warps,
         LANES=source.lanes is not None,
@@ -186,8 +188,8 @@ def _make_tile(
         HAS_ROW_SCALE=source.row_scale is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        TAIL_M=config.tail_m if config.tail_m < config.block_m else 0,
-        JOIN=config.joined and scale != "products",
+        TAIL_M=config.tail_m if has_tails else 0,
+        JOIN=config.joined and has_tails and scale != "products",
         SPLIT_K=config.split_k,
         STAGES=config.num_stages,
         GROUP_BLOCKS=config.group_blocks,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import triton
 
-from ..routing import TokenBlocks
+from ..routing import WHOLE, TokenBlocks
 
 RANKS = 64
 """Ranks of a program: fewer would not be multiplied by a whole warpgroup, and take as long."""
@@ -97,7 +97,7 @@ def pipeline_stages(dense: bool, block_m: int) -> int:
 
 def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Plan:
     """Return how V·x of ``blocks`` is spread over programs; those of a dense layer are its rows."""
-    block_m = min(64, blocks.block_m)
+    block_m = min(WHOLE, blocks.block_m)
     sub_blocks = blocks.block_m // block_m
     count = blocks.max_blocks * sub_blocks
     tiles = rank_tiles(shape.max_rank)

@@ -332,3 +332,15 @@ def test_opcheck_triton():
     weights, ids = (t.cuda() for t in make_routing(layer.case))
     arguments = (x, weights, ids, None, *layer.prepared, *layer.spec, "triton")
     torch.library.opcheck(torch.ops.milo.fused_moe.default, arguments)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    "tile", [tile for tile in TILES if tile.tail_m], ids=lambda tile: f"{tile.block_m}+{tile.tail_m}"
+)
+def test_one_token_has_no_last_pairs(tile: GemmConfig, kernel_device: str):
+    """Its pairs are not sorted: each is a block by itself, which tiles with smaller ones for last pairs take whole."""
+    layer = Layer(Case(tokens=1, top_k=3, experts=5), kernel_device)
+    x = torch.randn(1, 128).half()
+    weights, ids = make_routing(layer.case)
+    assert relative_error(layer.run(x, weights, ids, tile), layer.exact(x, weights, ids)) < TOLERANCE[torch.float16]
