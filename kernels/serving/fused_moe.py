@@ -9,8 +9,9 @@
 6. gemm: down, with U2 in the epilogue
 7. weighted_sum: over top-k, after the biases of down
 
-With many tokens of a bf16 model 3 applies the activation itself, and hidden activations are read and written once; not
-where gate and up have biases or the activation is not plain: such outputs have no bound by norms alone.
+With more tokens of a bf16 model 3 applies the activation itself, and hidden activations are read and written once; not
+where gate and up have biases or the activation is not plain: such outputs have no bound by norms alone. With few tokens
+it does too where a tile says so (:attr:`.gemm.config.GemmConfig.activates`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from ..weights import MoEShape, MoESpec
 from .activation import activate
 from .dispatch import moe_configs
 from .gemm.config import GemmConfig
-from .gemm.launcher import gemm, gemm_gated
+from .gemm.launcher import gemm, gemm_activated, gemm_gated
 from .layout import KernelWeights
 from .padding import cut_outputs, pad_inputs
 from .prepare import MAX_ROW, prepare
-from .projection.launcher import Projected, project
+from .projection.launcher import project
 from .projection.plan import DownShape
 from .reduce import weighted_sum
 from .routing import Routes
@@ -82,13 +83,15 @@ def fused_moe(
     )
     down13 = project(source, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
     source = source._replace(down=down13)
+    reads_lanes = second.reads_lanes(down.group_size)
     if fast:
-        hidden = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode, spec.activation)
-        source = Projected(hidden.x, source.sums, None, hidden.row_scale)
+        source = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode, spec.activation)
+    elif first.activates and spec.is_plain and gate_up.bias is None and 32 not in (gate_up.group_size, down.group_size):
+        common = (*formats[0], first, mode, spec.activation, reads_lanes)
+        source = gemm_activated(source, gate_up, blocks, routes, pairs_per_row, *common)
     else:
         widths = [gate_up.columns // 2] * 2 if spec.is_gated else [gate_up.columns]
         y = gemm(source, gate_up, widths, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
-        reads_lanes = second.reads_lanes(down.group_size)
         source = activate(y, spec, gate_up.bias, routes, down.group_size, reads_lanes, dtype, mode)
     down2 = project(source, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)

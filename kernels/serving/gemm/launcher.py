@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 
 from ...launch import LaunchMode, launch
 from ..blocks import block_kind, make_blocks
-from ..layout import KernelWeights
+from ..layout import UNIT, KernelWeights
 from ..padding import MULTIPLE
 from ..projection.launcher import Projected
 from ..routing import Routes, TokenBlocks
@@ -18,13 +16,6 @@ from .config import GemmConfig, rank_step
 from .kernel import gemm_kernel
 
 MAX_PARTS = 4
-
-
-class Hidden(NamedTuple):
-    """act(gate)·up of every pair: fp16 [pairs, I] of rows divided by ``row_scale``, fp32 [pairs]."""
-
-    x: torch.Tensor
-    row_scale: torch.Tensor
 
 
 def gemm(
@@ -67,9 +58,7 @@ def gemm(
     out_dtype = dtype if config.split_k == 1 else torch.float32
     out = torch.empty(config.split_k, pairs, weights.columns, dtype=out_dtype, device=source.x.device)
     tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
-    _launch(
-        source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, Output(out, None)
-    )
+    _launch(source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, Output(out))
     return out
 
 
@@ -84,8 +73,8 @@ def gemm_gated(
     config: GemmConfig,
     mode: LaunchMode,
     activation: str,
-) -> Hidden:
-    """Launch the GEMM of gate and up with the activation in its epilogue; arguments as in :func:`gemm`.
+) -> Projected:
+    """Return act(gate)·up of every pair, fp16 [pairs, I], rows divided by ``row_scale``; arguments as in :func:`gemm`.
 
     ``source`` must be fp16 with ``row_scale`` and ``norm``, and the tile must not split K.
 
@@ -98,11 +87,48 @@ def gemm_gated(
     if half % (config.block_n // 2):  # a tile takes both parts of half as many columns, and all of them
         config = config._replace(block_n=128)
     out = torch.empty(routes.num_pairs, half, dtype=torch.float16, device=device)
-    hidden = Hidden(out, torch.empty(routes.num_pairs, dtype=torch.float32, device=device))
+    scale = torch.empty(routes.num_pairs, dtype=torch.float32, device=device)
     tiles = half // (config.block_n // 2)
-    common = (group_size, factor_bits, config, mode, tiles, Output(*hidden))
+    common = (group_size, factor_bits, config, mode, tiles, Output(out, scale))
     _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation)
-    return hidden
+    return Projected(out, source.sums, None, scale)
+
+
+def gemm_activated(
+    source: Projected,
+    weights: KernelWeights,
+    blocks: TokenBlocks,
+    routes: Routes,
+    top_k: int,
+    group_size: int,
+    factor_bits: int,
+    config: GemmConfig,
+    mode: LaunchMode,
+    activation: str,
+    need_lanes: bool,
+) -> Projected:
+    """Return act(gate)·up of every pair, in x's dtype [pairs, I], and its sums; arguments as in :func:`gemm`.
+
+    The tile must have :attr:`.config.GemmConfig.activates`. Rows of pairs whose expert is not local are not written.
+
+    Args:
+        activation: a plain one.
+        need_lanes: whether the second GEMM wants the rows in the order of lanes.
+
+    Raises:
+        ValueError: shapes, dtypes or the tile do not fit.
+    """
+    if not config.activates or source.row_scale is not None:
+        raise ValueError(f"the activation needs a tile that applies it to whole sums, found {config}")
+    half, pairs, device = weights.columns // 2, routes.num_pairs, source.x.device
+    units = triton.cdiv(half, UNIT)
+    out = torch.empty(pairs, half, dtype=source.x.dtype, device=device)
+    sums = torch.empty(units, pairs, 2, dtype=torch.float32, device=device)
+    lanes = torch.empty(pairs, units * UNIT, dtype=source.x.dtype, device=device) if need_lanes else None
+    output = Output(out, None, sums, None if lanes is None else lanes)
+    common = (group_size, factor_bits, config, mode, half // 64, output)
+    _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation)
+    return Projected(out, sums, None, lanes=lanes)
 
 
 def _launch(
@@ -123,7 +149,7 @@ def _launch(
     x = source.x
     rows, k = x.shape
     _check(x, weights, widths, blocks, group_size, config)
-    tile = _make_tile(source, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, activation)
+    tile = _make_tile(source, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, output, activation)
     max_rank = 0 if source.down is None else source.down.shape[2]
     widths = [*widths, *[0] * (MAX_PARTS - len(widths))]
     launch(
@@ -133,7 +159,7 @@ def _launch(
         Activations(x, source.sums, None if source.lanes is None else source.lanes.view(torch.int32)),
         Weights(weights.packed, weights.scale_zero, weights.exponents),
         Compensators(weights.u, weights.u_scale, weights.rank_blocks, weights.u_starts, source.down),
-        RowScales(source.row_scale, source.norm if activation else None, weights.norms if activation else None),
+        RowScales(source.row_scale, *((source.norm, weights.norms) if output.scale is not None else (None, None))),
         output,
         make_blocks(blocks, routes),
         Shape(weights.columns, k, *widths),
@@ -158,11 +184,12 @@ def _make_tile(
     factor_bits: int,
     config: GemmConfig,
     mode: LaunchMode,
+    output: Output,
     activation: str,
 ) -> Tile:
     """Return the constants of a launch."""
     scale = "products"
-    if activation:
+    if activation and source.row_scale is not None:
         scale = "fast"
     elif config.scales_weights(group_size):
         scale = "weights" if source.row_scale is None else "fast"
@@ -195,6 +222,7 @@ def _make_tile(
         GROUP_BLOCKS=config.group_blocks,
         RANK_STEP=rank_step(max_rank, len(widths)),
         ACTIVATION=activation,
+        OUT_LANES=output.lanes is not None,
         PDL=mode.early,
     )
 
