@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 from vllm_milo.checkpoint import CheckpointError
 from vllm_milo.offline.batches import gather_layers
 from vllm_milo.offline.checkpoint.matrices import store_matrices
+from vllm_milo.offline.errors import ConversionError
 from vllm_milo.offline.nouns import Kind, Matrix, Moments, Recipe
 from vllm_milo.offline.presets import milo_recipe
 from vllm_milo.offline.spread import job
-from vllm_milo.online import gathering
+from vllm_milo.online import gathering, pinned
 from vllm_milo.online.gathering import Gathering
 
 CPU = torch.device("cpu")
@@ -179,3 +182,44 @@ def test_too_little_memory_is_said(error: BaseException, monkeypatch: pytest.Mon
     raised.pop(0)
     with pytest.raises(RuntimeError, match="another"):
         load(announced(weights), weights)
+
+
+def test_the_next_batch_is_solved_while_results_are_delivered(monkeypatch: pytest.MonkeyPatch):
+    """Of the layer's two batches the second one begins while the first one's results are taken."""
+    begun: list[threading.Event] = [threading.Event(), threading.Event()]
+    original, weights = job.quantize_matrices, {name: values for name, values in model().items() if ".2." in name}
+    number = itertools.count()
+
+    def quantize(*arguments: Any) -> Any:
+        begun[next(number)].set()
+        return original(*arguments)
+
+    monkeypatch.setattr(job, "quantize_matrices", quantize)
+    into, overlapped = announced(weights), []
+    for name, values in weights.items():
+        into.take(name, values, CPU, lambda tensors: overlapped.append(begun[1].wait(20)))
+    assert len(overlapped) == 3
+    assert overlapped[0]
+
+
+def test_an_error_of_the_solver_is_the_callers(monkeypatch: pytest.MonkeyPatch):
+    weights = {name: values for name, values in model().items() if ".2." in name}
+    broken = next(name for name in weights if "down_proj" in name)
+    weights[broken] = weights[broken].clone().fill_(float("nan"))
+    before = threading.active_count()
+    with pytest.raises(ConversionError, match="down_proj"):
+        load(announced(weights), weights)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("names", [(), ("_host_emptyCache",)])
+def test_memory_is_pinned_only_where_it_can_be_given_back(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    given: list[None] = []
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    for name in names:
+        monkeypatch.setattr(torch._C, name, lambda: given.append(None), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert pinned.pins(torch.device("cuda:1")) == bool(names)
+    assert not pinned.pins(CPU)
+    pinned.release()
+    assert len(given) == len(names)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,10 @@ from vllm_milo.offline.checkpoint.matrices import tensors_on_host
 from vllm_milo.offline.nouns import Kind, Matrix, Recipe
 from vllm_milo.offline.planning.pieces import solver_weights
 from vllm_milo.offline.source.layers import natural_key
+from vllm_milo.offline.spread.ahead import ahead
 from vllm_milo.offline.spread.devices import Devices
-from vllm_milo.offline.spread.job import Job, stacked
+from vllm_milo.offline.spread.job import Done, Job, stacked
+from vllm_milo.online.pinned import pins, release
 
 logger = logging.getLogger("vllm.milo")
 
@@ -128,6 +130,7 @@ class Gathering:
         for done in step.taken:
             del self._steps[done]
         if not self._steps:
+            release()
             logger.info(LINE, self._matrices, self._batches, self._solving, self._waiting)
             self._begin_account()
 
@@ -157,7 +160,8 @@ class Gathering:
         self._announced = {}
 
     def _quantize(self, taken: Mapping[str, _Taken], device: torch.device) -> None:
-        with Devices([device]) as devices, closing(devices.solve(self._jobs(taken), reading=True)) as results:
+        """Quantize a step; the next batch is solved in a thread while what came of one goes to the layers."""
+        with Devices([device]) as devices, closing(ahead(self._solved(devices, taken))) as results:
             for done in results:
                 self._batches += 1
                 self._matrices += len(done.solved)
@@ -170,15 +174,21 @@ class Gathering:
                     taken[matrix].deliver(tensors)
             self._waiting += devices.waited
 
-    def _jobs(self, taken: Mapping[str, _Taken]) -> Iterator[Job]:
+    def _solved(self, devices: Devices, taken: Mapping[str, _Taken]) -> Generator[Done, None, None]:
+        """Yield what comes of a step's batches; a thread's current GPU is its own."""
+        device = devices.first
+        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with here, closing(devices.solve(self._jobs(taken, pins(device)), reading=True)) as results:
+            yield from results
+
+    def _jobs(self, taken: Mapping[str, _Taken], pinned: bool) -> Iterator[Job]:
         """Yield the batches of a step, whose weights are read from files in memory as each is wanted."""
         assert self._rule is not None
         matrices = [Matrix(name, Kind.DENSE_FFN, *taken[name].values.shape) for name in sorted(taken, key=natural_key)]
         moments = NoMoments()
         for batch in plan_batches(matrices, moments, self._ranks, self._rule):
             names = [matrix.name for matrix in batch]
-            # pageable memory: pinned memory would be kept for as long as the server runs
-            weights = stacked([taken[name].values for name in names], False)
+            weights = stacked([taken[name].values for name in names], pinned)
             assert isinstance(weights, torch.Tensor)  # as all that vLLM hands over
             ranks = [self._ranks[name] for name in names]
             yield Job(batch, weights, moments.of(batch, weights.device), ranks, self._recipe, weights.dtype, names)
