@@ -65,7 +65,8 @@ def fused_moe(
     hidden_size = x.shape[1]
     x = pad_inputs(x)
     num_experts = gate_up.packed.shape[0]
-    may_be_fast = spec.is_plain and gate_up.bias is None and x.dtype == torch.bfloat16
+    plain = spec.is_plain and gate_up.bias is None
+    may_be_fast = plain and x.dtype == torch.bfloat16
     if configs is None:
         held = 1.0 if expert_map is None else num_experts / expert_map.numel()
         shape = moe_shape(gate_up, down, spec, top_k)
@@ -82,20 +83,18 @@ def fused_moe(
         x, routes, num_experts, first.block_m, gate_up.group_size, fast, needs_sums, reads_lanes, downs, mode
     )
     down13 = project(source, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
-    source = source._replace(down=down13)
+    common = (source._replace(down=down13), gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode)
     reads_lanes = second.reads_lanes(down.group_size)
     if fast:
-        source = gemm_gated(source, gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode, spec.activation)
-    elif first.activates and spec.is_plain and gate_up.bias is None and 32 not in (gate_up.group_size, down.group_size):
-        common = (*formats[0], first, mode, spec.activation, reads_lanes)
-        source = gemm_activated(source, gate_up, blocks, routes, pairs_per_row, *common)
+        source = gemm_gated(*common, spec.activation)
+    elif first.activates and plain and 32 not in (gate_up.group_size, down.group_size):
+        source = gemm_activated(*common, spec.activation, reads_lanes)
     else:
-        widths = [gate_up.columns // 2] * 2 if spec.is_gated else [gate_up.columns]
-        y = gemm(source, gate_up, widths, blocks, routes, pairs_per_row, *formats[0], first, mode, dtype)
+        y = gemm(*common, dtype, [gate_up.columns // 2] * 2 if spec.is_gated else [gate_up.columns])
         source = activate(y, spec, gate_up.bias, routes, down.group_size, reads_lanes, dtype, mode)
     down2 = project(source, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)
-    y = gemm(source, down, [down.columns], blocks, routes, 1, *formats[1], second, mode, dtype)
+    y = gemm(source, down, blocks, routes, 1, *formats[1], second, mode, dtype, [down.columns])
     out = weighted_sum(y, down.bias, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
     return cut_outputs(out, [hidden_size])
 

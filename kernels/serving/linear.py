@@ -53,5 +53,5 @@ def linear(
     down = project(source, layer, blocks, None, 1, spec.factor_bits, planned, mode)
     source = source._replace(down=down)
     widths = [padded(width) for width in spec.widths]
-    y = gemm(source, layer, widths, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype)
+    y = gemm(source, layer, blocks, None, 1, spec.group_size, spec.factor_bits, config, mode, x.dtype, widths)
     return cut_outputs(sum_splits(y, x.dtype, mode), spec.widths).view(*x.shape[:-1], sum(spec.widths))

@@ -21,7 +21,6 @@ MAX_PARTS = 4
 def gemm(
     source: Projected,
     weights: KernelWeights,
-    widths: list[int],
     blocks: TokenBlocks,
     routes: Routes | None,
     top_k: int,
@@ -30,6 +29,7 @@ def gemm(
     config: GemmConfig,
     mode: LaunchMode,
     dtype: torch.dtype,
+    widths: list[int],
 ) -> torch.Tensor:
     """Launch the GEMM.
 
@@ -37,7 +37,6 @@ def gemm(
         source: activations, fp16 or bf16 [rows, K], contiguous, with their sums and V·x; K a multiple of 64; pair p
             reads row p // top_k.
         weights: the experts, or the dense layer, in the kernel layout.
-        widths: outputs of each part, at most four, multiples of 64.
         blocks: the pairs in blocks of ``config.block_m``.
         routes: where the pairs go; None for a dense layer, whose pairs are its rows.
         top_k: pairs that share a row of x.
@@ -46,6 +45,7 @@ def gemm(
         config: the tile.
         mode: how to launch.
         dtype: of the result: that of the activations, which x may hold in another (``source.row_scale``).
+        widths: outputs of each part, at most four, multiples of 64.
 
     Returns:
         [split_k, pairs, N]: ``dtype`` if split_k is 1, else fp32 partial sums. Rows of pairs whose
