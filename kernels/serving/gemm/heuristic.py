@@ -2,7 +2,8 @@
 
 **Tokens of a tile** follow the mean number of an expert's tokens. Up to :data:`SHORT` tokens a tile takes the time of
 its weights' bytes, from 64 on that of its arithmetic. Tiles of :data:`SHORTEST` tokens scale products. Larger ones
-scale weights, once for all tokens, where that is fast (fp16, :mod:`.dequant`); elsewhere those above :data:`SHORT` do.
+scale weights, once for all tokens, where that is fast (fp16, :mod:`.dequant`); elsewhere those above
+:data:`.config.SCALES_PRODUCTS` do.
 An expert's last tokens take a smaller tile where that is expected to cost less.
 
 **Parts of K.** Few tiles leave multiprocessors idle, and many short ones start more often than they compute. Short
@@ -26,7 +27,7 @@ from ...weights import MoEShape
 from ..layout import UNIT, KernelWeights
 from ..projection.plan import RANKS, DownShape, plan, rank_tiles
 from ..routing import TokenBlocks
-from .config import FOUR_TILES, THREE_TILES, GemmConfig, rank_step
+from .config import FOUR_TILES, SCALES_PRODUCTS, THREE_TILES, GemmConfig, rank_step
 
 BLOCK_N = 128
 SHORTEST, FEWEST = 8, 5
@@ -136,7 +137,7 @@ def heuristic_configs(
     mean, group = num_pairs / shape.experts, min(shape.groups)
     fast &= group != 32
     block_m = _block_m(mean, group, fast, device)
-    scaled = group != 32 and block_m > (SHORTEST if fast else SHORT)
+    scaled = group != 32 and block_m > (SHORTEST if fast else SCALES_PRODUCTS)
     load = expected_load(num_pairs, shape.experts, block_m)
     tail_m = _tail(block_m, mean)
     first, second = (
@@ -165,7 +166,7 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
     while 2 * split_k * tiles[block_m] <= resident(block_m) * processors(device) and layer.units >= 8 * split_k:
         split_k *= 2
     # only one block is not whole: its size matters less than kernels to compile
-    return _tile(block_m, min(8, split_k), block_m > SHORT and group_size != 32, tails(block_m)[0], device)
+    return _tile(block_m, min(8, split_k), block_m > SCALES_PRODUCTS and group_size != 32, tails(block_m)[0], device)
 
 
 def streaming_time(gemm: GemmShape, load: Load, split_k: int, device: torch.device) -> float:

@@ -125,8 +125,7 @@ def gemm_activated(
     out = torch.empty(pairs, half, dtype=source.x.dtype, device=device)
     sums = torch.empty(units, pairs, 2, dtype=torch.float32, device=device)
     lanes = torch.empty(pairs, units * UNIT, dtype=source.x.dtype, device=device) if need_lanes else None
-    output = Output(out, None, sums, None if lanes is None else lanes)
-    common = (group_size, factor_bits, config, mode, half // 64, output)
+    common = (group_size, factor_bits, config, mode, half // 64, Output(out, None, sums, lanes))
     _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation)
     return Projected(out, sums, None, lanes=lanes)
 

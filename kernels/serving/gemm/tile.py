@@ -152,12 +152,23 @@ def compute_gated_tile(
 
 
 @triton.jit
+def _gate_and_up(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile's sums by their half, each fp32 [BLOCK_N / 16, 8, BLOCK_M]."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+
+
+@triton.jit
+def _half_columns(columns, BLOCK_N: tl.constexpr):
+    """The columns of a half, counted in their part, [BLOCK_N / 16, 8]."""
+    return columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
 def _store_gated_tile(
     acc, compensators, scales, output, blocks, counts, max_blocks, expert, block, columns, is_up, tile,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Add the up-projection to a block's sums, apply the activation function and store h."""
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     activation: tl.constexpr = TILE.ACTIVATION
     kind: tl.constexpr = TILE.BLOCKS
     # once more: registers are short in the loop
@@ -168,12 +179,12 @@ def _store_gated_tile(
             acc, compensators, columns, is_up, counts, expert, pairs, valid, tl.float16, TILE, BLOCK_M
         )  # fmt: skip
     acc *= tl.load(scales.row_scale + rows)[None, :]
-    gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+    gate, up = _gate_and_up(acc, TILE.BLOCK_N, BLOCK_M)
     norm = tl.load(scales.norms + rows)
     largest = tl.load(scales.largest + expert * 2) * norm * (tl.load(scales.largest + expert * 2 + 1) * norm)
     scale, inverse = power_of_two(largest * 0.00006103515625)  # 2^-14: h / scale stays below 2^15
     h = (gated(gate, up, activation) * inverse[None, None, :]).to(tl.float16)
-    place = columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    place = _half_columns(columns, TILE.BLOCK_N)
     target = output.y + pairs[None, None, :].to(tl.int64) * columns.width + place[:, :, None]
     tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
     if tile == 0:
@@ -189,7 +200,6 @@ def _store_activated_tile(
 
     Where outputs end within a unit of 128 the last tile stores zeros for what is missing.
     """
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     activation: tl.constexpr = TILE.ACTIVATION
     kind: tl.constexpr = TILE.BLOCKS
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
@@ -198,9 +208,9 @@ def _store_activated_tile(
         acc = add_gated_up_projection(
             acc, compensators, columns, is_up, counts, expert, pairs, valid, x_dtype, TILE, BLOCK_M
         )  # fmt: skip
-    gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
-    h = gated(gate, up, activation).to(x_dtype)  # [8, 8, BLOCK_M]
-    k = columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    gate, up = _gate_and_up(acc, TILE.BLOCK_N, BLOCK_M)
+    h = gated(gate, up, activation).to(x_dtype)
+    k = _half_columns(columns, TILE.BLOCK_N)
     pair = pairs[None, None, :].to(tl.int64)
     there = valid[None, None, :] & (k >= 0)[:, :, None]
     tl.store(output.y + pair * columns.width + k[:, :, None], h, mask=there)

@@ -29,7 +29,7 @@ def _few_scale(
 
 @triton.jit
 def _few_down(
-    compensators, ranks, rank_block, columns, counts, pairs, valid,
+    compensators, ranks, rank_block, counts, pairs, valid,
     dtype: tl.constexpr, WARP: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """V·x of RANK_STEP ranks in fp32 [RANK_STEP, BLOCK_M], parts added before they go to where an MMA wants them."""
@@ -59,7 +59,7 @@ def _add_few(
     step: tl.constexpr = RANK_STEP // 16
     one: tl.constexpr = 1.0 if BF16 else 16.0  # what _few_codes takes off, so that fp16 holds small products too
     for block in tl.range(begin, end, step, num_stages=1):  # loads of a turn are issued at once, and that is enough
-        down = _few_down(compensators, ranks, block, columns, counts, pairs, valid, dtype, WARP, TILE, BLOCK_M)
+        down = _few_down(compensators, ranks, block, counts, pairs, valid, dtype, WARP, TILE, BLOCK_M)
         first = _few_scale(compensators.u_scale, ranks, block, columns, 0, WARP, BLOCK_M, RANK_STEP)
         second = first
         if GROUPS == 2:
@@ -137,7 +137,7 @@ def _gated_operands(
     one: tl.constexpr = 1.0 if BF16 else 16.0  # as in _add_few
     groups: tl.constexpr = TILE.BLOCK_N // 128 if TILE.BLOCK_N >= 128 else 1
     if few:  # as _add_few, of one group of 64 columns
-        down = _few_down(compensators, ranks, block, columns, counts, pairs, valid, dtype, warp, TILE, BLOCK_M)
+        down = _few_down(compensators, ranks, block, counts, pairs, valid, dtype, warp, TILE, BLOCK_M)
         scale = _few_scale(compensators.u_scale, ranks, block, columns, 0, warp, BLOCK_M, TILE.RANK_STEP)
         down = (down * (scale * one)).to(dtype)
         u = few_factor(compensators, ranks, block, columns, BF16, warp, TILE)
