@@ -1,4 +1,4 @@
-"""The operators ``milo::linear`` and ``milo::fused_moe``: one schema, a backend chosen at load time.
+"""The operators ``milo::linear``, ``milo::wide_linear`` and ``milo::fused_moe``: a backend is chosen at load time.
 
 Layers are prepared once for a backend (:func:`prepare_linear`, :func:`prepare_experts`), which may bring
 their tensors into a layout of its own; the operators then take the prepared tensors and the backend's name,
@@ -26,6 +26,9 @@ _library.define(
     "linear(Tensor x, Tensor[] weights, int[] widths, int[] ranks, int group_size, int factor_bits, "
     "str backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "wide_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,)
 )
 _library.define(
     "fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] w13, Tensor[] w2, "
@@ -76,7 +79,7 @@ def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, 
     """
     if backend == "triton":
         from .launch import device_of
-        from .serving import expand
+        from .serving.dense import expand
 
         with device_of(weights.packed):
             k = weights.scale.shape[1] * spec.group_size
@@ -132,6 +135,20 @@ def linear(x: torch.Tensor, weights: list[torch.Tensor], spec: LinearSpec, backe
     return torch.ops.milo.linear(x, weights, *spec, backend)
 
 
+def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    """Return x·Wᵀ + bias of a layer that is kept in 16 bits, [..., K] -> [..., N].
+
+    Args:
+        x: activations; ``triton`` knows fp16 and bf16.
+        weight: what :func:`expand_linear` returned.
+        bias: [N], or None.
+        backend: ``torch`` or ``triton``.
+    """
+    if backend == "triton":
+        return torch.ops.milo.wide_linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def fused_moe(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -169,7 +186,7 @@ def _linear(
     spec = LinearSpec(widths, ranks, group_size, factor_bits)
     if backend == "triton":
         from .launch import device_of
-        from .serving import linear as triton_linear
+        from .serving.dense import linear as triton_linear
 
         with device_of(x):
             return triton_linear.linear(x, weights, spec)
@@ -178,6 +195,18 @@ def _linear(
 
 def _linear_fake(x: torch.Tensor, weights: list[torch.Tensor], widths: list[int], *_: object) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(widths))
+
+
+def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from .launch import device_of
+    from .serving.dense import wide
+
+    with device_of(x):
+        return wide.wide_linear(x, weight, bias)
+
+
+def _wide_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _fused_moe(
@@ -211,6 +240,8 @@ def _fused_moe_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("wide_linear", _wide_linear, "CompositeExplicitAutograd")
 _library.impl("fused_moe", _fused_moe, "CompositeExplicitAutograd")
 torch.library.register_fake("milo::linear", _linear_fake, lib=_library)
+torch.library.register_fake("milo::wide_linear", _wide_linear_fake, lib=_library)
 torch.library.register_fake("milo::fused_moe", _fused_moe_fake, lib=_library)

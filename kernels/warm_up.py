@@ -209,7 +209,7 @@ def warm_up_expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype:
     """
 
     def note() -> None:
-        from .serving.expand import expand
+        from .serving.dense.expand import expand
 
         expand(weights, spec, k, dtype)
 
@@ -217,6 +217,27 @@ def warm_up_expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype:
         return "expand", linear_key(weights, spec, k, dtype)
 
     return _note(make_key, "weights in 16 bits", note, weights[0].device)
+
+
+def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, device: torch.device) -> Waiting:
+    """Begin to compile what multiplies by a dense layer's weights in 16 bits; see :func:`.ops.wide_linear`.
+
+    Args:
+        n: outputs of the layer.
+        k: its inputs.
+        dtype: of the activations.
+        biased: whether it has a bias.
+        device: of the layer.
+    """
+
+    def note() -> None:
+        from .serving.dense.wide import TILES, wide_linear
+
+        weight = torch.empty(n, k, dtype=dtype, device=device)
+        for tokens in TILES:
+            wide_linear(weight.new_empty(tokens, k), weight, weight.new_empty(n) if biased else None)
+
+    return _note(lambda: ("wide", n, k, dtype, biased), "dense layers in 16 bits", note, device)
 
 
 def _warm_up(

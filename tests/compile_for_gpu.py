@@ -19,13 +19,15 @@ from unittest import mock
 
 import torch
 import triton
-from meta_layers import run_converter, run_dense, run_experts, run_openai_experts, run_repack
+from meta_layers import run_converter, run_dense, run_experts, run_openai_experts, run_repack, run_wide
 from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
 from triton.runtime.jit import JITFunction
 
 from vllm_milo.kernels.launch import TOGETHER, LaunchMode
-from vllm_milo.kernels.serving import expand, fused_moe, linear
+from vllm_milo.kernels.serving import fused_moe
+from vllm_milo.kernels.serving.dense import expand, linear, wide
+from vllm_milo.kernels.serving.dense.wide import TILES
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.tuning.compiling import TargetDriver
@@ -53,6 +55,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(mixtral, 16, tile=ACTIVATES)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
+        yield partial(run_wide, 1, 6144, 4096)
+        yield partial(run_wide, 16, 6144, 4096)
         yield partial(run_converter, 64)
         yield partial(run_repack, 64, 3)
         return
@@ -61,6 +65,9 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
     yield partial(run_dense, 1500, [4096, 1024, 1024], 4096, 512)  # the most tokens by tiles
     yield partial(run_dense, 1, [4096], 4096, 0)
+    for tokens in TILES:
+        yield partial(run_wide, tokens, 6144, 4096)
+        yield partial(run_wide, tokens, 5000, 352, torch.float16, biased=True)
     for tokens in (1, 2000):
         yield partial(run_openai_experts, tokens)
     yield partial(run_openai_experts, 1, gated=False)
@@ -124,8 +131,8 @@ def main(capability: int, which: str, asm: bool) -> None:
     def mode(device: torch.device, few_tokens: bool) -> LaunchMode:
         return LaunchMode(asm, few_tokens and capability >= 90, capability // 10 not in TOGETHER)
 
-    patches = [mock.patch.object(module, "launch_mode", mode) for module in (expand, fused_moe, linear)]
-    patches.append(mock.patch.object(heuristic, "processors", return_value=132))
+    patches = [mock.patch.object(module, "launch_mode", mode) for module in (expand, fused_moe, linear, wide)]
+    patches += [mock.patch.object(module, "processors", return_value=132) for module in (heuristic, wide)]
     patches.append(mock.patch.object(heuristic, "shared_memory", return_value=SHARED_BYTES[capability]))
     patches.append(mock.patch.object(JITFunction, "__getitem__", compile_only))
     for patch in patches:

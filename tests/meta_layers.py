@@ -8,7 +8,8 @@ import torch
 from random_layers import random_experts
 
 from vllm_milo.kernels.convert import feedback, grid_fit
-from vllm_milo.kernels.serving import fused_moe, linear
+from vllm_milo.kernels.serving import fused_moe
+from vllm_milo.kernels.serving.dense import linear, wide
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.serving.repack import layer
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
@@ -95,6 +96,12 @@ def run_dense(
     spec = LinearSpec(widths, [rank] * len(widths), group, bits)
     x = torch.empty(tokens, k, dtype=dtype, device="meta")
     linear.linear(x, meta_layer(len(widths), 1, sum(widths), k, group, bits), spec)
+
+
+def run_wide(tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, biased: bool = False) -> None:
+    """Launch a dense layer that is kept in 16 bits."""
+    x, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((tokens, k), (n, k), (n,)))
+    wide.wide_linear(x, weight, bias if biased else None)
 
 
 def run_converter(group: int) -> None:

@@ -26,7 +26,8 @@ from meta_layers import make_experts, meta_layer, run_dense, run_experts
 from vllm_milo.kernels import compiling
 from vllm_milo.kernels.compiling import Compiler, Share
 from vllm_milo.kernels.launch import Launch, LaunchMode, noting
-from vllm_milo.kernels.serving import activation, expand, fused_moe, linear, prepare, reduce
+from vllm_milo.kernels.serving import activation, fused_moe, prepare, reduce
+from vllm_milo.kernels.serving.dense import expand, linear, wide
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm import kernel as gemm
 from vllm_milo.kernels.serving.projection import kernel as projection
@@ -108,8 +109,8 @@ def main() -> None:
     def only_compile(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *values, **options: kernel.warmup(*values, grid=grid, **options)
 
-    patches = [mock.patch.object(module, "launch_mode", mode) for module in (expand, fused_moe, linear)]
-    patches.append(mock.patch.object(heuristic, "processors", return_value=132))
+    patches = [mock.patch.object(module, "launch_mode", mode) for module in (expand, fused_moe, linear, wide)]
+    patches += [mock.patch.object(module, "processors", return_value=132) for module in (heuristic, wide)]
     for patch in patches:
         patch.start()
     left, ahead = {}, {}

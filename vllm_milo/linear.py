@@ -30,7 +30,7 @@ from vllm_milo.checkpoint import (
     packed_words,
 )
 from vllm_milo.kernels import ops
-from vllm_milo.kernels.warm_up import wait, warm_up_linear
+from vllm_milo.kernels.warm_up import Waiting, wait, warm_up_linear, warm_up_wide
 from vllm_milo.kernels.weights import LinearSpec, LinearWeights, offsets
 from vllm_milo.loading import account, dense
 from vllm_milo.loading.ahead import start_linear
@@ -116,12 +116,20 @@ class MiLoLinearMethod(LinearMethodBase):
             load.widen(self.prefix, self.place.size)
         with load.spend(account.REPACKING):
             prepared = self._repack(layer)
-        if not self.wide:
-            with load.spend(account.WARMING_UP):
+        with load.spend(account.WARMING_UP):
+            if not self.wide:
                 wait(self.kernels)
-                # what start_linear did not foresee
-                wait(warm_up_linear(prepared, self.spec, self.backend, self.split.k, self.dtype, self.max_tokens))
+            wait(self._warm_up(prepared, getattr(layer, "bias", None) is not None))
         account.finish(self.prefix, device)
+
+    def _warm_up(self, prepared: list[torch.Tensor], biased: bool) -> Waiting:
+        """Begin to compile what start_linear did not foresee."""
+        if not self.wide:
+            return warm_up_linear(prepared, self.spec, self.backend, self.split.k, self.dtype, self.max_tokens)
+        if self.backend == "torch" or not biased:
+            return []
+        n, k = prepared[0].shape
+        return warm_up_wide(n, k, self.dtype, True, prepared[0].device)
 
     def _repack(self, layer: torch.nn.Module) -> list[torch.Tensor]:
         """Replace the layer's parameters by the backend's, or by weights in 16 bits, and return those."""
@@ -141,7 +149,7 @@ class MiLoLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + (x·Vᵀ)·U + bias."""
         if self.wide:
-            return torch.nn.functional.linear(x, getattr(layer, PACKED), bias)
+            return ops.wide_linear(x, getattr(layer, PACKED), bias, self.backend)
         weights = [getattr(layer, name) for name in self.names]
         out = ops.linear(x, weights, self.spec, self.backend)
         return out if bias is None else out + bias

@@ -75,11 +75,13 @@ GEMM_ALONE = Step("gemm_kernel", "likewise, without V·x before it", START, AFTE
 ACTIVATE = Step("_activation_kernel", "the second GEMM's input in two orders, its sums", START, AT_ONCE)
 WEIGHTED_SUM = Step("_weighted_sum_kernel", "the result of a MoE layer", START, AT_ONCE)
 SUM_SPLITS = Step("_sum_splits_kernel", "the result of a dense layer whose GEMM splits K", START, AT_ONCE)
+WIDE = Step("_wide_kernel", "the result of a dense layer in 16 bits", START, AT_ONCE)
 EXPAND = Step("_expand_kernel", "weights in 16 bits", START, AT_ONCE)
 
-STEPS = (PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, EXPAND)
-"""In the order of launches. A MoE layer goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``. With
-very many tokens ``EXPAND`` comes alone before a library's GEMM: neither starts early, so each waits for all before."""
+STEPS = (PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, WIDE, EXPAND)
+"""In the order of launches. A MoE layer goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``. A
+dense layer in 16 bits is ``WIDE`` alone. With very many tokens ``EXPAND`` comes alone before a library's GEMM: neither
+starts early, so each waits for all before."""
 
 
 def find_step(kernel: str, has_down: bool) -> Step:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import linear, moe_layer, report
+from benchmarks.kernels import linear, moe_layer, report, wide
 from benchmarks.kernels.moe_contenders import Layer, MoEShape, contenders
 from benchmarks.kernels.report import format_report
 from benchmarks.kernels.timing import Ceilings, microseconds, roof
@@ -110,6 +110,20 @@ def test_dry_run_writes_record_and_report(tmp_path: Path):
     text = (tmp_path / "moe.md").read_text()
     assert "| milo |" in text
     assert "overhead of compensators" in text
+
+
+def test_dense_layers_in_16_bits_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(wide, "DTYPE", torch.float16)
+    monkeypatch.setattr(wide, "CALLS_IN_GRAPH", 2)
+    wide.main(["-o", str(tmp_path / "wide.json"), "--shapes", "tiny", "--tokens", "3", "--seconds", "0.001"])
+    (row,) = json.loads((tmp_path / "wide.json").read_text())["rows"]
+    assert (row["shape"], row["tokens"]) == ("tiny", 3)
+    assert all(0 <= one["error"] < wide.MAX_ERROR for one in row["tiles"])
+    assert "| tiny | 3 |" in capsys.readouterr().out
+    right = wide.wide_linear
+    monkeypatch.setattr(wide, "wide_linear", lambda *given: right(*given) * 1.05)
+    with pytest.raises(ValueError, match=r"relative error 0\.05 against the library"):
+        wide.main(["-o", str(tmp_path / "wide.json"), "--shapes", "tiny", "--tokens", "3", "--seconds", "0.001"])
 
 
 def test_a_record_is_shown_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

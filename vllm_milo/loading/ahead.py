@@ -14,7 +14,15 @@ import torch
 from vllm_milo import compat
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.compiling import Share
-from vllm_milo.kernels.warm_up import Waiting, compiler, warm_up_expand, warm_up_linear, warm_up_moe, warm_up_repack
+from vllm_milo.kernels.warm_up import (
+    Waiting,
+    compiler,
+    warm_up_expand,
+    warm_up_linear,
+    warm_up_moe,
+    warm_up_repack,
+    warm_up_wide,
+)
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
@@ -38,7 +46,8 @@ def start_linear(
     weights = stand_in(1, spec.widths, k, spec.group_size, spec.factor_bits, dtype, device)
     repack = warm_up_repack(1, spec.group_size, spec.factor_bits, dtype, device)
     if wide:
-        return repack + warm_up_expand(weights, spec, k, dtype)
+        multiply = warm_up_wide(sum(spec.widths), k, dtype, False, device)
+        return repack + warm_up_expand(weights, spec, k, dtype) + multiply
     return repack + warm_up_linear(weights, spec, "triton", k, dtype, max_tokens)
 
 

@@ -12,7 +12,8 @@ from random_layers import moe_spec, random_experts, random_linear, random_routin
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.launch import launch_mode
 from vllm_milo.kernels.reference import expert_factors
-from vllm_milo.kernels.serving import fused_moe, linear, prepare
+from vllm_milo.kernels.serving import fused_moe, prepare
+from vllm_milo.kernels.serving.dense import linear
 from vllm_milo.kernels.serving.gemm.config import WARPGROUP_TOKENS, GemmConfig
 from vllm_milo.kernels.serving.layout import KernelWeights, prepare_experts
 from vllm_milo.kernels.serving.projection import launcher

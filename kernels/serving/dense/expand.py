@@ -4,7 +4,7 @@ A tile of the GEMM in 3 bits dequantizes its weights for its own tokens and mult
 tokens that is done for every block of them, and the ranks of attention are a large part of the products: W + Uᵀ·V costs
 a fixed time, after which the GEMM is that of an unquantized layer. On an H200 8192 tokens take 0.65 ms in Mixtral's QKV
 with ranks of 512, where tiles of 3 bits take 1.20. The 16 bits live as long as the call, or as the layer, where a
-server has room for them (:func:`..ops.expand_linear`).
+server has room for them (:func:`...ops.expand_linear`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import is_noting, launch, launch_mode
-from ..weights import LinearSpec, largest_rank
-from .gemm.arguments import Compensators, Shape, Weights
-from .gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled, unit_of_scales
-from .gemm.launcher import MAX_PARTS
-from .gemm.tile import tile_part
-from .gemm.up_factor import Columns, part_ranks, up_factor
-from .layout import UNIT, KernelWeights
-from .padding import padded
-from .projection.arguments import Factor
+from ...launch import launch, launch_mode
+from ...weights import LinearSpec, largest_rank
+from ..gemm.arguments import Compensators, Shape, Weights
+from ..gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled, unit_of_scales
+from ..gemm.launcher import MAX_PARTS
+from ..gemm.tile import tile_part
+from ..gemm.up_factor import Columns, part_ranks, up_factor
+from ..layout import UNIT, KernelWeights
+from ..padding import padded
+from ..projection.arguments import Factor
 
 BLOCK_N = 128
 RANK_STEP = 64
 
 
 class Tile(NamedTuple):
-    """The constants that the kernel is compiled for, in the words of :class:`.gemm.arguments.Tile`."""
+    """The constants that the kernel is compiled for, in the words of :class:`..gemm.arguments.Tile`."""
 
     PARTS: int
     GROUP: int
@@ -83,9 +83,9 @@ def _add_weights(acc, weights, w0, w1, w2, unit, n, inside, N, HALF: tl.constexp
 
 @triton.jit
 def _expand_kernel(out_ptr, weights, compensators, factor, shape, TILE: tl.constexpr):
-    """BLOCK_N rows and one unit of W + Uᵀ·V, rounded once, into [N, K]; parameters as of :mod:`.gemm.arguments`.
+    """BLOCK_N rows and one unit of W + Uᵀ·V, rounded once, into [N, K]; parameters as of :mod:`..gemm.arguments`.
 
-    Its step in :mod:`.protocol` is ``EXPAND``.
+    Its step in :mod:`..protocol` is ``EXPAND``.
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     N = shape.N
@@ -125,7 +125,7 @@ def expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.d
     """Return W + Uᵀ·V of a dense layer, 16 bits [N, K], each value rounded once from fp32 (U and V before that).
 
     Args:
-        weights: :class:`.layout.KernelWeights`.
+        weights: :class:`..layout.KernelWeights`.
         spec: of the layer.
         k: its inputs.
         dtype: fp16 or bf16.
@@ -162,10 +162,3 @@ def expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.d
         return out
     rows = zip(out.split(widths), spec.widths, strict=True)
     return torch.cat([part[:width, :k] for part, width in rows])
-
-
-def multiply_expanded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return x·Wᵀ, [.., K] and [N, K] -> [.., N]; not computed where launches are only noted."""
-    if is_noting():
-        return x.new_empty(*x.shape[:-1], weights.shape[0])
-    return torch.nn.functional.linear(x, weights)

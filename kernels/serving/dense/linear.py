@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from ..launch import launch_mode
-from ..weights import LinearSpec, largest_rank
-from .expand import expand, multiply_expanded
-from .gemm.config import GemmConfig
-from .gemm.heuristic import linear_config
-from .gemm.launcher import gemm
-from .layout import KernelWeights
-from .padding import cut_outputs, pad_inputs, padded
-from .prepare import MAX_ROW, prepare
-from .projection.launcher import project
-from .projection.plan import DownShape
-from .reduce import sum_splits
+from ...launch import launch_mode
+from ...weights import LinearSpec, largest_rank
+from ..gemm.config import GemmConfig
+from ..gemm.heuristic import linear_config
+from ..gemm.launcher import gemm
+from ..layout import KernelWeights
+from ..padding import cut_outputs, pad_inputs, padded
+from ..prepare import MAX_ROW, prepare
+from ..projection.launcher import project
+from ..projection.plan import DownShape
+from ..reduce import sum_splits
+from .expand import expand
+from .wide import multiply_wide
 
 FEW_TOKENS = 256
 """Up to so many rows the latency of launches matters, and they start early."""
@@ -30,16 +31,16 @@ MANY_TOKENS = 1536
 def linear(
     x: torch.Tensor, weights: list[torch.Tensor], spec: LinearSpec, config: GemmConfig | None = None
 ) -> torch.Tensor:
-    """Return x·Wᵀ + (x·Vᵀ)·U, [..., K] -> [..., N]; arguments as in :func:`..reference.linear`.
+    """Return x·Wᵀ + (x·Vᵀ)·U, [..., K] -> [..., N]; arguments as in :func:`...reference.linear`.
 
-    ``weights`` are :class:`.layout.KernelWeights`; ``config`` forces the tile.
+    ``weights`` are :class:`..layout.KernelWeights`; ``config`` forces the tile.
     """
     layer = KernelWeights(*weights)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], sum(spec.widths))
     if config is None and rows.shape[0] >= MANY_TOKENS:
-        return multiply_expanded(x, expand(weights, spec, x.shape[-1], x.dtype))
+        return multiply_wide(x, expand(weights, spec, x.shape[-1], x.dtype))
     rows = pad_inputs(rows.contiguous())
     config = config or linear_config(rows.shape[0], layer, spec.group_size, x.device)
     mode = launch_mode(x.device, few_tokens=rows.shape[0] <= FEW_TOKENS)

@@ -1,0 +1,95 @@
+"""Dense layers that are kept in 16 bits against float64, in the interpreter (fp16) and on the GPU (fp16 and bf16)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_layers import relative_error
+
+from vllm_milo.kernels import ops
+from vllm_milo.kernels.serving.dense import wide
+from vllm_milo.kernels.serving.dense.wide import TILES, WideTile, wide_linear, wide_tile
+
+TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
+DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+SIZES = [(128, 256), (96, 352), (40, 96), (17, 32), (320, 1024)]
+
+
+def random_layer(tokens: int, n: int, k: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    shapes = (tokens, k), (n, k), (n,)
+    return [torch.randn(shape).to(dtype).to(device) for shape in shapes]
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = x.double() @ weight.double().T
+    return out if bias is None else out + bias.double()
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17])
+def test_matches_float64(tokens: int, n: int, k: int, biased: bool, dtype: torch.dtype, kernel_device: str):
+    x, weight, bias = random_layer(tokens, n, k, dtype, kernel_device)
+    tile = next((tile for most, tile in TILES.items() if tokens <= most), None)
+    found = wide_linear(x, weight, bias if biased else None, tile)
+    assert found.shape == (tokens, n)
+    assert found.dtype == dtype
+    assert relative_error(found, exact(x, weight, bias if biased else None)) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [11, 33])
+@pytest.mark.parametrize("tile", [*TILES.values(), WideTile(16, 64, 2, 3), WideTile(64, 64, 4, 2)])
+def test_every_tile(tile: WideTile, tokens: int, dtype: torch.dtype, kernel_device: str):
+    x, weight, bias = random_layer(tokens, 176, 416, dtype, kernel_device)
+    assert relative_error(wide_linear(x, weight, bias, tile), exact(x, weight, bias)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: str):
+    _, weight, _ = random_layer(1, 128, 64, torch.float16, kernel_device)
+    x = torch.randn(2, tokens, 128).half().to(kernel_device)[..., ::2]
+    found = ops.wide_linear(x, weight, None, "triton")
+    assert found.shape == (2, tokens, 128)
+    if tokens:
+        assert relative_error(found, exact(x, weight, None)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "ours"),
+    [(1, 2048, 8), (8, 6144, 8), (8, 16384, None), (9, 6144, 16), (16, 2048, None), (16, 4096, 16), (17, 6144, None)],
+)
+def test_the_library_is_asked_where_it_is_quicker(
+    tokens: int, outputs: int, ours: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """By measurements on 132 multiprocessors: more tokens, too many programs, and few with 16 tokens."""
+    monkeypatch.setattr(wide, "processors", lambda _: 132)
+    assert wide_tile(tokens, outputs, torch.device("cuda")) == (None if ours is None else TILES[ours])
+
+
+def test_the_operator_chooses(monkeypatch: pytest.MonkeyPatch, kernel_device: str):
+    x, weight, bias = random_layer(3, 64, 64, torch.float16, kernel_device)
+    asked, real = [], wide.multiply_wide
+    monkeypatch.setattr(wide, "multiply_wide", lambda *given: asked.append(len(given[0])) or real(*given))
+    for tokens in (1, 3):
+        monkeypatch.setattr(wide, "wide_tile", lambda *given: TILES[8] if given[0] < 3 else None)
+        ops.wide_linear(x[:tokens], weight, bias, "triton")
+    assert asked == [3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 48, 100])
+def test_opcheck_and_graph(tokens: int):
+    x, weight, bias = random_layer(tokens, 192, 256, torch.bfloat16, "cuda")
+    torch.library.opcheck(torch.ops.milo.wide_linear.default, (x, weight, bias))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.wide_linear(x, weight, bias, "triton")
+    fresh = torch.randn(tokens, 256).bfloat16().to("cuda")
+    x.copy_(fresh)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert relative_error(out, exact(fresh, weight, bias)) < TOLERANCE[torch.bfloat16]
