@@ -121,7 +121,7 @@ def test_dense_layers_in_16_bits_are_timed(tmp_path: Path, monkeypatch: pytest.M
     assert all(0 <= one["error"] < wide.MAX_ERROR for one in row["tiles"])
     assert "| tiny | 3 |" in capsys.readouterr().out
     right = wide.wide_linear
-    monkeypatch.setattr(wide, "wide_linear", lambda *given: right(*given) * 1.05)
+    monkeypatch.setattr(wide, "wide_linear", lambda *given, **named: right(*given, **named) * 1.05)
     with pytest.raises(ValueError, match=r"relative error 0\.05 against the library"):
         wide.main(["-o", str(tmp_path / "wide.json"), "--shapes", "tiny", "--tokens", "3", "--seconds", "0.001"])
 
