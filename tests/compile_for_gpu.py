@@ -37,7 +37,6 @@ SHORT_TAIL = GemmConfig(16, 128, 2, False, 4, 4, tail_m=8)
 """Multiplies by warpgroups where there are, but the tail by warps."""
 JOINED = GemmConfig(64, 128, 1, True, 4, 3, group_blocks=4, tail_m=16, max_registers=168, joined=True)
 FAST = GemmConfig(32, 128, 1, True, 4, 3, tail_m=16, max_registers=128)
-ACTIVATES = GemmConfig(8, 128, 1, False, 4, 4, max_registers=96, activates=True)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
@@ -52,7 +51,6 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(mixtral, 16, tile=SHORT_TAIL)
         yield partial(mixtral, 256, ranks=[128, 64], tile=JOINED)
         yield partial(mixtral, 64, ranks=[128, 64], tile=FAST)
-        yield partial(mixtral, 16, tile=ACTIVATES)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
         yield partial(run_wide, 1, 6144, 4096)
@@ -75,8 +73,6 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_converter, group)
         yield partial(run_repack, group, 3)
     yield partial(mixtral, 16, tile=SHORT_TAIL)
-    for tokens in (1, 16):
-        yield partial(mixtral, tokens, tile=ACTIVATES)
     for dtype, tile in product((torch.bfloat16, torch.float16), (JOINED, FAST)):
         yield partial(mixtral, 256, ranks=[128, 64], tile=tile, dtype=dtype)
     if which == "usual":

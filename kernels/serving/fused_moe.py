@@ -10,8 +10,7 @@
 7. weighted_sum: over top-k, after the biases of down
 
 With more tokens of a bf16 model 3 applies the activation itself, and hidden activations are read and written once; not
-where gate and up have biases or the activation is not plain: such outputs have no bound by norms alone. With few tokens
-it does too where a tile says so (:attr:`.gemm.config.GemmConfig.activates`).
+where gate and up have biases or the activation is not plain: such outputs have no bound by norms alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..weights import MoEShape, MoESpec
 from .activation import activate
 from .dispatch import moe_configs
 from .gemm.config import GemmConfig
-from .gemm.launcher import gemm, gemm_activated, gemm_gated
+from .gemm.launcher import gemm, gemm_gated
 from .layout import KernelWeights
 from .padding import cut_outputs, pad_inputs
 from .prepare import MAX_ROW, prepare
@@ -84,13 +83,11 @@ def fused_moe(
     )
     down13 = project(source, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
     common = (source._replace(down=down13), gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode)
-    reads_lanes = second.reads_lanes(down.group_size)
     if fast:
         source = gemm_gated(*common, spec.activation)
-    elif first.activates and plain and 32 not in (gate_up.group_size, down.group_size):
-        source = gemm_activated(*common, spec.activation, reads_lanes)
     else:
         y = gemm(*common, dtype, [gate_up.columns // 2] * 2 if spec.is_gated else [gate_up.columns])
+        reads_lanes = second.reads_lanes(down.group_size)
         source = activate(y, spec, gate_up.bias, routes, down.group_size, reads_lanes, dtype, mode)
     down2 = project(source, down, blocks, routes, 1, spec.factor_bits, planned2, mode)
     source = source._replace(down=down2)

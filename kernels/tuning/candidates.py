@@ -32,13 +32,11 @@ from ..weights import MoEShape
 TILES = (
     GemmConfig(8, 128, 1, False, 4, 5),
     *(GemmConfig(8, 128, 1, False, 4, 4, max_registers=cap) for cap in (FOUR_TILES, FIVE_TILES, SIX_TILES)),
-    *(GemmConfig(8, 128, 1, False, 4, 4, max_registers=cap, activates=True) for cap in (FOUR_TILES, FIVE_TILES)),
     *(GemmConfig(16, 128, 1, False, 4, stages) for stages in (3, 4)),
     *(GemmConfig(16, 128, 1, True, 4, 4, max_registers=cap) for cap in (FOUR_TILES, FIVE_TILES)),
     GemmConfig(32, 128, 1, False, 4, 4),
     *(GemmConfig(32, 128, 1, True, 4, stages, max_registers=FOUR_TILES) for stages in (3, 4)),
     GemmConfig(32, 128, 1, True, 4, 3, max_registers=FIVE_TILES),
-    GemmConfig(32, 256, 1, True, 8, 4, max_registers=FOUR_TILES),
     *(GemmConfig(64, 128, 1, True, 4, 3, 4, max_registers=cap) for cap in (THREE_TILES, None)),
     GemmConfig(128, 128, 1, True, 4, 3, 4),
 )
@@ -60,7 +58,7 @@ def first_candidates(tokens: int, shape: MoEShape, device: torch.device) -> list
     default = heuristic_configs(tokens * shape.top_k, shape, device)
     tried = [default]
     for tile in _best(tokens, shape, 0, device):
-        pair = (tile, tile._replace(split_k=default[1].split_k, activates=False))
+        pair = (tile, tile._replace(split_k=default[1].split_k))
         if pair not in tried:
             tried.append(pair)
     return tried[: MOST + 1]
@@ -143,9 +141,7 @@ def _tiles(tokens: int, shape: MoEShape, gemm: GemmShape, place: int, device: to
             tile = tile._replace(scaled=False, group_blocks=1)
         elif not tile.scaled and tile.block_m > SHORTEST:
             continue
-        if tile.activates and (place == 1 or shape.parts == 1):
-            continue
-        splits = (1,) if (tile.scaled and place == 0) or tile.activates else SPLITS
+        splits = (1,) if tile.scaled and place == 0 else SPLITS
         for split in splits:
             if split == 1 or gemm.units >= 2 * split:
                 yield from (same for same in _tails(tile._replace(split_k=split)) if fits(same, device))

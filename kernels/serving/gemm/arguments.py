@@ -75,18 +75,12 @@ class Output(NamedTuple):
     """Where the results go.
 
     Attributes:
-        y: [SPLIT_K, num_pairs, N]; with an activation function [num_pairs, N / 2], fp16 of rows divided by ``scale``
-            where weights are scaled.
-        scale: fp32 [num_pairs]; None without an activation function, and where products are scaled.
-        sums: of y over 64 columns, as in :class:`..projection.launcher.Projected`; with an activation function where
-            products are scaled, else None.
-        lanes: y once more, as there; None where the GEMM after does not read it.
+        y: [SPLIT_K, num_pairs, N]; with an activation function fp16 [num_pairs, N / 2], of rows divided by ``scale``.
+        scale: fp32 [num_pairs]; None without an activation function.
     """
 
     y: Any
-    scale: Any = None
-    sums: Any = None
-    lanes: Any = None
+    scale: Any
 
 
 class Shape(NamedTuple):
@@ -157,7 +151,6 @@ class Tile(NamedTuple):
         GROUP_BLOCKS: neighbouring blocks that go through the tiles together and share the weights in the cache.
         RANK_STEP: ranks that the up-projection takes at a time.
         ACTIVATION: the activation function of gate and up, of which a tile then takes both; "" for none.
-        OUT_LANES: whether the result is stored in the order of lanes too.
         PDL: whether launches start early, see :mod:`..protocol`.
     """
 
@@ -186,5 +179,4 @@ class Tile(NamedTuple):
     GROUP_BLOCKS: int
     RANK_STEP: int
     ACTIVATION: str
-    OUT_LANES: bool
     PDL: bool

@@ -35,8 +35,6 @@ class GemmConfig(NamedTuple):
         max_registers: cap on a thread's registers, so that more tiles fit; None for no cap.
         joined: an expert's last pairs run in one tile with the block before them, where the tile scales weights: these
             are dequantized once for both.
-        activates: the first GEMM of experts applies the activation itself though its tile scales products, where the
-            activation is plain, K is whole and the second GEMM's groups are of 64 or 128.
     """
 
     block_m: int
@@ -49,7 +47,6 @@ class GemmConfig(NamedTuple):
     tail_m: int = 0
     max_registers: int | None = None
     joined: bool = False
-    activates: bool = False
 
     @property
     def register_cap(self) -> int | None:
@@ -79,7 +76,7 @@ class GemmConfig(NamedTuple):
 
     def fault(self) -> str | None:
         """Return why no kernel has this tile, for tiles that come from a file; None where one may."""
-        others = ("scaled", "max_registers", "joined", "activates")
+        others = ("scaled", "max_registers", "joined")
         numbers = {name: value for name, value in self._asdict().items() if name not in others}
         if bad := [name for name, value in numbers.items() if type(value) is not int]:
             return f"{bad[0]} must be a number, found {numbers[bad[0]]!r}"
@@ -96,13 +93,11 @@ class GemmConfig(NamedTuple):
             return f"{bad[0]} is {numbers[bad[0]]}, and must be one of {', '.join(map(str, allowed[bad[0]]))}"
         if self.tail_m >= self.block_m:
             return f"tail_m is {self.tail_m}, and must be less than block_m, {self.block_m}"
-        for name in ("scaled", "joined", "activates"):
+        for name in ("scaled", "joined"):
             if type(getattr(self, name)) is not bool:
                 return f"{name} must be true or false, found {getattr(self, name)!r}"
         if self.joined and not (self.scaled and self.tail_m >= WARPGROUP_TOKENS):
             return f"joined needs scaled weights and a tail_m of at least {WARPGROUP_TOKENS}, found {self.tail_m}"
-        if self.activates and (self.scaled or self.split_k != 1 or self.block_n != 128):
-            return f"activates needs scaled products, K in one part and a block_n of 128, found {self}"
         most = self.max_registers
         if most is not None and (type(most) is not int or not 24 <= most <= 255):
             return f"max_registers must be null or from 24 to 255, found {most!r}"

@@ -10,16 +10,11 @@ from .dequant import halves
 
 @triton.jit
 def lane_order(SIZE: tl.constexpr):
-    """Place of each k of SIZE, a multiple of 32, where values lie as the lanes of a warp's MMA take them, [SIZE]."""
-    return place_in_lanes(tl.arange(0, SIZE))
+    """Place of each k of SIZE, a multiple of 32, where activations lie as the lanes of a warp's MMA take them, [SIZE].
 
-
-@triton.jit
-def place_in_lanes(k):
-    """Place of k in that order: of 32 values a lane takes 8 in a row, for two MMAs.
-
-    k = 16·i0 + 8·h + 2·t + b stands at 8·t + 4·h + 2·i0 + b.
+    Of 32 values a lane takes 8 in a row there, for two MMAs: k = 16·i0 + 8·h + 2·t + b stands at 8·t + 4·h + 2·i0 + b.
     """
+    k = tl.arange(0, SIZE)
     return k // 32 * 32 + k // 2 % 4 * 8 + k // 8 % 2 * 4 + k // 16 % 2 * 2 + k % 2
 
 

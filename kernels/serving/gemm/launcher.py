@@ -7,7 +7,7 @@ import triton
 
 from ...launch import LaunchMode, launch
 from ..blocks import block_kind, make_blocks
-from ..layout import UNIT, KernelWeights
+from ..layout import KernelWeights
 from ..padding import MULTIPLE
 from ..projection.launcher import Projected
 from ..routing import Routes, TokenBlocks
@@ -58,7 +58,9 @@ def gemm(
     out_dtype = dtype if config.split_k == 1 else torch.float32
     out = torch.empty(config.split_k, pairs, weights.columns, dtype=out_dtype, device=source.x.device)
     tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
-    _launch(source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, Output(out))
+    _launch(
+        source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, Output(out, None)
+    )
     return out
 
 
@@ -92,42 +94,6 @@ def gemm_gated(
     common = (group_size, factor_bits, config, mode, tiles, Output(out, scale))
     _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation)
     return Projected(out, source.sums, None, scale)
-
-
-def gemm_activated(
-    source: Projected,
-    weights: KernelWeights,
-    blocks: TokenBlocks,
-    routes: Routes,
-    top_k: int,
-    group_size: int,
-    factor_bits: int,
-    config: GemmConfig,
-    mode: LaunchMode,
-    activation: str,
-    need_lanes: bool,
-) -> Projected:
-    """Return act(gate)·up of every pair, in x's dtype [pairs, I], and its sums; arguments as in :func:`gemm`.
-
-    The tile must have :attr:`.config.GemmConfig.activates`. Rows of pairs whose expert is not local are not written.
-
-    Args:
-        activation: a plain one.
-        need_lanes: whether the second GEMM wants the rows in the order of lanes.
-
-    Raises:
-        ValueError: shapes, dtypes or the tile do not fit.
-    """
-    if not config.activates or source.row_scale is not None:
-        raise ValueError(f"the activation needs a tile that applies it to whole sums, found {config}")
-    half, pairs, device = weights.columns // 2, routes.num_pairs, source.x.device
-    units = triton.cdiv(half, UNIT)
-    out = torch.empty(pairs, half, dtype=source.x.dtype, device=device)
-    sums = torch.empty(units, pairs, 2, dtype=torch.float32, device=device)
-    lanes = torch.empty(pairs, units * UNIT, dtype=source.x.dtype, device=device) if need_lanes else None
-    common = (group_size, factor_bits, config, mode, half // 64, Output(out, None, sums, lanes))
-    _launch(source, weights, [half, half], blocks, routes, top_k, *common, activation)
-    return Projected(out, sums, None, lanes=lanes)
 
 
 def _launch(
@@ -221,7 +187,6 @@ def _make_tile(
         GROUP_BLOCKS=config.group_blocks,
         RANK_STEP=rank_step(max_rank, len(widths)),
         ACTIVATION=activation,
-        OUT_LANES=output.lanes is not None,
         PDL=mode.early,
     )
 

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from ..activation import gated, power_of_two
 from ..blocks import load_pairs, rows_of
-from .lanes import place_in_lanes
 from .products import multiply
 from .up_factor import Columns, part_ranks
 from .up_projection import add_gated_up_projection, add_up_projection
@@ -112,8 +111,7 @@ def compute_gated_tile(
     """One tile of gate and up together, as :func:`compute_tile`: h = act(gate)·up of BLOCK_N / 2 outputs.
 
     Eight rows of the tile are gate's, the next eight up's, and so on, so that a thread holds both halves of its
-    outputs. In fp16 a row of h is divided by a power of two that keeps it there whatever the weights' signs: norms
-    bound it. Where products are scaled h is in x's dtype, and what the second GEMM wants of it is stored as well.
+    outputs. A row of h is divided by a power of two that keeps it in fp16 whatever the weights' signs: norms bound it.
     """
     rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     few_rows, few_valid = rows_of(few, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
@@ -133,22 +131,15 @@ def compute_gated_tile(
     if TILE.PDL:
         tl.extra.cuda.gdc_launch_dependents()
     columns = Columns(first_column, column, inside, width)
-    x_dtype: tl.constexpr = activations.x.dtype.element_ty
-    if TILE.SCALE == "products":
-        _store_activated_tile(
-            acc, compensators, output, blocks, counts, max_blocks, expert, block, columns, is_up, x_dtype,
-            TILE, BLOCK_M,
-        )  # fmt: skip
-    else:
-        if FEW_M > 0:  # first, as above
-            _store_gated_tile(
-                few_acc, compensators, scales, output, blocks, counts, max_blocks * (BLOCK_M // FEW_M), expert,
-                few_block, columns, is_up, tile, TILE, FEW_M,
-            )  # fmt: skip
+    if FEW_M > 0:  # first, as above
         _store_gated_tile(
-            acc, compensators, scales, output, blocks, counts, max_blocks, expert, block, columns, is_up, tile,
-            TILE, BLOCK_M,
+            few_acc, compensators, scales, output, blocks, counts, max_blocks * (BLOCK_M // FEW_M), expert, few_block,
+            columns, is_up, tile, TILE, FEW_M,
         )  # fmt: skip
+    _store_gated_tile(
+        acc, compensators, scales, output, blocks, counts, max_blocks, expert, block, columns, is_up, tile,
+        TILE, BLOCK_M,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -176,7 +167,7 @@ def _store_gated_tile(
     rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     if TILE.HAS_RANK:
         acc = add_gated_up_projection(
-            acc, compensators, columns, is_up, counts, expert, pairs, valid, tl.float16, TILE, BLOCK_M
+            acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE, BLOCK_M
         )  # fmt: skip
     acc *= tl.load(scales.row_scale + rows)[None, :]
     gate, up = _gate_and_up(acc, TILE.BLOCK_N, BLOCK_M)
@@ -189,38 +180,3 @@ def _store_gated_tile(
     tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
     if tile == 0:
         tl.store(output.scale + pairs, scale, mask=valid)
-
-
-@triton.jit
-def _store_activated_tile(
-    acc, compensators, output, blocks, counts, max_blocks, expert, block, columns, is_up,
-    x_dtype: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """As :func:`_store_gated_tile` for scaled products: h of 64 outputs, their sums, and in the order of lanes.
-
-    Where outputs end within a unit of 128 the last tile stores zeros for what is missing.
-    """
-    activation: tl.constexpr = TILE.ACTIVATION
-    kind: tl.constexpr = TILE.BLOCKS
-    pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
-    _, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
-    if TILE.HAS_RANK:
-        acc = add_gated_up_projection(
-            acc, compensators, columns, is_up, counts, expert, pairs, valid, x_dtype, TILE, BLOCK_M
-        )  # fmt: skip
-    gate, up = _gate_and_up(acc, TILE.BLOCK_N, BLOCK_M)
-    h = gated(gate, up, activation).to(x_dtype)
-    k = _half_columns(columns, TILE.BLOCK_N)
-    pair = pairs[None, None, :].to(tl.int64)
-    there = valid[None, None, :] & (k >= 0)[:, :, None]
-    tl.store(output.y + pair * columns.width + k[:, :, None], h, mask=there)
-    units = (columns.width + 127) // 128
-    ends_early = (columns.first + 64 == columns.width) & (columns.width % 128 == 64)
-    if TILE.OUT_LANES:
-        place = output.lanes + pair * (units * 128) + place_in_lanes(k)[:, :, None]
-        tl.store(place, h, mask=there)
-        tl.store(place + 64, tl.zeros_like(h), mask=there & ends_early)  # 64 is a multiple of the order's 32
-    sums = tl.sum(tl.sum(h.to(tl.float32), 0), 0)
-    sum_place = output.sums + (columns.first // 128 * counts.num_pairs + pairs) * 2 + columns.first // 64 % 2
-    tl.store(sum_place, sums, mask=valid)
-    tl.store(sum_place + 1, tl.zeros_like(sums), mask=valid & ends_early)

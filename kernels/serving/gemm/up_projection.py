@@ -125,37 +125,33 @@ def add_up_projection(
 
 @triton.jit
 def _gated_operands(
-    compensators, ranks, block, columns, counts, pairs, valid,
-    dtype: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Uᵀ of a part's ranks from ``block`` on, ``dtype`` [BLOCK_N, RANK_STEP], 0 where not inside, and V·x for it."""
-    BF16: tl.constexpr = dtype == tl.bfloat16
+    compensators, ranks, block, columns, counts, pairs, valid, TILE: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Uᵀ of a part's ranks from ``block`` on, fp16 [BLOCK_N, RANK_STEP], 0 where not inside, and V·x for it."""
     bits: tl.constexpr = TILE.FACTOR_BITS
     warp: tl.constexpr = TILE.WARP_MMA or BLOCK_M < WARPGROUP_TOKENS
-    fast: tl.constexpr = bits == 3 and dtype == tl.float16 and not warp
+    fast: tl.constexpr = bits == 3 and not warp
     few: tl.constexpr = bits == 3 and BLOCK_M <= FEW_TOKENS and TILE.BLOCK_N == 128
-    one: tl.constexpr = 1.0 if BF16 else 16.0  # as in _add_few
     groups: tl.constexpr = TILE.BLOCK_N // 128 if TILE.BLOCK_N >= 128 else 1
     if few:  # as _add_few, of one group of 64 columns
-        down = _few_down(compensators, ranks, block, counts, pairs, valid, dtype, warp, TILE, BLOCK_M)
+        down = _few_down(compensators, ranks, block, counts, pairs, valid, tl.float16, warp, TILE, BLOCK_M)
         scale = _few_scale(compensators.u_scale, ranks, block, columns, 0, warp, BLOCK_M, TILE.RANK_STEP)
-        down = (down * (scale * one)).to(dtype)
-        u = few_factor(compensators, ranks, block, columns, BF16, warp, TILE)
+        down = (down * (scale * 16.0)).to(tl.float16)
+        u = few_factor(compensators, ranks, block, columns, False, warp, TILE)
     else:
         down = _load_down(
             compensators.down, ranks, block, counts, pairs, valid,
-            TILE.DOWN_SPLITS, dtype, warp, BLOCK_M, TILE.RANK_STEP,
+            TILE.DOWN_SPLITS, tl.float16, warp, BLOCK_M, TILE.RANK_STEP,
         )  # fmt: skip
         scale = next_scales(compensators.u_scale, ranks, block, columns, groups, fast, warp, TILE)
-        u = factor(compensators.u, ranks, block, columns, scale, dtype, fast, warp, groups, TILE)
+        u = factor(compensators.u, ranks, block, columns, scale, tl.float16, fast, warp, groups, TILE)
     return u, down
 
 
 @triton.jit
 def add_gated_up_projection(
-    acc, compensators, columns, is_up, counts, expert, pairs, valid,
-    dtype: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """acc += Uᵀ·(V·x) where gate's columns and up's alternate, each with the other's read as 0.
 
     Were they set to 0 once they are read, they would go to the MMA through shared memory.
@@ -166,8 +162,8 @@ def add_gated_up_projection(
     gates = Columns(columns.first, columns.each, columns.inside & (is_up == 0), columns.width)
     ups = Columns(columns.first, columns.each, columns.inside & is_up, columns.width)
     for block in tl.range(0, tl.maximum(gate.blocks, up.blocks), rank_step // 16, num_stages=stages):
-        u, down = _gated_operands(compensators, gate, block, gates, counts, pairs, valid, dtype, TILE, BLOCK_M)
+        u, down = _gated_operands(compensators, gate, block, gates, counts, pairs, valid, TILE, BLOCK_M)
         acc = finished(tl.dot(u, down, acc), TILE.ASM)
-        u, down = _gated_operands(compensators, up, block, ups, counts, pairs, valid, dtype, TILE, BLOCK_M)
+        u, down = _gated_operands(compensators, up, block, ups, counts, pairs, valid, TILE, BLOCK_M)
         acc = finished(tl.dot(u, down, acc), TILE.ASM)
     return acc

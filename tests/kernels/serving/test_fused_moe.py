@@ -213,33 +213,6 @@ def test_scaled_weights_and_ranks_of_several_steps(block_m: int, ranks: str, ker
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(tokens=1, top_k=3),
-        Case(tokens=1, top_k=2, ranks="none", intermediate=192),
-        Case(tokens=30, top_k=3, experts=6, ranks="large", intermediate=192),
-        Case(tokens=30, groups=(128, 128), hidden=256, intermediate=256, activation="gelu_tanh"),
-        Case(tokens=9, bits=8, local=[2, 0]),
-        Case(tokens=9, bits=16, on_input=True, top_k=1),
-    ],
-    ids=Case.id,
-)
-@pytest.mark.parametrize("block_m", [8, 16, 32])
-def test_the_first_gemm_activates(block_m: int, case: Case, dtype: torch.dtype, kernel_device: str, monkeypatch):
-    """With lanes for the second GEMM and without, and outputs that end within a unit; nothing else activates."""
-    monkeypatch.delattr(triton_moe, "activate")
-    tile = GemmConfig(block_m, 128, 1, False, 4, 3, tail_m=8 if block_m == 32 else 0, activates=True)
-    layer = Layer(case, kernel_device)
-    x = torch.randn(case.tokens, case.hidden).to(dtype)
-    weights, ids = make_routing(case)
-    expected = layer.exact(x, weights, ids)
-    for second in (tile, tile._replace(split_k=2, activates=False)):
-        assert relative_error(layer.run(x, weights, ids, tile, second), expected) < TOLERANCE[dtype]
-
-
-@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("tokens", [1, 5, 40, 200])
 def test_scales_far_apart(tokens: int, kernel_device: str):
     """Experts whose scales are subnormal, ordinary and near the largest of fp16: each is as exact by itself."""

@@ -34,7 +34,6 @@ def test_the_heuristic_comes_first_and_all_fit_together(shape: MoEShape, tokens:
         assert all(first.block_m == second.block_m for first, second in tried)
         assert all(first.split_k == 1 for first, _ in tried if first.scaled)
         assert not any(tile.fault() for pair in tried for tile in pair)
-        assert not any(second.activates for _, second in tried)
     every = all_candidates(tokens, shape, CPU)
     assert set(firsts) <= set(every)
     assert {second for _, second in seconds} <= {second for _, second in every}
@@ -76,13 +75,6 @@ def test_last_pairs_are_tried_both_ways_where_they_may_be_joined():
 def test_few_tokens_are_tried_by_products_and_by_weights():
     tiles = [first for first, _ in first_candidates(32, MIXTRAL, CPU)]
     assert {(tile.block_m, tile.scaled) for tile in tiles} == {(8, False), (16, True), (32, True)}
-
-
-def test_the_activation_is_tried_in_the_first_gemm():
-    tiles = {first for first, _ in first_candidates(16, QWEN, CPU)}
-    assert any(tile.activates and tile._replace(activates=False) in tiles for tile in tiles)
-    alone = {first for first, _ in first_candidates(16, QWEN._replace(parts=1), CPU)}
-    assert not any(tile.activates for tile in alone)
 
 
 def test_groups_of_32_never_scale_weights():
