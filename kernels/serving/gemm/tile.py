@@ -92,12 +92,15 @@ def _store_tile(
     # once more: registers are short in the loop
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
     rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
+    row_scale = rows
+    if TILE.HAS_ROW_SCALE:  # asked for with V·x, which takes as long to come
+        row_scale = tl.load(scales.row_scale + rows)
     if TILE.HAS_RANK:
         acc = add_up_projection(
             acc, compensators, ranks, columns, counts, pairs, valid, split_index, x_dtype, TILE, BLOCK_M
         )  # fmt: skip
     if TILE.HAS_ROW_SCALE:
-        acc *= tl.load(scales.row_scale + rows)[None, :]
+        acc *= row_scale[None, :]
     target = (split_index.to(tl.int64) * counts.num_pairs + pairs)[None, :] * shape.N + n[:, None]
     tl.store(output.y + target, acc.to(output.y.dtype.element_ty), mask=valid[None, :] & columns.inside[:, None])
 
@@ -165,14 +168,16 @@ def _store_gated_tile(
     # once more: registers are short in the loop
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
     rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
+    # asked for with V·x, which takes as long to come
+    row_scale = tl.load(scales.row_scale + rows)
+    norm = tl.load(scales.norms + rows)
+    largest = tl.load(scales.largest + expert * 2) * norm * (tl.load(scales.largest + expert * 2 + 1) * norm)
     if TILE.HAS_RANK:
         acc = add_gated_up_projection(
             acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE, BLOCK_M
         )  # fmt: skip
-    acc *= tl.load(scales.row_scale + rows)[None, :]
+    acc *= row_scale[None, :]
     gate, up = _gate_and_up(acc, TILE.BLOCK_N, BLOCK_M)
-    norm = tl.load(scales.norms + rows)
-    largest = tl.load(scales.largest + expert * 2) * norm * (tl.load(scales.largest + expert * 2 + 1) * norm)
     scale, inverse = power_of_two(largest * 0.00006103515625)  # 2^-14: h / scale stays below 2^15
     h = (gated(gate, up, activation) * inverse[None, None, :]).to(tl.float16)
     place = _half_columns(columns, TILE.BLOCK_N)

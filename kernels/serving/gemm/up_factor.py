@@ -72,9 +72,34 @@ def _up_words(u_ptr, ranks, rank_block, columns, TILE: tl.constexpr):
 
 
 @triton.jit
-def _up_pairs(u_ptr, ranks, rank_block, columns, TILE: tl.constexpr):
+def _by_warps(values, BLOCK_N: tl.constexpr):
+    """[BLOCK_N, k] -> [row, warp, half, BLOCK_N / 64, k]: a warpgroup's threads in the order of its MMA's rows."""
+    return tl.permute(tl.reshape(values, (BLOCK_N // 64, 4, 2, 8, values.shape[1])), (3, 1, 2, 0, 4))
+
+
+@triton.jit
+def _up_words_of_lanes(u_ptr, ranks, rank_block, columns, TILE: tl.constexpr):
+    """As :func:`_up_words`, each word loaded by the thread whose MMA takes it.
+
+    Otherwise a thread would load neighbouring words of a row, and what comes of them would change places through shared
+    memory. Nothing tells Triton that a row's words are neighbours.
+    """
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    row, there = _up_rows(ranks, rank_block, columns, TILE.RANK_STEP)
+    row = _by_warps(row, BLOCK_N)
+    mask = _by_warps(there, BLOCK_N)
+    lane = tl.arange(0, 4)
+    if TILE.ASM:
+        lane = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [lane], tl.int32, is_pure=True, pack=1)
+    place = u_ptr + row[None, :, :, :, :, :] * 4 + lane[:, None, None, None, None, None]
+    mask = mask[None, :, :, :, :, :] & (lane >= 0)[:, None, None, None, None, None]
+    words = tl.load(place, mask=mask, other=0x4444).to(tl.int32)
+    return tl.reshape(tl.permute(words, (4, 2, 3, 1, 5, 0)), (BLOCK_N, TILE.RANK_STEP // 16, 4))
+
+
+@triton.jit
+def _code_pairs(word):
     """The codes of :func:`_up_words` in pairs at bits 0 and 16, int32 [BLOCK_N, RANK_STEP / 16, t, h]."""
-    word = _up_words(u_ptr, ranks, rank_block, columns, TILE)
     pairs = word | (word << 12)  # the first two codes at bits 0 and 16, the others 8 higher
     return tl.join(pairs, pairs >> 8)
 
@@ -133,8 +158,8 @@ def _few_codes(pairs, BF16: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def few_factor(compensators, ranks, rank_block, columns, BF16: tl.constexpr, WARP: tl.constexpr, TILE: tl.constexpr):
     """U's codes of RANK_STEP ranks as :func:`_few_codes`, an operand [BLOCK_N, RANK_STEP]."""
-    pairs_of_codes = _up_pairs(compensators.u, ranks, rank_block, columns, TILE)
-    codes = _few_codes(pairs_of_codes, BF16, TILE.ASM)  # [BLOCK_N, blocks, t, h, b]
+    pairs = _code_pairs(_up_words(compensators.u, ranks, rank_block, columns, TILE))
+    codes = _few_codes(pairs, BF16, TILE.ASM)  # [BLOCK_N, blocks, t, h, b]
     if not WARP:
         codes = tl.permute(codes, (0, 1, 3, 2, 4))
     return tl.reshape(codes, (TILE.BLOCK_N, TILE.RANK_STEP))
@@ -160,14 +185,13 @@ def _up_scales(
 @triton.jit
 def _scale_pairs(u_scale_ptr, ranks, rank_block, columns, RANK_STEP: tl.constexpr, GROUPS: tl.constexpr):
     """The scales of :func:`_up_scales` as fp16 of two neighbouring ranks, int32 [GROUPS, RANK_STEP / 16, t, h]."""
-    block = rank_block + tl.arange(0, RANK_STEP // 16)[None, :, None, None, None]
-    group = columns.first // 64 + tl.arange(0, GROUPS)[:, None, None, None, None]
-    in_block = tl.arange(0, 4)[:, None, None] * 2 + tl.arange(0, 2)[None, :, None] * 8 + tl.arange(0, 2)[None, None, :]
+    block = rank_block + tl.arange(0, RANK_STEP // 16)[None, :, None, None]
+    group = columns.first // 64 + tl.arange(0, GROUPS)[:, None, None, None]
+    in_block = tl.arange(0, 4)[:, None] + tl.arange(0, 2)[None, :] * 4  # in words of two
     groups = columns.width // 64
-    place = ranks.start + (block * groups + group).to(tl.int64) * 16 + in_block[None, None, :, :, :]
-    known = (block < ranks.blocks) & (group < groups) & (in_block >= 0)[None, None, :, :, :]
-    low, high = tl.split(tl.load(u_scale_ptr + place, mask=known, other=0.0).to(tl.int16, bitcast=True).to(tl.int32))
-    return (low & 0xFFFF) | (high << 16)
+    place = ranks.start // 2 + (block * groups + group).to(tl.int64) * 8 + in_block[None, None, :, :]
+    known = (block < ranks.blocks) & (group < groups) & (in_block >= 0)[None, None, :, :]
+    return tl.load(u_scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=known, other=0)
 
 
 @triton.jit
@@ -185,7 +209,11 @@ def _fast_factor(u_ptr, ranks, rank_block, columns, scale, TILE: tl.constexpr):
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     RANK_STEP: tl.constexpr = TILE.RANK_STEP
-    pairs = _up_pairs(u_ptr, ranks, rank_block, columns, TILE)
+    if TILE.BLOCKS == "rows" and RANK_STEP > 16:  # a dense layer's loop has many turns, and is pipelined
+        word = _up_words(u_ptr, ranks, rank_block, columns, TILE)
+    else:
+        word = _up_words_of_lanes(u_ptr, ranks, rank_block, columns, TILE)
+    pairs = _code_pairs(word)
     if TILE.ASM:
         asm: tl.constexpr = (
             "{ .reg .b32 q, c; lop3.b32 q, $1, 0x00070007, 0x64006400, 0xEA; mov.b32 c, 0x64046404;"

@@ -110,12 +110,18 @@ def add_up_projection(
     end = tl.minimum(begin + share, ranks.blocks)
     if few:
         return _add_few(acc, compensators, ranks, columns, counts, pairs, valid, begin, end, dtype, TILE, BLOCK_M)
-    # scales are loaded a step ahead: Triton's pipeline takes no loads as narrow as these
+    # in a loop of many turns scales are loaded a step ahead: Triton's pipeline takes no loads as narrow as these. Where
+    # there are few, all that a turn wants is asked for at once.
+    ahead: tl.constexpr = stages > 1 and not (fast and TILE.BLOCKS != "rows")
     scale = next_scales(compensators.u_scale, ranks, begin, columns, groups, fast, warp, TILE)
     for block in tl.range(begin, end, step, num_stages=stages):
-        next_scale = next_scales(compensators.u_scale, ranks, block + step, columns, groups, fast, warp, TILE)
+        if ahead:
+            next_scale = next_scales(compensators.u_scale, ranks, block + step, columns, groups, fast, warp, TILE)
+        else:
+            scale = next_scales(compensators.u_scale, ranks, block, columns, groups, fast, warp, TILE)
         u = factor(compensators.u, ranks, block, columns, scale, dtype, fast, warp, groups, TILE)
-        scale = next_scale
+        if ahead:
+            scale = next_scale
         down = _load_down(
             compensators.down, ranks, block, counts, pairs, valid, TILE.DOWN_SPLITS, dtype, warp, BLOCK_M, rank_step
         )  # fmt: skip
