@@ -42,9 +42,16 @@ def device_name(device: str) -> str:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a result file."""
+    """Write a result file like :func:`write_text`."""
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole at any time: the last one, or this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def markdown_table(header: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:

@@ -2,14 +2,19 @@
 
     python -m benchmarks.serving.soak out/model-milo --minutes 30 -o out/soak.json
     python -m benchmarks.serving.soak out/model-milo --minutes 30 -o out/soak.json -- --max-model-len 4096 -tp 2
+    python -m benchmarks.serving.soak out/model-milo --until 1700 -o out/soak.json
 
 What follows ``--`` goes to the server. Prompts of mixed lengths are answered one by one first, greedily. Then come
 waves of up to ``--peak`` requests at once, some of whose clients give up or hang up in the middle of a stream, while
-the memory of the server's processes and of the devices is sampled. Whole answers are compared with the first ones: sums
+the memory of the server's processes and of its devices is sampled. Whole answers are compared with the first ones: sums
 are rounded otherwise in batches of another size, which tips near ties, so of each answer that differs, the first token
 that does is looked at: a near tie is where the quiet server gave both tokens log-probabilities within ``--near`` nats.
 At last the quiet server is asked once more, and the process with the most memory, which holds the model, is killed
 under load: requests must end in errors, and the server must end, within ``--exit-seconds``. Its status is recorded.
+
+The record, JSON and Markdown, is written after each of these and each minute of the load; ``stage`` says what it has
+last, ``minutes`` how long the load lasted so far. Where a machine is leased, ``--until`` ends the load early enough for
+what comes after it.
 
 Exit status 1 where something is not as it should be; the record's ``problems`` say what.
 """
@@ -26,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +40,25 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import ROOT
-from benchmarks.records import environment, write_json
+from benchmarks.records import environment
 from benchmarks.serving.server import Server, start
-from benchmarks.serving.soaking.processes import Sampler, members
-from benchmarks.serving.soaking.report import compare, count, find_notes, find_problems, format_report, summarize_memory
+from benchmarks.serving.soaking.processes import Sampler, members, process_seconds
+from benchmarks.serving.soaking.record import Record
+from benchmarks.serving.soaking.report import Stage, format_report, summarize_memory
 from benchmarks.serving.soaking.requests import Answer, Request, RequestError, ask, client, run, stream
+from benchmarks.serving.soaking.tally import Tally, compare
 
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 """What must be 0 once nobody asks."""
 TEXT = ROOT / "tests" / "assets" / "valid.txt"
 IN_FLIGHT = 8
 """Requests that wait for their answers when a process is killed."""
+WRITE_SECONDS = 60
+"""Between two writings of the record during the load."""
+MARGIN = 1.5
+"""Quiet answers after the load are given so many times the seconds of those before it."""
+KILL_SECONDS = 15
+"""What the kill is given."""
 
 
 def make_requests(model: Path, text: Path, longest: int, number: int, seed: int) -> list[Request]:
@@ -131,61 +144,87 @@ async def kill_under_load(server: Server, request: Request, seconds: float) -> d
     }
 
 
-def soak(server: Server, requests: Sequence[Request], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the record of a server that runs."""
+def load_seconds(minutes: float, until: float | None, gone: float, quiet: float) -> float:
+    """Return how long the load may last.
+
+    Args:
+        minutes: at most.
+        until: seconds after which all must be over; None for any number.
+        gone: seconds of them that are over.
+        quiet: seconds that the quiet answers took.
+    """
+    left = float("inf") if until is None else until - gone - MARGIN * quiet - KILL_SECONDS
+    return max(0.0, min(60 * minutes, left))
+
+
+async def watch(load: Coroutine[Any, Any, None], tally: Tally, sampler: Sampler, record: Record) -> None:
+    """Wait for a load whose requests are counted by ``tally``; write what is known each minute and at its end."""
+    begun = time.monotonic()
+
+    def write(stage: Stage) -> None:
+        minutes, memory = (time.monotonic() - begun) / 60, summarize_memory(tuple(sampler.samples))
+        record.write(stage, minutes=minutes, memory=memory, **tally.summary())
+
+    with sampler:
+        task = asyncio.create_task(load)
+        while (await asyncio.wait([task], timeout=WRITE_SECONDS))[1]:
+            write(Stage.PART)
+        await task  # raises what it raised
+        write(Stage.LOAD)
+
+
+def soak(server: Server, requests: Sequence[Request], arguments: argparse.Namespace, record: Record) -> None:
+    """Ask, load, ask again and kill a server that runs; write the record after each."""
+    begun = time.monotonic()
     quiet = asyncio.run(answer_all(server.url, requests))
-    with Sampler(server.process.pid, arguments.sample_seconds) as sampler:
-        coming = run(server.url, requests, 60 * arguments.minutes, arguments.peak, arguments.seed)
-        outcomes = asyncio.run(coming)
-        left = idle_gauges(server.url, arguments.exit_seconds)
+    took = time.monotonic() - begun
+    record.write(Stage.QUIET, quiet={"answers": len(quiet), "seconds": took})
+    seconds = load_seconds(arguments.minutes, arguments.until, process_seconds(), took)
+    tally = Tally(quiet, arguments.near)
+    load = run(server.url, requests, seconds, arguments.peak, arguments.seed, tally.add)
+    asyncio.run(watch(load, tally, Sampler(server.process.pid, arguments.sample_seconds), record))
+    record.write(Stage.IDLE, left=idle_gauges(server.url, arguments.exit_seconds))
     again = asyncio.run(answer_all(server.url, requests))
+    record.write(Stage.AFTER, after=compare(quiet, enumerate(again), arguments.near))
     longest = Request(requests[0].prompt[:8], arguments.longest - 8)
-    return {
-        "load": compare(
-            quiet, [(one.request, one.answer) for one in outcomes if one.answer is not None], arguments.near
-        ),
-        "after": compare(quiet, list(enumerate(again)), arguments.near),
-        "requests": count(outcomes),
-        "memory": summarize_memory(sampler.samples),
-        "left": left,
-        "kill": asyncio.run(kill_under_load(server, longest, arguments.exit_seconds)),
-    }
+    record.write(Stage.KILL, kill=asyncio.run(kill_under_load(server, longest, arguments.exit_seconds)))
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the soak that the command line asks for; write JSON and Markdown; return the exit status."""
+    """Run the soak that the command line asks for; write JSON and Markdown as it goes; return the exit status."""
     given = list(sys.argv[1:] if words is None else words)
     place = given.index("--") if "--" in given else len(given)
     arguments = _parser().parse_args(given[:place])
     requests = make_requests(arguments.model, arguments.text, arguments.longest, arguments.prompts, arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record: dict[str, Any] = {
+    known = {
         "benchmark": "soak",
         "model": arguments.model.name,
-        "minutes": arguments.minutes,
+        "minutes": 0.0,
+        "most_minutes": arguments.minutes,
+        "until": arguments.until,
         "peak": arguments.peak,
         "near": arguments.near,
+        "largest_growth": {"host": arguments.growth, "device": arguments.device_growth},
         "server_arguments": given[place + 1 :],
         "environment": environment(device),
     }
+    record = Record(arguments.output, known)
     with tempfile.TemporaryDirectory() as folder:
         log = arguments.log or Path(folder) / "server.log"
         size = ["--max-model-len", str(arguments.longest)]
         with start(arguments.model.resolve(), *size, *given[place + 1 :], log=log, timeout=900) as server:
-            record |= soak(server, requests, arguments)
-    record["problems"], record["notes"] = find_problems(record, arguments.growth), find_notes(record)
-    write_json(arguments.output, record)
-    text = format_report(record)
-    arguments.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 1 if record["problems"] else 0
+            soak(server, requests, arguments, record)
+    print(format_report(record.found))
+    return 1 if record.found["problems"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=30, help="of load, at most")
+    parser.add_argument("--until", type=float, help="seconds, from the start of this process, in which all is over")
     parser.add_argument("--peak", type=int, default=512, help="most requests at once")
     parser.add_argument("--prompts", type=int, default=64, help="different ones")
     parser.add_argument("--text", type=Path, default=TEXT, help="UTF-8 text that prompts are cut from")
@@ -194,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--near", type=float, default=0.1, help="nats between two tokens that rounding may tip")
     parser.add_argument("--growth", type=float, default=0.1, help="part of its memory that the host's may grow by")
+    parser.add_argument("--device-growth", type=float, default=0.01, help="part that the devices' may grow by")
     parser.add_argument("--sample-seconds", type=float, default=5)
     parser.add_argument("--exit-seconds", type=float, default=120, help="in which a server with a killed process ends")
     parser.add_argument("--log", type=Path, help="file that takes the server's output")

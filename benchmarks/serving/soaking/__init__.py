@@ -1,1 +1,1 @@
-"""Parts of the soak: requests and their clients, the servers' processes, the report."""
+"""Parts of the soak: requests and their clients, what is counted of them, the servers' processes, record and report."""

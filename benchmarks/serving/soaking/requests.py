@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -110,33 +110,43 @@ async def stream(http: httpx.AsyncClient, request: Request) -> AsyncGenerator[An
         raise RequestError("the stream ended before the answer did")
 
 
-async def run(url: str, requests: Sequence[Request], seconds: float, peak: int, seed: int) -> list[Outcome]:
-    """Send waves of requests for some time, of 8 at once up to ``peak``; return what came of each, in no order.
+async def run(
+    url: str, requests: Sequence[Request], seconds: float, peak: int, seed: int, note: Callable[[Outcome], None]
+) -> None:
+    """Send waves of requests for some time, of 8 at once up to ``peak``.
 
     Args:
         url: of the server.
         requests: to choose from.
-        seconds: after which no wave begins.
+        seconds: in which all waves end, where none takes longer than the last of its size did.
         peak: most requests at once.
         seed: of the choices.
+        note: takes what came of each request as soon as it came.
     """
-    draw, outcomes = random.Random(seed), []
+    draw, lasted = random.Random(seed), dict[int, float]()
     deadline = time.monotonic() + seconds
-    sizes = itertools.cycle([min(size, peak) for size in (8, 32, max(8, peak // 4), peak)])
     kinds, weights = list(SHARES), list(SHARES.values())
     async with client(url) as http:
-        while time.monotonic() < deadline:
+        for size in itertools.cycle([min(size, peak) for size in (8, 32, max(8, peak // 4), peak)]):
+            start = time.monotonic()
+            if start + lasted.get(size, 0) >= deadline:
+                return
             wave = [
-                _client(http, requests, draw.randrange(len(requests)), kind, draw.random())
-                for kind in draw.choices(kinds, weights, k=next(sizes))
+                _client(http, requests, draw.randrange(len(requests)), kind, draw.random(), note)
+                for kind in draw.choices(kinds, weights, k=size)
             ]
-            outcomes += await asyncio.gather(*wave)
-    return outcomes
+            await asyncio.gather(*wave)
+            lasted[size] = time.monotonic() - start
 
 
 async def _client(
-    http: httpx.AsyncClient, requests: Sequence[Request], index: int, kind: str, patience: float
-) -> Outcome:
+    http: httpx.AsyncClient,
+    requests: Sequence[Request],
+    index: int,
+    kind: str,
+    patience: float,
+    note: Callable[[Outcome], None],
+) -> None:
     """Be one client; ``patience`` from 0 to 1 says how late it leaves, if it does."""
     start = time.monotonic()
     answer, error = None, None
@@ -144,7 +154,7 @@ async def _client(
         answer = await _behave(http, requests[index], kind, patience)
     except (RequestError, httpx.HTTPError) as failure:
         error = f"{type(failure).__name__}: {failure}"
-    return Outcome(kind, index, answer, error, time.monotonic() - start)
+    note(Outcome(kind, index, answer, error, time.monotonic() - start))
 
 
 async def _behave(http: httpx.AsyncClient, request: Request, kind: str, patience: float) -> Answer | None:
