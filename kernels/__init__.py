@@ -11,7 +11,8 @@ For Triton there are three rooms, and what they need:
 - :mod:`.serving`: the kernels that serve a layer.
 - :mod:`.convert`: the kernels that the converter uses on GPUs.
 - :mod:`.tuning`: searches tiles for a shape on a device.
-- :mod:`.launch`: how kernels are launched, or noted. :mod:`.warm_up`: compiles noted kernels when a layer is loaded.
+- :mod:`.launch`: how kernels are launched, or noted. :mod:`.warm_up`: has noted kernels compiled when a layer is
+  loaded, by :mod:`.compiling`.
 - :mod:`.tuned`: files of tiles, and which one counts for a layer.
 
 The package imports only torch, and triton where it is used.

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 import torch
 
 from . import ops
-from .compiling import Compiler, Share
+from .compiling.threads import Compiler, Share
 from .weights import LinearSpec, MoESpec, largest_rank
 
 logger = logging.getLogger("vllm.milo")
@@ -36,15 +36,16 @@ _noted: dict[Hashable, Waiting] = {}
 _compiler: Compiler | None = None
 
 
-def compiler(share: Share | None = None) -> Compiler:
+def compiler(share: Share | None = None, apart: bool = False) -> Compiler:
     """Return what compiles in this process, which the first call makes.
 
     Args:
         share: of this process among those of its host; None for all of the cores.
+        apart: have kernels compiled in other processes, beside work of minutes that Python's lock would slow down.
     """
     global _compiler
     if _compiler is None:
-        _compiler = Compiler(share or Share())
+        _compiler = Compiler(share or Share(), apart)
     return _compiler
 
 

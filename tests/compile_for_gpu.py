@@ -24,13 +24,13 @@ from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
 from triton.runtime.jit import JITFunction
 
+from vllm_milo.kernels.compiling.jobs import TargetDriver
 from vllm_milo.kernels.launch import TOGETHER, LaunchMode
 from vllm_milo.kernels.serving import fused_moe
 from vllm_milo.kernels.serving.dense import expand, linear, wide
 from vllm_milo.kernels.serving.dense.wide import TILES
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
-from vllm_milo.kernels.tuning.compiling import TargetDriver
 
 SERVING = "vllm_milo.kernels.serving."
 SHORT_TAIL = GemmConfig(16, 128, 2, False, 4, 4, tail_m=8)

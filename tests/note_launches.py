@@ -23,15 +23,15 @@ import torch
 import triton
 from meta_layers import make_experts, meta_layer, run_dense, run_experts
 
-from vllm_milo.kernels import compiling
-from vllm_milo.kernels.compiling import Compiler, Share
+from vllm_milo.kernels.compiling import threads
+from vllm_milo.kernels.compiling.jobs import TargetDriver
+from vllm_milo.kernels.compiling.threads import Compiler, Share
 from vllm_milo.kernels.launch import Launch, LaunchMode, noting
 from vllm_milo.kernels.serving import activation, fused_moe, prepare, reduce
 from vllm_milo.kernels.serving.dense import expand, linear, wide
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm import kernel as gemm
 from vllm_milo.kernels.serving.projection import kernel as projection
-from vllm_milo.kernels.tuning.compiling import TargetDriver
 from vllm_milo.kernels.warm_up import linear_key, moe_key, token_counts
 from vllm_milo.kernels.weights import LinearSpec
 
@@ -87,7 +87,7 @@ def compare_ranks(layers: Iterable[tuple[Any, Callable[[int], None]]]) -> list[i
     """Return what "ranks" says of some layers, which are compiled in the order of a load."""
     launched: dict[Any, list[frozenset[Any]]] = defaultdict(list)
     done: list[Launch] = []
-    with mock.patch.object(compiling, "_compile", lambda launch, device: done.append(launch) or 0.0):
+    with mock.patch.object(threads, "_compile", lambda launch, *_: done.append(launch) or 0.0):
         compiler = Compiler(Share())
         for key, run in layers:
             noted = note(run, [*range(1, 40), 64, 65, 130, 300, 1000, MOST])

@@ -31,12 +31,15 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 
 
-def make_layer(kind: str, fmt: MiLoFormat, widths: list[int], prefix: str, heads: int = 0, k: int = K):
+def make_layer(kind: str, fmt: MiLoFormat, widths: list[int], prefix: str, heads: int = 0, k: int = K, gathering=None):
+    """Make one; with a gathering one that is quantized while it is loaded."""
     from vllm.model_executor.layers import linear
 
     from vllm_milo.config import MiLoConfig
 
-    options = {"bias": False, "quant_config": MiLoConfig(fmt), "prefix": prefix, "params_dtype": torch.float32}
+    config = MiLoConfig(fmt)
+    config._gathering = gathering
+    options = {"bias": False, "quant_config": config, "prefix": prefix, "params_dtype": torch.float32}
     if kind == "qkv":
         head = widths[1] // heads
         return linear.QKVParallelLinear(k, head, widths[0] // head, heads, **options)
@@ -102,11 +105,14 @@ def moe_layer(**options):
     return layer
 
 
-def create_experts(layer, fmt: MiLoFormat | None = None, intermediate: int = 128, **moe):
+def create_experts(layer, fmt: MiLoFormat | None = None, intermediate: int = 128, gathering=None, **moe):
+    """Create a layer's weights; with a gathering those of one that is quantized while it is loaded."""
     from vllm_milo.fused_moe import MiLoMoEMethod
+    from vllm_milo.online.methods import OnlineMoEMethod
 
     options = {"has_bias": False, "is_act_and_mul": True, "is_lora_enabled": False, "experts_per_token": 2}
     config = SimpleNamespace(**options | moe)
-    method = MiLoMoEMethod(fmt or MiLoFormat(ranks=RankTable(8)), config, EXPERTS)
+    what = fmt or MiLoFormat(ranks=RankTable(8)), config, EXPERTS
+    method = MiLoMoEMethod(*what) if gathering is None else OnlineMoEMethod(*what, gathering)
     method.create_weights(layer, 4, 128, intermediate, torch.float32, weight_loader=None)
     return method

@@ -53,6 +53,9 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         CheckpointError: experts are to move between processes.
     """
 
+    quantizes = False
+    """Whether the experts are quantized while they are loaded."""
+
     def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str) -> None:
         # asked once: torch.compile traces reads of is_monolithic, and cannot trace a search for modules
         self._routes = compat.routes_inside_method()
@@ -134,6 +137,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.dtype,
             self.max_tokens,
             getattr(layer, f"w13_{PACKED}").device,
+            self.quantizes and not self.dummy,
         )
         account.make(self.prefix)
 

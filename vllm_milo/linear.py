@@ -53,6 +53,9 @@ class MiLoLinearMethod(LinearMethodBase):
         CheckpointError: the matrices differ in group size.
     """
 
+    quantizes = False
+    """Whether the layer is quantized while it is loaded."""
+
     def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str]) -> None:
         self.format = fmt
         self.prefix = prefix
@@ -95,7 +98,8 @@ class MiLoLinearMethod(LinearMethodBase):
         size = sum(widths) * self.split.k * params_dtype.itemsize
         self.place = dense.reserve(self.prefix, size, device, params_dtype)
         wide = self.place is not None
-        self.kernels = start_linear(self.spec, self.split.k, params_dtype, self.max_tokens, device, wide)
+        apart = self.quantizes and not self.dummy
+        self.kernels = start_linear(self.spec, self.split.k, params_dtype, self.max_tokens, device, wide, apart)
         account.make(self.prefix)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

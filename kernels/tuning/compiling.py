@@ -1,55 +1,24 @@
 """Compiles what candidates launch in several processes: that takes far longer than to time them.
 
 A process here has no GPU. It compiles for the parent's target into Triton's cache on disk, where the parent finds it.
-Threads would not do: most of the compiler runs with Python's lock held.
+Threads would not do: they wait for each other, since each holds Python's lock for almost half of a compilation.
 """
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
-from ..compiling import usable_cores
-from ..launch import Launch, noting
+from ..compiling.jobs import Job, job_of, use_target
+from ..compiling.threads import usable_cores
+from ..launch import noting
 from ..tuned import Tiles
 from .layer import Layer
 from .timing import Budget
-
-
-class Job(NamedTuple):
-    """A launch as it goes to another process: the kernel by its module and name."""
-
-    module: str
-    name: str
-    arguments: list[Any]
-    constants: dict[str, Any]
-
-
-class TargetDriver:
-    """What Triton asks of a driver before it compiles, for a GPU that this process does not use."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        """Return what to compile for."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """Return the number of the device."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """Return the number of the stream."""
-        return 0
 
 
 def processes() -> int:
@@ -78,18 +47,12 @@ def compile_candidates(layer: Layer, wanted: Iterable[tuple[int, Tiles]], worker
     return compile_jobs([job_of(launch) for launch in launches.values()], 10 * major + minor, workers, budget)
 
 
-def job_of(launch: Launch) -> Job:
-    """Return a noted launch as it goes to another process."""
-    function = launch.kernel.fn
-    return Job(function.__module__, function.__name__, launch.arguments, launch.constants)
-
-
 def compile_jobs(jobs: Sequence[Job], capability: int, workers: int, budget: Budget) -> int:
     """Compile kernels for a compute capability (90 for sm_90) in processes; return how many were compiled in time."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(capability,))
+    pool = ProcessPoolExecutor(workers, context, initializer=use_target, initargs=(capability,))
     try:
-        made: list[Future[None]] = [pool.submit(_compile, job) for job in jobs]
+        made: list[Future[None]] = [pool.submit(Job.compile, job) for job in jobs]
         done, _ = wait(made, max(0.0, budget.left()))
         return sum(one.exception() is None for one in done)
     except BrokenProcessPool:  # a process found no memory, say: what is missing is compiled when it is timed
@@ -98,13 +61,3 @@ def compile_jobs(jobs: Sequence[Job], capability: int, workers: int, budget: Bud
         for process in list((pool._processes or {}).values()):  # within a kernel, whose result nobody awaits
             process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start(capability: int) -> None:
-    torch.set_num_threads(1)
-    triton.runtime.driver.set_active(TargetDriver(capability))
-
-
-def _compile(job: Job) -> None:
-    kernel = getattr(importlib.import_module(job.module), job.name)
-    kernel.warmup(*job.arguments, grid=(1,), **job.constants)

@@ -12,7 +12,7 @@ from random_layers import moe_spec, random_experts, random_linear, random_routin
 from scripts import run_script
 
 from vllm_milo.kernels import ops, warm_up
-from vllm_milo.kernels.compiling import Compiler, Share
+from vllm_milo.kernels.compiling.threads import Compiler, Share
 from vllm_milo.kernels.launch import Launch, LaunchMode, launch, noting
 from vllm_milo.kernels.serving import prepare
 from vllm_milo.kernels.serving.gemm.kernel import gemm_kernel

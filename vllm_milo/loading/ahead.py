@@ -13,7 +13,7 @@ import torch
 
 from vllm_milo import compat
 from vllm_milo.kernels import ops
-from vllm_milo.kernels.compiling import Share
+from vllm_milo.kernels.compiling.threads import Share
 from vllm_milo.kernels.warm_up import (
     Waiting,
     compiler,
@@ -27,7 +27,13 @@ from vllm_milo.kernels.weights import LinearSpec, MoESpec
 
 
 def start_linear(
-    spec: LinearSpec, k: int, dtype: torch.dtype, max_tokens: int, device: torch.device, wide: bool
+    spec: LinearSpec,
+    k: int,
+    dtype: torch.dtype,
+    max_tokens: int,
+    device: torch.device,
+    wide: bool,
+    apart: bool,
 ) -> Waiting:
     """Begin to compile a dense layer's kernels; return what to wait for, nothing without a GPU.
 
@@ -38,8 +44,9 @@ def start_linear(
         max_tokens: most tokens of a step.
         device: of the layer.
         wide: whether it is kept in 16 bits.
+        apart: whether other processes compile, as of :func:`_compiles`.
     """
-    if not _compiles("linear", device):
+    if not _compiles("linear", device, apart):
         return []
     from vllm_milo.kernels.stand_in import stand_in
 
@@ -61,6 +68,7 @@ def start_experts(
     dtype: torch.dtype,
     max_tokens: int,
     device: torch.device,
+    apart: bool,
 ) -> Waiting:
     """Begin to compile the kernels of a layer's experts; return what to wait for, nothing without a GPU.
 
@@ -74,8 +82,9 @@ def start_experts(
         dtype: of the activations, and of factors of 16 bits.
         max_tokens: most tokens of a step.
         device: of the layer.
+        apart: whether other processes compile, as of :func:`_compiles`.
     """
-    if not _compiles("fused_moe", device):
+    if not _compiles("fused_moe", device, apart):
         return []
     from vllm_milo.kernels.stand_in import stand_in
 
@@ -96,9 +105,13 @@ def start_experts(
     return repack + warm_up_moe(w13, w2, expert_map, spec, "triton", hidden, global_experts, top_k, dtype, max_tokens)
 
 
-def _compiles(operator: str, device: torch.device) -> bool:
-    """Return whether kernels of a layer on this device are compiled; makes the compiler with its share of the cores."""
+def _compiles(operator: str, device: torch.device, apart: bool) -> bool:
+    """Return whether kernels of a layer on this device are compiled; makes the compiler with its share of the cores.
+
+    What the first layer says of ``apart`` goes for the process: matrices are quantized meanwhile, which takes minutes
+    and Python's lock.
+    """
     if device.type != "cuda" or ops.choose_backend(operator, device.type) != "triton":
         return False
-    compiler(Share(*compat.place_on_host()))
+    compiler(Share(*compat.place_on_host()), apart)
     return True

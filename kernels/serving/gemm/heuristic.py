@@ -46,6 +46,9 @@ those with 128 the same (an H200, ``tuning-fast-scales-h200.json``).
 FAST_TOKENS, SCALING_TOKENS = 40, 72
 """Scaling a tile's weights takes as long as the products of so many tokens: fast, and one by one in fp32."""
 SPLITS = (1, 2, 4, 8)
+LONGEST = 32
+"""Most units of a part of K in a tile of :data:`SHORTEST` tokens, where K may be split further: with 56 of the 112 units of
+Mixtral's down projections a layer takes 8 and 11 % longer than with 14 or 28 (an H200, 2 and 4 tokens)."""
 
 START = 2.9
 """Microseconds from a tile's start to its first unit, and from the last one to its end."""
@@ -278,6 +281,8 @@ def _split(gemm: GemmShape, load: Load, scaled: bool, device: torch.device) -> i
     """
     if load.block_m <= SHORT or not scaled:
         possible = [split for split in SPLITS if split == 1 or gemm.units >= 2 * split]
+        if load.block_m == SHORTEST:
+            possible = [split for split in possible if triton.cdiv(gemm.units, split) <= LONGEST] or possible[-1:]
         times = {split: streaming_time(gemm, load, split, device) for split in possible}
         return next(split for split in possible if times[split] <= ALIKE * min(times.values()))
     wanted = (3.0 if load.block_m > 64 else 0.5) * resident(load.block_m) * processors(device)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_milo.kernels.compiling.jobs import Job
 from vllm_milo.kernels.launch import Pointer
 from vllm_milo.kernels.serving.gemm.heuristic import heuristic_configs
 from vllm_milo.kernels.tuned import make_key, read_file, write_file
 from vllm_milo.kernels.tuning import candidates, layer, timing
-from vllm_milo.kernels.tuning.compiling import Job, compile_jobs, processes
+from vllm_milo.kernels.tuning.compiling import compile_jobs, processes
 from vllm_milo.kernels.tuning.layer import Layer, Point, WrongResultError
 from vllm_milo.kernels.tuning.timing import BadOutputError, Budget
 from vllm_milo.kernels.tuning.tune import chosen, tune

@@ -1,6 +1,8 @@
 """Compiles kernels in threads beside other work, each distinct one once in a process.
 
-Most of a compilation runs outside of Python's lock, and at its end in a process of its own (``ptxas``).
+Of the 0.7 s that a kernel takes, its thread holds Python's lock for about 0.3 s; the rest is mostly ``ptxas``, a
+process of its own. Where other work is many small steps of Python for minutes, helpers compile (:mod:`.helpers`) and
+the threads only load what these made; to start them takes seconds, which shorter work would not get back.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ import os
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
-from .launch import Launch
+from ..launch import Launch
+from .helpers import Helpers
 
 MOST_THREADS = 16
+MOST_HELPERS = 4
 
 
 def usable_cores() -> int:
@@ -40,6 +45,10 @@ class Share(NamedTuple):
         """Return how many threads this process compiles in: its part of the cores that it may use, at most 16."""
         return max(1, min(MOST_THREADS, usable_cores() // self.size))
 
+    def helpers(self) -> int:
+        """Return how many processes compile for this one: for a quarter of its part of the cores, at most 4."""
+        return max(1, min(MOST_HELPERS, usable_cores() // self.size // 4))
+
     def order(self, keys: Sequence[Hashable]) -> list[Hashable]:
         """Return all keys, those first that are this process's part."""
         start = len(keys) * self.rank // self.size
@@ -51,11 +60,14 @@ class Compiler:
 
     Args:
         share: of this process.
+        apart: have each compiled in another process, whose result the thread loads.
     """
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: Share, apart: bool = False) -> None:
         self.share = share
-        self._pool = ThreadPoolExecutor(share.threads(), thread_name_prefix="milo-compile")
+        self._helpers = Helpers() if apart else None
+        threads = share.helpers() if apart else share.threads()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="milo-compile")
         self._started: dict[Hashable, Future[float]] = {}
 
     def start(self, launches: Mapping[Hashable, Launch], device: torch.device) -> list[Future[float]]:
@@ -69,7 +81,9 @@ class Compiler:
         for key in self.share.order(list(launches)):
             place = device, key
             if place not in self._started:
-                self._started[place] = self._pool.submit(_compile, launches[key], device)
+                if self._helpers is not None:
+                    self._helpers.expect()
+                self._started[place] = self._pool.submit(_compile, launches[key], device, self._helpers)
             futures.append(self._started[place])
         return futures
 
@@ -85,11 +99,10 @@ class Compiler:
         return sum(future.result() for future in done if future.exception() is None)
 
 
-def _compile(launch: Launch, device: torch.device) -> float:
+def _compile(launch: Launch, device: torch.device, helpers: Helpers | None) -> float:
     start = time.monotonic()
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # a thread's own
-            launch.compile()
-    else:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread's own
+        if helpers is not None:
+            helpers.compile(launch)
         launch.compile()
     return time.monotonic() - start
