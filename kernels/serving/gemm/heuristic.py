@@ -47,8 +47,11 @@ FAST_TOKENS, SCALING_TOKENS = 40, 72
 """Scaling a tile's weights takes as long as the products of so many tokens: fast, and one by one in fp32."""
 SPLITS = (1, 2, 4, 8)
 LONGEST = 32
-"""Most units of a part of K in a tile of :data:`SHORTEST` tokens, where K may be split further: with 56 of the 112 units of
-Mixtral's down projections a layer takes 8 and 11 % longer than with 14 or 28 (an H200, 2 and 4 tokens)."""
+"""Most units of a part of K in a tile of :data:`SHORTEST` tokens, where K may be split further.
+
+With 56 of the 112 units of Mixtral's down projections a layer takes 8 to 11 % longer than with 14 or 28 (an H200, two and
+four tokens).
+"""
 
 START = 2.9
 """Microseconds from a tile's start to its first unit, and from the last one to its end."""
