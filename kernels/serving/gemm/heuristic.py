@@ -49,8 +49,8 @@ SPLITS = (1, 2, 4, 8)
 LONGEST = 32
 """Most units of a part of K in a tile of :data:`SHORTEST` tokens, where K may be split further.
 
-With 56 of the 112 units of Mixtral's down projections a layer takes 8 to 11 % longer than with 14 or 28 (an H200, two and
-four tokens).
+With 56 of the 112 units of Mixtral's down projections a layer takes 8 to 11 % longer than with 14 or 28 (an H200, two
+and four tokens).
 """
 
 START = 2.9
