@@ -53,8 +53,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(mixtral, 64, ranks=[128, 64], tile=FAST)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
-        yield partial(run_wide, 1, 6144, 4096)
-        yield partial(run_wide, 16, 6144, 4096)
+        yield partial(run_wide, 1, 4096, 4096)
+        yield partial(run_wide, 16, 4096, 4096)
         yield partial(run_converter, 64)
         yield partial(run_repack, 64, 3)
         return
@@ -64,8 +64,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
     yield partial(run_dense, 1500, [4096, 1024, 1024], 4096, 512)  # the most tokens by tiles
     yield partial(run_dense, 1, [4096], 4096, 0)
     for tokens in TILES:
-        yield partial(run_wide, tokens, 6144, 4096)
-        yield partial(run_wide, tokens, 5000, 352, torch.float16, biased=True)
+        yield partial(run_wide, tokens, 4096, 4096)
+        yield partial(run_wide, tokens, 4000, 352, torch.float16, biased=True)
     for tokens in (1, 2000):
         yield partial(run_openai_experts, tokens)
     yield partial(run_openai_experts, 1, gated=False)
@@ -129,7 +129,10 @@ def main(capability: int, which: str, asm: bool) -> None:
 
     patches = [mock.patch.object(module, "launch_mode", mode) for module in (expand, fused_moe, linear, wide)]
     patches += [mock.patch.object(module, "processors", return_value=132) for module in (heuristic, wide)]
-    patches.append(mock.patch.object(heuristic, "shared_memory", return_value=SHARED_BYTES[capability]))
+    patches += [
+        mock.patch.object(module, "shared_memory", return_value=SHARED_BYTES[capability])
+        for module in (heuristic, wide)
+    ]
     patches.append(mock.patch.object(JITFunction, "__getitem__", compile_only))
     for patch in patches:
         patch.start()

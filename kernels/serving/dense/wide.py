@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...launch import is_noting, launch, launch_mode, processors
+from ...launch import is_noting, launch, launch_mode, processors, shared_memory
 
 
 class WideTile(NamedTuple):
@@ -35,21 +35,23 @@ class WideTile(NamedTuple):
 
 TILES = {8: WideTile(16, 256, 1, 5), 16: WideTile(16, 128, 1, 6)}
 """By the largest number of tokens."""
-MOST_RESIDENT = 4
-"""Programs that a multiprocessor holds at once, by shared memory; the library does better where some must wait."""
 LEAST_RESIDENT = {8: 0.0, 16: 1.5}
 """Programs on each multiprocessor from which the kernel is quicker, by the largest number of tokens: each reads all of
 x, so that with more tokens fewer programs are not enough to hide it."""
 
 
 def wide_tile(tokens: int, outputs: int, device: torch.device) -> WideTile | None:
-    """Return how so many tokens are multiplied; None where the library is quicker."""
+    """Return how so many tokens are multiplied; None where the library is quicker.
+
+    That is also where some programs must wait for others to end, for want of shared memory.
+    """
     most = next((most for most in TILES if tokens <= most), None)
     if most is None:
         return None
     tile = TILES[most]
     resident = triton.cdiv(outputs, tile.outputs) / processors(device)
-    return tile if LEAST_RESIDENT[most] <= resident <= MOST_RESIDENT else None
+    loads = (tile.stages - 1) * tile.step * (tile.outputs + most) * 2
+    return tile if LEAST_RESIDENT[most] <= resident <= shared_memory(device) // loads else None
 
 
 @triton.jit(do_not_specialize=["M"])

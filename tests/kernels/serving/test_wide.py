@@ -67,7 +67,15 @@ def test_the_library_is_asked_where_it_is_quicker(
 ):
     """By measurements on 132 multiprocessors: more tokens, too many programs, and few with 16 tokens."""
     monkeypatch.setattr(wide, "processors", lambda _: 132)
+    monkeypatch.setattr(wide, "shared_memory", lambda _: 227 * 1024)
     assert wide_tile(tokens, outputs, torch.device("cuda")) == (None if ours is None else TILES[ours])
+
+
+def test_fewer_programs_fit_where_there_is_less_shared_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wide, "processors", lambda _: 132)
+    monkeypatch.setattr(wide, "shared_memory", lambda _: 99 * 1024)
+    tiles = [wide_tile(1, 16 * 132 * programs, torch.device("cuda")) for programs in (2, 3)]
+    assert tiles == [TILES[8], None]
 
 
 def test_the_operator_chooses(monkeypatch: pytest.MonkeyPatch, kernel_device: str):
