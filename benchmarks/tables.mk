@@ -12,6 +12,8 @@ MODELS ?=
 TEXTS ?=
 ROLES ?= q k v o routed-gate routed-up routed-down
 WINDOWS ?= 24
+# in memory, so that no disk counts: checkpoints of random codes, 21 and 13 GB
+MEMORY ?= /dev/shm
 # what vLLM's CPU build cannot run, and what it runs by another class than GPUs of NVIDIA
 FAMILIES ?= kimi_linear deepseek_v32 glm_moe_dsa deepseek_v4 hy_v4 laguna
 # of one run; what is cut off keeps its log
@@ -31,14 +33,16 @@ WIDE_RUNS := $(OUT)/wide/deepseek/ended $(OUT)/wide/qwen3_5_moe_text/ended
 FAMILY_RUNS := $(FAMILIES:%=$(OUT)/families/%/ended)
 TRAFFIC_RUNS := $(OUT)/traffic/mixtral/ended $(OUT)/traffic/qwen3/ended
 DECODE_RUNS := $(OUT)/decode/mixtral/ended $(OUT)/decode/qwen3/ended
-KERNEL_RUNS := $(OUT)/moe_layer/ended $(OUT)/linear/ended
+KERNEL_RUNS := $(OUT)/moe_layer/ended $(OUT)/linear/ended $(OUT)/wide/ended
+LOAD_RUNS := $(OUT)/load/mixtral/ended $(OUT)/load/qwen3/ended
+SOAK_RUNS := $(NAMES:%=$(OUT)/soak/%/ended)
 
 .PHONY: accuracy speed
 ifneq ($(filter speed,$(MAKECMDGOALS)),)
 .NOTPARALLEL:  # whatever -j says
 endif
 accuracy: $(WIDE_RUNS) $(FAMILY_RUNS) $(DIVERGENCE_RUNS) $(ROLE_RUNS)
-speed: $(KERNEL_RUNS) $(DECODE_RUNS) $(TRAFFIC_RUNS) $(AT_LOAD_RUNS)
+speed: $(KERNEL_RUNS) $(DECODE_RUNS) $(TRAFFIC_RUNS) $(AT_LOAD_RUNS) $(LOAD_RUNS) $(SOAK_RUNS)
 
 layers_of_mixtral = 32
 layers_of_qwen3 = 48
@@ -62,6 +66,13 @@ $(FAMILY_RUNS):
 
 $(KERNEL_RUNS):
 	$(call run,-m benchmarks.kernels.$(word 1,$(parts)) -o $(@D)/record.json)
+
+$(LOAD_RUNS):
+	$(call run,-m benchmarks.serving.load -o $(@D)/load.json --model $(word 2,$(parts)) \
+		--folder $(MEMORY)/milo-$(word 2,$(parts)))
+
+$(SOAK_RUNS):
+	$(call run,-m benchmarks.serving.soak $(call model,$(word 2,$(parts))) -o $(@D)/soak.json -- --quantization milo)
 
 $(DECODE_RUNS):
 	$(call run,-m benchmarks.serving.decode -o $(@D)/decode.json --model $(word 2,$(parts)))

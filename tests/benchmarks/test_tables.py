@@ -20,8 +20,11 @@ RUNS = {
     "tests/served_families.py": 2,
     "benchmarks.kernels.moe_layer": 1,
     "benchmarks.kernels.linear": 1,
+    "benchmarks.kernels.wide": 1,
     "benchmarks.serving.decode": 2,
     "benchmarks.serving.traffic": 2,
+    "benchmarks.serving.load": 2,
+    "benchmarks.serving.soak": 2,
     "benchmarks.accuracy.at_load.run": 2,
 }
 
