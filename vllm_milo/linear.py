@@ -121,8 +121,7 @@ class MiLoLinearMethod(LinearMethodBase):
         with load.spend(account.REPACKING):
             prepared = self._repack(layer)
         with load.spend(account.WARMING_UP):
-            if not self.wide:
-                wait(self.kernels)
+            wait(self.kernels)
             wait(self._warm_up(prepared, getattr(layer, "bias", None) is not None))
         account.finish(self.prefix, device)
 

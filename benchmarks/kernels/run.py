@@ -154,28 +154,31 @@ def parser(description: str | None, shapes: Mapping[str, Any], contenders: Seque
     """Return a parser of the options that all kernel benchmarks have."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("-o", "--output", type=Path, required=True, help="JSON; table and plot are written beside it")
-    result.add_argument("--shapes", type=_names(shapes), help=f"of {', '.join(shapes)}")
-    result.add_argument("--tokens", type=_numbers, default=[1, 4, 16, 64, 256, 1024, 4096])
-    result.add_argument("--contenders", type=_names(contenders), help=f"of {', '.join(contenders)}")
+    result.add_argument("--shapes", type=names(shapes), help=f"of {', '.join(shapes)}")
+    result.add_argument("--tokens", type=numbers, default=[1, 4, 16, 64, 256, 1024, 4096])
+    result.add_argument("--contenders", type=names(contenders), help=f"of {', '.join(contenders)}")
     result.add_argument("--seconds", type=float, default=400, help="start nothing new after this long")
     result.add_argument("--point-seconds", type=float, default=0.15, help="measuring time of one number")
     result.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return result
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Read numbers that commas part."""
     return [int(number) for number in text.split(",")]
 
 
-def _names(known: Mapping[str, Any] | Sequence[str]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
+def names(known: Mapping[str, Any] | Sequence[str]) -> Callable[[str], list[str]]:
+    """Return what reads names that commas part, of those that are known."""
+
+    def read(text: str) -> list[str]:
         given = text.split(",")
         unknown = [name for name in given if name not in known]
         if unknown:
             raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: choose from {', '.join(known)}")
         return given
 
-    return names
+    return read
 
 
 def main(benchmark: str, arguments: argparse.Namespace, build: Builder) -> None:

@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 
 from benchmarks.kernels.named_models import MODELS, named_shape
+from benchmarks.kernels.run import numbers
 from benchmarks.records import environment, write_json
 from vllm_milo.command.expert_layers import PLANNED
 from vllm_milo.command.tune import describe
@@ -131,7 +132,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5.0, help="for all models together")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--preset", choices=PLANNED, default=DEFAULT_PRESET, help=f"default: {DEFAULT_PRESET}")
-    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
+    parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--replay", type=Path, help="a record; nothing is timed")
     arguments = parser.parse_args(words)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.linear import SHAPES as LAYERS
+from benchmarks.kernels.run import names, numbers
 from benchmarks.records import environment, markdown_table, write_json
 from vllm_milo.kernels.serving.dense.wide import TILES, WideTile, wide_linear, wide_tile
 from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
@@ -83,14 +84,11 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for; write JSON and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument(
-        "--shapes", type=lambda text: text.split(","), default=[name for name in SHAPES if name != "tiny"]
-    )
-    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 8, 16, 32])
+    usual = [name for name in SHAPES if name != "tiny"]
+    parser.add_argument("--shapes", type=names(SHAPES), default=usual, help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--tokens", type=numbers, default=[1, 4, 8, 16, 32])
     parser.add_argument("--seconds", type=float, default=0.04, help="of one number")
     arguments = parser.parse_args(words)
-    if unknown := [name for name in arguments.shapes if name not in SHAPES]:
-        parser.error(f"unknown {', '.join(unknown)}: choose from {', '.join(SHAPES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {"benchmark": "wide", "environment": environment(device), "rows": []}
     for name in arguments.shapes:

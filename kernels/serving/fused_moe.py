@@ -64,8 +64,7 @@ def fused_moe(
     hidden_size = x.shape[1]
     x = pad_inputs(x)
     num_experts = gate_up.packed.shape[0]
-    plain = spec.is_plain and gate_up.bias is None
-    may_be_fast = plain and x.dtype == torch.bfloat16
+    may_be_fast = spec.is_plain and gate_up.bias is None and x.dtype == torch.bfloat16
     if configs is None:
         held = 1.0 if expert_map is None else num_experts / expert_map.numel()
         shape = moe_shape(gate_up, down, spec, top_k)

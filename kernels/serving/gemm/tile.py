@@ -146,23 +146,12 @@ def compute_gated_tile(
 
 
 @triton.jit
-def _gate_and_up(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A tile's sums by their half, each fp32 [BLOCK_N / 16, 8, BLOCK_M]."""
-    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
-
-
-@triton.jit
-def _half_columns(columns, BLOCK_N: tl.constexpr):
-    """The columns of a half, counted in their part, [BLOCK_N / 16, 8]."""
-    return columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
-
-
-@triton.jit
 def _store_gated_tile(
     acc, compensators, scales, output, blocks, counts, max_blocks, expert, block, columns, is_up, tile,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Add the up-projection to a block's sums, apply the activation function and store h."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     activation: tl.constexpr = TILE.ACTIVATION
     kind: tl.constexpr = TILE.BLOCKS
     # once more: registers are short in the loop
@@ -177,10 +166,10 @@ def _store_gated_tile(
             acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE, BLOCK_M
         )  # fmt: skip
     acc *= row_scale[None, :]
-    gate, up = _gate_and_up(acc, TILE.BLOCK_N, BLOCK_M)
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
     scale, inverse = power_of_two(largest * 0.00006103515625)  # 2^-14: h / scale stays below 2^15
     h = (gated(gate, up, activation) * inverse[None, None, :]).to(tl.float16)
-    place = _half_columns(columns, TILE.BLOCK_N)
+    place = columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
     target = output.y + pairs[None, None, :].to(tl.int64) * columns.width + place[:, :, None]
     tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
     if tile == 0:

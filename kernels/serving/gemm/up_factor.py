@@ -72,9 +72,9 @@ def _up_words(u_ptr, ranks, rank_block, columns, TILE: tl.constexpr):
 
 
 @triton.jit
-def _by_warps(values, BLOCK_N: tl.constexpr):
-    """[BLOCK_N, k] -> [row, warp, half, BLOCK_N / 64, k]: a warpgroup's threads in the order of its MMA's rows."""
-    return tl.permute(tl.reshape(values, (BLOCK_N // 64, 4, 2, 8, values.shape[1])), (3, 1, 2, 0, 4))
+def _by_warps(values):
+    """[N, k] -> [row, warp, half, N / 64, k]: a warpgroup's threads in the order of its MMA's rows."""
+    return tl.permute(tl.reshape(values, (values.shape[0] // 64, 4, 2, 8, values.shape[1])), (3, 1, 2, 0, 4))
 
 
 @triton.jit
@@ -84,17 +84,16 @@ def _up_words_of_lanes(u_ptr, ranks, rank_block, columns, TILE: tl.constexpr):
     Otherwise a thread would load neighbouring words of a row, and what comes of them would change places through shared
     memory. Nothing tells Triton that a row's words are neighbours.
     """
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     row, there = _up_rows(ranks, rank_block, columns, TILE.RANK_STEP)
-    row = _by_warps(row, BLOCK_N)
-    mask = _by_warps(there, BLOCK_N)
+    row = _by_warps(row)
+    mask = _by_warps(there)
     lane = tl.arange(0, 4)
     if TILE.ASM:
         lane = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [lane], tl.int32, is_pure=True, pack=1)
     place = u_ptr + row[None, :, :, :, :, :] * 4 + lane[:, None, None, None, None, None]
     mask = mask[None, :, :, :, :, :] & (lane >= 0)[:, None, None, None, None, None]
     words = tl.load(place, mask=mask, other=0x4444).to(tl.int32)
-    return tl.reshape(tl.permute(words, (4, 2, 3, 1, 5, 0)), (BLOCK_N, TILE.RANK_STEP // 16, 4))
+    return tl.reshape(tl.permute(words, (4, 2, 3, 1, 5, 0)), (TILE.BLOCK_N, TILE.RANK_STEP // 16, 4))
 
 
 @triton.jit
