@@ -23,11 +23,13 @@ from .projection.plan import DownShape, plan
 from .routing import Routes, TokenBlocks, allocate_blocks, sort_expert, sort_sizes
 
 SUM_ROWS = 16
-"""Rows of x of one program."""
-SORT_PAIRS = 4096
-"""Above so many pairs the sort takes longest, and gets more warps."""
+"""Rows of x of one program that sums them."""
+HALF_VALUES = 16384
+"""Values of x that one program brings to fp16, where there are many rows and warps."""
 MAX_ROW = 32768
 """Longest row that one program takes whole, as fp16 activations need it."""
+MOST_WARPS = 16
+"""Warps of a program of the sort of many pairs, which takes longest."""
 COUNTERS = 1024
 """Counters that one program sets to 0."""
 
@@ -52,16 +54,21 @@ def _store_sums(
 
 
 @triton.jit
-def _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, row, K, ROW: tl.constexpr):
-    """Store one row of x in fp16, divided by a power of two so that its largest value is between 1 and 2."""
-    row = row.to(tl.int64)
+def _store_half(
+    half_ptr, row_scale_ptr, norm_ptr, x_ptr, row_block, K, num_rows, ROWS: tl.constexpr, ROW: tl.constexpr
+):  # fmt: skip
+    """Store ROWS rows of x in fp16, each divided by a power of two so that its largest value is between 1 and 2."""
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    valid = rows < num_rows
     k = tl.arange(0, ROW)
-    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    scale, inverse = power_of_two(tl.max(tl.abs(x), 0))
-    x *= inverse
-    tl.store(half_ptr + row * K + k, x.to(tl.float16), mask=k < K)
-    tl.store(row_scale_ptr + row, scale)
-    tl.store(norm_ptr + row, scale * tl.sqrt(tl.sum(x * x, 0)))
+    place = rows[:, None].to(tl.int64) * K + k[None, :]
+    inside = valid[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    scale, inverse = power_of_two(tl.max(tl.abs(x), 1))
+    x *= inverse[:, None]
+    tl.store(half_ptr + place, x.to(tl.float16), mask=inside)
+    tl.store(row_scale_ptr + rows, scale, mask=valid)
+    tl.store(norm_ptr + rows, scale * tl.sqrt(tl.sum(x * x, 1)), mask=valid)
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def _prepare_kernel(
     if program >= sorts + zeroes:
         program -= sorts + zeroes
         if HALF_ROW > 0:
-            _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, program, K, HALF_ROW)
+            _store_half(half_ptr, row_scale_ptr, norm_ptr, x_ptr, program, K, num_rows, ROWS, HALF_ROW)
         else:
             units = (K + 127) // 128
             _store_sums(sums_ptr, lanes_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, LANES, ROWS)
@@ -107,10 +114,18 @@ def _prepare_kernel(
         )  # fmt: skip
 
 
-def _warps(sorted_pairs: int, chunk: int, half_row: int) -> int:
-    if sorted_pairs > SORT_PAIRS:
-        return 16
-    return 8 if chunk > 1024 or half_row > 4096 else 4
+def _warps(chunk: int, half_row: int) -> int:
+    """Return the warps of a program."""
+    if chunk > 2048:
+        return MOST_WARPS
+    return 8 if chunk > 512 or half_row > 4096 else 4
+
+
+def _block_rows(half_row: int, warps: int) -> int:
+    """Return the rows of x of one program; ``half_row`` are the values of one that goes to fp16, else 0."""
+    if not half_row:
+        return SUM_ROWS
+    return max(1, HALF_VALUES // half_row) if warps == MOST_WARPS else 1
 
 
 def prepare(
@@ -153,11 +168,11 @@ def prepare(
     sums = torch.empty(units if need_sums else 0, rows, 128 // sum_size, dtype=torch.float32, device=x.device)
     lanes = x.new_empty(rows, units * UNIT) if need_lanes else None
     source = Projected(x, sums, None, lanes=lanes)
-    row_programs = triton.cdiv(rows, SUM_ROWS) * units if need_sums else 0
+    half_row = 0
     if half:
         scale, norm = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         source = Projected(torch.empty_like(x, dtype=torch.float16), sums, None, scale, norm)
-        row_programs = rows
+        half_row = triton.next_power_of_2(k)
     if routes is None:
         num_pairs, blocks = rows, TokenBlocks(None, None, None, triton.cdiv(rows, block_m), block_m)
     else:
@@ -166,10 +181,13 @@ def prepare(
     bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
     plans = [plan(down, blocks, routes is None, mode.early) for down in downs]
     buffer, planned = allocate_counters(plans, x.device)
+    warps = _warps(chunk, half_row)
+    block_rows = _block_rows(half_row, warps)
+    parts = 1 if half else units if need_sums else 0
+    row_programs = triton.cdiv(rows, block_rows) * parts
     programs = row_programs + (num_experts if sort else 0) + triton.cdiv(buffer.numel(), COUNTERS)
     if programs == 0:
         return source, blocks, planned
-    half_row = triton.next_power_of_2(k) if half else 0
     launch(
         _prepare_kernel,
         (programs,),
@@ -193,7 +211,7 @@ def prepare(
         buffer.numel(),
         SUM=sum_size,
         LANES=need_lanes,
-        ROWS=SUM_ROWS,
+        ROWS=block_rows,
         HALF_ROW=half_row,
         COUNTERS=COUNTERS,
         HAS_MAP=routes is not None and routes.expert_map is not None,
@@ -201,6 +219,6 @@ def prepare(
         BINS=bins,
         CHUNK=chunk,
         PDL=mode.early,
-        num_warps=_warps(num_pairs if sort else 0, chunk, half_row),
+        num_warps=warps,
     )
     return source, blocks, planned

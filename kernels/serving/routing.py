@@ -64,31 +64,35 @@ def sort_expert(
     ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, expert, num_pairs, num_experts,
     HAS_MAP: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the blocks of one expert. Every program counts all pairs, so that none waits for another."""
+    """Write the blocks of one expert. Every program counts all experts' pairs, so that none waits for another.
+
+    An expert's pairs stand in the order of (pair % CHUNK, pair // CHUNK): each place of a chunk counts its own, and all
+    places are added up once.
+    """
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
+    own = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
         local = local_expert(ids_ptr, map_ptr, pair, pair < num_pairs, HAS_MAP)
-        counts += tl.histogram(tl.where(local >= 0, local, BINS - 1), BINS)
-    counts = tl.where(bins < num_experts, counts, 0)  # the last bin takes what is not local
+        counts += tl.histogram(local, BINS, mask=local >= 0)
+        own += (local == expert).to(tl.int32)
     blocks = (counts + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(bins < expert, blocks, 0))
     own_blocks = tl.sum(tl.where(bins == expert, blocks, 0))
     own_pairs = tl.sum(tl.where(bins == expert, counts, 0))
     if expert == 0:
         tl.store(num_blocks_ptr, tl.sum(blocks))
-    done = 0
+    place = first * BLOCK_M + tl.cumsum(own, 0) - own
     for start in range(0, num_pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
         mine = local_expert(ids_ptr, map_ptr, pair, pair < num_pairs, HAS_MAP) == expert
-        place = done + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(pairs_ptr + first * BLOCK_M + place, pair, mask=mine)
-        done += tl.sum(mine.to(tl.int32))
+        tl.store(pairs_ptr + place, pair, mask=mine)
+        place += mine.to(tl.int32)
     pad = own_pairs + tl.arange(0, BLOCK_M)
     tl.store(pairs_ptr + first * BLOCK_M + pad, num_pairs, mask=pad < own_blocks * BLOCK_M)
-    for start in range(0, own_blocks, BINS):
-        block = start + bins
+    for start in range(0, own_blocks, 128):
+        block = start + tl.arange(0, 128)
         tl.store(experts_ptr + first + block, expert, mask=block < own_blocks)
 
 
@@ -107,4 +111,5 @@ def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBloc
 
 def sort_sizes(num_experts: int, num_pairs: int) -> tuple[int, int]:
     """Return BINS and CHUNK of :func:`sort_expert`."""
-    return triton.next_power_of_2(num_experts + 1), 64 if num_pairs <= 64 else 512 if num_pairs <= 512 else 4096
+    chunk = next((size for size in (64, 512, 2048) if num_pairs <= size), 4096)
+    return triton.next_power_of_2(max(2, num_experts)), chunk

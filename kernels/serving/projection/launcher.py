@@ -117,7 +117,7 @@ def project(
         BLOCKS=block_kind(blocks, routes),
         BLOCK_M=how.block_m,
         SUB_BLOCKS=how.sub_blocks,
-        STAGES=pipeline_stages(routes is None, how.block_m),
+        STAGES=pipeline_stages(how.block_m),
         FINISH=how.finish,
         PDL=mode.early,
     )

@@ -88,11 +88,9 @@ def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, e
     return 1 << (splits.bit_length() - 1)  # few different numbers: a GEMM that adds is compiled for each
 
 
-def pipeline_stages(dense: bool, block_m: int) -> int:
-    """Return the depth of the load pipeline: what there is room for, beside tiles of experts less."""
-    if block_m <= 32:
-        return 4
-    return 3 if dense else 2
+def pipeline_stages(block_m: int) -> int:
+    """Return the depth of the load pipeline."""
+    return 4 if block_m <= 32 else 3
 
 
 def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Plan:
