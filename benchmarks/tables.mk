@@ -36,6 +36,7 @@ DECODE_RUNS := $(OUT)/decode/mixtral/ended $(OUT)/decode/qwen3/ended
 KERNEL_RUNS := $(OUT)/moe_layer/ended $(OUT)/linear/ended $(OUT)/wide/ended
 LOAD_RUNS := $(OUT)/load/mixtral/ended $(OUT)/load/qwen3/ended
 SOAK_RUNS := $(NAMES:%=$(OUT)/soak/%/ended)
+SOAK_RUNS_IN_16_BITS := $(NAMES:%=$(OUT)/soak-16-bits/%/ended)
 
 .PHONY: accuracy speed
 ifneq ($(filter speed,$(MAKECMDGOALS)),)
@@ -71,8 +72,12 @@ $(LOAD_RUNS):
 	$(call run,-m benchmarks.serving.load -o $(@D)/load.json --model $(word 2,$(parts)) \
 		--folder $(MEMORY)/milo-$(word 2,$(parts)))
 
-$(SOAK_RUNS):
-	$(call run,-m benchmarks.serving.soak $(call model,$(word 2,$(parts))) -o $(@D)/soak.json -- --quantization milo)
+$(SOAK_RUNS_IN_16_BITS):
+	$(call run,-m benchmarks.serving.soak $(call model,$(word 2,$(parts))) --minutes 3 -o $(@D)/soak.json)
+
+$(SOAK_RUNS): $(OUT)/soak/%/ended: $(OUT)/soak-16-bits/%/ended
+	$(call run,-m benchmarks.serving.soak $(call model,$(word 2,$(parts))) --beside $(<D)/soak.json -o $(@D)/soak.json \
+		-- --quantization milo)
 
 $(DECODE_RUNS):
 	$(call run,-m benchmarks.serving.decode -o $(@D)/decode.json --model $(word 2,$(parts)))

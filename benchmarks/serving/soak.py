@@ -3,12 +3,16 @@
     python -m benchmarks.serving.soak out/model-milo --minutes 30 -o out/soak.json
     python -m benchmarks.serving.soak out/model-milo --minutes 30 -o out/soak.json -- --max-model-len 4096 -tp 2
     python -m benchmarks.serving.soak out/model-milo --until 1700 -o out/soak.json
+    python -m benchmarks.serving.soak model --minutes 3 -o out/16-bits.json
+    python -m benchmarks.serving.soak out/model-milo --beside out/16-bits.json -o out/soak.json
 
 What follows ``--`` goes to the server. Prompts of mixed lengths are answered one by one first, greedily. Then come
 waves of up to ``--peak`` requests at once, some of whose clients give up or hang up in the middle of a stream, while
 the memory of the server's processes and of its devices is sampled. Whole answers are compared with the first ones: sums
 are rounded otherwise in batches of another size, which tips near ties, so of each answer that differs, the first token
-that does is looked at: a near tie is where the quiet server gave both tokens log-probabilities within ``--near`` nats.
+that does is looked at: a near tie is where the quiet server gave both tokens log-probabilities within ``--near`` nats,
+by default a step of bf16 for logits from 16 to 32. How often rounding tips more than that, the model in 16 bits shows
+under the same load: with its record, ``--beside``, as large a part and half of it may differ, else none.
 At last the quiet server is asked once more, and the process with the most memory, which holds the model, is killed
 under load: requests must end in errors, and the server must end, within ``--exit-seconds``. Its status is recorded.
 
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import signal
@@ -190,11 +195,29 @@ def soak(server: Server, requests: Sequence[Request], arguments: argparse.Namesp
     record.write(Stage.KILL, kill=asyncio.run(kill_under_load(server, longest, arguments.exit_seconds)))
 
 
+def load_beside(path: Path, near: float) -> dict[str, Any]:
+    """Return what the record of another soak says of answers under load.
+
+    Raises:
+        SystemExit: the file is no such record, or has near ties of another size.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["benchmark"] != "soak":
+            raise ValueError(f"it is one of {record['benchmark']}")
+        if record["near"] != near:
+            raise ValueError(f"its near ties are of {record['near']} nats, not {near}")
+        return {"model": record["model"], "minutes": record["minutes"], **record["load"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--beside {path}: no record of a soak that can be compared: {error!r}") from error
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the soak that the command line asks for; write JSON and Markdown as it goes; return the exit status."""
     given = list(sys.argv[1:] if words is None else words)
     place = given.index("--") if "--" in given else len(given)
     arguments = _parser().parse_args(given[:place])
+    beside = None if arguments.beside is None else load_beside(arguments.beside, arguments.near)
     requests = make_requests(arguments.model, arguments.text, arguments.longest, arguments.prompts, arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = {
@@ -205,6 +228,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "until": arguments.until,
         "peak": arguments.peak,
         "near": arguments.near,
+        "beside": beside,
         "largest_growth": {"host": arguments.growth, "device": arguments.device_growth},
         "server_arguments": given[place + 1 :],
         "environment": environment(device),
@@ -231,7 +255,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--longest", type=int, default=2048, help="tokens of a prompt and its answer; the server's limit"
     )
-    parser.add_argument("--near", type=float, default=0.1, help="nats between two tokens that rounding may tip")
+    parser.add_argument("--near", type=float, default=0.125, help="nats between two tokens that rounding may tip")
+    parser.add_argument("--beside", type=Path, help="record of the model in 16 bits, of the same --near")
     parser.add_argument("--growth", type=float, default=0.1, help="part of its memory that the host's may grow by")
     parser.add_argument("--device-growth", type=float, default=0.01, help="part that the devices' may grow by")
     parser.add_argument("--sample-seconds", type=float, default=5)

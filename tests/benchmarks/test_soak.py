@@ -17,7 +17,7 @@ import pytest
 from benchmarks.records import write_text
 from benchmarks.serving import soak as soaks
 from benchmarks.serving.server import Server
-from benchmarks.serving.soak import load_seconds, main, make_requests, soak
+from benchmarks.serving.soak import load_beside, load_seconds, main, make_requests, soak
 from benchmarks.serving.soaking import requests as clients
 from benchmarks.serving.soaking.processes import Sample
 from benchmarks.serving.soaking.record import Record
@@ -179,6 +179,54 @@ def test_each_problem_is_named(message: str):
     BROKEN[message](record)
     assert any(message in problem for problem in find_problems(record))
     assert "| under load |" in format_report(record)
+
+
+def answers(number: int, other: int) -> dict:
+    found = compare([QUIET], [(0, Answer([5, 6, 4], []))] * other + [(0, QUIET)] * (number - other), near=0.1)
+    assert (found["answers"], found["other"]) == (number, other)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "other", "most"),
+    [(100, 20, 30 + 2 * 21**0.5), (10000, 2000, 3000 + 2 * 2100**0.5), (100, 0, 0), (100, 90, 100)],
+)
+def test_answers_may_differ_as_those_of_the_model_in_16_bits_do(number: int, other: int, most: float):
+    record = good_record() | {"beside": answers(number, other)}
+    record["load"] = answers(number, int(most))
+    assert find_problems(record) == []
+    assert f"| 16 bits, under load | {number:.4g} |" in format_report(record)
+    if most < number:
+        record["load"] = answers(number, int(most) + 1)
+        (problem,) = find_problems(record)
+        assert f"of the model in 16 bits {other} of {number} under load" in problem
+    assert find_problems(record | {"beside": answers(0, 0), "load": answers(3, 1)})
+
+
+def test_gaps_are_counted():
+    found = compare([QUIET], [(0, QUIET), *[(0, Answer([5, 8, 1], []))] * 2, (0, Answer([5, 6, 4], []))], near=0.1)
+    assert found["gaps"] == {"0.02": 2, "1.80": 1}
+    assert compare([QUIET], [(0, Answer([5, 8, 1], []))], near=0.0195)["near_ties"] == 1  # printed numbers are rounded
+
+
+def test_a_record_beside_must_fit(tmp_path: Path):
+    file = tmp_path / "16.json"
+    good = {"benchmark": "soak", "model": "m", "minutes": 3.0, "near": 0.1, "load": answers(4, 1)}
+    file.write_text(json.dumps(good), encoding="utf-8")
+    assert load_beside(file, 0.1) == {"model": "m", "minutes": 3.0, **good["load"]}
+    with pytest.raises(SystemExit, match=r"16\.json: .*near ties are of 0.1 nats, not 0.2"):
+        load_beside(file, 0.2)
+    for broken, message in (
+        (json.dumps(good | {"benchmark": "load"}), "it is one of load"),
+        (json.dumps({name: value for name, value in good.items() if name != "load"}), "load"),
+        ("[]", "no record"),
+        ("{", "no record"),
+    ):
+        file.write_text(broken, encoding="utf-8")
+        with pytest.raises(SystemExit, match=message):
+            load_beside(file, 0.1)
+    with pytest.raises(SystemExit, match="no record"):
+        load_beside(tmp_path / "none.json", 0.1)
 
 
 def test_memory_may_grow_by_its_part():

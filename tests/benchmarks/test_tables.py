@@ -24,7 +24,7 @@ RUNS = {
     "benchmarks.serving.decode": 2,
     "benchmarks.serving.traffic": 2,
     "benchmarks.serving.load": 2,
-    "benchmarks.serving.soak": 2,
+    "benchmarks.serving.soak": 4,
     "benchmarks.accuracy.at_load.run": 2,
 }
 

@@ -1,7 +1,8 @@
 """What a soak found so far: what memory did, what is a problem, and the report. Of an unfinished record, what is there.
 
 A record has ``quiet`` from the first, ``requests``, ``load`` and ``memory`` since there was load, ``left`` since the
-server was idle, ``after`` since it has answered again, and ``kill`` at the end.
+server was idle, ``after`` since it has answered again, and ``kill`` at the end. ``beside`` is the ``load`` of the model
+in 16 bits, where that was given.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ HELD = ("host", "device")
 """Whose memory is sampled."""
 POINTS = 120
 """Most samples that a record keeps."""
+
+
+TIMES = 1.5
+"""So many times the part of the 16-bit model's answers may differ beyond near ties, which few bits make more often."""
 
 
 class Stage(StrEnum):
@@ -82,15 +87,29 @@ def _problems_of_answers(record: Mapping[str, Any]) -> list[str]:
     problems = []
     if "requests" in record and record["requests"]["failed"]:
         problems.append(f"{record['requests']['failed']} requests failed: {record['requests']['errors']}")
+    beside = record.get("beside")
     for when, key in (("under load", "load"), ("after it", "after")):
-        if key in record and record[key]["other"]:
+        if key in record and record[key]["other"] > _most_others(record[key]["answers"], beside):
             problems.append(
                 f"{record[key]['other']} of {record[key]['answers']} answers {when} differ where there was no near tie "
                 f"(gaps up to {record[key]['largest_gap']:.3g} nats)"
             )
+            if beside is not None:
+                problems[-1] += f"; of the model in 16 bits {beside['other']} of {beside['answers']} under load"
     if "load" in record and not record["load"]["answers"]:
         problems.append("no client got an answer")
     return problems
+
+
+def _most_others(answers: int, beside: Mapping[str, Any] | None) -> float:
+    """Return how many of so many answers may differ where there was no near tie.
+
+    That is none, or :data:`TIMES` the 16-bit model's part, with two standard deviations of what so few answers have.
+    """
+    if beside is None or not beside["answers"]:
+        return 0.0
+    part = min(1.0, TIMES * beside["other"] / beside["answers"])
+    return answers * part + 2 * (answers * part * (1 - part)) ** 0.5
 
 
 def _problems_of_the_end(kill: Mapping[str, Any]) -> list[str]:
@@ -132,8 +151,8 @@ def _answers(record: Mapping[str, Any]) -> list[str]:
     header = ["answers", "number", "exact", "first difference a near tie", "other", "largest gap, nats"]
     rows = [
         [when, *(_shown(record[key][name]) for name in ("answers", "exact", "near_ties", "other", "largest_gap"))]
-        for when, key in (("under load", "load"), ("quiet again", "after"))
-        if key in record
+        for when, key in (("under load", "load"), ("quiet again", "after"), ("16 bits, under load", "beside"))
+        if record.get(key) is not None
     ]
     return [markdown_table(header, rows)] if rows else []
 

@@ -29,6 +29,10 @@ def first_difference(quiet: Answer, loaded: Answer) -> tuple[int, float] | None:
     return place, top[own] - top[other] if other in top else float("inf")
 
 
+ROUNDING = 1e-3
+"""Nats by which a gap of two printed log-probabilities may be off."""
+
+
 class Comparison:
     """Counts how many answers are those of the quiet server.
 
@@ -41,6 +45,7 @@ class Comparison:
         self._quiet, self._near = quiet, near
         self._exact = self._ties = self._other = 0
         self._largest: float | None = None
+        self._gaps: Counter[str] = Counter()
 
     def add(self, index: int, answer: Answer) -> None:
         """Compare one answer, to the request of this number."""
@@ -50,13 +55,14 @@ class Comparison:
             return
         gap = min(difference[1], 1e9)  # JSON has no infinity
         self._largest = gap if self._largest is None else max(self._largest, gap)
-        if gap <= self._near:
+        self._gaps[f"{gap:.2f}"] += 1
+        if gap <= self._near + ROUNDING:
             self._ties += 1
         else:
             self._other += 1
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts so far, and the largest gap between two tokens."""
+        """Return the counts so far, also by the gap in hundredths of a nat, and the largest gap."""
         differ = self._ties + self._other
         return {
             "answers": self._exact + differ,
@@ -65,6 +71,7 @@ class Comparison:
             "near_tie_share": self._ties / differ if differ else None,
             "other": self._other,
             "largest_gap": self._largest,
+            "gaps": dict(sorted(self._gaps.items(), key=lambda item: float(item[0]))),
         }
 
 
