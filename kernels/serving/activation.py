@@ -18,10 +18,22 @@ from .routing import Routes, local_expert
 
 
 @triton.jit
-def gated(gate, up, ACTIVATION: tl.constexpr):
+def _sigmoid(x, ASM: tl.constexpr):
+    """1 / (1 + exp(-x)) in fp32; with ASM without the care for numbers below 2^-126, which takes half of the time."""
+    if not ASM:
+        return 1.0 / (1.0 + tl.exp(-x))
+    asm: tl.constexpr = (
+        "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"  # -log2(e)
+        " rcp.approx.ftz.f32 $0, e; }"
+    )
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr, ASM: tl.constexpr = False):
     """act(gate)·up in fp32, never larger than |gate·up|."""
     if ACTIVATION == "silu":
-        return gate / (1.0 + tl.exp(-gate)) * up
+        return gate * _sigmoid(gate, ASM) * up
     if ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)

@@ -20,6 +20,19 @@ from .up_projection import add_gated_up_projection, add_up_projection
 
 
 @triton.jit
+def _load_both(first_ptr, second_ptr, rows, BLOCK_M: tl.constexpr):
+    """Values of the tile's rows in two arrays, fp32 [BLOCK_M] each, as one tensor of a value for each thread or more.
+
+    Smaller tensors Triton has loaded by every thread that needs a value, which is each of BLOCK_M / 4.
+    """
+    times: tl.constexpr = 64 // BLOCK_M if BLOCK_M < 64 else 1
+    is_first = (tl.arange(0, 2 * times) % 2 == 0)[None, :]
+    values = tl.load(tl.where(is_first, first_ptr + rows[:, None], second_ptr + rows[:, None]))
+    first, second = tl.split(tl.reshape(values, (BLOCK_M, times, 2)))
+    return tl.max(first, 1), tl.max(second, 1)
+
+
+@triton.jit
 def tile_part(tile, shape, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     """(part, first column of the part, first column of the tile in its part, width of the part) of a tile."""
     part = tile * 0
@@ -94,7 +107,7 @@ def _store_tile(
     rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     row_scale = rows
     if TILE.HAS_ROW_SCALE:  # asked for with V·x, which takes as long to come
-        row_scale = tl.load(scales.row_scale + rows)
+        row_scale, _ = _load_both(scales.row_scale, scales.row_scale, rows, BLOCK_M)
     if TILE.HAS_RANK:
         acc = add_up_projection(
             acc, compensators, ranks, columns, counts, pairs, valid, split_index, x_dtype, TILE, BLOCK_M
@@ -158,17 +171,17 @@ def _store_gated_tile(
     pairs = load_pairs(blocks, block, counts.num_pairs, max_blocks, BLOCK_M, kind)
     rows, valid = rows_of(pairs, counts.num_pairs, counts.top_k, TILE.SHARED_ROWS)
     # asked for with V·x, which takes as long to come
-    row_scale = tl.load(scales.row_scale + rows)
-    norm = tl.load(scales.norms + rows)
+    row_scale, norm = _load_both(scales.row_scale, scales.norms, rows, BLOCK_M)
     largest = tl.load(scales.largest + expert * 2) * norm * (tl.load(scales.largest + expert * 2 + 1) * norm)
     if TILE.HAS_RANK:
         acc = add_gated_up_projection(
             acc, compensators, columns, is_up, counts, expert, pairs, valid, TILE, BLOCK_M
         )  # fmt: skip
-    acc *= row_scale[None, :]
-    gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
     scale, inverse = power_of_two(largest * 0.00006103515625)  # 2^-14: h / scale stays below 2^15
-    h = (gated(gate, up, activation) * inverse[None, None, :]).to(tl.float16)
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+    gate *= row_scale[None, None, :]
+    up *= (row_scale * inverse)[None, None, :]
+    h = gated(gate, up, activation, TILE.ASM).to(tl.float16)
     place = columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
     target = output.y + pairs[None, None, :].to(tl.int64) * columns.width + place[:, :, None]
     tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
