@@ -114,8 +114,10 @@ def _store_tile(
         )  # fmt: skip
     if TILE.HAS_ROW_SCALE:
         acc *= row_scale[None, :]
-    target = (split_index.to(tl.int64) * counts.num_pairs + pairs)[None, :] * shape.N + n[:, None]
-    tl.store(output.y + target, acc.to(output.y.dtype.element_ty), mask=valid[None, :] & columns.inside[:, None])
+    part_ptr = output.y + split_index.to(tl.int64) * counts.num_pairs * shape.N
+    target = part_ptr + pairs[None, :].to(tl.int64) * shape.N + n[:, None]
+    inside = (pairs[None, :] < counts.num_pairs) & columns.inside[:, None]
+    tl.store(target, acc.to(output.y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,6 +186,6 @@ def _store_gated_tile(
     h = gated(gate, up, activation, TILE.ASM).to(tl.float16)
     place = columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
     target = output.y + pairs[None, None, :].to(tl.int64) * columns.width + place[:, :, None]
-    tl.store(target, h, mask=valid[None, None, :] & (place >= 0)[:, :, None])
+    tl.store(target, h, mask=(pairs[None, None, :] < counts.num_pairs) & (place >= 0)[:, :, None])
     if tile == 0:
         tl.store(output.scale + pairs, scale, mask=valid)
