@@ -261,6 +261,20 @@ def test_negative_ids_add_nothing(kernel_device: str):
     assert relative_error(found, layer.exact(x, weights, ids)) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+def test_a_token_that_is_no_number_spoils_no_other(block_m: int, kernel_device: str):
+    """The first token's values stand wherever a tile has a row without a pair."""
+    case = Case(tokens=70, intermediate=128, local=[2, 0])
+    layer = Layer(case, kernel_device)
+    x, (weights, ids) = torch.randn(case.tokens, case.hidden).bfloat16(), make_routing(case)
+    x[0] = float("nan")
+    ids[0] = torch.tensor([1, 2])  # its first pair's expert is not here: nothing writes that pair's h
+    found = layer.run(x, weights, ids, GemmConfig(block_m, 128, 1, True, 4, 2, tail_m=block_m // 2))
+    tolerance = 2.5e-2 if kernel_device == "cpu" else TOLERANCE[torch.bfloat16]  # as above
+    assert relative_error(found[1:], layer.exact(x, weights, ids)[1:]) < tolerance
+
+
 def test_no_tokens(kernel_device: str):
     layer = Layer(Case(), kernel_device)
     found = layer.run(torch.empty(0, 128).half(), torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int32))
