@@ -19,8 +19,6 @@ HELD = ("host", "device")
 """Whose memory is sampled."""
 POINTS = 120
 """Most samples that a record keeps."""
-
-
 TIMES = 1.5
 """So many times the part of the 16-bit model's answers may differ beyond near ties, which few bits make more often."""
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from benchmarks.serving.soaking.requests import Answer, Outcome
 
+ROUNDING = 1e-3
+"""Nats by which a gap of two printed log-probabilities may be off."""
+
 
 def first_difference(quiet: Answer, loaded: Answer) -> tuple[int, float] | None:
     """Return where two answers differ first, and by how many nats the quiet server preferred its token there.
@@ -27,10 +30,6 @@ def first_difference(quiet: Answer, loaded: Answer) -> tuple[int, float] | None:
     top = quiet.likeliest[place]
     own, other = quiet.tokens[place], loaded.tokens[place]
     return place, top[own] - top[other] if other in top else float("inf")
-
-
-ROUNDING = 1e-3
-"""Nats by which a gap of two printed log-probabilities may be off."""
 
 
 class Comparison:

@@ -54,7 +54,7 @@ def _add_quarters(acc, w0, w1, w2, scale_zero, sums, x_rows, valid, unit, K, TIL
 
 
 @triton.jit
-def _load_halves(x_rows, x_mask, unit, K, WARP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr):
+def load_halves(x_rows, x_mask, unit, K, WARP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Both halves of a unit of x [64, BLOCK_M], from rows [1, BLOCK_M]."""
     k64 = operand_order(64, WARP)
     if EVEN_K and BLOCK_M >= 64:  # rows that no pair has are the first: not stored, and not worth a mask
@@ -173,10 +173,10 @@ def multiply(
             if TILE.LANES:
                 x0, x1 = load_lanes(x_rows, valid, activations.x.dtype.element_ty, BLOCK_M)
             else:
-                x0, x1 = _load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K, BLOCK_M)
+                x0, x1 = load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K, BLOCK_M)
             few_x0, few_x1 = x0, x1
             if FEW_M > 0:
-                few_x0, few_x1 = _load_halves(few_x_rows, few_mask, unit, K, WARP, TILE.EVEN_K, FEW_M)
+                few_x0, few_x1 = load_halves(few_x_rows, few_mask, unit, K, WARP, TILE.EVEN_K, FEW_M)
                 few_x_rows += 128
             acc, few_acc = _add_halves(
                 acc, few_acc, w0, w1, w2, scale_zero, sums, x0, x1, few_x0, few_x1, TILE, WARP, FEW_M

@@ -21,9 +21,10 @@ from .up_projection import add_gated_up_projection, add_up_projection
 
 @triton.jit
 def _load_both(first_ptr, second_ptr, rows, BLOCK_M: tl.constexpr):
-    """Values of the tile's rows in two arrays, fp32 [BLOCK_M] each, as one tensor of a value for each thread or more.
+    """Values of the tile's rows in two arrays, fp32 [BLOCK_M] each.
 
-    Smaller tensors Triton has loaded by every thread that needs a value, which is each of BLOCK_M / 4.
+    They are loaded as one tensor with a value for each of 128 threads or more. A smaller one Triton has loaded anew by
+    every thread for the rows whose sums it holds, a quarter of BLOCK_M.
     """
     times: tl.constexpr = 64 // BLOCK_M if BLOCK_M < 64 else 1
     is_first = (tl.arange(0, 2 * times) % 2 == 0)[None, :]

@@ -16,6 +16,7 @@ from ..gemm.dequant import (
     scaled,
 )
 from ..gemm.lanes import load_lanes
+from ..gemm.products import load_halves
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _down_project(
         places = begin.to(tl.int64) * num_rows + rows
         sums = activations.sums + (places * 2)[:, None] + tl.arange(0, 2)[None, :]
     else:
-        x_rows = activations.x + rows[None, :].to(tl.int64) * K + begin * 128 + k64[:, None]
+        x_rows = activations.x + rows[None, :].to(tl.int64) * K + begin * 128
     x_mask = valid[None, :] & (k64 >= 0)[:, None]
     down = tl.zeros((RANKS, BLOCK_M), tl.float32)
     for unit in tl.range(begin, end, num_stages=TILE.STAGES):
@@ -57,15 +58,8 @@ def _down_project(
             x0, x1 = load_lanes(x_rows, valid, activations.x.dtype.element_ty, BLOCK_M)
             sum0, sum1 = tl.split(tl.load(sums))
             sums += num_rows * 2
-        elif TILE.EVEN_K and BLOCK_M >= 64:  # rows that no pair has are the first: not stored, and not worth a mask
-            x0 = tl.load(x_rows)
-            x1 = tl.load(x_rows + 64)
-        elif TILE.EVEN_K:
-            x0 = tl.load(x_rows, mask=x_mask, other=0.0)
-            x1 = tl.load(x_rows + 64, mask=x_mask, other=0.0)
         else:
-            x0 = tl.load(x_rows, mask=x_mask, other=0.0)
-            x1 = tl.load(x_rows + 64, mask=x_mask & (unit * 128 + 64 < K), other=0.0)
+            x0, x1 = load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K, BLOCK_M)
         # fp16 scales of both halves, joined like a scale and a zero point
         scale0, scale1 = scale_and_zero(tl.load(scales, mask=in_rank, other=0))
         if TILE.FACTOR_BITS == 3:
