@@ -59,7 +59,7 @@ def _down_project(
             sum0, sum1 = tl.split(tl.load(sums))
             sums += num_rows * 2
         else:
-            x0, x1 = load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K, BLOCK_M)
+            x0, x1 = load_halves(x_rows, x_mask, unit, K, WARP, TILE.EVEN_K)
         # fp16 scales of both halves, joined like a scale and a zero point
         scale0, scale1 = scale_and_zero(tl.load(scales, mask=in_rank, other=0))
         if TILE.FACTOR_BITS == 3:
