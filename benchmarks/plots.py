@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.traffic import summary
+from benchmarks.serving.traffic import SHORT_ANSWER, summary
 
 OURS = ("fast", "small", "balanced", "best", "milo")
 """Names of rows that are this project's begin so."""
@@ -68,8 +68,11 @@ def draw_divergence(record: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_traffic(record: Mapping[str, Any], path: Path) -> None:
-    """Draw each contender's output tokens a second over the requests at once, a panel for each load."""
-    rows = summary(record)
+    """Draw each contender's output tokens a second over the requests at once, a panel for each load.
+
+    Loads that ask for first tokens alone are left out: their answers are no throughput of tokens.
+    """
+    rows = [row for row in summary(record) if row["load"][1] > SHORT_ANSWER]
     loads = sorted({tuple(row["load"]) for row in rows})
     figure, panels = _axes(len(loads))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))

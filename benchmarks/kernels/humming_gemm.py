@@ -1,15 +1,30 @@
-"""One Humming uint3 GEMM with zero points, dense or over experts, on random weights. Needs humming-kernels and CUDA."""
+"""One Humming GEMM of integer codes, dense or over experts, on random weights. Needs humming-kernels and CUDA."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.kernels.run import DTYPE
 from vllm_milo.kernels.tuning.random_weights import CODE_SPREAD, random_scales, random_words
+
+
+class Codes(NamedTuple):
+    """How weights are held.
+
+    Attributes:
+        bits: of a code.
+        group: weights that share scale and zero point.
+        zeros: ``"none"`` for symmetric codes, as GPTQ's int4 usually is; ``"integers"`` for zero points of a code's
+            size, stored in 4 bits; ``"floats"`` for bf16 zero points, which HQQ and MiLo need.
+    """
+
+    bits: int
+    group: int
+    zeros: str
 
 
 class HummingGemm:
@@ -19,7 +34,7 @@ class HummingGemm:
     from their whole table.
 
     Attributes:
-        weights: packed codes, scales and zero points in Humming's layout.
+        weights: packed codes, scales and, if there are, zero points in Humming's layout.
     """
 
     def __init__(
@@ -28,8 +43,7 @@ class HummingGemm:
         k: int,
         experts: int | None,
         rows: Sequence[int],
-        group: int,
-        float_zero: bool,
+        codes: Codes,
         device: torch.device,
     ) -> None:
         """Make random weights and choose kernels.
@@ -39,8 +53,7 @@ class HummingGemm:
             k: inputs.
             experts: number of matrices; None for a dense layer.
             rows: row counts (tokens, or tokens times top-k) that will be asked for.
-            group: weights that share scale and zero point.
-            float_zero: bf16 zero points, which HQQ and MiLo need; otherwise 3-bit codes, stored in 4 bits.
+            codes: how weights are held.
             device: a CUDA device.
         """
         from humming.config import GemmType
@@ -50,17 +63,17 @@ class HummingGemm:
 
         gemm_type = GemmType.DENSE if experts is None else GemmType.INDEXED
         layer = torch.nn.Module()
-        for name, tensor in _random_tensors(n, k, experts, group, float_zero, device).items():
+        for name, tensor in _random_tensors(n, k, experts, codes, device).items():
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         meta = HummingMethod.prepare_layer_meta(
             layer=layer,
             shape_n=n,
             shape_k=k,
             weight_schema=HummingWeightSchema(
-                b_dtype=DataType.from_str("uint3"),
-                weight_scale_group_size=group,
-                has_zero_point=True,
-                is_fp_zero_point=float_zero,
+                b_dtype=DataType.from_str(f"uint{codes.bits}"),
+                weight_scale_group_size=codes.group,
+                has_zero_point=codes.zeros != "none",
+                is_fp_zero_point=codes.zeros == "floats",
             ),
             num_experts=experts,
             pad_n_to_multiple=256,
@@ -79,7 +92,8 @@ class HummingGemm:
         }
         self._n = n
         self._locks = torch.zeros(1024, dtype=torch.int32, device=device)
-        self.weights = [getattr(layer, name).data for name in ("weight", "weight_scale", "zero_point")]
+        names = ("weight", "weight_scale", *(() if codes.zeros == "none" else ("zero_point",)))
+        self.weights = [getattr(layer, name).data for name in names]
 
     def block_rows(self, rows: int) -> int:
         """Return the rows of a block of the kernel for ``rows``, which an expert's rows are padded to."""
@@ -97,14 +111,14 @@ class HummingGemm:
         from humming import ops
 
         out = torch.empty(rows, self._n, dtype=DTYPE, device=x.device)
-        weight, scale, zero = weights
+        weight, scale, *zero = weights
         ops.humming_gemm(
             **self._configs,
             inputs=x,
             weight=weight,
             outputs=out,
             weight_scale=scale,
-            zero_point=zero,
+            zero_point=zero[0] if zero else None,
             locks=self._locks,
             valid_shape_m=rows,
             **routing,
@@ -112,14 +126,18 @@ class HummingGemm:
         return out
 
 
-def _random_tensors(
-    n: int, k: int, experts: int | None, group: int, float_zero: bool, device: torch.device
-) -> dict[str, torch.Tensor]:
+def _random_tensors(n: int, k: int, experts: int | None, codes: Codes, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the tensors in the layout of Humming checkpoints."""
     lead = () if experts is None else (experts,)
-    zero = 3.5 + 0.2 * torch.randn(*lead, n, k // group, device=device)
-    return {
-        "weight": random_words((*lead, n, k * 3 // 32), device),
-        "weight_scale": random_scales((*lead, n, k // group), 1 / (CODE_SPREAD * k**0.5), device).to(DTYPE),
-        "zero_point": zero.to(DTYPE) if float_zero else random_words((*lead, n * 3 // 32, k // group), device),
+    groups, largest = k // codes.group, 1 << codes.bits
+    spread = CODE_SPREAD * (largest / 8)
+    tensors = {
+        "weight": random_words((*lead, n, k * codes.bits // 32), device),
+        "weight_scale": random_scales((*lead, n, groups), 1 / (spread * k**0.5), device).to(DTYPE),
     }
+    if codes.zeros == "integers":
+        tensors["zero_point"] = random_words((*lead, n * codes.bits // 32, groups), device)
+    elif codes.zeros == "floats":
+        middle = (largest - 1) / 2
+        tensors["zero_point"] = (middle + 0.2 * torch.randn(*lead, n, groups, device=device)).to(DTYPE)
+    return tensors

@@ -135,9 +135,9 @@ def marlin(shape: LinearShape, tokens: Sequence[int], device: torch.device, grou
 
 def humming(shape: LinearShape, tokens: Sequence[int], device: torch.device) -> Dense:
     """Humming's dense GEMM on uint3 with integer zero points, groups of 64."""
-    from benchmarks.kernels.humming_gemm import HummingGemm
+    from benchmarks.kernels.humming_gemm import Codes, HummingGemm
 
-    gemm = HummingGemm(sum(shape.widths), shape.k, None, tokens, 64, False, device)
+    gemm = HummingGemm(sum(shape.widths), shape.k, None, tokens, Codes(3, 64, "integers"), device)
     return Dense(gemm.weights, lambda tensors, x: gemm(tensors, x, x.shape[0]), [])
 
 

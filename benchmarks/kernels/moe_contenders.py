@@ -144,21 +144,23 @@ def marlin(shape: MoEShape, tokens: Sequence[int], device: torch.device, group: 
     return Layer([w1, w2, s1, s2], call)
 
 
-def humming(shape: MoEShape, tokens: Sequence[int], device: torch.device, float_zero: bool, group: int = 64) -> Layer:
-    """Humming's indexed MoE GEMMs on uint3 with zero points, in the steps of vLLM's ``HummingIndexedExperts``.
+def humming(shape: MoEShape, tokens: Sequence[int], device: torch.device, bits: int, group: int, zeros: str) -> Layer:
+    """Humming's indexed MoE GEMMs, in the steps of vLLM's ``HummingIndexedExperts``.
 
-    ``float_zero``: bf16 zero points, which HQQ and MiLo need; otherwise integers, stored in 4 bits.
+    ``bits``, ``group`` and ``zeros`` are those of :class:`benchmarks.kernels.humming_gemm.Codes`. With int4 and no zero
+    points it is what vLLM runs on Hopper for a symmetric GPTQ checkpoint.
     """
     import vllm._custom_ops as vllm_ops  # noqa: F401  (registers silu_and_mul)
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
     from vllm.model_executor.layers.fused_moe.moe_fused_mul_sum import moe_fused_mul_sum
 
-    from benchmarks.kernels.humming_gemm import HummingGemm
+    from benchmarks.kernels.humming_gemm import Codes, HummingGemm
 
     counts = [count * shape.top_k for count in tokens]
-    hidden, inner = shape.hidden, shape.intermediate
-    gate_up = HummingGemm(2 * inner, hidden, shape.experts, counts, group, float_zero, device)
-    down = HummingGemm(hidden, inner, shape.experts, counts, group, float_zero, device)
+    hidden, inner, codes = shape.hidden, shape.intermediate, Codes(bits, group, zeros)
+    gate_up = HummingGemm(2 * inner, hidden, shape.experts, counts, codes, device)
+    down = HummingGemm(hidden, inner, shape.experts, counts, codes, device)
+    first = len(gate_up.weights)
 
     def call(weights: Sequence[torch.Tensor], x: torch.Tensor, router: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         pairs = ids.numel()
@@ -166,10 +168,10 @@ def humming(shape: MoEShape, tokens: Sequence[int], device: torch.device, float_
             ids, gate_up.block_rows(pairs), shape.experts, ignore_invalid_experts=True
         )
         routing = {"sorted_ids": sorted_ids, "expert_ids": expert_ids, "num_tokens_padded": padded}
-        both = gate_up(weights[:3], x, pairs, top_k=shape.top_k, **routing)
+        both = gate_up(weights[:first], x, pairs, top_k=shape.top_k, **routing)
         activated = torch.empty(pairs, inner, dtype=DTYPE, device=device)
         torch.ops._C.silu_and_mul(activated, both)
-        y = down(weights[3:], activated, pairs, top_k=1, **routing)
+        y = down(weights[first:], activated, pairs, top_k=1, **routing)
         return moe_fused_mul_sum(y.view(*ids.shape, -1), router, torch.empty_like(x))
 
     return Layer([*gate_up.weights, *down.weights], call)
@@ -183,8 +185,9 @@ def contenders(rank: int) -> dict[str, Callable[[MoEShape, Sequence[int], torch.
         "bf16": bf16,
         "marlin-int4-g128": partial(marlin, group=128),
         "marlin-int4-g64": partial(marlin, group=64),
-        "humming-uint3-g64": partial(humming, float_zero=False),
-        "humming-uint3-float-zero-g64": partial(humming, float_zero=True),
+        "humming-int4-g128": partial(humming, bits=4, group=128, zeros="none"),
+        "humming-uint3-g64": partial(humming, bits=3, group=64, zeros="integers"),
+        "humming-uint3-float-zero-g64": partial(humming, bits=3, group=64, zeros="floats"),
         "wna16-int4-g64": wna16,
     }
 
@@ -195,6 +198,7 @@ DEFAULT = (
     "bf16",
     "marlin-int4-g128",
     "marlin-int4-g64",
+    "humming-int4-g128",
     "humming-uint3-g64",
     "wna16-int4-g64",
 )

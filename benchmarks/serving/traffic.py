@@ -2,15 +2,15 @@
 
     python -m benchmarks.serving.traffic -o out/traffic.json    # Mixtral-8x7B's shapes at full depth
     python -m benchmarks.serving.traffic -o out/traffic.json --model qwen3 --layers 48 --concurrency 1 16 64
-        [--contenders milo int4-g128] [--loads 128:128 1024:256:64] [--turns 3] [--kv-gib 20]
+        [--contenders milo int4-g128] [--loads 128:128 1024:256:64 1024:2:64] [--turns 3] [--kv-gib 20]
 
 Starts vLLM's OpenAI server for each contender with dummy weights, all of them on the same device, then lets vLLM's own
 ``vllm bench serve`` ask each in turn: random prompts of so many tokens, exactly so many tokens of answer, so many
-requests at once (of a load INPUT:OUTPUT:MOST at most MOST). Servers have torch.compile and CUDA graphs as users get
-them, and the same routes by a table (``--own-routes``: by each contender's dummy weights, which prefer few experts or
-many); prefixes are not cached. A server that is not asked waits and takes nothing but memory. Each figure is the median
-over the turns of a turn's median, with the least and the largest turn. Answers of dummy weights mean nothing, but they
-must be of the length that was asked for.
+requests at once (of a load INPUT:OUTPUT:MOST at most MOST; 1024:2 is there for times to the first token). Servers have
+torch.compile and CUDA graphs as users get them, and the same routes by a table (``--own-routes``: by each contender's
+dummy weights, which prefer few experts or many); prefixes are not cached. A server that is not asked waits and takes
+nothing but memory. Each figure is the median over the turns of a turn's median, with the least and the largest turn.
+Answers of dummy weights mean nothing, but they must be of the length that was asked for.
 
 The client reads pieces of answers when it runs: where other processes keep it from running, as on a machine of few
 cores, several are there at once, and the time between them is nothing. Each turn records how long it was kept from it.
@@ -45,6 +45,8 @@ from benchmarks.serving.word_tokenizer import write_tokenizer
 
 FIGURES = {"tpot": "median_tpot_ms", "ttft": "median_ttft_ms", "tokens_per_second": "output_throughput"}
 """What is kept of a turn, by ``vllm bench serve``'s names: milliseconds, milliseconds, output tokens a second."""
+SHORT_ANSWER = 4
+"""Most tokens of an answer that is asked for the sake of its first token."""
 STALLED, BEAT, MOST_STALLED = "stalled_ms", 0.005, 50.0
 """A turn's longest time in which the client did not run, in milliseconds; seconds between two looks at the clock; and
 beyond what the report says that times of pieces are worth little."""
@@ -74,8 +76,18 @@ class Load(NamedTuple):
         return [number for number in wanted if not self.most or number <= self.most]
 
 
-def requests_of(concurrency: int) -> int:
-    """Return how many requests a turn has: at least three of them one after the other, then two rounds of all."""
+FIRST = Load(1024, 2, 64)
+"""Asks for little but first tokens."""
+
+
+def requests_of(load: Load, concurrency: int) -> int:
+    """Return how many requests a turn has: at least three one after the other, or two rounds of all.
+
+    Of answers that are short, so that first tokens are most of the work, there are more: a median of few of those says
+    little, since a client that is kept from running for a moment delays a whole round.
+    """
+    if load.output <= SHORT_ANSWER:
+        return max(16, 6 * concurrency)
     return max(3, 2 * concurrency)
 
 
@@ -172,13 +184,13 @@ def ask(url: str, model: Path, load: Load, concurrency: int) -> dict[str, float]
     """
     words = ["--backend", "openai", "--base-url", url, "--model", str(model), "--served-model-name", "milo"]
     words += ["--dataset-name", "random", "--random-input-len", str(load.input)]
-    words += ["--random-output-len", str(load.output), "--num-prompts", str(requests_of(concurrency))]
+    words += ["--random-output-len", str(load.output), "--num-prompts", str(requests_of(load, concurrency))]
     words += ["--max-concurrency", str(concurrency), "--ignore-eos", "--temperature", "0", "--num-warmups", "2"]
     # an answer of special tokens alone would come as one piece of text, at its end
     words += ["--extra-body", '{"skip_special_tokens": false}', "--disable-tqdm"]
     with watched() as stalled:
         result = bench_serve(words)
-    wanted = requests_of(concurrency)
+    wanted = requests_of(load, concurrency)
     if result["completed"] != wanted or result["total_output_tokens"] != wanted * load.output:
         raise RuntimeError(f"{model.name}: {result['completed']} of {wanted} answers, {result['total_output_tokens']}")
     return {figure: result[name] for figure, name in FIGURES.items()} | {STALLED: 1000 * max(stalled)}
@@ -286,7 +298,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=list(MODELS), default="mixtral")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=["milo", "int4-g128"])
-    parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(128, 128), Load(1024, 256)])
+    parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(128, 128), Load(1024, 256), FIRST])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--kv-gib", type=float, default=48.0, help="most memory of a server's KV cache")

@@ -20,7 +20,7 @@ def made_up() -> dict[str, Any]:
     turns = [
         {"contender": name, "turn": turn, "load": load, "concurrency": count, "tpot": 9.0, "ttft": 50.0}
         | {"tokens_per_second": factor * count * (turn + 1)}
-        for load in ([1024, 256], [128, 128])
+        for load in ([1024, 256], [1024, 2], [128, 128])
         for turn in range(3)
         for count in (16, 1)
         for name, factor in (("milo", 90.0), ("milo-small", 95.0), ("bf16", 60.0))

@@ -140,6 +140,13 @@ def test_turns_become_medians_with_their_ends():
     assert "| bf16 | 19.00 (18.00 to 20.00) | 2.11 |" in text
 
 
+def test_first_tokens_are_the_median_of_many():
+    """A turn of few requests would be decided by one moment in which the client does not run."""
+    assert [traffic.requests_of(traffic.Load(128, 128), count) for count in (1, 16)] == [3, 32]
+    assert [traffic.requests_of(traffic.FIRST, count) for count in (1, 16)] == [16, 96]
+    assert traffic.FIRST.concurrency([1, 64, 256]) == [1, 64]
+
+
 def test_a_client_that_did_not_run_is_noticed_and_said():
     """By a call that holds Python's lock, as another process would hold the core."""
     with traffic.watched() as late:
