@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..launch import device_of
+from ..sizes import cdiv
 
 GROUP = 64
 """Values of a row that share one scale."""
@@ -104,7 +105,7 @@ def store_factor(
     stride = columns if importance is not None and len(importance) > 1 else 0
     groups, in_row = scale.numel(), columns // GROUP
     with device_of(factor):
-        _store_kernel[(triton.cdiv(groups, BLOCK),)](
+        _store_kernel[(cdiv(groups, BLOCK),)](
             factor,
             weight,
             stride,

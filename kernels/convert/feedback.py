@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..launch import device_of
 from ..packing import MAX_CODE
+from ..sizes import cdiv
 from .grid_fit import nearest_code
 
 _ROWS = 32
@@ -32,7 +33,7 @@ def quantize_group(
     """
     batch, rows, size = group.shape
     errors = torch.empty(batch, rows, size, dtype=torch.float32, device=group.device)
-    grid = (triton.cdiv(rows, _ROWS), batch)
+    grid = (cdiv(rows, _ROWS), batch)
     with device_of(group):
         _feed_back[grid](
             group,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..launch import device_of
 from ..packing import MAX_CODE
+from ..sizes import cdiv
 
 _ELEMENTS = 4096
 """Weights that a program holds in registers."""
@@ -79,7 +80,7 @@ def _launch(
     size = weights.shape[-1] // groups
     block = _ELEMENTS // size
     with device_of(weights):
-        kernel[(triton.cdiv(scale.numel(), block),)](
+        kernel[(cdiv(scale.numel(), block),)](
             weights,
             weights.shape[1],
             weights.stride(0),

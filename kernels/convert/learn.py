@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..launch import device_of
+from ..sizes import cdiv
 
 ROWS = 8
 """Rows of a program."""
@@ -113,7 +114,7 @@ def step_base(
             raise ValueError(f"rows must be contiguous and K = {k} apart, found strides {tensor.stride()}")
     groups = latents.change.shape[-1]
     with device_of(gradient):
-        _step_kernel[(groups, triton.cdiv(n, ROWS), batch)](
+        _step_kernel[(groups, cdiv(n, ROWS), batch)](
             gradient,
             out,
             latents.latent,

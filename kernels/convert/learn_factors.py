@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..launch import device_of
+from ..sizes import cdiv
 from .factor_fit import BLOCK, GROUP
 from .learn import adam
 
@@ -107,7 +108,7 @@ def step_factor(
     in_row = values.shape[-1] // GROUP
     groups = values.numel() // GROUP
     with device_of(values):
-        _step_kernel[(triton.cdiv(groups, BLOCK),)](
+        _step_kernel[(cdiv(groups, BLOCK),)](
             gradient.contiguous(),
             out,
             values,

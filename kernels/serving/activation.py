@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..launch import LaunchMode, launch
+from ..sizes import cdiv
 from ..weights import MoESpec
 from .gemm.lanes import lane_order
 from .layout import UNIT
@@ -148,7 +149,7 @@ def activate(
     split_k, num_pairs, both = y.shape
     size = both // 2 if spec.is_gated else both
     has_bias = bias is not None
-    units = triton.cdiv(size, UNIT)
+    units = cdiv(size, UNIT)
     sum_size = min(group_size, 64)
     h = torch.empty(num_pairs, size, dtype=dtype, device=y.device)
     sums = torch.empty(units, num_pairs, 128 // sum_size, dtype=torch.float32, device=y.device)
@@ -156,7 +157,7 @@ def activate(
     units_a_program = 4
     launch(
         _activation_kernel,
-        (num_pairs, triton.cdiv(units, units_a_program)),
+        (num_pairs, cdiv(units, units_a_program)),
         mode,
         y,
         h,

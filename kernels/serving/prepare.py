@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..launch import LaunchMode, launch
+from ..sizes import cdiv, next_power_of_2
 from .activation import power_of_two
 from .gemm.lanes import lane_order
 from .layout import UNIT
@@ -163,7 +164,7 @@ def prepare(
         sort.
     """
     rows, k = x.shape
-    units = triton.cdiv(k, UNIT)
+    units = cdiv(k, UNIT)
     sum_size = min(group_size, 64)
     sums = torch.empty(units if need_sums else 0, rows, 128 // sum_size, dtype=torch.float32, device=x.device)
     lanes = x.new_empty(rows, units * UNIT) if need_lanes else None
@@ -172,9 +173,9 @@ def prepare(
     if half:
         scale, norm = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         source = Projected(torch.empty_like(x, dtype=torch.float16), sums, None, scale, norm)
-        half_row = triton.next_power_of_2(k)
+        half_row = next_power_of_2(k)
     if routes is None:
-        num_pairs, blocks = rows, TokenBlocks(None, None, None, triton.cdiv(rows, block_m), block_m)
+        num_pairs, blocks = rows, TokenBlocks(None, None, None, cdiv(rows, block_m), block_m)
     else:
         num_pairs, blocks = routes.num_pairs, allocate_blocks(routes, num_experts, block_m)
     sort = blocks.pairs is not None
@@ -184,8 +185,8 @@ def prepare(
     warps = _warps(chunk, half_row)
     block_rows = _block_rows(half_row, warps)
     parts = 1 if half else units if need_sums else 0
-    row_programs = triton.cdiv(rows, block_rows) * parts
-    programs = row_programs + (num_experts if sort else 0) + triton.cdiv(buffer.numel(), COUNTERS)
+    row_programs = cdiv(rows, block_rows) * parts
+    programs = row_programs + (num_experts if sort else 0) + cdiv(buffer.numel(), COUNTERS)
     if programs == 0:
         return source, blocks, planned
     launch(

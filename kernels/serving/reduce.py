@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..launch import LaunchMode, launch
+from ..sizes import cdiv, next_power_of_2
 from .routing import Routes, local_expert
 
 
@@ -59,10 +60,10 @@ def weighted_sum(
     split_k, pairs, hidden = y.shape
     tokens, top_k = routes.ids.shape
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)
-    block = 256 if tokens * hidden < 2**18 else min(1024, triton.next_power_of_2(hidden))
+    block = 256 if tokens * hidden < 2**18 else min(1024, next_power_of_2(hidden))
     launch(
         _weighted_sum_kernel,
-        (tokens, triton.cdiv(hidden, block)),
+        (tokens, cdiv(hidden, block)),
         mode,
         y,
         bias,
@@ -108,7 +109,7 @@ def sum_splits(y: torch.Tensor, dtype: torch.dtype, mode: LaunchMode) -> torch.T
     out = torch.empty(rows, n, dtype=dtype, device=y.device)
     launch(
         _sum_splits_kernel,
-        (triton.cdiv(out.numel(), 512),),
+        (cdiv(out.numel(), 512),),
         mode,
         y,
         out,

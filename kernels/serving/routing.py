@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..sizes import cdiv, next_power_of_2
+
 WHOLE = 64
 """Most pairs of a block that V·x takes whole; it takes a larger one in pieces, of which a block by itself has none."""
 
@@ -103,7 +105,7 @@ def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBloc
         return TokenBlocks(None, None, None, num_pairs, block_m)
     max_blocks = min(num_pairs, num_experts + num_pairs // block_m)
     # one buffer, each part at a multiple of 16 bytes: kernels are compiled anew for other addresses
-    room = triton.cdiv(max_blocks, 4) * 4
+    room = cdiv(max_blocks, 4) * 4
     buffer = torch.empty(max_blocks * block_m + room + 1, dtype=torch.int32, device=device)
     pairs, experts, number = buffer.split([max_blocks * block_m, room, 1])
     return TokenBlocks(pairs, experts[:max_blocks], number, max_blocks, block_m)
@@ -112,4 +114,4 @@ def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBloc
 def sort_sizes(num_experts: int, num_pairs: int) -> tuple[int, int]:
     """Return BINS and CHUNK of :func:`sort_expert`."""
     chunk = next((size for size in (64, 512, 2048) if num_pairs <= size), 4096)
-    return triton.next_power_of_2(max(2, num_experts)), chunk
+    return next_power_of_2(max(2, num_experts)), chunk

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ...launch import launch, launch_mode
+from ...sizes import cdiv
 from ...weights import LinearSpec, largest_rank
 from ..gemm.arguments import Compensators, Shape, Weights
 from ..gemm.dequant import code_operand, finished, scale_and_zero, scale_of_codes, scaled, unit_of_scales
@@ -145,10 +146,10 @@ def expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.d
         RANK_STEP=RANK_STEP,
         STAGES=2,
     )
-    tiles = sum(triton.cdiv(width, BLOCK_N) for width in widths)
+    tiles = sum(cdiv(width, BLOCK_N) for width in widths)
     launch(
         _expand_kernel,
-        (tiles, triton.cdiv(wide_k, UNIT)),
+        (tiles, cdiv(wide_k, UNIT)),
         mode,
         out,
         Weights(layer.packed, layer.scale_zero, layer.exponents),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ...launch import is_noting, launch, launch_mode, processors, shared_memory
+from ...sizes import cdiv, next_power_of_2
 
 
 class WideTile(NamedTuple):
@@ -49,7 +50,7 @@ def wide_tile(tokens: int, outputs: int, device: torch.device) -> WideTile | Non
     if most is None:
         return None
     tile = TILES[most]
-    resident = triton.cdiv(outputs, tile.outputs) / processors(device)
+    resident = cdiv(outputs, tile.outputs) / processors(device)
     loads = (tile.stages - 1) * tile.step * (tile.outputs + most) * 2
     return tile if LEAST_RESIDENT[most] <= resident <= shared_memory(device) // loads else None
 
@@ -106,7 +107,7 @@ def wide_linear(
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     launch(
         _wide_kernel,
-        (triton.cdiv(n, tile.outputs),),
+        (cdiv(n, tile.outputs),),
         mode,
         rows.contiguous(),
         weight,
@@ -116,7 +117,7 @@ def wide_linear(
         n,
         k,
         EVEN_K=k % tile.step == 0,
-        BLOCK_M=max(8, triton.next_power_of_2(tokens)),
+        BLOCK_M=max(8, next_power_of_2(tokens)),
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.step,
         STAGES=tile.stages,

@@ -20,9 +20,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ...launch import bandwidth, processors, shared_memory
+from ...sizes import cdiv
 from ...weights import MoEShape
 from ..layout import UNIT, KernelWeights
 from ..projection.plan import RANKS, DownShape, plan, rank_tiles
@@ -88,7 +88,7 @@ class GemmShape(NamedTuple):
     @property
     def tiles(self) -> int:
         """Tiles of a block of tokens."""
-        return triton.cdiv(self.width, BLOCK_N) * self.parts
+        return cdiv(self.width, BLOCK_N) * self.parts
 
     @property
     def bytes(self) -> int:
@@ -117,7 +117,7 @@ def gemm_shapes(shape: MoEShape) -> tuple[GemmShape, GemmShape]:
     """Return both GEMMs of a layer, gate/up first."""
     sizes = (shape.intermediate, shape.parts, shape.hidden), (shape.hidden, 1, shape.intermediate)
     first, second = (
-        GemmShape(width, parts, triton.cdiv(k, UNIT), group, RANKS * rank_tiles(rank), rank_step(rank, parts))
+        GemmShape(width, parts, cdiv(k, UNIT), group, RANKS * rank_tiles(rank), rank_step(rank, parts))
         for (width, parts, k), group, rank in zip(sizes, shape.groups, shape.ranks, strict=True)
     )
     return first, second
@@ -161,11 +161,11 @@ def linear_config(rows: int, layer: KernelWeights, group_size: int, device: torc
     sizes = sizes or [size for size in (64, 128) if size <= _largest_block(device)]
     if group_size == 32:
         sizes = [min(sizes[0], 64)]
-    tiles = {size: triton.cdiv(layer.columns, BLOCK_N) * triton.cdiv(rows, size) for size in sizes}
+    tiles = {size: cdiv(layer.columns, BLOCK_N) * cdiv(rows, size) for size in sizes}
 
     def cost(size: int) -> int:
         """Return the time of all rounds of tiles, in the time of one token's products."""
-        return triton.cdiv(tiles[size], resident(size) * processors(device)) * (size + SCALING_TOKENS)
+        return cdiv(tiles[size], resident(size) * processors(device)) * (size + SCALING_TOKENS)
 
     block_m = sizes[0] if rows <= 64 else min(sizes, key=cost)
     split_k = 1
@@ -182,9 +182,9 @@ def streaming_time(gemm: GemmShape, load: Load, split_k: int, device: torch.devi
     multiprocessor needs for its share of the tiles, as many at a time as fit. Programs of V·x take places of tiles too,
     for a shorter time, and each tile adds up their parts. With K in parts, sums are written in fp32 and read again.
     """
-    blocks = TokenBlocks(None, None, None, triton.cdiv(int(load.blocks * 16), 16), load.block_m)
+    blocks = TokenBlocks(None, None, None, cdiv(int(load.blocks * 16), 16), load.block_m)
     down = plan(DownShape(gemm.rank, gemm.units, split_k), blocks, dense=False, early=True)
-    units = triton.cdiv(gemm.units, split_k)
+    units = cdiv(gemm.units, split_k)
     work = (load.block_m + SCALING_TOKENS) / (16 + SCALING_TOKENS)
     ends = _ends(gemm, split_k, 1 if down.finish else down.splits)
 
@@ -194,7 +194,7 @@ def streaming_time(gemm: GemmShape, load: Load, split_k: int, device: torch.devi
     fit = resident(load.block_m)
     short = (START + down.chunk * UNIT_ISSUE * fit) / (ends + units * UNIT_ISSUE * fit)
     programs = load.blocks * (gemm.tiles * split_k + down.rank_tiles * down.splits * min(1.0, short))
-    rounds, rest = divmod(triton.cdiv(round(programs), processors(device)), fit)
+    rounds, rest = divmod(cdiv(round(programs), processors(device)), fit)
     computing = rounds * together(fit) + together(rest)
     speed = REACHED * bandwidth(device) / 1e6
     loading = ends + load.experts * gemm.bytes / speed
@@ -206,7 +206,7 @@ def _ends(gemm: GemmShape, split_k: int, down_splits: int) -> float:
     """Return the microseconds of a tile outside its loop over K; parts of K share the ranks too."""
     if gemm.rank == 0:
         return START
-    steps = triton.cdiv(triton.cdiv(gemm.rank // gemm.parts, gemm.rank_step), split_k)
+    steps = cdiv(cdiv(gemm.rank // gemm.parts, gemm.rank_step), split_k)
     return START + steps * PART * down_splits + (steps - 1) * RANK_STEP
 
 
@@ -285,7 +285,7 @@ def _split(gemm: GemmShape, load: Load, scaled: bool, device: torch.device) -> i
     if load.block_m <= SHORT or not scaled:
         possible = [split for split in SPLITS if split == 1 or gemm.units >= 2 * split]
         if load.block_m == SHORTEST:
-            possible = [split for split in possible if triton.cdiv(gemm.units, split) <= LONGEST] or possible[-1:]
+            possible = [split for split in possible if cdiv(gemm.units, split) <= LONGEST] or possible[-1:]
         times = {split: streaming_time(gemm, load, split, device) for split in possible}
         return next(split for split in possible if times[split] <= ALIKE * min(times.values()))
     wanted = (3.0 if load.block_m > 64 else 0.5) * resident(load.block_m) * processors(device)

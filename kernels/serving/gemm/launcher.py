@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from ...launch import LaunchMode, launch
+from ...sizes import cdiv
 from ..blocks import block_kind, make_blocks
 from ..layout import KernelWeights
 from ..padding import MULTIPLE
@@ -57,7 +57,7 @@ def gemm(
     pairs = source.x.shape[0] if routes is None else routes.num_pairs
     out_dtype = dtype if config.split_k == 1 else torch.float32
     out = torch.empty(config.split_k, pairs, weights.columns, dtype=out_dtype, device=source.x.device)
-    tiles = sum(triton.cdiv(width, config.block_n) for width in widths)
+    tiles = sum(cdiv(width, config.block_n) for width in widths)
     _launch(
         source, weights, widths, blocks, routes, top_k, group_size, factor_bits, config, mode, tiles, Output(out, None)
     )
@@ -202,7 +202,7 @@ def _check(
     k = x.shape[1]
     if x.dtype not in (torch.float16, torch.bfloat16) or not x.is_contiguous():
         raise ValueError(f"x must be contiguous fp16 or bf16, found {x.dtype} with strides {x.stride()}")
-    if weights.units != triton.cdiv(k, 128) or k % group_size:
+    if weights.units != cdiv(k, 128) or k % group_size:
         raise ValueError(
             f"weights have {weights.units} units of 128 inputs in groups of {group_size}, but x {k} columns"
         )

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ...launch import LaunchMode, launch
+from ...sizes import cdiv
 from ..blocks import block_kind, make_blocks
 from ..gemm.arguments import Activations
 from ..layout import KernelWeights
@@ -62,7 +62,7 @@ class Planned(NamedTuple):
 def allocate_counters(plans: Sequence[Plan], device: torch.device) -> tuple[torch.Tensor, list[Planned]]:
     """Return uninitialized counters, int32, as one buffer and as its parts with each plan."""
     # each part at a multiple of 16 bytes: kernels are compiled anew for other addresses
-    sizes = [triton.cdiv(one.counters, 4) * 4 for one in plans]
+    sizes = [cdiv(one.counters, 4) * 4 for one in plans]
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     return buffer, [Planned(*pair) for pair in zip(plans, buffer.split(sizes), strict=True)]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-
+from ...sizes import cdiv, next_power_of_2
 from ..routing import WHOLE, TokenBlocks
 
 RANKS = 64
@@ -14,7 +13,7 @@ RANKS = 64
 
 def rank_tiles(max_rank: int) -> int:
     """Return the parts of the ranks; 0 for none."""
-    return triton.cdiv(max_rank, RANKS)
+    return cdiv(max_rank, RANKS)
 
 
 class DownShape(NamedTuple):
@@ -77,11 +76,11 @@ def _splits(dense: bool, tile_m: int, split_k: int, programs: int, units: int, e
     is done in time. Dense layers have so many ranks that their GEMM waits for V·x anyway: it gets as many programs as
     run at once, as long as each has four units and the last ones have little to add.
     """
-    filling = triton.cdiv(256 if early else 1024, programs)
+    filling = cdiv(256 if early else 1024, programs)
     if dense:
         splits = min(512 // tile_m, units // 4, filling) if tile_m <= 64 else 1
     elif tile_m <= 32:
-        splits = triton.next_power_of_2(max(4 * split_k, triton.cdiv(units, 8)))
+        splits = next_power_of_2(max(4 * split_k, cdiv(units, 8)))
     else:
         splits = 16 if filling >= 12 else 4 if filling >= 3 else 1
     splits = max(1, min(16, splits, 2 * units // 3))
@@ -103,5 +102,5 @@ def plan(shape: DownShape, blocks: TokenBlocks, dense: bool, early: bool) -> Pla
         return Plan(0, block_m, sub_blocks, count, 0, 1, shape.units, False)
     splits = _splits(dense, blocks.block_m, shape.split_k, count * tiles, shape.units, early)
     finish = splits > 1 and _finishes(dense, blocks.block_m)
-    chunk = triton.cdiv(shape.units, splits)
+    chunk = cdiv(shape.units, splits)
     return Plan(shape.max_rank, block_m, sub_blocks, count, tiles, splits, chunk, finish)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...launch import LaunchMode, launch
+from ...sizes import cdiv
 from ..layout import ROW_BLOCK, UNIT
 from .units import repack_unit
 
@@ -55,7 +56,7 @@ def repack_base(
     """
     experts, rows, words = packed.shape
     columns, num_groups, blocks = words * 32 // 3, scale.shape[2], len(table)
-    units, groups = triton.cdiv(columns, UNIT), UNIT * num_groups // columns
+    units, groups = cdiv(columns, UNIT), UNIT * num_groups // columns
     out = packed.new_empty(experts, units, blocks, 3, ROW_BLOCK, 4)
     joined = packed.new_empty(experts, units, blocks * ROW_BLOCK, groups)
     launch(

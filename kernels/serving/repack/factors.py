@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ...launch import launch
 from ...packing import FACTOR_ZERO
+from ...sizes import cdiv
 from ...weights import RANK_BLOCK
 from ..layout import ROW_BLOCK, UNIT
 from ..padding import padded
@@ -115,7 +116,7 @@ def repack_down(
         columns: K.
         bits: 3, 8 or 16.
     """
-    units, blocks = triton.cdiv(columns, UNIT), len(table)
+    units, blocks = cdiv(columns, UNIT), len(table)
     shape = (blocks, units, 3, RANK_BLOCK, 4) if bits == 3 else (blocks, RANK_BLOCK, units * UNIT)
     out = v.new_empty(shape if blocks or bits != 3 else (0,))
     scale = torch.empty(blocks, units, RANK_BLOCK, dtype=torch.int32, device=v.device)
@@ -152,7 +153,7 @@ def repack_up(
         widths: outputs of each.
         bits: 3, 8 or 16.
     """
-    columns = sum(triton.cdiv(rank, RANK_BLOCK) * padded(width) for rank, width in zip(ranks, widths, strict=True))
+    columns = sum(cdiv(rank, RANK_BLOCK) * padded(width) for rank, width in zip(ranks, widths, strict=True))
     dtype = torch.int16 if bits == 3 else u.dtype
     out = torch.empty(columns * (4 if bits == 3 else RANK_BLOCK), dtype=dtype, device=u.device)
     scale = torch.empty(columns // ROW_BLOCK * RANK_BLOCK, dtype=torch.float16, device=u.device)

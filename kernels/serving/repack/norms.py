@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...launch import launch
 from ...packing import FACTOR_ZERO
+from ...sizes import cdiv
 from ...weights import ExpertWeights
 from ..layout import ROW_BLOCK
 from .base import PLAIN
@@ -85,7 +86,7 @@ def largest_row_norms(weights: ExpertWeights, factor_bits: int) -> torch.Tensor:
     experts, rows, words = weights.packed.shape
     parts = len(weights.rank_offsets) - 1
     width = rows * experts // parts
-    blocks = triton.cdiv(width, ROW_BLOCK)
+    blocks = cdiv(width, ROW_BLOCK)
     largest = torch.empty(parts, blocks, dtype=torch.float32, device=weights.packed.device)
     launch(
         row_norms_kernel,
