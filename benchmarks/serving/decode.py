@@ -2,9 +2,12 @@
 
     python -m benchmarks.serving.decode -o out/serve.json    # Mixtral-8x7B's shapes, 8 layers
     python -m benchmarks.serving.decode -o out/serve.json --model qwen3 --layers 48 --contenders milo-s1,bf16
+    python -m benchmarks.serving.decode -o out/serve.json --model qwen3 --prefill 1024,8192 --alike-routes
 
 One process and one start of vLLM for each contender: torch.compile and CUDA graphs on, graphs for the measured
 batches only. The latency of a decoding step is the difference of two output lengths, divided by the tokens between.
+``--prefill`` also times steps that only read prompts, and says what their kernels take: a step that takes longer than
+these has waited for the host. ``--alike-routes`` gives all contenders the same routes (:mod:`.dummy.routing`).
 milo-s1 and milo-s2 have the ranks of the paper's two strategies: dense layers 1/8 and 1/4 of the hidden size,
 experts 16 and 32, factors in 3 bits.
 """
@@ -25,6 +28,7 @@ from benchmarks.processes import run_main
 from benchmarks.records import markdown_table, write_json
 from benchmarks.serving.contenders import CONTENDERS, write_model
 from benchmarks.serving.models import MODELS, kv_bytes
+from benchmarks.serving.worker import PREFILL_PROMPT
 
 MAX_MODEL_LEN = 512
 ENVIRONMENT = {
@@ -44,11 +48,11 @@ KERNEL_LINES = re.compile(r"(?:Using .*(?:backend|[Kk]ernel)|milo::|MiLo keeps).
 
 def job(folder: Path, config: Mapping[str, Any], contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the worker needs to know."""
-    sequences = max(arguments.batches)
+    sequences = max(*arguments.batches, *(tokens // PREFILL_PROMPT for tokens in arguments.prefill), 1)
     engine = {
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": sequences,
-        "max_num_batched_tokens": 4096,
+        "max_num_batched_tokens": max([4096, *arguments.prefill]),
         "kv_cache_memory_bytes": int(1.1 * kv_bytes(dict(config), sequences * MAX_MODEL_LEN)) + 2**26,
         "enable_prefix_caching": False,
         "compilation_config": {"cudagraph_capture_sizes": arguments.batches},
@@ -62,6 +66,8 @@ def job(folder: Path, config: Mapping[str, Any], contender: str, arguments: argp
         "batches": arguments.batches,
         "throughput": {"prompts": arguments.prompts, "input": 128, "output": 128},
         "profile": arguments.profile,
+        "prefill": arguments.prefill,
+        "alike_routes": arguments.alike_routes,
     }
 
 
@@ -98,6 +104,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "layers": arguments.layers,
         "batches": arguments.batches,
+        "prefill": arguments.prefill,
         "rows": [],
         "skipped": [],
     }
@@ -122,11 +129,16 @@ def format_report(record: Mapping[str, Any]) -> str:
         f"Decoding in vLLM {device['vllm']} on {device['device']} (torch {device['torch']}): shapes of "
         f"{record['model']} with {record['layers']} layers, dummy weights. Milliseconds a step."
     )
-    header = ["contender", *(f"batch {batch}" for batch in record["batches"]), "output tokens/s", "weights, GiB"]
+    header = ["contender", *(f"batch {batch}" for batch in record["batches"])]
+    header += [f"{tokens} tokens read (kernels)" for tokens in record["prefill"]] + ["output tokens/s", "weights, GiB"]
     lines = [
         [
             row["contender"],
             *(f"{row['decode'][str(batch)]['milliseconds']:.2f}" for batch in record["batches"]),
+            *(
+                "{milliseconds:.1f} ({operations_milliseconds:.1f})".format(**row["prefill"][str(tokens)])
+                for tokens in record["prefill"]
+            ),
             f"{row['throughput']['output_tokens_per_second']:.0f}",
             f"{sum(row['weight_bytes'].values()) / 2**30:.2f} (experts {row['weight_bytes']['experts'] / 2**30:.2f})",
         ]
@@ -149,6 +161,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", default="milo,int4-g128", help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--batches", type=_numbers, default=[1, 16, 32, 64])
     parser.add_argument("--profile", type=_numbers, default=[], help="batches whose kernels' times are recorded too")
+    parser.add_argument("--prefill", type=_numbers, default=[], help="tokens of steps that only read prompts")
+    parser.add_argument("--alike-routes", action="store_true", help="routers choose by a table, not by dummy weights")
     parser.add_argument("--prompts", type=int, default=256, help="of the throughput run, 128 tokens in, 128 out")
     parser.add_argument("--seconds", type=float, default=420, help="start no contender after this long")
     parser.add_argument("--contender-seconds", type=float, default=280, help="stop a contender after this long")
@@ -158,6 +172,8 @@ def main(words: Sequence[str] | None = None) -> None:
     unknown = [name for name in arguments.contenders if name not in CONTENDERS]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}: choose from {', '.join(CONTENDERS)}")
+    if uneven := [tokens for tokens in arguments.prefill if tokens < PREFILL_PROMPT or tokens % PREFILL_PROMPT]:
+        parser.error(f"--prefill {uneven[0]}: prompts have {PREFILL_PROMPT} tokens, so it must be a multiple of that")
     text = format_report(run(arguments))
     arguments.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -8,11 +8,13 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.serving.dummy.routing import route_alike
 from benchmarks.serving.dummy.weights import fill_integers
 from benchmarks.tensors import tensor_sizes
 
@@ -22,6 +24,8 @@ SHORT, LONG = 8, 72
 REPEATS = 3
 PROFILED_KERNELS = 25
 """So many of the kernels that take longest are recorded of a profiled batch."""
+PREFILL_PROMPT = 256
+"""Tokens of each prompt of a step that only reads prompts."""
 
 
 def stored_bytes(model: torch.nn.Module) -> dict[str, int]:
@@ -36,12 +40,29 @@ def stored_bytes(model: torch.nn.Module) -> dict[str, int]:
     return total
 
 
+def operations(run: Callable[[], Any], steps: int) -> list[dict[str, Any]]:
+    """Return what ``run`` does on the device, else on the CPU: calls and microseconds a step, the longest first."""
+    on_gpu = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        run()
+
+    def microseconds(event: Any) -> float:
+        return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / steps
+
+    return [
+        {"name": event.key, "calls": event.count / steps, "microseconds": microseconds(event)}
+        for event in sorted(profiler.key_averages(), key=microseconds, reverse=True)
+    ]
+
+
 class Worker:
     """One started engine.
 
     Args:
         job: ``folder``, ``engine`` (arguments of ``LLM``), ``vocab``, ``batches``, ``throughput``
-            (``prompts``, ``input``, ``output``), ``profile`` (batches whose kernels are recorded).
+            (``prompts``, ``input``, ``output``), ``profile`` (batches whose kernels are recorded), ``prefill``
+            (tokens of steps that only read prompts), ``alike_routes`` (routers choose by a table).
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -64,6 +85,7 @@ class Worker:
             "decode": {str(batch): self.decode(batch) for batch in self.job["batches"]},
             "throughput": self.throughput(**self.job["throughput"]),
             "kernels_by_time": {str(batch): self.profile(batch) for batch in self.job["profile"]},
+            "prefill": {str(tokens): self.prefill(tokens) for tokens in self.job["prefill"]},
         }
 
     def prompts(self, count: int, length: int) -> list[Any]:
@@ -113,19 +135,28 @@ class Worker:
 
         Kernels that start early wait for the one before them, and that counts as theirs: the sum exceeds a step's time.
         """
-        on_gpu = torch.cuda.is_available()
-        activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[activity]) as profiler:
-            self.generate(self.prompts(batch, PROMPT_TOKENS), LONG)
+        return operations(lambda: self.generate(self.prompts(batch, PROMPT_TOKENS), LONG), LONG)[:PROFILED_KERNELS]
 
-        def microseconds(event: Any) -> float:
-            return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        """Return milliseconds of a step that reads so many tokens in prompts: by the clock, and of all operations.
 
-        events = sorted(profiler.key_averages(), key=microseconds, reverse=True)[:PROFILED_KERNELS]
-        return [
-            {"name": event.key, "calls": event.count / LONG, "microseconds": microseconds(event) / LONG}
-            for event in events
-        ]
+        The clock also counts what the engine does for each request. Where it shows more than the operations take
+        together, the device has waited for the host.
+        """
+        prompts = self.prompts(tokens // PREFILL_PROMPT, PREFILL_PROMPT)
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            self.generate(prompts, 1)
+            return time.perf_counter() - start
+
+        seconds()
+        found = operations(lambda: self.generate(prompts, 1), 1)
+        return {
+            "milliseconds": statistics.median(seconds() for _ in range(REPEATS)) * 1e3,
+            "operations_milliseconds": sum(one["microseconds"] for one in found) / 1e3,
+            "operations": found[:PROFILED_KERNELS],
+        }
 
     def throughput(self, prompts: int, input: int, output: int) -> dict[str, float]:
         """Return output and total tokens a second, all requests handed over at once."""
@@ -149,6 +180,8 @@ def main() -> None:
 
     job = json.loads(Path(sys.argv[1]).read_text())
     fill_integers()
+    if job["alike_routes"]:
+        route_alike()
     result = Worker(job).measure()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result["environment"] = environment(device)

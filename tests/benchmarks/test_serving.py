@@ -81,17 +81,27 @@ def test_a_failing_contender_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert "Failed:" in output.with_suffix(".md").read_text()
 
 
+def test_steps_that_read_prompts_are_of_whole_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        decode.main(["-o", str(tmp_path / "serve.json"), "--model", "tiny", "--prefill", "256,300"])
+    assert "--prefill 300: prompts have 256 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_tiny_model_is_measured(tmp_path: Path):
     output = tmp_path / "serve.json"
     words = ["-o", str(output), "--model", "tiny", "--layers", "1", "--batches", "1,2", "--prompts", "4", "--eager"]
-    decode.main([*words, "--contenders", "milo-s1"])
+    decode.main([*words, "--contenders", "milo-s1", "--prefill", "512"])
     row = json.loads(output.read_text())["rows"][0]
     assert "error" not in row, row["error"]
     assert row["decode"]["1"]["milliseconds"] > 0
     assert row["throughput"]["output_tokens_per_second"] > 0
+    read = row["prefill"]["512"]
+    assert read["milliseconds"] > 0
+    assert "512 tokens read (kernels)" in output.with_suffix(".md").read_text()
+    assert any("milo::fused_moe" in one["name"] for one in read["operations"])
     assert any("milo::fused_moe" in line for line in row["kernels"])
     # 4 experts of three 64 x 128 matrices at 3.5 bits, factors of rank 16 in 3.25 bits, and the rank offsets
     weights, factors = 4 * 3 * 64 * 128, 4 * 3 * 16 * (64 + 128)
