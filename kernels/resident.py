@@ -7,6 +7,7 @@ Sizes are padded, a code of U takes four bits, and a part with any rank holds wh
 
 from __future__ import annotations
 
+from .sizes import cdiv
 from .weights import RANK_BLOCK
 from .weights import rank_blocks as rank_blocks  # part of what this module tells the converter
 
@@ -35,7 +36,7 @@ def resident_bytes(n: int, k: int, rank: int, group_size: int, factor_bits: int)
         group_size: weights of a row that share a scale and a zero point.
         factor_bits: 3, 8 or 16.
     """
-    rows, units, blocks = -(-n // ROWS) * ROWS, -(-k // UNIT), rank_blocks(rank)
+    rows, units, blocks = cdiv(n, ROWS) * ROWS, cdiv(k, UNIT), rank_blocks(rank)
     base = rows * units * (UNIT * CODE_BYTES + UNIT // group_size * PAIR_BYTES)
     up, down = _FACTOR_BYTES[factor_bits]
     up_row = rows * up + rows // ROWS * SCALE_BYTES

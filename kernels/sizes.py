@@ -1,4 +1,4 @@
-"""Whole numbers that sizes of launches are made of.
+"""Whole numbers that sizes of launches and layouts are made of.
 
 Triton has both, but counts them as functions that kernels may call too: a call takes two microseconds, and a layer of
 experts that no CUDA graph holds makes some twenty.

@@ -9,6 +9,7 @@ import torch
 from .packing import CODES_PER_UNIT, WORDS_PER_UNIT
 from .serving.layout import ROW_BLOCK, UNIT, KernelWeights
 from .serving.padding import padded
+from .sizes import cdiv
 from .weights import RANK_BLOCK, ExpertWeights, factor_elements
 
 _FACTOR_DTYPES = {3: (torch.int16, torch.int32), 8: (torch.int8, torch.int8)}
@@ -41,7 +42,7 @@ def stand_in(
         bounded: whether the layer has norms, as gate and up projections of experts do.
         biased: whether it has a bias.
     """
-    units, columns, parts = -(-k // UNIT), sum(map(padded, widths)), len(widths)
+    units, columns, parts = cdiv(k, UNIT), sum(map(padded, widths)), len(widths)
     u, v = _FACTOR_DTYPES.get(factor_bits, (dtype, dtype))
     norms = torch.empty(0, dtype=torch.float32, device=device)
     if bounded:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .packing import WORDS_PER_UNIT
+from .sizes import cdiv
 
 
 class LinearSpec(NamedTuple):
@@ -140,7 +141,7 @@ RANK_BLOCK = 16
 
 def rank_blocks(rank: int) -> int:
     """Return how many blocks of 16 ranks a part of this rank takes."""
-    return -(-rank // RANK_BLOCK)
+    return cdiv(rank, RANK_BLOCK)
 
 
 def largest_rank(ranks: Iterable[Sequence[int]]) -> int:

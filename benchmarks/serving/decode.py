@@ -24,9 +24,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.processes import run_main
 from benchmarks.records import markdown_table, write_json
 from benchmarks.serving.contenders import CONTENDERS, write_model
+from benchmarks.serving.dummy.routing import require_table
 from benchmarks.serving.models import MODELS, kv_bytes
 from benchmarks.serving.worker import PREFILL_PROMPT
 
@@ -48,7 +51,7 @@ KERNEL_LINES = re.compile(r"(?:Using .*(?:backend|[Kk]ernel)|milo::|MiLo keeps).
 
 def job(folder: Path, config: Mapping[str, Any], contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the worker needs to know."""
-    sequences = max(*arguments.batches, *(tokens // PREFILL_PROMPT for tokens in arguments.prefill), 1)
+    sequences = max([*arguments.batches, *(tokens // PREFILL_PROMPT for tokens in arguments.prefill)])
     engine = {
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": sequences,
@@ -72,7 +75,11 @@ def job(folder: Path, config: Mapping[str, Any], contender: str, arguments: argp
 
 
 def measure(contender: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run one contender in a process of its own and return its row; a failure's row has an ``error``."""
+    """Run one contender in a process of its own and return its row; a failure's row has an ``error``.
+
+    Raises:
+        RuntimeError: its routers did not choose by the table that was asked for.
+    """
     config = write_model(folder / "model", arguments.model, contender, arguments.layers)
     work = job(folder / "model", config, contender, arguments)
     (folder / "job.json").write_text(json.dumps(work))
@@ -89,6 +96,8 @@ def measure(contender: str, arguments: argparse.Namespace, folder: Path) -> dict
     row["kernels"] = chosen_kernels(log)
     if code != 0 or not out.exists():
         return row | {"error": f"vLLM ended with {code}: ...{log.read_text(errors='replace')[-SHOWN_LOG:]}"}
+    if arguments.alike_routes and torch.cuda.is_available():  # on CPUs vLLM selects experts elsewhere
+        require_table(log, "leave out --alike-routes")
     return row | json.loads(out.read_text())
 
 
@@ -103,6 +112,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "serve",
         "model": arguments.model,
         "layers": arguments.layers,
+        "routes": "table" if arguments.alike_routes else "own",
         "batches": arguments.batches,
         "prefill": arguments.prefill,
         "rows": [],

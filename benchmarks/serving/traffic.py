@@ -38,7 +38,7 @@ from benchmarks import ROOT
 from benchmarks.records import environment, markdown_table, write_json
 from benchmarks.serving.contenders import CONTENDERS, write_model
 from benchmarks.serving.decode import ENVIRONMENT, chosen_kernels
-from benchmarks.serving.dummy.routing import SAID
+from benchmarks.serving.dummy.routing import require_table
 from benchmarks.serving.models import MODELS, kv_bytes
 from benchmarks.serving.server import serve
 from benchmarks.serving.word_tokenizer import write_tokenizer
@@ -137,19 +137,9 @@ def start(arguments: argparse.Namespace, folder: Path, stack: contextlib.ExitSta
             found[name], found["seconds"][name] = url, seconds
             found["kernels"][name] = chosen_kernels(folder / f"{name}.log")
             if not arguments.own_routes and torch.cuda.is_available():  # on CPUs vLLM selects experts elsewhere
-                require_table(folder / f"{name}.log")
+                require_table(folder / f"{name}.log", "--own-routes")
             print(f"{name}: answers after {seconds:.0f} s", flush=True)
     return found
-
-
-def require_table(log: Path) -> None:
-    """Refuse a server whose routers did not choose by the table while it was started.
-
-    Raises:
-        RuntimeError: the log does not say that they did.
-    """
-    if SAID not in log.read_text(encoding="utf-8", errors="replace"):
-        raise RuntimeError(f"{log.name} does not say that {SAID}: this vLLM selects experts elsewhere; --own-routes")
 
 
 def start_one(contender: str, arguments: argparse.Namespace, folder: Path) -> tuple[Any, str, float]:
@@ -182,15 +172,15 @@ def ask(url: str, model: Path, load: Load, concurrency: int) -> dict[str, float]
     Raises:
         RuntimeError: it failed, or an answer was not of the length that was asked for.
     """
+    wanted = requests_of(load, concurrency)
     words = ["--backend", "openai", "--base-url", url, "--model", str(model), "--served-model-name", "milo"]
     words += ["--dataset-name", "random", "--random-input-len", str(load.input)]
-    words += ["--random-output-len", str(load.output), "--num-prompts", str(requests_of(load, concurrency))]
+    words += ["--random-output-len", str(load.output), "--num-prompts", str(wanted)]
     words += ["--max-concurrency", str(concurrency), "--ignore-eos", "--temperature", "0", "--num-warmups", "2"]
     # an answer of special tokens alone would come as one piece of text, at its end
     words += ["--extra-body", '{"skip_special_tokens": false}', "--disable-tqdm"]
     with watched() as stalled:
         result = bench_serve(words)
-    wanted = requests_of(load, concurrency)
     if result["completed"] != wanted or result["total_output_tokens"] != wanted * load.output:
         raise RuntimeError(f"{model.name}: {result['completed']} of {wanted} answers, {result['total_output_tokens']}")
     return {figure: result[name] for figure, name in FIGURES.items()} | {STALLED: 1000 * max(stalled)}

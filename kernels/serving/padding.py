@@ -12,13 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
+from ..sizes import cdiv
+
 MULTIPLE = 64
 """N of every part and K of a GEMM, as the kernels see them, are multiples of this."""
 
 
 def padded(size: int) -> int:
     """Return the next multiple of 64, which is the size itself where it is one."""
-    return -(-size // MULTIPLE) * MULTIPLE
+    return cdiv(size, MULTIPLE) * MULTIPLE
 
 
 def pad_inputs(x: torch.Tensor) -> torch.Tensor:

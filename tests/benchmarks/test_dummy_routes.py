@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.serving import traffic
-from benchmarks.serving.dummy.routing import PREFERENCE, ROWS, SAID, logits_table, replacing
+from benchmarks.serving.dummy.routing import PREFERENCE, ROWS, SAID, logits_table, replacing, require_table
 
 CPU = torch.device("cpu")
 
@@ -58,6 +57,6 @@ def test_a_server_that_chose_otherwise_is_refused(tmp_path: Path):
     log = tmp_path / "milo.log"
     log.write_text("nothing of the kind")
     with pytest.raises(RuntimeError, match=r"milo\.log does not say"):
-        traffic.require_table(log)
+        require_table(log, "--own-routes")
     log.write_text(f"WARNING: {SAID}\n")
-    traffic.require_table(log)
+    require_table(log, "--own-routes")

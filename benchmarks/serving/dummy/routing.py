@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ def replacing(select: Callable[..., Any]) -> Callable[..., Any]:
         return select(router, hidden_states, table.replace(router, router_logits), *rest, **named)
 
     return choose
+
+
+def require_table(log: Path, otherwise: str) -> None:
+    """Refuse a server whose routers did not choose by the table while it was started.
+
+    Args:
+        log: of the server, or of a process that runs the model itself.
+        otherwise: what a user may do instead.
+
+    Raises:
+        RuntimeError: the log does not say that they did.
+    """
+    if SAID not in log.read_text(encoding="utf-8", errors="replace"):
+        raise RuntimeError(f"{log.name} does not say that {SAID}: this vLLM selects experts elsewhere; {otherwise}")
 
 
 def route_alike() -> None:

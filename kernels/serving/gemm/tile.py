@@ -117,6 +117,7 @@ def _store_tile(
         acc *= row_scale[None, :]
     part_ptr = output.y + split_index.to(tl.int64) * counts.num_pairs * shape.N
     target = part_ptr + pairs[None, :].to(tl.int64) * shape.N + n[:, None]
+    # not ``valid``: as a mask over the tile it takes up to 32 instructions more (tiles of 128)
     inside = (pairs[None, :] < counts.num_pairs) & columns.inside[:, None]
     tl.store(target, acc.to(output.y.dtype.element_ty), mask=inside)
 
@@ -187,6 +188,7 @@ def _store_gated_tile(
     h = gated(gate, up, activation, TILE.ASM).to(tl.float16)
     place = columns.first + tl.arange(0, BLOCK_N // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
     target = output.y + pairs[None, None, :].to(tl.int64) * columns.width + place[:, :, None]
+    # not ``valid``, as above
     tl.store(target, h, mask=(pairs[None, None, :] < counts.num_pairs) & (place >= 0)[:, :, None])
     if tile == 0:
         tl.store(output.scale + pairs, scale, mask=valid)

@@ -264,7 +264,7 @@ def test_negative_ids_add_nothing(kernel_device: str):
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("block_m", [16, 64, 128])
 def test_a_token_that_is_no_number_spoils_no_other(block_m: int, kernel_device: str):
-    """The first token's values stand wherever a tile has a row without a pair."""
+    """A tile's rows without a pair have the first token's index: its scale and norm stand there."""
     case = Case(tokens=70, intermediate=128, local=[2, 0])
     layer = Layer(case, kernel_device)
     x, (weights, ids) = torch.randn(case.tokens, case.hidden).bfloat16(), make_routing(case)
