@@ -28,7 +28,7 @@ _library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _library.define(
-    "wide_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,)
+    "wide_linear(Tensor x, Tensor[] weights, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,)
 )
 _library.define(
     "fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] w13, Tensor[] w2, "
@@ -66,6 +66,21 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> li
         with device_of(weights.packed):
             return (layer if weights.packed.is_cuda else layout).prepare_linear(weights, spec).present
     return list(weights)
+
+
+def widen_linear(
+    weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, in_codes: bool, backend: str
+) -> list[torch.Tensor]:
+    """Return what :func:`wide_linear` multiplies by: :func:`expand_linear`, and with ``in_codes`` that in 8 bits too.
+
+    Only ``triton`` reads 8 bits, so that ``torch`` has none.
+    """
+    wide = expand_linear(weights, spec, dtype, backend)
+    if backend != "triton" or not in_codes:
+        return [wide]
+    from .serving.dense.codes import encode
+
+    return [wide, *encode(wide)]
 
 
 def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, backend: str) -> torch.Tensor:
@@ -135,18 +150,18 @@ def linear(x: torch.Tensor, weights: list[torch.Tensor], spec: LinearSpec, backe
     return torch.ops.milo.linear(x, weights, *spec, backend)
 
 
-def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+def wide_linear(x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None, backend: str) -> torch.Tensor:
     """Return x·Wᵀ + bias of a layer that is kept in 16 bits, [..., K] -> [..., N].
 
     Args:
         x: activations; ``triton`` knows fp16 and bf16.
-        weight: what :func:`expand_linear` returned.
+        weights: what :func:`widen_linear` returned for ``backend``.
         bias: [N], or None.
         backend: ``torch`` or ``triton``.
     """
     if backend == "triton":
-        return torch.ops.milo.wide_linear(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+        return torch.ops.milo.wide_linear(x, weights, bias)
+    return torch.nn.functional.linear(x, weights[0], bias)
 
 
 def fused_moe(
@@ -197,16 +212,16 @@ def _linear_fake(x: torch.Tensor, weights: list[torch.Tensor], widths: list[int]
     return x.new_empty(*x.shape[:-1], sum(widths))
 
 
-def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _wide_linear(x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
     from .launch import device_of
     from .serving.dense import wide
 
     with device_of(x):
-        return wide.wide_linear(x, weight, bias)
+        return wide.wide_linear(x, weights, bias)
 
 
-def _wide_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _wide_linear_fake(x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weights[0].shape[0])
 
 
 def _fused_moe(

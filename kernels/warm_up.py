@@ -220,7 +220,7 @@ def warm_up_expand(weights: list[torch.Tensor], spec: LinearSpec, k: int, dtype:
     return _note(make_key, "weights in 16 bits", note, weights[0].device)
 
 
-def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, device: torch.device) -> Waiting:
+def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: bool, device: torch.device) -> Waiting:
     """Begin to compile what multiplies by a dense layer's weights in 16 bits; see :func:`.ops.wide_linear`.
 
     Args:
@@ -228,6 +228,7 @@ def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, device: torch
         k: its inputs.
         dtype: of the activations.
         biased: whether it has a bias.
+        in_codes: whether it is kept in 8 bits too.
         device: of the layer.
     """
 
@@ -235,10 +236,13 @@ def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, device: torch
         from .serving.dense.wide import TILES, wide_linear
 
         weight = torch.empty(n, k, dtype=dtype, device=device)
+        weights = [weight]
+        if in_codes:
+            weights += [weight.new_empty(n, k, dtype=torch.uint8), weight.new_empty(n, dtype=torch.float32)]
         for tokens in TILES:
-            wide_linear(weight.new_empty(tokens, k), weight, weight.new_empty(n) if biased else None)
+            wide_linear(weight.new_empty(tokens, k), weights, weight.new_empty(n) if biased else None)
 
-    return _note(lambda: ("wide", n, k, dtype, biased), "dense layers in 16 bits", note, device)
+    return _note(lambda: ("wide", n, k, dtype, biased, in_codes), "dense layers in 16 bits", note, device)
 
 
 def _warm_up(

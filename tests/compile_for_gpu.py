@@ -55,6 +55,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_openai_experts, 1, gated=False)
         yield partial(run_wide, 1, 4096, 4096)
         yield partial(run_wide, 16, 4096, 4096)
+        yield partial(run_wide, 1, 4096, 4096, in_codes=True)
+        yield partial(run_wide, 16, 4096, 4096, in_codes=True)
         yield partial(run_converter, 64)
         yield partial(run_repack, 64, 3)
         return
@@ -63,9 +65,9 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
     yield partial(run_dense, 1500, [4096, 1024, 1024], 4096, 512)  # the most tokens by tiles
     yield partial(run_dense, 1, [4096], 4096, 0)
-    for tokens in TILES:
-        yield partial(run_wide, tokens, 4096, 4096)
-        yield partial(run_wide, tokens, 4000, 352, torch.float16, biased=True)
+    for tokens, in_codes in product(TILES, (False, True)):
+        yield partial(run_wide, tokens, 4096, 4096, in_codes=in_codes)
+        yield partial(run_wide, tokens, 4000, 352, torch.float16, biased=True, in_codes=in_codes)
     for tokens in (1, 2000):
         yield partial(run_openai_experts, tokens)
     yield partial(run_openai_experts, 1, gated=False)

@@ -10,6 +10,7 @@ from random_layers import random_experts
 from vllm_milo.kernels.convert import feedback, grid_fit
 from vllm_milo.kernels.serving import fused_moe
 from vllm_milo.kernels.serving.dense import linear, wide
+from vllm_milo.kernels.serving.dense.codes import encode
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
 from vllm_milo.kernels.serving.repack import layer
 from vllm_milo.kernels.weights import LinearSpec, MoESpec
@@ -98,10 +99,13 @@ def run_dense(
     linear.linear(x, meta_layer(len(widths), 1, sum(widths), k, group, bits), spec)
 
 
-def run_wide(tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, biased: bool = False) -> None:
-    """Launch a dense layer that is kept in 16 bits."""
+def run_wide(
+    tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, biased: bool = False, in_codes: bool = False
+) -> None:
+    """Launch a dense layer that is kept in 16 bits, or in 8 too."""
     x, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((tokens, k), (n, k), (n,)))
-    wide.wide_linear(x, weight, bias if biased else None)
+    weights = [weight, *(encode(weight) if in_codes else ())]
+    wide.wide_linear(x, weights, bias if biased else None)
 
 
 def run_converter(group: int) -> None:

@@ -95,11 +95,12 @@ class MiLoLinearMethod(LinearMethodBase):
         self._register_base(layer, sum(widths), input_size_per_partition, loader)
         self._register_factors(layer, input_size_per_partition, params_dtype)
         device = getattr(layer, PACKED).device
-        size = sum(widths) * self.split.k * params_dtype.itemsize
-        self.place = dense.reserve(self.prefix, size, device, params_dtype)
-        wide = self.place is not None
+        self.place = dense.reserve(self.prefix, sum(widths) * self.split.k, device, params_dtype)
+        wide, in_codes = self.place is not None, self.place is not None and self.place.in_codes
         apart = self.quantizes and not self.dummy
-        self.kernels = start_linear(self.spec, self.split.k, params_dtype, self.max_tokens, device, wide, apart)
+        self.kernels = start_linear(
+            self.spec, self.split.k, params_dtype, self.max_tokens, device, wide, in_codes, apart
+        )
         account.make(self.prefix)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -117,7 +118,7 @@ class MiLoLinearMethod(LinearMethodBase):
         if self.place is not None and self.wide:
             with load.spend(account.WARMING_UP):
                 wait(self.kernels)
-            load.widen(self.prefix, self.place.size)
+            load.widen(self.prefix, self.place.size, self.place.in_codes)
         with load.spend(account.REPACKING):
             prepared = self._repack(layer)
         with load.spend(account.WARMING_UP):
@@ -132,13 +133,13 @@ class MiLoLinearMethod(LinearMethodBase):
         if self.backend == "torch" or not biased:
             return []
         n, k = prepared[0].shape
-        return warm_up_wide(n, k, self.dtype, True, prepared[0].device)
+        return warm_up_wide(n, k, self.dtype, True, len(prepared) > 1, prepared[0].device)
 
     def _repack(self, layer: torch.nn.Module) -> list[torch.Tensor]:
         """Replace the layer's parameters by the backend's, or by weights in 16 bits, and return those."""
         weights = LinearWeights(*(getattr(layer, name).data for name in BASE_TENSORS + _FACTOR_ORDER))
-        if self.wide:
-            prepared = [ops.expand_linear(weights, self.spec, self.dtype, self.backend)]
+        if self.place is not None and self.wide:
+            prepared = ops.widen_linear(weights, self.spec, self.dtype, self.place.in_codes, self.backend)
         else:
             prepared = ops.prepare_linear(weights, self.spec, self.backend)
         for name in BASE_TENSORS + _FACTOR_ORDER:
@@ -151,9 +152,9 @@ class MiLoLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + (x·Vᵀ)·U + bias."""
-        if self.wide:
-            return ops.wide_linear(x, getattr(layer, PACKED), bias, self.backend)
         weights = [getattr(layer, name) for name in self.names]
+        if self.wide:
+            return ops.wide_linear(x, weights, bias, self.backend)
         out = ops.linear(x, weights, self.spec, self.backend)
         return out if bias is None else out + bias
 

@@ -3,9 +3,10 @@
     python -m benchmarks.kernels.linear -o out/linear.json
     python -m benchmarks.kernels.linear -o out/linear.json --shapes mixtral-qkv --rank 1024
 
-Ours carries compensators of ``--rank`` in 3 bits on every part; ``milo-16bit`` is the same layer as servers with room
-keep it, compensators added; the peers carry none. The calls of a graph rotate over so many copies of the layer that
-their 3-bit weights are three times L2, for all contenders alike. Roofs, errors and files are as in ``moe_layer.py``.
+Ours carries compensators of ``--rank`` in 3 bits on every part; ``milo-8bit`` is the same layer as servers with room
+keep it, compensators added, in 16 bits and for few tokens in 8, ``milo-16bit`` the same without the 8 bits; the peers
+carry none. The calls of a graph rotate over so many copies of the layer that their 3-bit weights are three times L2,
+for all contenders alike. Roofs, errors and files are as in ``moe_layer.py``.
 """
 
 from __future__ import annotations
@@ -74,23 +75,23 @@ class Dense(NamedTuple):
         return sum(tensor.nbytes for tensor in self.weights)
 
 
-def milo(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: int, wide: bool = False) -> Dense:
-    """Ours: 3 bits, groups of 64, compensators of ``rank`` in 3 bits; ``wide``: the same in 16 bits, all added."""
+def milo(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: int, kept_in: int = 3) -> Dense:
+    """Ours: 3 bits, groups of 64, compensators of ``rank`` in 3 bits; ``kept_in`` 16 or 8 bits all is added."""
     backend = ops.choose_backend("linear", device.type)
     weights, spec = random_linear(shape.widths, rank, shape.k, GROUP, device)
 
     def exact(x: torch.Tensor) -> torch.Tensor:
         return reference.linear(x.float(), weights, spec)
 
-    if wide:
-        return Dense([ops.expand_linear(weights, spec, DTYPE, backend)], kept, [], exact)
+    if kept_in > 3:
+        return Dense(ops.widen_linear(weights, spec, DTYPE, kept_in == 8, backend), kept, [], exact)
     prepared = ops.prepare_linear(weights, spec, backend)
     return Dense(prepared, lambda tensors, x: ops.linear(x, list(tensors), spec, backend), spec.ranks, exact)
 
 
 def kept(tensors: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Ours, on weights in 16 bits."""
-    return ops.wide_linear(x, tensors[0], None, ops.choose_backend("linear", x.device.type))
+    """Ours, on weights in 16 bits, and in 8 where there are."""
+    return ops.wide_linear(x, list(tensors), None, ops.choose_backend("linear", x.device.type))
 
 
 def plain(tensors: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,8 @@ def contenders(rank: int) -> dict[str, Callable[[LinearShape, Sequence[int], tor
     """Return every contender by its name in tables."""
     return {
         "milo": partial(milo, rank=rank),
-        "milo-16bit": partial(milo, rank=rank, wide=True),
+        "milo-8bit": partial(milo, rank=rank, kept_in=8),
+        "milo-16bit": partial(milo, rank=rank, kept_in=16),
         "milo-no-compensators": partial(milo, rank=0),
         "bf16": bf16,
         "marlin-int4-g128": partial(marlin, group=128),

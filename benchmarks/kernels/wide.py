@@ -1,17 +1,17 @@
-"""Times dense layers that are kept in 16 bits at few tokens: our kernel's tiles against the library's product.
+"""Times dense layers kept in 16 bits, and in 8, at few tokens: our kernel's tiles against the library's product.
 
     python -m benchmarks.kernels.wide -o out/wide.json
     python -m benchmarks.kernels.wide -o out/wide.json --shapes mixtral-o,qwen3-o --tokens 1,16
 
 A norm of x comes before each product, as in a model, so that a kernel which starts early follows one that does not ask
 for it; the time of eight norms alone is taken off that of eight pairs. Weights are larger than L2 together. Each
-product's result is compared with the library's.
+product's result is compared with the library's, which has 16 bits.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 from benchmarks.kernels.linear import SHAPES as LAYERS
 from benchmarks.kernels.run import names, numbers
 from benchmarks.records import environment, markdown_table, write_json
-from vllm_milo.kernels.serving.dense.wide import TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.serving.dense.codes import encode
+from vllm_milo.kernels.serving.dense.wide import CODE_TILES, TILES, WideTile, wide_linear, wide_tile
 from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
 
 SHAPES = {name: (sum(shape.widths), shape.k) for name, shape in LAYERS.items() if name != "tiny"}
@@ -35,14 +36,45 @@ OTHERS = (
     WideTile(64, 128, 4, 4),
 )
 """Tiles that are timed beside those in use."""
-MAX_ERROR = 0.01
+CODE_OTHERS = (
+    WideTile(8, 256, 1, 6),
+    WideTile(8, 512, 1, 4),
+    WideTile(8, 512, 2, 4),
+    WideTile(16, 256, 2, 6),
+    WideTile(16, 512, 1, 4),
+    WideTile(16, 512, 2, 5),
+    WideTile(32, 256, 1, 5),
+    WideTile(32, 256, 2, 6),
+    WideTile(32, 512, 2, 4),
+    WideTile(64, 256, 4, 4),
+)
+"""Likewise, on weights in 8 bits."""
+MAX_ERROR, MAX_CODES_ERROR = 0.01, 0.02
 DTYPE = torch.bfloat16
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Weights = list[torch.Tensor]
+Product = Callable[[torch.Tensor, Weights], torch.Tensor]
+
+
+def tiles(tokens: int) -> Iterator[tuple[WideTile, bool]]:
+    """Yield the tiles that are timed, and whether they read 8 bits; those fill shared memory least with few tokens."""
+    yield from ((tile, False) for tile in (*TILES.values(), *OTHERS))
+    if tokens <= max(CODE_TILES):
+        yield from ((tile, True) for tile in dict.fromkeys((*CODE_TILES.values(), *CODE_OTHERS)))
+
+
+def library(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """PyTorch's product of 16 bits."""
+    return torch.nn.functional.linear(x, weights[0])
+
+
+def _product(x: torch.Tensor, weights: Weights, tile: WideTile, read: slice) -> torch.Tensor:
+    return wide_linear(x, weights[read], None, tile)
 
 
 def measure(n: int, k: int, tokens: int, seconds: float, device: torch.device) -> dict[str, Any]:
     """Return microseconds of a product by the library and by each tile, the norm before it taken off."""
-    weights = [torch.randn(n, k, dtype=DTYPE, device=device) * k**-0.5 for _ in range(CALLS_IN_GRAPH)]
+    wide = [torch.randn(n, k, dtype=DTYPE, device=device) * k**-0.5 for _ in range(CALLS_IN_GRAPH)]
+    weights = [[weight, *encode(weight)] for weight in wide]
     inputs = [torch.randn(tokens, k, dtype=DTYPE, device=device) for _ in range(CALLS_IN_GRAPH)]
     gain = torch.ones(k, dtype=DTYPE, device=device)
 
@@ -57,27 +89,31 @@ def measure(n: int, k: int, tokens: int, seconds: float, device: torch.device) -
         return timing.median * 1e6, outputs[0].float()
 
     norm, _ = timed(None)
-    library, expected = timed(torch.nn.functional.linear)
-    row: dict[str, Any] = {"norm": norm, "library": library - norm, "tiles": [], "chosen": wide_tile(tokens, n, device)}
-    for tile in (*TILES.values(), *OTHERS):
-        microseconds, found = timed(partial(wide_linear, bias=None, tile=tile))
+    plain, expected = timed(library)
+    row: dict[str, Any] = {"norm": norm, "library": plain - norm, "tiles": []}
+    row |= {"chosen": wide_tile(tokens, n, device), "chosen_in_codes": wide_tile(tokens, n, device, in_codes=True)}
+    for tile, in_codes in tiles(tokens):
+        read = slice(None if in_codes else 1)
+        microseconds, found = timed(partial(_product, tile=tile, read=read))
         error = float((found - expected).norm() / expected.norm())
-        if not error < MAX_ERROR:
-            raise ValueError(f"{tile}: relative error {error:.3g} against the library")
-        row["tiles"].append({"tile": tile, "microseconds": microseconds - norm, "error": error})
+        if not error < (MAX_CODES_ERROR if in_codes else MAX_ERROR):
+            raise ValueError(f"{tile}, in codes: {in_codes}: relative error {error:.3g} against the library")
+        row["tiles"].append({"tile": tile, "in_codes": in_codes, "microseconds": microseconds - norm, "error": error})
     return row
 
 
 def format_report(record: dict[str, Any]) -> str:
-    """Return the table: the library, what is served, and the best tile."""
+    """Return the table: the library, what is served without and with 8 bits, and the best tile of both."""
     rows = []
     for row in record["rows"]:
-        times = {tuple(one["tile"]): one["microseconds"] for one in row["tiles"]}
-        best = min(times, key=lambda tile: times[tile])
-        served = row["library"] if row["chosen"] is None else times[tuple(row["chosen"])]
-        texts = [f"{row['library']:.2f}", f"{served:.2f}", f"{times[best]:.2f} {best}"]
+        texts, served = [f"{row['library']:.2f}"], row["library"]
+        for in_codes, chosen in ((False, row["chosen"]), (True, row["chosen_in_codes"])):
+            times = {tuple(one["tile"]): one["microseconds"] for one in row["tiles"] if one["in_codes"] == in_codes}
+            served = served if chosen is None else times[tuple(chosen)]
+            best = min(times, key=lambda tile: times[tile], default=None)
+            texts += [f"{served:.2f}", "" if best is None else f"{times[best]:.2f} {best}"]
         rows.append([row["shape"], str(row["tokens"]), *texts])
-    return markdown_table(["layer", "tokens", "library", "served", "best tile"], rows)
+    return markdown_table(["layer", "tokens", "library", "16 bits", "best tile", "8 bits", "best tile"], rows)
 
 
 def main(words: Sequence[str] | None = None) -> None:

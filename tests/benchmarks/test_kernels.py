@@ -118,6 +118,7 @@ def test_dense_layers_in_16_bits_are_timed(tmp_path: Path, monkeypatch: pytest.M
     wide.main(["-o", str(tmp_path / "wide.json"), "--shapes", "tiny", "--tokens", "3", "--seconds", "0.001"])
     (row,) = json.loads((tmp_path / "wide.json").read_text())["rows"]
     assert (row["shape"], row["tokens"]) == ("tiny", 3)
+    assert {one["in_codes"] for one in row["tiles"]} == {False, True}
     assert all(0 <= one["error"] < wide.MAX_ERROR for one in row["tiles"])
     assert "| tiny | 3 |" in capsys.readouterr().out
     right = wide.wide_linear
@@ -205,10 +206,10 @@ def test_dense_layers_rotate_over_three_times_l2():
 def test_linear_dry_run(tmp_path: Path):
     output = tmp_path / "linear.json"
     words = ["-o", str(output), "--shapes", "tiny", "--device", "cpu", "--point-seconds", "0.001", "--tokens", "1,4"]
-    linear.main([*words, "--contenders", "milo,milo-16bit,milo-no-compensators,bf16", "--rank", "32"])
+    linear.main([*words, "--contenders", "milo,milo-8bit,milo-16bit,milo-no-compensators,bf16", "--rank", "32"])
     record = json.loads(output.read_text())
     assert record["errors"] == record["skipped"] == []
-    assert len(record["rows"]) == 8
+    assert len(record["rows"]) == 10
     rows = {row["contender"]: row for row in record["rows"]}
     assert rows["milo"]["ranks"] == [32, 32]
     assert rows["milo"]["relative_error"] < 0.01

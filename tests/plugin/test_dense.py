@@ -33,22 +33,22 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 def test_layers_are_kept_while_they_are_few_of_the_devices_bytes(notes: dict):
-    places = [dense.reserve(f"layer {i}", 200, GPU, torch.bfloat16) for i in range(4)]
-    assert [place is not None for place in places] == [True, True, False, False]
-    assert dense.reserve("small", 100, GPU, torch.bfloat16) is not None
-    assert notes == {"other plugin's": 1, dense.NOTE: {"layer 0": 200, "layer 1": 200, "small": 100}}
+    places = [dense.reserve(f"layer {i}", 70, GPU, torch.bfloat16) for i in range(4)]
+    assert [place is not None and place.in_codes for place in places] == [True, True, False, False]
+    assert dense.reserve("small", 25, GPU, torch.bfloat16) is not None
+    assert notes == {"other plugin's": 1, dense.NOTE: {"layer 0": 210, "layer 1": 210, "small": 75}}
     assert json.loads(json.dumps(notes)) == notes
 
 
 def test_none_is_kept_where_weights_fill_the_device(notes: dict, monkeypatch: pytest.MonkeyPatch):
-    first, second = (dense.reserve(name, 200, GPU, torch.bfloat16) for name in ("first", "second"))
+    first, second = (dense.reserve(name, 70, GPU, torch.bfloat16) for name in ("first", "second"))
     assert first is not None
     assert second is not None
     assert first.keep(GPU)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0.61 * TOTAL)
     assert not second.keep(GPU)
     assert first.keep(GPU), "a layer that is loaded once more stays what it was"
-    assert notes[dense.NOTE] == {"first": 200}
+    assert notes[dense.NOTE] == {"first": 210}
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,16 @@ def test_the_variable_decides(notes: dict, monkeypatch: pytest.MonkeyPatch):
     place = dense.reserve("large", 10 * TOTAL, torch.device("cpu"), torch.float32)
     assert place is not None
     assert place.keep(torch.device("cpu"))
+    assert not place.in_codes
+    monkeypatch.setenv(dense.VARIABLE, "8bit")
+    for device, in_codes in ((torch.device("cpu"), False), (GPU, True)):
+        place = dense.reserve("large", 10 * TOTAL, device, torch.bfloat16)
+        assert place is not None
+        assert place.in_codes == in_codes
     monkeypatch.setenv(dense.VARIABLE, "3bit")
     assert dense.reserve("small", 1, GPU, torch.bfloat16) is None
     monkeypatch.setenv(dense.VARIABLE, "4bit")
-    with pytest.raises(ValueError, match="VLLM_MILO_DENSE='4bit': must be one of auto, 3bit, 16bit"):
+    with pytest.raises(ValueError, match="VLLM_MILO_DENSE='4bit': must be one of auto, 3bit, 16bit, 8bit"):
         dense.reserve("small", 1, GPU, torch.bfloat16)
 
 
@@ -107,7 +113,7 @@ def test_a_layer_in_16_bits_is_a_plain_one(
     x, extra = torch.randn(3, K), torch.randn(128) if bias else None
     found = layer.quant_method.apply(layer, x, extra)
     torch.testing.assert_close(found, reference.linear(x, weights, spec) + (0 if extra is None else extra))
-    assert "MiLo keeps 1 dense layers in 16 bits, 0.00 GiB; VLLM_MILO_DENSE=3bit keeps none" in caplog.text
+    assert "MiLo keeps 1 dense layers in 16 bits, 0 of these in 8 too, for few tokens: 0.00 GiB; " in caplog.text
 
 
 def test_the_reference_rounds_once():

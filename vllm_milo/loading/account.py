@@ -19,7 +19,10 @@ LINE = (
     "(%d kernels, compiled meanwhile in %.2f s of threads); at most %.2f GiB on the device"
 )
 
-WIDE_LINE = "MiLo keeps %d dense layers in 16 bits, %.2f GiB; VLLM_MILO_DENSE=3bit keeps none"
+WIDE_LINE = (
+    "MiLo keeps %d dense layers in 16 bits, %d of these in 8 too, for few tokens: %.2f GiB; "
+    "VLLM_MILO_DENSE=3bit keeps none, =16bit none in 8"
+)
 
 
 class Load:
@@ -30,7 +33,7 @@ class Load:
         self._pending: set[str] = set()
         self._ready = 0
         self._spent = {REPACKING: 0.0, WARMING_UP: 0.0}
-        self._widened: dict[str, int] = {}
+        self._widened: dict[str, tuple[int, bool]] = {}
 
     def make(self, layer: str) -> None:
         """Note a layer that has been made, by its name."""
@@ -50,9 +53,9 @@ class Load:
         finally:
             self._spent[what] += time.monotonic() - start
 
-    def widen(self, layer: str, size: int) -> None:
-        """Note a dense layer that is kept in 16 bits, and its bytes."""
-        self._widened[layer] = size
+    def widen(self, layer: str, size: int, in_codes: bool) -> None:
+        """Note a dense layer that is kept in 16 bits, its bytes, and whether it is in 8 bits too."""
+        self._widened[layer] = size, in_codes
 
     def finish(self, layer: str) -> bool:
         """Note a layer that is ready; return whether it was the last of the model's.
@@ -92,7 +95,8 @@ class Load:
             peak,
         )
         if self._widened:
-            logger.info(WIDE_LINE, len(self._widened), sum(self._widened.values()) / 2**30)
+            sizes, in_codes = zip(*self._widened.values(), strict=True)
+            logger.info(WIDE_LINE, len(sizes), sum(in_codes), sum(sizes) / 2**30)
 
 
 _current = Load()

@@ -33,6 +33,7 @@ def start_linear(
     max_tokens: int,
     device: torch.device,
     wide: bool,
+    in_codes: bool,
     apart: bool,
 ) -> Waiting:
     """Begin to compile a dense layer's kernels; return what to wait for, nothing without a GPU.
@@ -44,6 +45,7 @@ def start_linear(
         max_tokens: most tokens of a step.
         device: of the layer.
         wide: whether it is kept in 16 bits.
+        in_codes: whether it is in 8 bits too.
         apart: whether other processes compile, as of :func:`_compiles`.
     """
     if not _compiles("linear", device, apart):
@@ -53,7 +55,7 @@ def start_linear(
     weights = stand_in(1, spec.widths, k, spec.group_size, spec.factor_bits, dtype, device)
     repack = warm_up_repack(1, spec.group_size, spec.factor_bits, dtype, device)
     if wide:
-        multiply = warm_up_wide(sum(spec.widths), k, dtype, False, device)
+        multiply = warm_up_wide(sum(spec.widths), k, dtype, False, in_codes, device)
         return repack + warm_up_expand(weights, spec, k, dtype) + multiply
     return repack + warm_up_linear(weights, spec, "triton", k, dtype, max_tokens)
 

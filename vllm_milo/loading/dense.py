@@ -1,8 +1,9 @@
 """Which dense layers a server keeps in 16 bits, compensators added: where there is room, since that is quicker.
 
 Attention and shared experts are a few percent of a MoE model's weights, but each token reads all of theirs, and large
-ranks are multiplied beside them. In 16 bits a layer is one product of a library. The checkpoint stays as it is; what is
-added on the device is bounded by :data:`SHARE`, and nothing is added where weights fill it (:data:`FULL`).
+ranks are multiplied beside them. In 16 bits a layer is one product of a library, and in 8 bits, which Triton's kernels
+read for few tokens, half of the bytes. The checkpoint stays as it is; what is added on the device is bounded by
+:data:`SHARE`, and nothing is added where weights fill it (:data:`FULL`).
 
 vLLM keeps compiled graphs from start to start, and those of both kinds differ: layers in 16 bits are noted in the part
 of vLLM's configuration that tells graphs apart and is open to plugins.
@@ -19,7 +20,9 @@ from vllm_milo import compat
 from vllm_milo.kernels import ops
 
 VARIABLE = "VLLM_MILO_DENSE"
-AUTO, PACKED, WIDE = "auto", "3bit", "16bit"
+AUTO, PACKED, WIDE, CODED = "auto", "3bit", "16bit", "8bit"
+"""Where there is room as with the last; never; in 16 bits alone; in 16 bits, and for few tokens in 8 too."""
+CHOICES = (AUTO, PACKED, WIDE, CODED)
 SHARE = 0.05
 """Of a device's memory: what layers in 16 bits may take at most, all together."""
 FULL = 0.6
@@ -35,8 +38,8 @@ def choice() -> str:
         ValueError: it is none of the choices.
     """
     wanted = os.environ.get(VARIABLE, AUTO)
-    if wanted not in (AUTO, PACKED, WIDE):
-        raise ValueError(f"{VARIABLE}={wanted!r}: must be one of {AUTO}, {PACKED}, {WIDE}")
+    if wanted not in CHOICES:
+        raise ValueError(f"{VARIABLE}={wanted!r}: must be one of {', '.join(CHOICES)}")
     return wanted
 
 
@@ -45,10 +48,11 @@ class Place:
 
     Attributes:
         size: bytes that the layer takes.
+        in_codes: whether it is kept in 8 bits too.
     """
 
-    def __init__(self, layer: str, size: int, notes: dict[str, Any]) -> None:
-        self.size = size
+    def __init__(self, layer: str, size: int, in_codes: bool, notes: dict[str, Any]) -> None:
+        self.size, self.in_codes = size, in_codes
         self._layer, self._notes, self._kept = layer, notes, False
         notes.setdefault(NOTE, {})[layer] = size
 
@@ -64,28 +68,26 @@ class Place:
         return True
 
 
-def reserve(layer: str, size: int, device: torch.device, dtype: torch.dtype) -> Place | None:
+def reserve(layer: str, weights: int, device: torch.device, dtype: torch.dtype) -> Place | None:
     """Return room for a layer that is being made; None where it is not to be kept in 16 bits.
 
     Args:
         layer: its name.
-        size: bytes that it takes in ``dtype``.
+        weights: number of its weights; those of a scale for each output, when in 8 bits, are not counted.
         device: of the layer.
         dtype: of the activations.
     """
     wanted, notes = choice(), compat.graph_notes()
     if wanted == PACKED or notes is None:
         return None
-    if wanted == AUTO and not _fits(size + sum(notes.get(NOTE, {}).values()), device, dtype):
-        return None
-    return Place(layer, size, notes)
-
-
-def _fits(size: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether so many bytes are few of the device's, which must be a GPU that Triton's kernels serve."""
-    if device.type != "cuda" or dtype.itemsize != 2 or ops.choose_backend("linear", device.type) != "triton":
-        return False
-    return size <= SHARE * _total(device)
+    by_triton = device.type == "cuda" and dtype.itemsize == 2 and ops.choose_backend("linear", "cuda") == "triton"
+    in_codes = by_triton and wanted != WIDE
+    size = weights * (dtype.itemsize + in_codes)
+    if wanted == AUTO:
+        taken = sum(notes.get(NOTE, {}).values())
+        if not by_triton or taken + size > SHARE * _total(device):
+            return None
+    return Place(layer, size, in_codes, notes)
 
 
 def _total(device: torch.device) -> int:

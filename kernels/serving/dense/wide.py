@@ -1,5 +1,8 @@
 """A dense layer that is kept in 16 bits: few tokens by a kernel that only streams the weights, more by the library.
 
+Beside the 16 bits a layer may have the same weights in 8, with a scale an output (:mod:`.codes`). Few tokens read
+those, since their time is that of the bytes; of more tokens it is not, and 16 bits are exact.
+
 With few tokens the product is a copy of the weights past the multiprocessors, and the library's kernels take up to 1.7
 times as long as memory does (Mixtral's output projection on an H200: 13.7 microseconds for 8.0, 11.2 here). Here each
 program is one warp with few outputs over all of K: all programs are there at once, each keeps several steps of loads in
@@ -8,6 +11,7 @@ flight, and none waits for another's parts. More tokens want larger blocks of bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,29 +43,60 @@ TILES = {8: WideTile(16, 256, 1, 5), 16: WideTile(16, 128, 1, 6)}
 LEAST_RESIDENT = {8: 0.0, 16: 1.5}
 """Programs on each multiprocessor from which the kernel is quicker, by the largest number of tokens: each reads all of
 x, so that with more tokens fewer programs are not enough to hide it."""
+CODE_TILES = {8: WideTile(16, 512, 1, 5), 16: WideTile(16, 256, 1, 6)}
+"""Likewise of weights in 8 bits, which are read wherever all programs are there at once."""
 
 
-def wide_tile(tokens: int, outputs: int, device: torch.device) -> WideTile | None:
-    """Return how so many tokens are multiplied; None where the library is quicker.
+def wide_tile(tokens: int, outputs: int, device: torch.device, in_codes: bool = False) -> WideTile | None:
+    """Return how so many tokens are multiplied by weights in 16 bits, or in 8; None where others are quicker.
 
     That is also where some programs must wait for others to end, for want of shared memory.
     """
-    most = next((most for most in TILES if tokens <= most), None)
+    tiles = CODE_TILES if in_codes else TILES
+    most = next((most for most in tiles if tokens <= most), None)
     if most is None:
         return None
-    tile = TILES[most]
+    tile = tiles[most]
     resident = cdiv(outputs, tile.outputs) / processors(device)
-    loads = (tile.stages - 1) * tile.step * (tile.outputs + most) * 2
-    return tile if LEAST_RESIDENT[most] <= resident <= shared_memory(device) // loads else None
+    loads = (tile.stages - 1) * tile.step * (tile.outputs * (1 if in_codes else 2) + most * 2)
+    least = 0.0 if in_codes else LEAST_RESIDENT[most]
+    return tile if least <= resident <= shared_memory(device) // loads else None
+
+
+@triton.jit
+def _decoded(codes, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The whole numbers that :mod:`.codes` means by bytes, in 16 bits, exactly.
+
+    One instruction brings two bytes below the bits of a float and one takes off what these mean. The GPU's own
+    conversion from integers runs at an eighth of that speed, and would take as long as the bytes do.
+    """
+    if BF16:
+        if ASM:
+            bf16: tl.constexpr = (
+                "{ .reg .b32 w, one, zero; mov.b32 one, 0x3F803F80; mov.b32 zero, 0xC3A0C3A0;"  # twice 1 and -320
+                " prmt.b32 w, $2, 0x43434343, 0x4140; fma.rn.bf16x2 $0, w, one, zero;"
+                " prmt.b32 w, $2, 0x43434343, 0x4342; fma.rn.bf16x2 $1, w, one, zero; }"
+            )
+            return tl.inline_asm_elementwise(bf16, "=&r,=&r,r", [codes], tl.bfloat16, is_pure=True, pack=4)
+        high = (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        return (high.to(tl.float32) - 320.0).to(tl.bfloat16)
+    if ASM:
+        fp16: tl.constexpr = (
+            "{ .reg .b32 w, zero; mov.b32 zero, 0x64806480;"  # twice 1152
+            " prmt.b32 w, $2, 0x64646464, 0x4140; sub.f16x2 $0, w, zero;"
+            " prmt.b32 w, $2, 0x64646464, 0x4342; sub.f16x2 $1, w, zero; }"
+        )
+        return tl.inline_asm_elementwise(fp16, "=&r,=&r,r", [codes], tl.float16, is_pure=True, pack=4)
+    return (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
 
 
 @triton.jit(do_not_specialize=["M"])
 def _wide_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, M, N, K,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, M, N, K,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of up to BLOCK_M rows: x [M, K] · w [N, K]ᵀ + bias [N].
+    """BLOCK_N outputs of up to BLOCK_M rows: x [M, K] · w [N, K]ᵀ + bias [N]; w in 8 bits are multiplied by scale [N].
 
     Its step in :mod:`..protocol` is ``WIDE``.
     """
@@ -73,14 +108,22 @@ def _wide_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     x_rows = x_ptr + m[None, :] * K
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # an MMA has 16 rows at least: of outputs, or of tokens
+    by_tokens: tl.constexpr = BLOCK_N < 16
+    acc = tl.zeros((BLOCK_M, BLOCK_N) if by_tokens else (BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         here = k < (BLOCK_K if EVEN_K else K - start)
         w = tl.load(
             w_rows + (start + k)[None, :], mask=(n < N)[:, None] & here[None, :], other=0, eviction_policy="evict_first"
         )
         x = tl.load(x_rows + (start + k)[:, None], mask=(m < M)[None, :] & here[:, None], other=0)
-        acc = tl.dot(w, x, acc)
+        if scale_ptr is not None:
+            w = _decoded(w, x.dtype == tl.bfloat16, ASM)
+        acc = tl.dot(x.T, w.T, acc) if by_tokens else tl.dot(w, x, acc)
+    if by_tokens:
+        acc = acc.T
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + n, mask=n < N, other=0)[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
     out = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
@@ -88,21 +131,28 @@ def _wide_kernel(
 
 
 def wide_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: WideTile | None = None
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    tile: WideTile | None = None,
 ) -> torch.Tensor:
     """Return x·Wᵀ + bias, [.., K] -> [.., N], summed in fp32 and rounded once.
 
     Args:
         x: fp16 or bf16.
-        weight: [N, K], of the same dtype, contiguous.
+        weights: W [N, K] of the same dtype, contiguous; or that and W once more in 8 bits, by :func:`.codes.encode`.
         bias: [N] of the same dtype, or None.
-        tile: forces the kernel, and how it runs.
+        tile: forces the kernel, and how it runs; with weights in 8 bits it reads those.
     """
     rows = x.reshape(-1, x.shape[-1])
-    tokens, (n, k) = rows.shape[0], weight.shape
+    tokens, (n, k) = rows.shape[0], weights[0].shape
+    read, scale = weights[0], None
+    if len(weights) > 1 and (tile or (coded := wide_tile(tokens, n, x.device, in_codes=True))):
+        tile = tile or coded
+        read, scale = weights[1:]
     tile = tile or wide_tile(tokens, n, x.device)
     if tokens == 0 or tile is None:
-        return multiply_wide(x, weight, bias)
+        return multiply_wide(x, weights[0], bias)
     mode = launch_mode(x.device, few_tokens=True)
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     launch(
@@ -110,17 +160,19 @@ def wide_linear(
         (cdiv(n, tile.outputs),),
         mode,
         rows.contiguous(),
-        weight,
+        read,
+        scale,
         bias,
         out,
         tokens,
         n,
         k,
         EVEN_K=k % tile.step == 0,
-        BLOCK_M=max(8, next_power_of_2(tokens)),
+        BLOCK_M=max(8 if tile.outputs >= 16 else 16, next_power_of_2(tokens)),
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.step,
         STAGES=tile.stages,
+        ASM=mode.asm,
         PDL=mode.early,
         num_warps=tile.warps,
     )

@@ -1,4 +1,4 @@
-"""Dense layers that are kept in 16 bits against float64, in the interpreter (fp16) and on the GPU (fp16 and bf16)."""
+"""Dense layers kept in 16 bits, and in 8, against float64, in the interpreter (fp16) and on the GPU (and bf16)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from random_layers import relative_error
 
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.serving.dense import wide
-from vllm_milo.kernels.serving.dense.wide import TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.serving.dense.codes import HIGH_BYTE, encode, meanings
+from vllm_milo.kernels.serving.dense.wide import CODE_TILES, TILES, WideTile, wide_linear, wide_tile
 
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -33,7 +34,7 @@ def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 def test_matches_float64(tokens: int, n: int, k: int, biased: bool, dtype: torch.dtype, kernel_device: str):
     x, weight, bias = random_layer(tokens, n, k, dtype, kernel_device)
     tile = next((tile for most, tile in TILES.items() if tokens <= most), None)
-    found = wide_linear(x, weight, bias if biased else None, tile)
+    found = wide_linear(x, [weight], bias if biased else None, tile)
     assert found.shape == (tokens, n)
     assert found.dtype == dtype
     assert relative_error(found, exact(x, weight, bias if biased else None)) < TOLERANCE[dtype]
@@ -45,14 +46,76 @@ def test_matches_float64(tokens: int, n: int, k: int, biased: bool, dtype: torch
 @pytest.mark.parametrize("tile", [*TILES.values(), WideTile(16, 64, 2, 3), WideTile(64, 64, 4, 2)])
 def test_every_tile(tile: WideTile, tokens: int, dtype: torch.dtype, kernel_device: str):
     x, weight, bias = random_layer(tokens, 176, 416, dtype, kernel_device)
-    assert relative_error(wide_linear(x, weight, bias, tile), exact(x, weight, bias)) < TOLERANCE[dtype]
+    assert relative_error(wide_linear(x, [weight], bias, tile), exact(x, weight, bias)) < TOLERANCE[dtype]
+
+
+def decoded(weights: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The weights that the codes stand for, in float64."""
+    _, codes, scale = weights
+    return meanings(dtype, codes.device)[codes.int()].double() * scale.double()[:, None]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+def test_few_tokens_read_codes(tokens: int, n: int, k: int, biased: bool, dtype: torch.dtype, kernel_device: str):
+    x, weight, bias = random_layer(tokens, n, k, dtype, kernel_device)
+    weights = [torch.full_like(weight, torch.nan), *encode(weight)]
+    tile = next(tile for most, tile in CODE_TILES.items() if tokens <= most)
+    found = wide_linear(x, weights, bias if biased else None, tile)
+    assert found.shape == (tokens, n)
+    assert found.dtype == dtype
+    assert relative_error(found, exact(x, decoded(weights, dtype), bias if biased else None)) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [2, 16, 33])
+@pytest.mark.parametrize("tile", [*CODE_TILES.values(), WideTile(8, 128, 1, 3), WideTile(64, 64, 4, 2)])
+def test_every_tile_of_codes(tile: WideTile, tokens: int, dtype: torch.dtype, kernel_device: str):
+    x, weight, bias = random_layer(tokens, 176, 416, dtype, kernel_device)
+    weights = [weight, *encode(weight)]
+    expected = exact(x, decoded(weights, dtype), bias)
+    assert relative_error(wide_linear(x, weights, bias, tile), expected) < TOLERANCE[dtype]
+
+
+def test_few_tokens_read_codes_and_more_16_bits(kernel_device: str):
+    x, weight, _ = random_layer(17, 64, 96, torch.float16, kernel_device)
+    weights = [weight, *encode(weight)]
+    for tokens, multiplied in ((16, decoded(weights, torch.float16)), (17, weight)):
+        found = ops.wide_linear(x[:tokens], weights, None, "triton")
+        assert relative_error(found, exact(x[:tokens], multiplied, None)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", list(HIGH_BYTE))
+def test_codes_are_the_nearest(dtype: torch.dtype):
+    weight = torch.randn(1500, 64).to(dtype)
+    weight[3] = 0
+    weight[1400] *= 1000
+    codes, scale = encode(weight)
+    known = meanings(dtype)
+    assert bool((known[1:] > known[:-1]).all())
+    assert 0 in known
+    tried = (weight[..., None].double() - known.double() * scale.double()[:, None, None]).abs()
+    chosen = tried.gather(-1, codes.long()[..., None])[..., 0]
+    torch.testing.assert_close(chosen, tried.amin(-1), rtol=1e-4, atol=1e-6)
+    assert bool((chosen <= 1.001 * scale[:, None]).all()), "half of the largest step, which is 2"
+
+
+@pytest.mark.parametrize("dtype", list(HIGH_BYTE))
+def test_codes_cost_a_percent(dtype: torch.dtype):
+    weight = torch.randn(256, 4096).to(dtype)
+    error = relative_error(decoded([weight, *encode(weight)], dtype), weight.double())
+    assert 0.004 < error < 0.013
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: str):
     _, weight, _ = random_layer(1, 128, 64, torch.float16, kernel_device)
     x = torch.randn(2, tokens, 128).half().to(kernel_device)[..., ::2]
-    found = ops.wide_linear(x, weight, None, "triton")
+    found = ops.wide_linear(x, [weight], None, "triton")
     assert found.shape == (2, tokens, 128)
     if tokens:
         assert relative_error(found, exact(x, weight, None)) < TOLERANCE[torch.float16]
@@ -71,6 +134,16 @@ def test_the_library_is_asked_where_it_is_quicker(
     assert wide_tile(tokens, outputs, torch.device("cuda")) == (None if ours is None else TILES[ours])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "ours"), [(1, 2048, 8), (8, 6144, 8), (9, 2048, 16), (16, 6144, 16), (17, 6144, None)]
+)
+def test_codes_are_read_by_few_tokens(tokens: int, outputs: int, ours: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wide, "processors", lambda _: 132)
+    monkeypatch.setattr(wide, "shared_memory", lambda _: 227 * 1024)
+    expected = None if ours is None else CODE_TILES[ours]
+    assert wide_tile(tokens, outputs, torch.device("cuda"), in_codes=True) == expected
+
+
 def test_fewer_programs_fit_where_there_is_less_shared_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 99 * 1024)
@@ -83,21 +156,24 @@ def test_the_operator_chooses(monkeypatch: pytest.MonkeyPatch, kernel_device: st
     asked, real = [], wide.multiply_wide
     monkeypatch.setattr(wide, "multiply_wide", lambda *given: asked.append(len(given[0])) or real(*given))
     for tokens in (1, 3):
-        monkeypatch.setattr(wide, "wide_tile", lambda *given: TILES[8] if given[0] < 3 else None)
-        ops.wide_linear(x[:tokens], weight, bias, "triton")
+        monkeypatch.setattr(wide, "wide_tile", lambda *given, **_: TILES[8] if given[0] < 3 else None)
+        ops.wide_linear(x[:tokens], [weight], bias, "triton")
     assert asked == [3]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("in_codes", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 48, 100])
-def test_opcheck_and_graph(tokens: int):
+def test_opcheck_and_graph(tokens: int, in_codes: bool):
     x, weight, bias = random_layer(tokens, 192, 256, torch.bfloat16, "cuda")
-    torch.library.opcheck(torch.ops.milo.wide_linear.default, (x, weight, bias))
+    weights = [weight, *(encode(weight) if in_codes else ())]
+    torch.library.opcheck(torch.ops.milo.wide_linear.default, (x, weights, bias))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ops.wide_linear(x, weight, bias, "triton")
+        out = ops.wide_linear(x, weights, bias, "triton")
     fresh = torch.randn(tokens, 256).bfloat16().to("cuda")
     x.copy_(fresh)
     out.fill_(float("nan"))
     graph.replay()
-    assert relative_error(out, exact(fresh, weight, bias)) < TOLERANCE[torch.bfloat16]
+    multiplied = decoded(weights, torch.bfloat16) if in_codes and tokens <= 16 else weight
+    assert relative_error(out, exact(fresh, multiplied, bias)) < TOLERANCE[torch.bfloat16]
