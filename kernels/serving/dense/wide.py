@@ -64,30 +64,34 @@ def wide_tile(tokens: int, outputs: int, device: torch.device, in_codes: bool = 
 
 
 @triton.jit
-def _decoded(codes, BF16: tl.constexpr, ASM: tl.constexpr):
-    """The whole numbers that :mod:`.codes` means by bytes, in 16 bits, exactly.
+def _bf16_of(codes, ASM: tl.constexpr):
+    """The whole numbers that :mod:`.codes` means by bytes, in bf16, exactly.
 
     One instruction brings two bytes below the bits of a float and one takes off what these mean. The GPU's own
     conversion from integers runs at an eighth of that speed, and would take as long as the bytes do.
     """
-    if BF16:
-        if ASM:
-            bf16: tl.constexpr = (
-                "{ .reg .b32 w, one, zero; mov.b32 one, 0x3F803F80; mov.b32 zero, 0xC3A0C3A0;"  # twice 1 and -320
-                " prmt.b32 w, $2, 0x43434343, 0x4140; fma.rn.bf16x2 $0, w, one, zero;"
-                " prmt.b32 w, $2, 0x43434343, 0x4342; fma.rn.bf16x2 $1, w, one, zero; }"
-            )
-            return tl.inline_asm_elementwise(bf16, "=&r,=&r,r", [codes], tl.bfloat16, is_pure=True, pack=4)
-        high = (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
-        return (high.to(tl.float32) - 320.0).to(tl.bfloat16)
-    if ASM:
-        fp16: tl.constexpr = (
-            "{ .reg .b32 w, zero; mov.b32 zero, 0x64806480;"  # twice 1152
-            " prmt.b32 w, $2, 0x64646464, 0x4140; sub.f16x2 $0, w, zero;"
-            " prmt.b32 w, $2, 0x64646464, 0x4342; sub.f16x2 $1, w, zero; }"
-        )
-        return tl.inline_asm_elementwise(fp16, "=&r,=&r,r", [codes], tl.float16, is_pure=True, pack=4)
-    return (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    if not ASM:
+        floats = (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        return (floats.to(tl.float32) - 320.0).to(tl.bfloat16)
+    asm: tl.constexpr = (
+        "{ .reg .b32 w, one, zero; mov.b32 one, 0x3F803F80; mov.b32 zero, 0xC3A0C3A0;"  # twice 1 and -320
+        " prmt.b32 w, $2, 0x43434343, 0x4140; fma.rn.bf16x2 $0, w, one, zero;"
+        " prmt.b32 w, $2, 0x43434343, 0x4342; fma.rn.bf16x2 $1, w, one, zero; }"
+    )
+    return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [codes], tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit
+def _fp16_of(codes, ASM: tl.constexpr):
+    """As :func:`_bf16_of`, in fp16."""
+    if not ASM:
+        return (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    asm: tl.constexpr = (
+        "{ .reg .b32 w, zero; mov.b32 zero, 0x64806480;"  # twice 1152
+        " prmt.b32 w, $2, 0x64646464, 0x4140; sub.f16x2 $0, w, zero;"
+        " prmt.b32 w, $2, 0x64646464, 0x4342; sub.f16x2 $1, w, zero; }"
+    )
+    return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [codes], tl.float16, is_pure=True, pack=4)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -118,7 +122,7 @@ def _wide_kernel(
         )
         x = tl.load(x_rows + (start + k)[:, None], mask=(m < M)[None, :] & here[:, None], other=0)
         if scale_ptr is not None:
-            w = _decoded(w, x.dtype == tl.bfloat16, ASM)
+            w = _bf16_of(w, ASM) if x.dtype == tl.bfloat16 else _fp16_of(w, ASM)
         acc = tl.dot(x.T, w.T, acc) if by_tokens else tl.dot(w, x, acc)
     if by_tokens:
         acc = acc.T
