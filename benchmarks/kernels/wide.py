@@ -28,24 +28,27 @@ from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
 SHAPES = {name: (sum(shape.widths), shape.k) for name, shape in LAYERS.items() if name != "tiny"}
 SHAPES |= {"glm-qkv": (14336, 4096), "glm-o": (4096, 12288), "tiny": (96, 64)}
 OTHERS = (
-    WideTile(16, 128, 1, 8),
+    WideTile(16, 256, 1, 5),
     WideTile(16, 256, 2, 5),
     WideTile(16, 512, 2, 3),
-    WideTile(32, 128, 2, 6),
+    WideTile(16, 512, 4, 4),
+    WideTile(16, 512, 8, 4),
     WideTile(32, 256, 2, 4),
-    WideTile(64, 128, 4, 4),
+    WideTile(32, 256, 4, 4),
+    WideTile(32, 512, 4, 3),
 )
 """Tiles that are timed beside those in use."""
 CODE_OTHERS = (
-    WideTile(8, 256, 1, 6),
-    WideTile(8, 512, 1, 4),
-    WideTile(8, 512, 2, 4),
-    WideTile(16, 256, 2, 6),
-    WideTile(16, 512, 1, 4),
+    WideTile(16, 512, 1, 5),
     WideTile(16, 512, 2, 5),
-    WideTile(32, 256, 1, 5),
-    WideTile(32, 256, 2, 6),
-    WideTile(32, 512, 2, 4),
+    WideTile(16, 512, 4, 6),
+    WideTile(16, 1024, 4, 3),
+    WideTile(16, 1024, 8, 3),
+    WideTile(16, 1024, 8, 4),
+    WideTile(32, 256, 2, 5),
+    WideTile(32, 512, 4, 3),
+    WideTile(32, 512, 4, 4),
+    WideTile(32, 1024, 8, 3),
     WideTile(64, 256, 4, 4),
 )
 """Likewise, on weights in 8 bits."""
@@ -57,7 +60,7 @@ Product = Callable[[torch.Tensor, Weights], torch.Tensor]
 
 def tiles(tokens: int) -> Iterator[tuple[WideTile, bool]]:
     """Yield the tiles that are timed, and whether they read 8 bits; those fill shared memory least with few tokens."""
-    yield from ((tile, False) for tile in (*TILES.values(), *OTHERS))
+    yield from ((tile, False) for tile in dict.fromkeys((*TILES.values(), *OTHERS)))
     if tokens <= max(CODE_TILES):
         yield from ((tile, True) for tile in dict.fromkeys((*CODE_TILES.values(), *CODE_OTHERS)))
 

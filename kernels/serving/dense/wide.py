@@ -4,9 +4,10 @@ Beside the 16 bits a layer may have the same weights in 8, with a scale an outpu
 those, since their time is that of the bytes; of more tokens it is not, and 16 bits are exact.
 
 With few tokens the product is a copy of the weights past the multiprocessors, and the library's kernels take up to 1.7
-times as long as memory does (Mixtral's output projection on an H200: 13.7 microseconds for 8.0, 11.2 here). Here each
-program is one warp with few outputs over all of K: all programs are there at once, each keeps several steps of loads in
-flight, and none waits for another's parts. More tokens want larger blocks of both operands, and the library is quicker.
+times as long as memory does. Here each program has few outputs over all of K: all programs are there at once, each
+keeps several steps of loads in flight, and none waits for another's parts. Its warps share each step's K, since an MMA
+waits for the one before that adds to the same sums: a single warp's took longer than the bytes. More tokens want larger
+blocks of both operands, and the library is quicker.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class WideTile(NamedTuple):
 
     Attributes:
         outputs: of a program.
-        step: values of K that a step of its loop takes.
+        step: values of K that a step of its loop takes, each warp its part of them.
         warps: of a program.
         stages: steps whose loads are in flight.
     """
@@ -38,12 +39,12 @@ class WideTile(NamedTuple):
     stages: int
 
 
-TILES = {8: WideTile(16, 256, 1, 5), 16: WideTile(16, 128, 1, 6)}
+TILES = {8: WideTile(16, 256, 4, 5), 16: WideTile(16, 256, 4, 4)}
 """By the largest number of tokens."""
 LEAST_RESIDENT = {8: 0.0, 16: 1.5}
 """Programs on each multiprocessor from which the kernel is quicker, by the largest number of tokens: each reads all of
 x, so that with more tokens fewer programs are not enough to hide it."""
-CODE_TILES = {8: WideTile(16, 512, 1, 5), 16: WideTile(16, 256, 1, 6)}
+CODE_TILES = {8: WideTile(16, 512, 4, 4), 16: WideTile(32, 512, 4, 3)}
 """Likewise of weights in 8 bits, which are read wherever all programs are there at once."""
 
 
@@ -98,7 +99,7 @@ def _fp16_of(codes, ASM: tl.constexpr):
 def _wide_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, M, N, K,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of up to BLOCK_M rows: x [M, K] · w [N, K]ᵀ + bias [N]; w in 8 bits are multiplied by scale [N].
 
@@ -106,26 +107,27 @@ def _wide_kernel(
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    w_rows = w_ptr + n.to(tl.int64)[:, None] * K
+    # [PARTS, values of a part]: a part of each step for each warp
+    k = tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)[None, :]
+    w_rows = w_ptr + n.to(tl.int64)[None, :, None] * K
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x_rows = x_ptr + m[None, :] * K
-    # an MMA has 16 rows at least: of outputs, or of tokens
-    by_tokens: tl.constexpr = BLOCK_N < 16
-    acc = tl.zeros((BLOCK_M, BLOCK_N) if by_tokens else (BLOCK_N, BLOCK_M), tl.float32)
+    x_rows = x_ptr + m[None, None, :] * K
+    acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         here = k < (BLOCK_K if EVEN_K else K - start)
         w = tl.load(
-            w_rows + (start + k)[None, :], mask=(n < N)[:, None] & here[None, :], other=0, eviction_policy="evict_first"
+            w_rows + (start + k)[:, None, :],
+            mask=(n < N)[None, :, None] & here[:, None, :],
+            other=0,
+            eviction_policy="evict_first",
         )
-        x = tl.load(x_rows + (start + k)[:, None], mask=(m < M)[None, :] & here[:, None], other=0)
+        x = tl.load(x_rows + (start + k)[:, :, None], mask=(m < M)[None, None, :] & here[:, :, None], other=0)
         if scale_ptr is not None:
             w = _bf16_of(w, ASM) if x.dtype == tl.bfloat16 else _fp16_of(w, ASM)
-        acc = tl.dot(x.T, w.T, acc) if by_tokens else tl.dot(w, x, acc)
-    if by_tokens:
-        acc = acc.T
+        acc = tl.dot(w, x, acc)
+    acc = tl.sum(acc, 0)
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + n, mask=n < N, other=0)[:, None]
     if bias_ptr is not None:
@@ -172,10 +174,11 @@ def wide_linear(
         n,
         k,
         EVEN_K=k % tile.step == 0,
-        BLOCK_M=max(8 if tile.outputs >= 16 else 16, next_power_of_2(tokens)),
+        BLOCK_M=max(8, next_power_of_2(tokens)),
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.step,
         STAGES=tile.stages,
+        PARTS=tile.warps,
         ASM=mode.asm,
         PDL=mode.early,
         num_warps=tile.warps,

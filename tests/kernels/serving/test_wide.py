@@ -73,7 +73,7 @@ def test_few_tokens_read_codes(tokens: int, n: int, k: int, biased: bool, dtype:
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [2, 16, 33])
-@pytest.mark.parametrize("tile", [*CODE_TILES.values(), WideTile(8, 128, 1, 3), WideTile(64, 64, 4, 2)])
+@pytest.mark.parametrize("tile", [WideTile(16, 256, 1, 3), WideTile(32, 128, 2, 4), WideTile(64, 128, 4, 2)])
 def test_every_tile_of_codes(tile: WideTile, tokens: int, dtype: torch.dtype, kernel_device: str):
     x, weight, bias = random_layer(tokens, 176, 416, dtype, kernel_device)
     weights = [weight, *encode(weight)]
