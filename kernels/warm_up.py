@@ -233,13 +233,13 @@ def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: boo
     """
 
     def note() -> None:
-        from .serving.dense.wide import TILES, wide_linear
+        from .serving.dense.wide import SPREAD_TILES, TILES, wide_linear
 
         weight = torch.empty(n, k, dtype=dtype, device=device)
         weights = [weight]
         if in_codes:
             weights += [weight.new_empty(n, k, dtype=torch.uint8), weight.new_empty(n, dtype=torch.float32)]
-        for tokens in TILES:
+        for tokens in (*TILES, *SPREAD_TILES):
             wide_linear(weight.new_empty(tokens, k), weights, weight.new_empty(n) if biased else None)
 
     return _note(lambda: ("wide", n, k, dtype, biased, in_codes), "dense layers in 16 bits", note, device)

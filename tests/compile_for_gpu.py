@@ -28,7 +28,7 @@ from vllm_milo.kernels.compiling.jobs import TargetDriver
 from vllm_milo.kernels.launch import TOGETHER, LaunchMode
 from vllm_milo.kernels.serving import fused_moe
 from vllm_milo.kernels.serving.dense import expand, linear, wide
-from vllm_milo.kernels.serving.dense.wide import TILES
+from vllm_milo.kernels.serving.dense.wide import SPREAD_TILES, TILES
 from vllm_milo.kernels.serving.gemm import heuristic
 from vllm_milo.kernels.serving.gemm.config import GemmConfig
 
@@ -65,9 +65,9 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_dense, tokens, [4096, 1024, 1024], 4096, 512)
     yield partial(run_dense, 1500, [4096, 1024, 1024], 4096, 512)  # the most tokens by tiles
     yield partial(run_dense, 1, [4096], 4096, 0)
-    for tokens, in_codes in product(TILES, (False, True)):
+    for tokens, in_codes in product((*TILES, *SPREAD_TILES), (False, True)):
         yield partial(run_wide, tokens, 4096, 4096, in_codes=in_codes)
-        yield partial(run_wide, tokens, 4000, 352, torch.float16, biased=True, in_codes=in_codes)
+        yield partial(run_wide, tokens, 2000, 352, torch.float16, biased=True, in_codes=in_codes)
     for tokens in (1, 2000):
         yield partial(run_openai_experts, tokens)
     yield partial(run_openai_experts, 1, gated=False)

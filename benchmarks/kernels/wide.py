@@ -21,8 +21,9 @@ import torch
 from benchmarks.kernels.linear import SHAPES as LAYERS
 from benchmarks.kernels.run import names, numbers
 from benchmarks.records import environment, markdown_table, write_json
+from vllm_milo.kernels.launch import shared_memory
 from vllm_milo.kernels.serving.dense.codes import encode
-from vllm_milo.kernels.serving.dense.wide import CODE_TILES, TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.serving.dense.wide import CODE_TILES, SPREAD_TILES, TILES, WideTile, wide_linear, wide_tile
 from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
 
 SHAPES = {name: (sum(shape.widths), shape.k) for name, shape in LAYERS.items() if name != "tiny"}
@@ -58,11 +59,13 @@ Weights = list[torch.Tensor]
 Product = Callable[[torch.Tensor, Weights], torch.Tensor]
 
 
-def tiles(tokens: int) -> Iterator[tuple[WideTile, bool]]:
-    """Yield the tiles that are timed, and whether they read 8 bits; those fill shared memory least with few tokens."""
-    yield from ((tile, False) for tile in dict.fromkeys((*TILES.values(), *OTHERS)))
-    if tokens <= max(CODE_TILES):
-        yield from ((tile, True) for tile in dict.fromkeys((*CODE_TILES.values(), *CODE_OTHERS)))
+def tiles(tokens: int, device: torch.device) -> Iterator[tuple[WideTile, bool]]:
+    """Yield the tiles that are timed, and whether they read 8 bits: all that fit into shared memory."""
+    in_use = (*TILES.values(), *SPREAD_TILES.values())
+    for known, in_codes in (((*in_use, *OTHERS), False), ((*CODE_TILES, *CODE_OTHERS), True)):
+        for tile in dict.fromkeys(known):
+            if tile.loads(tokens, in_codes) <= shared_memory(device):
+                yield tile, in_codes
 
 
 def library(x: torch.Tensor, weights: Weights) -> torch.Tensor:
@@ -95,7 +98,7 @@ def measure(n: int, k: int, tokens: int, seconds: float, device: torch.device) -
     plain, expected = timed(library)
     row: dict[str, Any] = {"norm": norm, "library": plain - norm, "tiles": []}
     row |= {"chosen": wide_tile(tokens, n, device), "chosen_in_codes": wide_tile(tokens, n, device, in_codes=True)}
-    for tile, in_codes in tiles(tokens):
+    for tile, in_codes in tiles(tokens, device):
         read = slice(None if in_codes else 1)
         microseconds, found = timed(partial(_product, tile=tile, read=read))
         error = float((found - expected).norm() / expected.norm())

@@ -12,7 +12,7 @@ blocks of both operands, and the library is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,14 +38,23 @@ class WideTile(NamedTuple):
     warps: int
     stages: int
 
+    def loads(self, tokens: int, in_codes: bool) -> int:
+        """Return the bytes of shared memory that are in flight, for so many tokens, on weights in 16 bits or in 8."""
+        rows = max(LEAST_ROWS, next_power_of_2(tokens))
+        return (self.stages - 1) * self.step * (self.outputs * (1 if in_codes else 2) + rows * 2)
 
-TILES = {8: WideTile(16, 256, 4, 5), 16: WideTile(16, 256, 4, 4)}
+
+LEAST_ROWS = 8
+"""Tokens of an MMA."""
+TILES = {8: WideTile(16, 256, 2, 5), 16: WideTile(16, 128, 1, 6)}
 """By the largest number of tokens."""
-LEAST_RESIDENT = {8: 0.0, 16: 1.5}
-"""Programs on each multiprocessor from which the kernel is quicker, by the largest number of tokens: each reads all of
-x, so that with more tokens fewer programs are not enough to hide it."""
-CODE_TILES = {8: WideTile(16, 512, 4, 4), 16: WideTile(32, 512, 4, 3)}
-"""Likewise of weights in 8 bits, which are read wherever all programs are there at once."""
+SPREAD_TILES = {32: WideTile(16, 512, 4, 4)}
+"""Likewise where a multiprocessor has fewer than :data:`FEW_PROGRAMS`: more warps share K."""
+FEW_PROGRAMS = 1.5
+CODE_TILES = (WideTile(16, 512, 4, 4), WideTile(64, 256, 4, 4))
+"""For weights in 8 bits: the first one of whose programs none waits for another to end."""
+MOST_IN_CODES = 16
+"""Tokens that read weights in 8 bits."""
 
 
 def wide_tile(tokens: int, outputs: int, device: torch.device, in_codes: bool = False) -> WideTile | None:
@@ -53,15 +62,18 @@ def wide_tile(tokens: int, outputs: int, device: torch.device, in_codes: bool = 
 
     That is also where some programs must wait for others to end, for want of shared memory.
     """
-    tiles = CODE_TILES if in_codes else TILES
-    most = next((most for most in tiles if tokens <= most), None)
-    if most is None:
-        return None
-    tile = tiles[most]
-    resident = cdiv(outputs, tile.outputs) / processors(device)
-    loads = (tile.stages - 1) * tile.step * (tile.outputs * (1 if in_codes else 2) + most * 2)
-    least = 0.0 if in_codes else LEAST_RESIDENT[most]
-    return tile if least <= resident <= shared_memory(device) // loads else None
+
+    def programs(tile: WideTile) -> float:
+        return cdiv(outputs, tile.outputs) / processors(device)
+
+    known: Iterable[WideTile]
+    if in_codes:
+        known = CODE_TILES if tokens <= MOST_IN_CODES else ()
+    else:
+        tiles = SPREAD_TILES if programs(SPREAD_TILES[32]) < FEW_PROGRAMS else TILES
+        known = [tile for most, tile in tiles.items() if tokens <= most][:1]
+    room = shared_memory(device)
+    return next((tile for tile in known if programs(tile) <= room // tile.loads(tokens, in_codes)), None)
 
 
 @triton.jit
@@ -174,7 +186,7 @@ def wide_linear(
         n,
         k,
         EVEN_K=k % tile.step == 0,
-        BLOCK_M=max(8, next_power_of_2(tokens)),
+        BLOCK_M=max(LEAST_ROWS, next_power_of_2(tokens)),
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.step,
         STAGES=tile.stages,

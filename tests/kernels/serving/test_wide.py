@@ -9,7 +9,7 @@ from random_layers import relative_error
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.serving.dense import wide
 from vllm_milo.kernels.serving.dense.codes import HIGH_BYTE, encode, meanings
-from vllm_milo.kernels.serving.dense.wide import CODE_TILES, TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.serving.dense.wide import CODE_TILES, SPREAD_TILES, TILES, WideTile, wide_linear, wide_tile
 
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -63,8 +63,7 @@ def decoded(weights: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 def test_few_tokens_read_codes(tokens: int, n: int, k: int, biased: bool, dtype: torch.dtype, kernel_device: str):
     x, weight, bias = random_layer(tokens, n, k, dtype, kernel_device)
     weights = [torch.full_like(weight, torch.nan), *encode(weight)]
-    tile = next(tile for most, tile in CODE_TILES.items() if tokens <= most)
-    found = wide_linear(x, weights, bias if biased else None, tile)
+    found = wide_linear(x, weights, bias if biased else None, CODE_TILES[0])
     assert found.shape == (tokens, n)
     assert found.dtype == dtype
     assert relative_error(found, exact(x, decoded(weights, dtype), bias if biased else None)) < TOLERANCE[dtype]
@@ -123,25 +122,42 @@ def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: 
 
 @pytest.mark.parametrize(
     ("tokens", "outputs", "ours"),
-    [(1, 2048, 8), (8, 6144, 8), (8, 16384, None), (9, 6144, 16), (16, 2048, None), (16, 4096, 16), (17, 6144, None)],
+    [
+        (1, 2048, SPREAD_TILES[32]),
+        (8, 6144, TILES[8]),
+        (8, 16384, None),
+        (9, 6144, TILES[16]),
+        (17, 2048, SPREAD_TILES[32]),
+        (33, 2048, None),
+        (16, 4096, TILES[16]),
+        (17, 6144, None),
+    ],
 )
 def test_the_library_is_asked_where_it_is_quicker(
-    tokens: int, outputs: int, ours: int | None, monkeypatch: pytest.MonkeyPatch
+    tokens: int, outputs: int, ours: WideTile | None, monkeypatch: pytest.MonkeyPatch
 ):
-    """By measurements on 132 multiprocessors: more tokens, too many programs, and few with 16 tokens."""
+    """By measurements on 132 multiprocessors: more tokens, and too many programs."""
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 227 * 1024)
-    assert wide_tile(tokens, outputs, torch.device("cuda")) == (None if ours is None else TILES[ours])
+    assert wide_tile(tokens, outputs, torch.device("cuda")) == ours
 
 
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "ours"), [(1, 2048, 8), (8, 6144, 8), (9, 2048, 16), (16, 6144, 16), (17, 6144, None)]
+    ("tokens", "outputs", "ours"),
+    [
+        (1, 2048, CODE_TILES[0]),
+        (16, 6144, CODE_TILES[0]),
+        (16, 14336, CODE_TILES[1]),
+        (17, 6144, None),
+        (1, 99999, None),
+    ],
 )
-def test_codes_are_read_by_few_tokens(tokens: int, outputs: int, ours: int | None, monkeypatch: pytest.MonkeyPatch):
+def test_codes_are_read_by_few_tokens(
+    tokens: int, outputs: int, ours: WideTile | None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 227 * 1024)
-    expected = None if ours is None else CODE_TILES[ours]
-    assert wide_tile(tokens, outputs, torch.device("cuda"), in_codes=True) == expected
+    assert wide_tile(tokens, outputs, torch.device("cuda"), in_codes=True) == ours
 
 
 def test_fewer_programs_fit_where_there_is_less_shared_memory(monkeypatch: pytest.MonkeyPatch):
