@@ -3,6 +3,7 @@
     python -m benchmarks.serving.traffic -o out/traffic.json    # Mixtral-8x7B's shapes at full depth
     python -m benchmarks.serving.traffic -o out/traffic.json --model qwen3 --layers 48 --concurrency 1 16 64
         [--contenders milo int4-g128] [--loads 128:128 1024:256:64 1024:2:64] [--turns 3] [--kv-gib 20]
+        [--serve "--max-cudagraph-capture-size 1024"]
 
 Starts vLLM's OpenAI server for each contender with dummy weights, all of them on the same device, then lets vLLM's own
 ``vllm bench serve`` ask each in turn: random prompts of so many tokens, exactly so many tokens of answer, so many
@@ -98,6 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "layers": arguments.layers,
         "routes": "own" if arguments.own_routes else "table",
+        "serve": arguments.serve,
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "turns": [],
     }
@@ -156,6 +158,7 @@ def start_one(contender: str, arguments: argparse.Namespace, folder: Path) -> tu
     backend = CONTENDERS[contender].moe_backend
     options += [] if backend == "auto" else ["--moe-backend", backend]
     options += ["--enforce-eager"] if arguments.eager else []
+    options += arguments.serve
     path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     variables = {**ENVIRONMENT, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     variables |= CONTENDERS[contender].environment
@@ -268,6 +271,8 @@ def format_report(record: Mapping[str, Any]) -> str:
     header = ["tokens", "requests at once", "contender", "ms a token", f"{first} = 1", "ms to the first", "tokens/s"]
     about = record["environment"]
     title = f"{record['model']}, {record['layers']} layers, dummy weights, vLLM {about['vllm']} on {about['device']}."
+    if words := record.get("serve"):
+        title += f" All servers with `{' '.join(words)}`."
     stalled = max((row.get(STALLED, 0.0) for row in record["turns"]), default=0.0)
     if stalled > MOST_STALLED:
         title += (
@@ -294,6 +299,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-gib", type=float, default=48.0, help="most memory of a server's KV cache")
     parser.add_argument("--start-seconds", type=float, default=400)
     parser.add_argument("--own-routes", action="store_true", help="routers choose by dummy weights")
+    parser.add_argument("--serve", type=str.split, default=[], help="further words of `vllm serve`, in one argument")
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs")
     arguments = parser.parse_args(words)
     text = format_report(run(arguments))

@@ -39,7 +39,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     ``quantized_bytes`` those of quantized matrices. ``kept_weights`` and ``kept_bytes`` are of the matrices that could
     be quantized and are not, because ``ignore`` names them; ``bits_per_weight_with_kept`` counts them too.
     ``resident_bits_per_weight`` is of the quantized matrices as the kernels hold them on one GPU,
-    ``resident_bits_dense_16bit`` where dense layers are kept in 16 bits; ``serving`` what one
+    ``resident_bits_dense_16bit`` where dense layers are kept in 16 bits and 8; ``serving`` what one
     decoded token takes of them (:class:`..served.load.Load`), null where config.json does not say how many experts a
     token reads. ``lm_head``
     has bits, weights and bytes of the output head, which none of these counts; null where it is tied to the embeddings.
@@ -96,7 +96,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"  compensators   {size_text(report['factor_bytes'])}",
         f"bits a weight    {report['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
         f"{report['resident_bits_per_weight']:.3f} on a GPU, "
-        f"{report['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits",
+        f"{report['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits and 8",
     ]
     if report["serving"] is not None:
         lines.append(f"serving          {serving_line(report['serving'])}")

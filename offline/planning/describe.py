@@ -26,7 +26,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     ``kept`` counts the matrices that ``--ignore`` keeps as they are, and names the experts' modules among them;
     ``bits_per_weight`` is of quantized weights alone, ``bits_per_weight_with_kept`` of these too,
     ``resident_bits_per_weight`` of quantized weights as the kernels hold them on one GPU, and
-    ``resident_bits_dense_16bit`` where dense layers are kept in 16 bits. ``serving`` is what one
+    ``resident_bits_dense_16bit`` where dense layers are kept in 16 bits and 8. ``serving`` is what one
     decoded token takes of these (:class:`..served.load.Load`), null where config.json does not say how many experts a
     token reads; ``serving_target`` is the most that its share may be, null for no limit.
     ``lm_head`` has bits, weights and bytes of an output head that is quantized, which no other number of bits counts;
@@ -84,7 +84,7 @@ def format_description(plan: Plan) -> str:
         f"output           {said['output']}: {about}{size_text(said['disk_bytes'])} on disk{fits}",
         f"bits a weight    {about}{said['bits_per_weight']:.3f} (codes, scales, zero points and factors), "
         f"{about}{said['resident_bits_per_weight']:.3f} on a GPU, "
-        f"{about}{said['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits",
+        f"{about}{said['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits and 8",
     ]
     if said["serving"] is not None:
         most = "" if said["serving_target"] is None else f" (at most {said['serving_target']:g})"

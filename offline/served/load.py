@@ -125,7 +125,7 @@ def resident_bits(held: Iterable[Held], dense_wide: bool = False) -> float:
 
     Args:
         held: the matrices.
-        dense_wide: whether those that are no routed expert's are in 16 bits.
+        dense_wide: whether those that are no routed expert's are in 16 bits and 8.
     """
     size = weights = 0
     for one in held:

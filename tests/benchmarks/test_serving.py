@@ -178,13 +178,16 @@ def test_servers_are_measured_in_turns(tmp_path: Path):
     """Two servers at once, each asked over HTTP; answers are as long as they should be, or it raises."""
     output = tmp_path / "traffic.json"
     words = ["-o", str(output), "--model", "tiny", "--layers", "1", "--contenders", "milo", "bf16", "--eager"]
+    words += ["--serve", "--max-num-batched-tokens 64"]
     traffic.main([*words, "--loads", "16:8", "--concurrency", "2", "--turns", "1"])
     record = json.loads(output.read_text())
     turns = record["turns"]
     assert [row["contender"] for row in turns] == ["milo", "bf16"]
     assert any("milo::fused_moe" in line for line in record["kernels"]["milo"])
     assert not any("milo::" in line for line in record["kernels"]["bf16"])
-    assert "milo::fused_moe" in output.with_suffix(".md").read_text()
+    report = output.with_suffix(".md").read_text()
+    assert "milo::fused_moe" in report
+    assert "All servers with `--max-num-batched-tokens 64`." in report
     for row in turns:
         # a busy machine hands over all pieces at once, which moves time from between them to before the first; what an
         # answer takes in all goes by the tokens of all, two requests of 8 at once

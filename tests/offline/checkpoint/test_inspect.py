@@ -37,7 +37,7 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert 1.05 < report["resident_bits_per_weight"] / report["bits_per_weight"] < 1.4
     experts = [matrix_shape(found) for name, found in modules.items() if split_expert_name(name)]
     dense = report["quantized_weights"] - sum(n * k for n, k in experts)
-    held = 2 * dense + sum(resident_bytes(n, k, 8, 64, 3) for n, k in experts)
+    held = 3 * dense + sum(resident_bytes(n, k, 8, 64, 3) for n, k in experts)
     assert report["resident_bits_dense_16bit"] == pytest.approx(8 * held / report["quantized_weights"])
     assert report["ranks"]["attention"] == {"matrices": 8, "mean": 16, "min": 16, "max": 16}
     assert report["ranks"]["routed_expert"]["mean"] == 8
@@ -49,7 +49,7 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert f"all tensors      {report['bytes'] / 2**20:.1f} MiB\n" in said
     assert f"quantized        {quantized / 2**20:.1f} MiB for " in said
     assert f"(codes, scales, zero points and factors), {report['resident_bits_per_weight']:.3f} on a GPU, " in said
-    assert f"on a GPU, {report['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits\n" in said
+    assert f"on a GPU, {report['resident_bits_dense_16bit']:.3f} with dense layers in 16 bits and 8\n" in said
     assert f"serving          {serving_line(report['serving'])}\n" in said
 
 
