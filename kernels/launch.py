@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -111,12 +111,29 @@ def is_noting() -> bool:
     return _noted.get() is not None
 
 
+Listener = Callable[[Any, tuple[int, ...], list[Any]], None]
+"""Takes a launch's compiled kernel, its grid, and all arguments in the kernel's order, None for constants."""
+_listener: ContextVar[Listener | None] = ContextVar("listener to launches", default=None)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell ``listener`` of the launches that are done in this thread."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], mode: LaunchMode, *arguments: Any, **constants: Any) -> None:
     """Launch a Triton kernel, or note it; ``arguments`` are in its order, ``constants`` hold launch options too."""
     constants |= mode.options()
     noted = _noted.get()
     if noted is None:
-        kernel[grid](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants)
+        if (listener := _listener.get()) is not None:
+            listener(compiled, grid, [*arguments, *[None] * (len(kernel.arg_names) - len(arguments))])
         return
     made = Launch(kernel, [_without_memory(argument) for argument in arguments], constants)
     noted.setdefault(made.key(), made)

@@ -1,0 +1,328 @@
+"""Launches that are recorded and made again: by kernels that are plain Python here, and a layer's own on the GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from random_layers import moe_spec, random_experts, random_routing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_milo.kernels import ops, replay
+from vllm_milo.kernels.launch import LaunchMode, launch
+from vllm_milo.kernels.serving import fused_moe as direct
+from vllm_milo.kernels.serving import replayed_moe
+
+CPU = torch.device("cpu")
+MODE = LaunchMode(asm=False, early=False)
+HARMLESS = {"empty", "new_empty", "empty_like", "empty_strided", "view", "slice", "split", "split_with_sizes"}
+HARMLESS |= {"expand", "reshape", "detach", "alias", "_unsafe_view", "as_strided", "select", "unsqueeze"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> dict:
+    recordings: dict = {}
+    monkeypatch.setattr(replay, "_recordings", recordings)
+    return recordings
+
+
+class Compiled:
+    """A compiled kernel of Triton's, as far as a recording knows it."""
+
+    packed_metadata = ()
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self._run = run
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        assert len(grid) == 3
+        return partial(self._run, grid)
+
+
+def floats(address: int, number: int) -> Any:
+    """Numbers at an address, which a launch of a recording gets."""
+    return (ctypes.c_float * number).from_address(address)
+
+
+class Sum:
+    """target = first + (second or 0) + n: a kernel on floats, which counts how it was launched."""
+
+    arg_names = ("sources", "target", "number", "more", "CONSTANT")
+
+    def __init__(self) -> None:
+        self.launched = self.replayed = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def run(sources: Any, target: torch.Tensor, number: int, more: int, CONSTANT: str) -> Compiled:
+            assert CONSTANT == "constant"
+            self.launched += 1
+            first, second = sources
+            target.copy_(first + (0 if second is None else second) + more)
+            return Compiled(self.again)
+
+        return run
+
+    def again(self, grid: tuple[int, ...], sources: Any, target: int, number: int, more: int, constant: None) -> None:
+        self.replayed += 1
+        first, second = sources
+        given, added, found = floats(first, number), second and floats(second, number), floats(target, number)
+        for index in range(number):
+            found[index] = given[index] + (added[index] if added else 0.0) + more
+
+
+def add_up(kernel: Sum, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """2·x + y + 5 by three launches, whose intermediates are parts of one tensor and a tensor."""
+    number = x.numel()
+    both = torch.empty(2 * number)
+    between = torch.empty_like(x)
+    out = torch.empty_like(x)
+    launch(kernel, (1,), MODE, (x, None), both[number:], number, 2, CONSTANT="constant")
+    launch(kernel, (1, 2), MODE, (x, y), between, number, 3, CONSTANT="constant")
+    launch(kernel, (1, 2, 3), MODE, (both[number:], between), out, number, 0, CONSTANT="constant")
+    return out
+
+
+def sums(kernel: Sum, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return replay.replayed(partial(add_up, kernel, x, y), "sums", (x, y, None), CPU)
+
+
+def test_other_tensors_are_taken_through_the_same_launches():
+    kernel = Sum()
+    for call in range(4):
+        x, y = torch.randn(2, 33)
+        x, y = x.clone(), y.clone()
+        torch.testing.assert_close(sums(kernel, x, y), 2 * x + y + 5)
+        assert (kernel.launched, kernel.replayed) == (3, 3 * call)
+
+
+def test_other_alignments_are_recorded_anew(nothing_recorded: dict):
+    kernel = Sum()
+    memory, y = torch.randn(64), torch.randn(16)
+    for x in (memory[:16], memory[16:32], memory[1:17], memory[33:49]):
+        torch.testing.assert_close(sums(kernel, x, y), 2 * x + y + 5)
+    assert (kernel.launched, kernel.replayed, len(nothing_recorded)) == (6, 6, 2)
+
+
+def part_of_an_input(kernel: Sum, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(y)
+    launch(kernel, (1,), MODE, (x[16:], y), out, 16, 0, CONSTANT="constant")
+    return out
+
+
+def sum_by_torch(kernel: Sum, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return part_of_an_input(kernel, x.clone(), y) + 1
+
+
+def test_inputs_at_the_same_place_are_not_told_apart():
+    kernel = Sum()
+    for x, y in ((torch.ones(32),) * 2, torch.randn(2, 32)):
+        found = replay.replayed(partial(add_up, kernel, x, y), "alike", (x, y), CPU)
+        torch.testing.assert_close(found, 2 * x + y + 5)
+    assert kernel.replayed == 0
+
+
+@pytest.mark.parametrize("call", [part_of_an_input, sum_by_torch])
+def test_what_launches_do_not_tell_is_called(call: Callable[..., torch.Tensor]):
+    kernel = Sum()
+    for again in range(3):
+        x, y = torch.randn(32), torch.randn(16)
+        found = replay.replayed(partial(call, kernel, x, y), call, (x, y), CPU)
+        torch.testing.assert_close(found, x[16:] + y + (call is sum_by_torch))
+        assert (kernel.launched, kernel.replayed) == (again + 1, 0)
+
+
+def test_the_oldest_recording_goes(monkeypatch: pytest.MonkeyPatch, nothing_recorded: dict):
+    monkeypatch.setattr(replay, "MOST", 2)
+    kernel, x, y = Sum(), torch.randn(8), torch.randn(8)
+    for key in "abcb":
+        replay.replayed(partial(add_up, kernel, x, y), key, (x, y), CPU)
+    assert [key[0] for key in nothing_recorded] == ["b", "c"]
+    assert (kernel.launched, kernel.replayed) == (9, 3)
+
+
+class Layer:
+    """Random experts whose ranks differ from layer to layer, but for the largest of all."""
+
+    def __init__(self, number: int, device: str, experts: int = 4) -> None:
+        torch.manual_seed(number)
+        ranks13 = [[16, 8 * (1 + (expert + number) % 2)] for expert in range(experts)]
+        ranks2 = [[16 if expert == number % experts else 8] for expert in range(experts)]
+        self.spec = moe_spec(ranks13, ranks2, 3)
+        sources = random_experts(ranks13, 256, 256, 64, 3), random_experts(ranks2, 256, 128, 64, 3)
+        moved = [type(one)(*(None if t is None else t.to(device) for t in one)) for one in sources]
+        self.weights = [ops.prepare_experts(one, self.spec, "triton") for one in moved]
+
+    def inputs(self, tokens: int, dtype: torch.dtype, device: str, local: list[int] | None = None) -> list[Any]:
+        x = torch.randn(tokens, 256).to(dtype).to(device)
+        weights, ids = random_routing(tokens, 2, 4 if local is None else len(local))
+        expert_map = None if local is None else torch.tensor(local, dtype=torch.int32, device=device)
+        return [x, weights.to(device), ids.to(device), expert_map, *self.weights, self.spec]
+
+
+class Log:
+    """Kernels of a layer that do not run, and what was launched: their names, grids and arguments."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[int, ...], list[Any]]] = []
+        self.kept: list[Any] = []
+
+    def kernel(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        name = kernel.fn.__name__
+
+        def run(*arguments: Any, **constants: Any) -> Compiled:
+            self.kept.append(arguments)
+            runtime = [*arguments, *[None] * (len(kernel.arg_names) - len(arguments))]
+            self.note(name, (*grid, 1, 1)[:3], *runtime)
+            return Compiled(partial(self.note, name))
+
+        return run
+
+    def note(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
+        flat = [one.data_ptr() if torch.is_tensor(one) else one for one in leaves(arguments)]
+        self.launches.append((name, grid, flat))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            yield from leaves(one)
+    else:
+        yield value
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+    """What kernels are launched with, which are not run."""
+    log = Log()
+    kind = type(direct.prepare.__globals__["_prepare_kernel"])
+    monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: log.kernel(kernel, grid))
+    return log
+
+
+def same_but_for_intermediates(first: Log, again: Log, inputs: list[Any]) -> None:
+    """Compare launches: names, grids, constants and inputs are the same, and intermediates lie apart."""
+    known = {0, *(one.data_ptr() for one in leaves(inputs) if torch.is_tensor(one))}
+    place: dict[int, int] = {}
+    for (name, grid, arguments), (other, other_grid, others) in zip(first.launches, again.launches, strict=True):
+        assert (name, grid, len(arguments)) == (other, other_grid, len(others))
+        for one, two in zip(arguments, others, strict=True):
+            if one is None or one in known or one < 2**32:  # sizes are small numbers, and addresses large ones
+                assert one == two
+            else:
+                assert place.setdefault(one, two) == two
+                assert two % 16 == one % 16
+    assert len(set(place.values())) == len(place)
+    ends = {one.data_ptr(): one.data_ptr() + one.nbytes for one in leaves(first.kept) if torch.is_tensor(one)}
+    starts = sorted((two, ends[one] - one) for one, two in place.items())
+    for (start, size), (after, _) in pairwise(starts):
+        assert start + size <= after
+
+
+@pytest.mark.parametrize("local", [None, [2, -1, 0, 1, -1, 3]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_layers_launch_what_they_would(
+    tokens: int, dtype: torch.dtype, local: list[int] | None, log: Log, nothing_recorded: dict
+):
+    first, second = Layer(0, "cpu"), Layer(1, "cpu")
+    replayed_moe.fused_moe(*first.inputs(tokens, dtype, "cpu", local))
+    assert None not in nothing_recorded.values()
+    inputs = second.inputs(tokens, dtype, "cpu", local)
+    again, log.launches, log.kept = Log(), [], []
+    direct.fused_moe(*inputs)
+    again.launches, log.launches = log.launches, []
+    again.kept = log.kept
+    out = replayed_moe.fused_moe(*inputs)
+    assert out.shape == (tokens, 256)
+    assert out.dtype == dtype
+    assert len(nothing_recorded) == 1
+    assert len(log.launches) in (6, 7)
+    same_but_for_intermediates(again, log, inputs)
+
+
+def test_sizes_and_types_have_recordings_of_their_own(log: Log, nothing_recorded: dict):
+    layer, wider = Layer(0, "cpu"), Layer(0, "cpu", experts=6)
+    for made, tokens, dtype in (
+        (layer, 5, torch.float16),
+        (layer, 6, torch.float16),
+        (layer, 5, torch.bfloat16),
+        (wider, 5, torch.float16),
+    ):
+        replayed_moe.fused_moe(*made.inputs(tokens, dtype, "cpu"))
+    inputs = layer.inputs(5, torch.float16, "cpu")
+    inputs[-1] = inputs[-1]._replace(max_ranks=[48, 16])
+    replayed_moe.fused_moe(*inputs)
+    assert len(nothing_recorded) == 5
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_variable_asks_for_replays(wanted: bool, log: Log, nothing_recorded: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(replay.VARIABLE, "1" if wanted else "0")
+    replay.is_wanted.cache_clear()
+    ops.fused_moe(*Layer(0, "cpu").inputs(5, torch.float16, "cpu"), "triton")
+    replay.is_wanted.cache_clear()
+    assert len(nothing_recorded) == wanted
+
+
+class Operations(TorchDispatchMode):
+    """Notes what torch itself does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_a_recorded_layer_computes_nothing_by_torch(tokens: int, log: Log):
+    inputs = Layer(0, "cpu").inputs(tokens, torch.bfloat16, "cpu")
+    with Operations() as operations:
+        direct.fused_moe(*inputs)
+    assert operations.names <= HARMLESS
+
+
+def test_what_torch_computes_is_not_recorded(log: Log, nothing_recorded: dict):
+    layer = Layer(0, "cpu")
+    x, weights, ids, *rest = layer.inputs(6, torch.float16, "cpu")
+    replayed_moe.fused_moe(x[::2], weights[::2], ids[::2], *rest)
+    replayed_moe.fused_moe(x, weights, ids, *rest[:-1], layer.spec._replace(router_weight_on_input=True))
+    assert nothing_recorded == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 64, 300, 3000])
+def test_layers_give_what_they_would(tokens: int, nothing_recorded: dict):
+    """Bit for bit, whatever has been computed in between in the same memory."""
+    layers = [Layer(number, "cuda") for number in range(3)]
+    for turn in range(2):
+        for layer in layers:
+            inputs = layer.inputs(tokens, torch.bfloat16, "cuda")
+            expected = direct.fused_moe(*inputs)
+            torch.empty(64 << 20, dtype=torch.uint8, device="cuda").fill_(0xFF)
+            assert torch.equal(replayed_moe.fused_moe(*inputs), expected), turn
+    assert len(nothing_recorded) == 1
+    assert None not in nothing_recorded.values()
+
+
+@pytest.mark.gpu
+def test_a_graph_of_replayed_launches_follows_its_inputs():
+    layers = [Layer(number, "cuda") for number in range(2)]
+    first, second = (layer.inputs(20, torch.bfloat16, "cuda") for layer in layers)
+    replayed_moe.fused_moe(*first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = replayed_moe.fused_moe(*second)
+    fresh = layers[1].inputs(20, torch.bfloat16, "cuda")
+    for place in range(3):
+        second[place].copy_(fresh[place])
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, direct.fused_moe(*fresh))
