@@ -13,7 +13,13 @@ import torch
 
 from benchmarks.kernels.run import DTYPE
 from vllm_milo.kernels import ops, reference
-from vllm_milo.kernels.tuning.random_weights import moe_spec, random_experts, random_scales, random_words
+from vllm_milo.kernels.tuning.random_weights import (
+    CODE_SPREAD,
+    moe_spec,
+    random_experts,
+    random_scales,
+    random_words,
+)
 
 GROUP = 64
 """Group size of ours."""
@@ -105,8 +111,8 @@ def wna16(shape: MoEShape, tokens: Sequence[int], device: torch.device, group: i
 
 
 def int4_scales(shape: tuple[int, ...], k: int, device: torch.device) -> torch.Tensor:
-    """Return bf16 scales of random 4-bit codes for unit outputs; 4.6 is such a code's standard deviation."""
-    return random_scales(shape, 1 / (4.6 * k**0.5), device).to(DTYPE)
+    """Return bf16 scales of random 4-bit codes for unit outputs; such codes spread twice as far as those of 3 bits."""
+    return random_scales(shape, 1 / (2 * CODE_SPREAD * k**0.5), device).to(DTYPE)
 
 
 def marlin(shape: MoEShape, tokens: Sequence[int], device: torch.device, group: int) -> Layer:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_milo.checkpoint import CheckpointError, MiLoFormat
+from vllm_milo.kernels.serving.padding import padded
 from vllm_milo.kernels.weights import MoEShape, largest_rank
 from vllm_milo.names import EXPERT_PROJECTIONS, split_expert_name
 from vllm_milo.offline.conversion import Conversion
@@ -19,9 +20,6 @@ from vllm_milo.offline.source.config import CHOSEN_KEYS, chosen_experts
 from vllm_milo.offline.source.reader import ModelReader
 from vllm_milo.shards import read_object, read_tensors
 from vllm_milo.validation import matrix_shape, quantized_modules, validate_checkpoint
-
-MULTIPLE = 64
-"""The kernels pad sizes to multiples of this."""
 
 
 class ExpertMatrix(NamedTuple):
@@ -104,8 +102,8 @@ def _shape(name: str, matrices: Iterable[ExpertMatrix], fmt: MiLoFormat, top_k: 
     return MoEShape(
         experts,
         min(top_k, experts),
-        _padded(up.k),
-        _padded(share),
+        padded(up.k),
+        padded(share),
         (groups[0], groups[1]),
         (largest_rank(zip(*read, strict=True)), largest_rank([r] for r in ranks["down"])),
         len(read),
@@ -119,7 +117,3 @@ def _check_split(name: str, size: int, group: int, has_rank: bool, fmt: MiLoForm
             f"{name}: an intermediate size of {size} in groups of {group} cannot be split over {parts} processes; "
             f"give --tensor-parallel another number (`milo quantize --dry-run` prints those that work)"
         )
-
-
-def _padded(size: int) -> int:
-    return -(-size // MULTIPLE) * MULTIPLE
