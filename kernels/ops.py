@@ -68,21 +68,6 @@ def prepare_linear(weights: LinearWeights, spec: LinearSpec, backend: str) -> li
     return list(weights)
 
 
-def widen_linear(
-    weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, in_codes: bool, backend: str
-) -> list[torch.Tensor]:
-    """Return what :func:`wide_linear` multiplies by: :func:`expand_linear`, and with ``in_codes`` that in 8 bits too.
-
-    Only ``triton`` reads 8 bits, so that ``torch`` has none.
-    """
-    wide = expand_linear(weights, spec, dtype, backend)
-    if backend != "triton" or not in_codes:
-        return [wide]
-    from .serving.dense.codes import encode
-
-    return [wide, *encode(wide)]
-
-
 def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, backend: str) -> torch.Tensor:
     """Return a linear layer's weights with their compensators, W + Uᵀ·V in ``dtype`` [N, K], for a plain product.
 
@@ -100,6 +85,21 @@ def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, 
             k = weights.scale.shape[1] * spec.group_size
             return expand.expand(prepare_linear(weights, spec, backend), spec, k, dtype)
     return reference.expand_linear(weights, spec, dtype)
+
+
+def reads_codes(outputs: int, inputs: int, device: torch.device) -> bool:
+    """Return whether :func:`wide_linear` would read a layer in 8 bits on a GPU; only ``triton`` does."""
+    from .serving.dense.wide import wide_tile
+
+    return wide_tile(1, outputs, inputs, device, in_codes=True) is not None
+
+
+def encode_linear(wide: torch.Tensor) -> tuple[list[torch.Tensor], float]:
+    """Return a layer in 16 bits once more in 8, for ``triton``, and its error, as of :mod:`.serving.dense.codes`."""
+    from .serving.dense import codes
+
+    encoded = codes.encode(wide)
+    return list(encoded), codes.error(wide, *encoded)
 
 
 def prepare_experts(weights: ExpertWeights, spec: MoESpec, backend: str) -> list[torch.Tensor]:
@@ -155,7 +155,7 @@ def wide_linear(x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor
 
     Args:
         x: activations; ``triton`` knows fp16 and bf16.
-        weights: what :func:`widen_linear` returned for ``backend``.
+        weights: what :func:`expand_linear` returned, and for ``triton`` what :func:`encode_linear` made of it, or not.
         bias: [N], or None.
         backend: ``torch`` or ``triton``.
     """
@@ -248,7 +248,6 @@ def _fused_moe(
         from .serving import replayed_moe
 
         layer = replayed_moe if replay.is_wanted() else triton_moe
-
         with device_of(x):
             return layer.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
     return reference.fused_moe(x, topk_weights, topk_ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)

@@ -9,6 +9,7 @@ others' launches differ from its own in addresses only. Intermediates come as on
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from operator import itemgetter
@@ -170,6 +171,8 @@ def _is_at(value: Any, address: int) -> bool:
 
 
 _recordings: dict[Hashable, Recording | None] = {}
+_adding = threading.Lock()
+"""Threads of one process, as micro-batches have, read freely and add one after the other."""
 
 
 def replayed(call: Callable[[], torch.Tensor], key: Hashable, inputs: Inputs, device: torch.device) -> torch.Tensor:
@@ -191,12 +194,14 @@ def replayed(call: Callable[[], torch.Tensor], key: Hashable, inputs: Inputs, de
     recorder = Recorder(inputs)
     with listening(recorder.note):
         result = call()
-    while len(_recordings) >= MOST:
-        del _recordings[next(iter(_recordings))]
     try:
-        _recordings[key] = recorder.recording(result)
+        made = recorder.recording(result)
     except UnrecordableError:
-        _recordings[key] = None
+        made = None
+    with _adding:
+        while len(_recordings) >= MOST:
+            del _recordings[next(iter(_recordings))]
+        _recordings[key] = made
     return result
 
 

@@ -233,16 +233,21 @@ def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: boo
     """
 
     def note() -> None:
-        from .serving.dense.wide import SPREAD_TILES, TILES, wide_linear
+        run_wide(n, k, dtype, biased, in_codes, device)
 
-        weight = torch.empty(n, k, dtype=dtype, device=device)
-        weights = [weight]
-        if in_codes:
-            weights += [weight.new_empty(n, k, dtype=torch.uint8), weight.new_empty(n, dtype=torch.float32)]
-        for tokens in (*TILES, *SPREAD_TILES):
-            wide_linear(weight.new_empty(tokens, k), weights, weight.new_empty(n) if biased else None)
+    return _note(lambda: ("wide", n, k, dtype, biased, in_codes), "dense layers in 16 bits and 8", note, device)
 
-    return _note(lambda: ("wide", n, k, dtype, biased, in_codes), "dense layers in 16 bits", note, device)
+
+def run_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: bool, device: torch.device) -> None:
+    """Multiply as many tokens by weights in 16 bits as launch all kernels; the arguments are :func:`warm_up_wide`'s."""
+    from .serving.dense.wide import MOST_IN_CODES, SPREAD_TILES, TILES, wide_linear
+
+    weight = torch.empty(n, k, dtype=dtype, device=device)
+    weights = [weight]
+    if in_codes:
+        weights += [weight.new_empty(n, k, dtype=torch.uint8), weight.new_empty(n, dtype=torch.float32)]
+    for tokens in sorted({*TILES, *SPREAD_TILES, *MOST_IN_CODES.values()}):
+        wide_linear(weight.new_empty(tokens, k), weights, weight.new_empty(n) if biased else None)
 
 
 def _warm_up(

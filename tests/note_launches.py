@@ -21,8 +21,9 @@ from unittest import mock
 
 import torch
 import triton
-from meta_layers import make_experts, meta_layer, run_dense, run_experts
+from meta_layers import make_experts, meta_layer, run_dense, run_experts, run_wide
 
+from vllm_milo.kernels import warm_up
 from vllm_milo.kernels.compiling import threads
 from vllm_milo.kernels.compiling.jobs import TargetDriver
 from vllm_milo.kernels.compiling.threads import Compiler, Share
@@ -44,6 +45,8 @@ LAYERS: dict[str, Callable[[int], None]] = {
     "o": partial(run_dense, widths=[4096], k=4096, rank=512),
     "small dense": partial(run_dense, widths=[192], k=192, rank=0),
 }
+WIDE = {"qkv": (6144, 4096), "short K": (5120, 2048), "few programs": (2048, 4096), "large": (14336, 4096)}
+"""Outputs and inputs of layers that are kept in 16 bits."""
 MOST = 3000
 KERNELS = [
     value
@@ -118,6 +121,12 @@ def main() -> None:
         early = note(run, token_counts(MOST)).keys()
         ahead[name] = len(early)
         left[name] = len(note(run, range(1, MOST, 7)).keys() - early)
+    for name, (n, k) in WIDE.items():
+        for in_codes in (False, True):
+            with noting() as launches:
+                warm_up.run_wide(n, k, torch.bfloat16, False, in_codes, torch.device("meta"))
+            run = partial(run_wide, n=n, k=k, in_codes=in_codes)
+            left[f"{name}, in codes: {in_codes}"] = len(note(run, range(1, 40)).keys() - launches.keys())
     noted = note(LAYERS["small experts"], [1, 5])
     for one in noted.values():
         one.kernel.warmup(*one.arguments, grid=(1,), **one.constants)

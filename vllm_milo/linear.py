@@ -95,7 +95,7 @@ class MiLoLinearMethod(LinearMethodBase):
         self._register_base(layer, sum(widths), input_size_per_partition, loader)
         self._register_factors(layer, input_size_per_partition, params_dtype)
         device = getattr(layer, PACKED).device
-        self.place = dense.reserve(self.prefix, sum(widths) * self.split.k, device, params_dtype)
+        self.place = dense.reserve(self.prefix, sum(widths), self.split.k, device, params_dtype)
         wide, in_codes = self.place is not None, self.place is not None and self.place.in_codes
         apart = self.quantizes and not self.dummy
         self.kernels = start_linear(
@@ -118,9 +118,10 @@ class MiLoLinearMethod(LinearMethodBase):
         if self.place is not None and self.wide:
             with load.spend(account.WARMING_UP):
                 wait(self.kernels)
-            load.widen(self.prefix, self.place.size, self.place.in_codes)
         with load.spend(account.REPACKING):
             prepared = self._repack(layer)
+        if self.place is not None and self.wide:
+            load.widen(self.prefix, self.place.size, self.place.in_codes)
         with load.spend(account.WARMING_UP):
             wait(self.kernels)
             wait(self._warm_up(prepared, getattr(layer, "bias", None) is not None))
@@ -136,10 +137,10 @@ class MiLoLinearMethod(LinearMethodBase):
         return warm_up_wide(n, k, self.dtype, True, len(prepared) > 1, prepared[0].device)
 
     def _repack(self, layer: torch.nn.Module) -> list[torch.Tensor]:
-        """Replace the layer's parameters by the backend's, or by weights in 16 bits, and return those."""
+        """Replace the layer's parameters by the backend's, or by weights in 16 bits and 8, and return those."""
         weights = LinearWeights(*(getattr(layer, name).data for name in BASE_TENSORS + _FACTOR_ORDER))
         if self.place is not None and self.wide:
-            prepared = ops.widen_linear(weights, self.spec, self.dtype, self.place.in_codes, self.backend)
+            prepared = self._widen(weights, self.place)
         else:
             prepared = ops.prepare_linear(weights, self.spec, self.backend)
         for name in BASE_TENSORS + _FACTOR_ORDER:
@@ -149,6 +150,14 @@ class MiLoLinearMethod(LinearMethodBase):
         for name, tensor in zip(self.names, prepared, strict=True):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         return prepared
+
+    def _widen(self, weights: LinearWeights, place: dense.Place) -> list[torch.Tensor]:
+        """Return the layer in 16 bits, compensators added, and in 8 where it has room and they are close enough."""
+        wide = ops.expand_linear(weights, self.spec, self.dtype, self.backend)
+        if not place.in_codes:
+            return [wide]
+        codes, error = ops.encode_linear(wide)
+        return [wide, *codes] if place.keep_codes(wide.numel(), error) else [wide]
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + (x·Vᵀ)·U + bias."""

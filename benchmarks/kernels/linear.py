@@ -84,7 +84,8 @@ def milo(shape: LinearShape, tokens: Sequence[int], device: torch.device, rank: 
         return reference.linear(x.float(), weights, spec)
 
     if kept_in > 3:
-        return Dense(ops.widen_linear(weights, spec, DTYPE, kept_in == 8, backend), kept, [], exact)
+        wide = ops.expand_linear(weights, spec, DTYPE, backend)
+        return Dense([wide, *(ops.encode_linear(wide)[0] if kept_in == 8 else [])], kept, [], exact)
     prepared = ops.prepare_linear(weights, spec, backend)
     return Dense(prepared, lambda tensors, x: ops.linear(x, list(tensors), spec, backend), spec.ranks, exact)
 

@@ -34,7 +34,7 @@ def fused_moe(
         return call()  # what torch computes before or after the launches is in no recording
     key = (
         *((one.shape, one.dtype) for one in routed),
-        None if expert_map is None else expert_map.shape,
+        None if expert_map is None else (expert_map.shape, expert_map.dtype),
         _sizes(w13),
         _sizes(w2),
         tuple(tuple(one) if isinstance(one, list) else one for one in spec),
@@ -45,11 +45,5 @@ def fused_moe(
 def _sizes(weights: list[torch.Tensor]) -> Hashable:
     """Return what launches depend on in a GEMM's weights; of factors they take the addresses, whatever the ranks."""
     layer = KernelWeights(*weights)
-    return (
-        layer.packed.shape,
-        layer.scale_zero.shape,
-        layer.rank_blocks.shape,
-        layer.u.dtype,
-        layer.v.dtype,
-        len(weights),
-    )
+    shapes = layer.packed.shape, layer.scale_zero.shape, layer.rank_blocks.shape
+    return shapes, tuple(one.dtype for one in weights)

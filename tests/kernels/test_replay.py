@@ -145,13 +145,16 @@ def test_the_oldest_recording_goes(monkeypatch: pytest.MonkeyPatch, nothing_reco
     assert (kernel.launched, kernel.replayed) == (9, 3)
 
 
+RANKS = (48, 33, 16, 0)
+
+
 class Layer:
     """Random experts whose ranks differ from layer to layer, but for the largest of all."""
 
     def __init__(self, number: int, device: str, experts: int = 4) -> None:
         torch.manual_seed(number)
-        ranks13 = [[16, 8 * (1 + (expert + number) % 2)] for expert in range(experts)]
-        ranks2 = [[16 if expert == number % experts else 8] for expert in range(experts)]
+        ranks13 = [[RANKS[(expert + number) % 4], RANKS[expert * number % 4]] for expert in range(experts)]
+        ranks2 = [[RANKS[(expert + number) % 4]] for expert in range(experts)]
         self.spec = moe_spec(ranks13, ranks2, 3)
         sources = random_experts(ranks13, 256, 256, 64, 3), random_experts(ranks2, 256, 128, 64, 3)
         moved = [type(one)(*(None if t is None else t.to(device) for t in one)) for one in sources]
@@ -254,10 +257,15 @@ def test_sizes_and_types_have_recordings_of_their_own(log: Log, nothing_recorded
         (wider, 5, torch.float16),
     ):
         replayed_moe.fused_moe(*made.inputs(tokens, dtype, "cpu"))
+    local = [2, -1, 0, 1, -1, 3]
+    for kind in (torch.int32, torch.int64):
+        inputs = layer.inputs(5, torch.float16, "cpu", local)
+        inputs[3] = inputs[3].to(kind)
+        replayed_moe.fused_moe(*inputs)
     inputs = layer.inputs(5, torch.float16, "cpu")
-    inputs[-1] = inputs[-1]._replace(max_ranks=[48, 16])
+    inputs[-1] = inputs[-1]._replace(max_ranks=[160, 48])
     replayed_moe.fused_moe(*inputs)
-    assert len(nothing_recorded) == 5
+    assert len(nothing_recorded) == 7
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from plugin_layers import PREFIX, K, checkpoint_tensors, load, make_format, make_layer
-from random_layers import random_linear
+from random_layers import random_linear, relative_error
 
 from vllm_milo import compat
-from vllm_milo.kernels import reference
+from vllm_milo.kernels import ops, reference
 from vllm_milo.kernels.weights import LinearWeights
 from vllm_milo.loading import account, dense
 
@@ -28,20 +28,23 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(compat, "graph_notes", lambda: notes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=TOTAL))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(dense.ops, "reads_codes", lambda outputs, inputs, device: outputs < 10**6)
     monkeypatch.delenv(dense.VARIABLE, raising=False)
     return notes
 
 
 def test_layers_are_kept_while_they_are_few_of_the_devices_bytes(notes: dict):
-    places = [dense.reserve(f"layer {i}", 70, GPU, torch.bfloat16) for i in range(4)]
+    places = [dense.reserve(f"layer {i}", 7, 10, GPU, torch.bfloat16) for i in range(4)]
     assert [place is not None and place.in_codes for place in places] == [True, True, False, False]
-    assert dense.reserve("small", 25, GPU, torch.bfloat16) is not None
-    assert notes == {"other plugin's": 1, dense.NOTE: {"layer 0": 210, "layer 1": 210, "small": 75}}
+    small = dense.reserve("small", 5, 8, GPU, torch.bfloat16)
+    assert small is not None
+    assert not small.in_codes, "there is room for 16 bits alone"
+    assert notes == {"other plugin's": 1, dense.NOTE: {"layer 0": 210, "layer 1": 210, "small": 80}}
     assert json.loads(json.dumps(notes)) == notes
 
 
 def test_none_is_kept_where_weights_fill_the_device(notes: dict, monkeypatch: pytest.MonkeyPatch):
-    first, second = (dense.reserve(name, 70, GPU, torch.bfloat16) for name in ("first", "second"))
+    first, second = (dense.reserve(name, 7, 10, GPU, torch.bfloat16) for name in ("first", "second"))
     assert first is not None
     assert second is not None
     assert first.keep(GPU)
@@ -55,27 +58,40 @@ def test_none_is_kept_where_weights_fill_the_device(notes: dict, monkeypatch: py
     ("device", "dtype"), [(GPU, torch.float32), (torch.device("cpu"), torch.bfloat16), (torch.device("meta"), None)]
 )
 def test_none_is_kept_where_no_kernel_of_triton_would_run(device: torch.device, dtype, notes: dict):
-    assert dense.reserve("layer", 1, device, dtype or torch.bfloat16) is None
+    assert dense.reserve("layer", 1, 1, device, dtype or torch.bfloat16) is None
     assert dense.NOTE not in notes
 
 
 def test_the_variable_decides(notes: dict, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(dense.VARIABLE, "16bit")
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: TOTAL)
-    place = dense.reserve("large", 10 * TOTAL, torch.device("cpu"), torch.float32)
+    place = dense.reserve("large", 10, TOTAL, torch.device("cpu"), torch.float32)
     assert place is not None
     assert place.keep(torch.device("cpu"))
     assert not place.in_codes
     monkeypatch.setenv(dense.VARIABLE, "8bit")
     for device, in_codes in ((torch.device("cpu"), False), (GPU, True)):
-        place = dense.reserve("large", 10 * TOTAL, device, torch.bfloat16)
+        place = dense.reserve("large", 10, TOTAL, device, torch.bfloat16)
         assert place is not None
         assert place.in_codes == in_codes
     monkeypatch.setenv(dense.VARIABLE, "3bit")
-    assert dense.reserve("small", 1, GPU, torch.bfloat16) is None
+    assert dense.reserve("small", 1, 1, GPU, torch.bfloat16) is None
     monkeypatch.setenv(dense.VARIABLE, "4bit")
     with pytest.raises(ValueError, match="VLLM_MILO_DENSE='4bit': must be one of auto, 3bit, 16bit, 8bit"):
-        dense.reserve("small", 1, GPU, torch.bfloat16)
+        dense.reserve("small", 1, 1, GPU, torch.bfloat16)
+
+
+def test_codes_that_no_kernel_reads_or_that_are_far_off_are_not_kept(notes: dict):
+    wide = dense.reserve("wide", 10**6, 1, GPU, torch.bfloat16)
+    assert wide is None
+    close, far = (dense.reserve(name, 7, 10, GPU, torch.bfloat16) for name in ("close", "far"))
+    assert close is not None
+    assert far is not None
+    assert close.keep_codes(70, 0.01)
+    assert not far.keep_codes(70, 0.03)
+    assert notes[dense.NOTE] == {"close": 210, "far": 140}
+    assert close.keep_codes(70, 0.03), "a layer that is loaded once more stays what it was"
+    assert (far.keep_codes(70, 0.01), far.size) == (False, 140)
 
 
 def test_none_is_kept_where_graphs_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch):
@@ -83,7 +99,7 @@ def test_none_is_kept_where_graphs_cannot_be_told_apart(monkeypatch: pytest.Monk
 
     monkeypatch.setenv(dense.VARIABLE, "16bit")
     monkeypatch.setattr(get_current_vllm_config(), "additional_config", SimpleNamespace(compute_hash=lambda: ""))
-    assert dense.reserve("layer", 1, torch.device("cpu"), torch.float32) is None
+    assert dense.reserve("layer", 1, 1, torch.device("cpu"), torch.float32) is None
 
 
 def test_graphs_of_layers_in_16_bits_are_told_apart(monkeypatch: pytest.MonkeyPatch):
@@ -93,7 +109,7 @@ def test_graphs_of_layers_in_16_bits_are_told_apart(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(config, "additional_config", {})
     before = config.compute_hash()
     monkeypatch.setenv(dense.VARIABLE, "16bit")
-    assert dense.reserve("layer", 1, torch.device("cpu"), torch.float32) is not None
+    assert dense.reserve("layer", 1, 1, torch.device("cpu"), torch.float32) is not None
     assert config.compute_hash() != before
 
 
@@ -114,6 +130,34 @@ def test_a_layer_in_16_bits_is_a_plain_one(
     found = layer.quant_method.apply(layer, x, extra)
     torch.testing.assert_close(found, reference.linear(x, weights, spec) + (0 if extra is None else extra))
     assert "MiLo keeps 1 dense layers in 16 bits, 0 of these in 8 too, for few tokens: 0.00 GiB; " in caplog.text
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_layer_in_8_bits_too_is_read_in_them(far: bool, monkeypatch: pytest.MonkeyPatch):
+    """By Triton's kernels in the interpreter, unless 8 bits would be too far off."""
+    notes: dict = {}
+    monkeypatch.setenv(dense.VARIABLE, dense.CODED)
+    monkeypatch.setattr(dense, "MOST_ERROR", 0.0001 if far else 0.02)
+    monkeypatch.setattr(dense, "reserve", lambda name, n, k, device, dtype: dense.Place(name, 3 * n * k, True, notes))
+    monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
+    monkeypatch.setattr(account, "_current", account.Load())
+    weights, spec = random_linear([128], [8], K, 64, 3)
+    weights.scale[:] = 0.01
+    weights.zero[:] = 3.5
+    layer = make_layer("column", make_format({f"{PREFIX}.o_proj": 8}), [128], f"{PREFIX}.o_proj")
+    layer.quant_method.dtype = torch.float16
+    load(layer, "column", checkpoint_tensors(weights, spec))
+    layer.quant_method.process_weights_after_loading(layer)
+    names = ["weight_packed"] + ([] if far else ["milo_1", "milo_2"])
+    assert [name for name, _ in layer.named_parameters()] == names
+    assert list(notes[dense.NOTE].values()) == [(2 if far else 3) * 128 * K]
+    layer.weight_packed.data.fill_(float("nan"))
+    x = torch.randn(3, K).half()
+    found, exact = layer.quant_method.apply(layer, x), reference.linear(x.double(), weights, spec)
+    if far:
+        assert bool(found.isnan().all())
+    else:
+        assert 1e-3 < relative_error(found, exact) < 0.02
 
 
 def test_the_reference_rounds_once():

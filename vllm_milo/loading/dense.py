@@ -18,6 +18,7 @@ import torch
 
 from vllm_milo import compat
 from vllm_milo.kernels import ops
+from vllm_milo.kernels.serving.dense.codes import MOST_ERROR
 
 VARIABLE = "VLLM_MILO_DENSE"
 AUTO, PACKED, WIDE, CODED = "auto", "3bit", "16bit", "8bit"
@@ -53,8 +54,21 @@ class Place:
 
     def __init__(self, layer: str, size: int, in_codes: bool, notes: dict[str, Any]) -> None:
         self.size, self.in_codes = size, in_codes
-        self._layer, self._notes, self._kept = layer, notes, False
+        self._layer, self._notes = layer, notes
+        self._kept = self._settled = False
         notes.setdefault(NOTE, {})[layer] = size
+
+    def keep_codes(self, weights: int, error: float) -> bool:
+        """Return whether 8 bits that are off by so much are kept too, of so many weights; else the note has 16 alone.
+
+        As for :meth:`keep`, a layer that is loaded once more stays what it was.
+        """
+        if not self._settled and error > MOST_ERROR:
+            self.in_codes = False
+            self.size -= weights
+            self._notes[NOTE][self._layer] = self.size
+        self._settled = True
+        return self.in_codes
 
     def keep(self, device: torch.device) -> bool:
         """Return whether the layer is kept in 16 bits, now that weights are on the device; else the note is gone.
@@ -68,12 +82,13 @@ class Place:
         return True
 
 
-def reserve(layer: str, weights: int, device: torch.device, dtype: torch.dtype) -> Place | None:
+def reserve(layer: str, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> Place | None:
     """Return room for a layer that is being made; None where it is not to be kept in 16 bits.
 
     Args:
         layer: its name.
-        weights: number of its weights; those of a scale for each output, when in 8 bits, are not counted.
+        outputs: of the layer on this process; their scales, when in 8 bits, are not counted.
+        inputs: likewise.
         device: of the layer.
         dtype: of the activations.
     """
@@ -81,13 +96,14 @@ def reserve(layer: str, weights: int, device: torch.device, dtype: torch.dtype) 
     if wanted == PACKED or notes is None:
         return None
     by_triton = device.type == "cuda" and dtype.itemsize == 2 and ops.choose_backend("linear", "cuda") == "triton"
-    in_codes = by_triton and wanted != WIDE
-    size = weights * (dtype.itemsize + in_codes)
-    if wanted == AUTO:
-        taken = sum(notes.get(NOTE, {}).values())
-        if not by_triton or taken + size > SHARE * _total(device):
-            return None
-    return Place(layer, size, in_codes, notes)
+    if wanted == AUTO and not by_triton:
+        return None
+    may_have_codes = by_triton and wanted != WIDE and ops.reads_codes(outputs, inputs, device)
+    for in_codes in (True, False) if may_have_codes else (False,):
+        size = outputs * inputs * (dtype.itemsize + in_codes)
+        if wanted != AUTO or size + sum(notes.get(NOTE, {}).values()) <= SHARE * _total(device):
+            return Place(layer, size, in_codes, notes)
+    return None
 
 
 def _total(device: torch.device) -> int:

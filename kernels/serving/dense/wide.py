@@ -49,15 +49,15 @@ LEAST_ROWS = 8
 TILES = {8: WideTile(16, 256, 2, 5), 16: WideTile(16, 128, 1, 6)}
 """By the largest number of tokens."""
 SPREAD_TILES = {32: WideTile(16, 512, 4, 4)}
-"""Likewise where a multiprocessor has fewer than :data:`FEW_PROGRAMS`: more warps share K."""
+"""Likewise where a multiprocessor has fewer than :data:`FEW_PROGRAMS`, and room for them: more warps share K."""
 FEW_PROGRAMS = 1.5
-CODE_TILES = (WideTile(16, 512, 4, 4), WideTile(64, 256, 4, 4))
+CODE_TILES = (WideTile(16, 512, 4, 4), WideTile(32, 512, 4, 3))
 """For weights in 8 bits: the first one of whose programs none waits for another to end."""
-MOST_IN_CODES = 16
-"""Tokens that read weights in 8 bits."""
+MOST_IN_CODES = {0: 8, 4096: 16}
+"""Tokens that read weights in 8 bits, by the least K: with more a short K does not pay for the sum over warps."""
 
 
-def wide_tile(tokens: int, outputs: int, device: torch.device, in_codes: bool = False) -> WideTile | None:
+def wide_tile(tokens: int, outputs: int, inputs: int, device: torch.device, in_codes: bool = False) -> WideTile | None:
     """Return how so many tokens are multiplied by weights in 16 bits, or in 8; None where others are quicker.
 
     That is also where some programs must wait for others to end, for want of shared memory.
@@ -68,7 +68,8 @@ def wide_tile(tokens: int, outputs: int, device: torch.device, in_codes: bool = 
 
     known: Iterable[WideTile]
     if in_codes:
-        known = CODE_TILES if tokens <= MOST_IN_CODES else ()
+        most = max(most for least, most in MOST_IN_CODES.items() if least <= inputs)
+        known = CODE_TILES if tokens <= most else ()
     else:
         tiles = SPREAD_TILES if programs(SPREAD_TILES[32]) < FEW_PROGRAMS else TILES
         known = [tile for most, tile in tiles.items() if tokens <= most][:1]
@@ -165,10 +166,10 @@ def wide_linear(
     rows = x.reshape(-1, x.shape[-1])
     tokens, (n, k) = rows.shape[0], weights[0].shape
     read, scale = weights[0], None
-    if len(weights) > 1 and (tile or (coded := wide_tile(tokens, n, x.device, in_codes=True))):
+    if len(weights) > 1 and (tile or (coded := wide_tile(tokens, n, k, x.device, in_codes=True))):
         tile = tile or coded
         read, scale = weights[1:]
-    tile = tile or wide_tile(tokens, n, x.device)
+    tile = tile or wide_tile(tokens, n, k, x.device)
     if tokens == 0 or tile is None:
         return multiply_wide(x, weights[0], bias)
     mode = launch_mode(x.device, few_tokens=True)

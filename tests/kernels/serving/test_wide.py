@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_layers import relative_error
+from random_layers import random_linear, relative_error
 
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.serving.dense import wide
-from vllm_milo.kernels.serving.dense.codes import HIGH_BYTE, encode, meanings
+from vllm_milo.kernels.serving.dense.codes import HIGH_BYTE, MOST_ERROR, encode, meanings
 from vllm_milo.kernels.serving.dense.wide import CODE_TILES, SPREAD_TILES, TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.weights import LinearWeights
 
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -83,7 +84,7 @@ def test_every_tile_of_codes(tile: WideTile, tokens: int, dtype: torch.dtype, ke
 def test_few_tokens_read_codes_and_more_16_bits(kernel_device: str):
     x, weight, _ = random_layer(17, 64, 96, torch.float16, kernel_device)
     weights = [weight, *encode(weight)]
-    for tokens, multiplied in ((16, decoded(weights, torch.float16)), (17, weight)):
+    for tokens, multiplied in ((8, decoded(weights, torch.float16)), (9, weight)):
         found = ops.wide_linear(x[:tokens], weights, None, "triton")
         assert relative_error(found, exact(x[:tokens], multiplied, None)) < TOLERANCE[torch.float16]
 
@@ -128,6 +129,7 @@ def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: 
         (8, 16384, None),
         (9, 6144, TILES[16]),
         (17, 2048, SPREAD_TILES[32]),
+        (17, 2560, None),
         (33, 2048, None),
         (16, 4096, TILES[16]),
         (17, 6144, None),
@@ -139,31 +141,65 @@ def test_the_library_is_asked_where_it_is_quicker(
     """By measurements on 132 multiprocessors: more tokens, and too many programs."""
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 227 * 1024)
-    assert wide_tile(tokens, outputs, torch.device("cuda")) == ours
+    assert wide_tile(tokens, outputs, 4096, torch.device("cuda")) == ours
 
 
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "ours"),
+    ("tokens", "outputs", "inputs", "ours"),
     [
-        (1, 2048, CODE_TILES[0]),
-        (16, 6144, CODE_TILES[0]),
-        (16, 14336, CODE_TILES[1]),
-        (17, 6144, None),
-        (1, 99999, None),
+        (1, 2048, 4096, CODE_TILES[0]),
+        (16, 6144, 4096, CODE_TILES[0]),
+        (8, 6144, 2048, CODE_TILES[0]),
+        (9, 6144, 2048, None),
+        (8, 14336, 4096, CODE_TILES[1]),
+        (16, 14336, 4096, None),
+        (17, 6144, 4096, None),
+        (1, 99999, 4096, None),
     ],
 )
 def test_codes_are_read_by_few_tokens(
-    tokens: int, outputs: int, ours: WideTile | None, monkeypatch: pytest.MonkeyPatch
+    tokens: int, outputs: int, inputs: int, ours: WideTile | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 227 * 1024)
-    assert wide_tile(tokens, outputs, torch.device("cuda"), in_codes=True) == ours
+    assert wide_tile(tokens, outputs, inputs, torch.device("cuda"), in_codes=True) == ours
+
+
+def test_a_layer_is_encoded_where_its_codes_are_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wide, "processors", lambda _: 132)
+    monkeypatch.setattr(wide, "shared_memory", lambda _: 99 * 1024)
+    assert [ops.reads_codes(n, 4096, torch.device("cuda")) for n in (4096, 16384)] == [True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [([96, 40], [8, 0], 96, 32, 16), ([128, 64], [16, 8], 256, 64, 3)])
+def test_a_layer_in_3_bits_is_encoded(case: tuple, dtype: torch.dtype, kernel_device: str):
+    widths, ranks, k, group, bits = case
+    weights, spec = random_linear(widths, ranks, k, group, bits)
+    moved = LinearWeights(*(values.to(kernel_device) for values in weights))
+    kept = ops.expand_linear(moved, spec, dtype, "triton")
+    codes, error = ops.encode_linear(kept)
+    x = torch.randn(4, k).to(dtype).to(kernel_device)
+    found = ops.wide_linear(x, [torch.full_like(kept, torch.nan), *codes], None, "triton")
+    exact_codes = relative_error(decoded([kept, *codes], dtype), kept)
+    assert error == pytest.approx(exact_codes, rel=1e-3)
+    assert relative_error(found, x.double() @ kept.double().T) < 3 * error + TOLERANCE[dtype]
+
+
+def test_outliers_are_seen():
+    weight = torch.randn(8, 4096).half()
+    assert ops.encode_linear(weight)[1] < MOST_ERROR
+    weight[:, 7] = 60
+    encoded, found = ops.encode_linear(weight)
+    off = (decoded([weight, *encoded], torch.float16) - weight.double()).norm() / weight.double().norm()
+    assert found == pytest.approx(float(off), rel=1e-3)
+    assert found > MOST_ERROR
 
 
 def test_fewer_programs_fit_where_there_is_less_shared_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 99 * 1024)
-    tiles = [wide_tile(1, 16 * 132 * programs, torch.device("cuda")) for programs in (2, 3)]
+    tiles = [wide_tile(1, 16 * 132 * programs, 4096, torch.device("cuda")) for programs in (2, 3)]
     assert tiles == [TILES[8], None]
 
 
@@ -191,5 +227,5 @@ def test_opcheck_and_graph(tokens: int, in_codes: bool):
     x.copy_(fresh)
     out.fill_(float("nan"))
     graph.replay()
-    multiplied = decoded(weights, torch.bfloat16) if in_codes and tokens <= 16 else weight
+    multiplied = decoded(weights, torch.bfloat16) if in_codes and tokens <= 8 else weight
     assert relative_error(out, exact(fresh, multiplied, bias)) < TOLERANCE[torch.bfloat16]
