@@ -242,12 +242,11 @@ def _fused_moe(
 ) -> torch.Tensor:
     spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks, limit, alpha, beta)
     if backend == "triton":
-        from . import replay
         from .launch import device_of
+        from .replaying import experts, recording
         from .serving import fused_moe as triton_moe
-        from .serving import replayed_moe
 
-        layer = replayed_moe if replay.is_wanted() else triton_moe
+        layer = experts if recording.is_wanted() else triton_moe
         with device_of(x):
             return layer.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
     return reference.fused_moe(x, topk_weights, topk_ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .launch import is_noting, listening
+from ..launch import is_noting, listening
 
 VARIABLE = "VLLM_MILO_REPLAY"
 """Set to 1, layers of experts are replayed."""
@@ -179,7 +179,7 @@ def replayed(call: Callable[[], torch.Tensor], key: Hashable, inputs: Inputs, de
     """Return what ``call`` returns: by its launches where a call of the same key has made them, else by calling it.
 
     Args:
-        call: makes launches (:func:`.launch.launch`) and allocates, and does nothing else on the device.
+        call: makes launches (:func:`..launch.launch`) and allocates, and does nothing else on the device.
         key: what its launches depend on, apart from addresses: alignments are added here.
         inputs: the tensors that it takes.
         device: of all of them, the current one.

@@ -1,4 +1,4 @@
-"""The routed experts of a layer, whose launches other layers of the same sizes have recorded (:mod:`..replay`)."""
+"""The routed experts of a layer, whose launches other layers of the same sizes have recorded (:mod:`.recording`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from ..replay import replayed
+from ..serving import fused_moe as direct
+from ..serving.layout import KernelWeights
+from ..serving.padding import padded
 from ..weights import MoESpec
-from . import fused_moe as direct
-from .layout import KernelWeights
-from .padding import padded
+from .recording import replayed
 
 
 def fused_moe(
@@ -23,7 +23,7 @@ def fused_moe(
     w2: list[torch.Tensor],
     spec: MoESpec,
 ) -> torch.Tensor:
-    """Return the routed experts' weighted sum; as :func:`.fused_moe.fused_moe`, with less work for the host."""
+    """Return the routed experts' weighted sum, as :func:`..serving.fused_moe.fused_moe` with less work for the host."""
     call = partial(direct.fused_moe, x, topk_weights, topk_ids, expert_map, w13, w2, spec)
     routed = (x, topk_weights, topk_ids)
     if (

@@ -13,10 +13,10 @@ import torch
 from random_layers import moe_spec, random_experts, random_routing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_milo.kernels import ops, replay
+from vllm_milo.kernels import ops
 from vllm_milo.kernels.launch import LaunchMode, launch
+from vllm_milo.kernels.replaying import experts, recording
 from vllm_milo.kernels.serving import fused_moe as direct
-from vllm_milo.kernels.serving import replayed_moe
 
 CPU = torch.device("cpu")
 MODE = LaunchMode(asm=False, early=False)
@@ -27,7 +27,7 @@ HARMLESS |= {"expand", "reshape", "detach", "alias", "_unsafe_view", "as_strided
 @pytest.fixture(autouse=True)
 def nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> dict:
     recordings: dict = {}
-    monkeypatch.setattr(replay, "_recordings", recordings)
+    monkeypatch.setattr(recording, "_recordings", recordings)
     return recordings
 
 
@@ -88,7 +88,7 @@ def add_up(kernel: Sum, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def sums(kernel: Sum, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return replay.replayed(partial(add_up, kernel, x, y), "sums", (x, y, None), CPU)
+    return recording.replayed(partial(add_up, kernel, x, y), "sums", (x, y, None), CPU)
 
 
 def test_other_tensors_are_taken_through_the_same_launches():
@@ -121,7 +121,7 @@ def sum_by_torch(kernel: Sum, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def test_inputs_at_the_same_place_are_not_told_apart():
     kernel = Sum()
     for x, y in ((torch.ones(32),) * 2, torch.randn(2, 32)):
-        found = replay.replayed(partial(add_up, kernel, x, y), "alike", (x, y), CPU)
+        found = recording.replayed(partial(add_up, kernel, x, y), "alike", (x, y), CPU)
         torch.testing.assert_close(found, 2 * x + y + 5)
     assert kernel.replayed == 0
 
@@ -131,16 +131,16 @@ def test_what_launches_do_not_tell_is_called(call: Callable[..., torch.Tensor]):
     kernel = Sum()
     for again in range(3):
         x, y = torch.randn(32), torch.randn(16)
-        found = replay.replayed(partial(call, kernel, x, y), call, (x, y), CPU)
+        found = recording.replayed(partial(call, kernel, x, y), call, (x, y), CPU)
         torch.testing.assert_close(found, x[16:] + y + (call is sum_by_torch))
         assert (kernel.launched, kernel.replayed) == (again + 1, 0)
 
 
 def test_the_oldest_recording_goes(monkeypatch: pytest.MonkeyPatch, nothing_recorded: dict):
-    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(recording, "MOST", 2)
     kernel, x, y = Sum(), torch.randn(8), torch.randn(8)
     for key in "abcb":
-        replay.replayed(partial(add_up, kernel, x, y), key, (x, y), CPU)
+        recording.replayed(partial(add_up, kernel, x, y), key, (x, y), CPU)
     assert [key[0] for key in nothing_recorded] == ["b", "c"]
     assert (kernel.launched, kernel.replayed) == (9, 3)
 
@@ -233,14 +233,14 @@ def test_layers_launch_what_they_would(
     tokens: int, dtype: torch.dtype, local: list[int] | None, log: Log, nothing_recorded: dict
 ):
     first, second = Layer(0, "cpu"), Layer(1, "cpu")
-    replayed_moe.fused_moe(*first.inputs(tokens, dtype, "cpu", local))
+    experts.fused_moe(*first.inputs(tokens, dtype, "cpu", local))
     assert None not in nothing_recorded.values()
     inputs = second.inputs(tokens, dtype, "cpu", local)
     again, log.launches, log.kept = Log(), [], []
     direct.fused_moe(*inputs)
     again.launches, log.launches = log.launches, []
     again.kept = log.kept
-    out = replayed_moe.fused_moe(*inputs)
+    out = experts.fused_moe(*inputs)
     assert out.shape == (tokens, 256)
     assert out.dtype == dtype
     assert len(nothing_recorded) == 1
@@ -256,24 +256,24 @@ def test_sizes_and_types_have_recordings_of_their_own(log: Log, nothing_recorded
         (layer, 5, torch.bfloat16),
         (wider, 5, torch.float16),
     ):
-        replayed_moe.fused_moe(*made.inputs(tokens, dtype, "cpu"))
+        experts.fused_moe(*made.inputs(tokens, dtype, "cpu"))
     local = [2, -1, 0, 1, -1, 3]
     for kind in (torch.int32, torch.int64):
         inputs = layer.inputs(5, torch.float16, "cpu", local)
         inputs[3] = inputs[3].to(kind)
-        replayed_moe.fused_moe(*inputs)
+        experts.fused_moe(*inputs)
     inputs = layer.inputs(5, torch.float16, "cpu")
     inputs[-1] = inputs[-1]._replace(max_ranks=[160, 48])
-    replayed_moe.fused_moe(*inputs)
+    experts.fused_moe(*inputs)
     assert len(nothing_recorded) == 7
 
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_variable_asks_for_replays(wanted: bool, log: Log, nothing_recorded: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(replay.VARIABLE, "1" if wanted else "0")
-    replay.is_wanted.cache_clear()
+    monkeypatch.setenv(recording.VARIABLE, "1" if wanted else "0")
+    recording.is_wanted.cache_clear()
     ops.fused_moe(*Layer(0, "cpu").inputs(5, torch.float16, "cpu"), "triton")
-    replay.is_wanted.cache_clear()
+    recording.is_wanted.cache_clear()
     assert len(nothing_recorded) == wanted
 
 
@@ -300,8 +300,8 @@ def test_a_recorded_layer_computes_nothing_by_torch(tokens: int, log: Log):
 def test_what_torch_computes_is_not_recorded(log: Log, nothing_recorded: dict):
     layer = Layer(0, "cpu")
     x, weights, ids, *rest = layer.inputs(6, torch.float16, "cpu")
-    replayed_moe.fused_moe(x[::2], weights[::2], ids[::2], *rest)
-    replayed_moe.fused_moe(x, weights, ids, *rest[:-1], layer.spec._replace(router_weight_on_input=True))
+    experts.fused_moe(x[::2], weights[::2], ids[::2], *rest)
+    experts.fused_moe(x, weights, ids, *rest[:-1], layer.spec._replace(router_weight_on_input=True))
     assert nothing_recorded == {}
 
 
@@ -315,7 +315,7 @@ def test_layers_give_what_they_would(tokens: int, nothing_recorded: dict):
             inputs = layer.inputs(tokens, torch.bfloat16, "cuda")
             expected = direct.fused_moe(*inputs)
             torch.empty(64 << 20, dtype=torch.uint8, device="cuda").fill_(0xFF)
-            assert torch.equal(replayed_moe.fused_moe(*inputs), expected), turn
+            assert torch.equal(experts.fused_moe(*inputs), expected), turn
     assert len(nothing_recorded) == 1
     assert None not in nothing_recorded.values()
 
@@ -324,10 +324,10 @@ def test_layers_give_what_they_would(tokens: int, nothing_recorded: dict):
 def test_a_graph_of_replayed_launches_follows_its_inputs():
     layers = [Layer(number, "cuda") for number in range(2)]
     first, second = (layer.inputs(20, torch.bfloat16, "cuda") for layer in layers)
-    replayed_moe.fused_moe(*first)
+    experts.fused_moe(*first)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = replayed_moe.fused_moe(*second)
+        out = experts.fused_moe(*second)
     fresh = layers[1].inputs(20, torch.bfloat16, "cuda")
     for place in range(3):
         second[place].copy_(fresh[place])

@@ -1,0 +1,1 @@
+"""Launches of a layer, recorded for others of its sizes."""
