@@ -51,6 +51,8 @@ def test_none_is_kept_where_weights_fill_the_device(notes: dict, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0.61 * TOTAL)
     assert not second.keep(GPU)
     assert first.keep(GPU), "a layer that is loaded once more stays what it was"
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    assert not second.keep(GPU)
     assert notes[dense.NOTE] == {"first": 210}
 
 

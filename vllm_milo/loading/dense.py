@@ -55,7 +55,8 @@ class Place:
     def __init__(self, layer: str, size: int, in_codes: bool, notes: dict[str, Any]) -> None:
         self.size, self.in_codes = size, in_codes
         self._layer, self._notes = layer, notes
-        self._kept = self._settled = False
+        self._kept: bool | None = None
+        self._settled = False
         notes.setdefault(NOTE, {})[layer] = size
 
     def keep_codes(self, weights: int, error: float) -> bool:
@@ -75,11 +76,11 @@ class Place:
 
         A layer that is loaded once more stays what it was: graphs were compiled for it.
         """
-        if not self._kept and choice() == AUTO and torch.cuda.memory_allocated(device) > FULL * _total(device):
+        if self._kept is None:
+            self._kept = choice() != AUTO or torch.cuda.memory_allocated(device) <= FULL * _total(device)
+        if not self._kept:
             self._notes[NOTE].pop(self._layer, None)
-            return False
-        self._kept = True
-        return True
+        return self._kept
 
 
 def reserve(layer: str, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> Place | None:
