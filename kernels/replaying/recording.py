@@ -146,6 +146,8 @@ class Recorder:
         if not isinstance(value, torch.Tensor):
             return self._enter(Entry(False, value))
         address, storage = value.data_ptr(), value.untyped_storage()
+        if not address:  # no memory at all
+            return self._enter(Entry(False, 0))
         if address in self._inputs:
             return self._inputs[address]
         if address == returned:

@@ -1,16 +1,19 @@
-"""Launches that are recorded and made again: by kernels that are plain Python here, and a layer's own on the GPU."""
+"""Launches that are recorded and made again: by plain Python, by Triton up to its launcher, and on the GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from random_layers import moe_spec, random_experts, random_routing
+from scripts import run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_milo.kernels import ops
@@ -246,6 +249,16 @@ def test_layers_launch_what_they_would(
     assert len(nothing_recorded) == 1
     assert len(log.launches) in (6, 7)
     same_but_for_intermediates(again, log, inputs)
+
+
+def test_triton_is_handed_the_same(tmp_path: Path):
+    """With Triton as on a GPU, down to what its launcher takes."""
+    found = json.loads(run_script("replay_launches.py", cache=tmp_path))
+    assert [row["recorded"] for row in found.values()] == [1, 2]
+    for row in found.values():
+        assert len(row["direct"]) in (6, 7)
+        assert row["replayed"] == row["direct"]
+        assert all("own" in arguments for _, _, arguments in row["direct"])
 
 
 def test_sizes_and_types_have_recordings_of_their_own(log: Log, nothing_recorded: dict):
