@@ -46,24 +46,25 @@ def stand_in(
     u, v = _FACTOR_DTYPES.get(factor_bits, (dtype, dtype))
     norms = torch.empty(0, dtype=torch.float32, device=device)
     if bounded:
-        norms = _empty((experts * parts,), torch.float32, device)
+        norms = single((experts * parts,), torch.float32, device)
     layer = KernelWeights(
-        _empty((experts, units, columns // ROW_BLOCK, 3, ROW_BLOCK, 4), torch.int32, device),
-        _empty((experts, units, columns, UNIT // group_size), torch.int32, device),
-        _empty((1,), u, device),
-        _empty((1,), torch.float16, device),
-        _empty((1,), v, device),
-        _empty((1,), torch.int32, device),
-        _empty((experts * parts + 1,), torch.int32, device),
-        _empty((experts * parts,), torch.int64, device),
+        single((experts, units, columns // ROW_BLOCK, 3, ROW_BLOCK, 4), torch.int32, device),
+        single((experts, units, columns, UNIT // group_size), torch.int32, device),
+        single((1,), u, device),
+        single((1,), torch.float16, device),
+        single((1,), v, device),
+        single((1,), torch.int32, device),
+        single((experts * parts + 1,), torch.int32, device),
+        single((experts * parts,), torch.int64, device),
         norms,
-        _empty((experts,), torch.int32, device),
-        _empty((experts, columns), torch.float32, device) if biased else None,
+        single((experts,), torch.int32, device),
+        single((experts, columns), torch.float32, device) if biased else None,
     )
     return layer.present
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def single(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor of a shape with a single element in memory."""
     return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
 

@@ -30,9 +30,7 @@ SHAPES = {name: (sum(shape.widths), shape.k) for name, shape in LAYERS.items() i
 SHAPES |= {"glm-qkv": (14336, 4096), "glm-o": (4096, 12288), "tiny": (96, 64)}
 OTHERS = (
     WideTile(16, 256, 1, 5),
-    WideTile(16, 256, 2, 5),
     WideTile(16, 512, 2, 3),
-    WideTile(16, 512, 4, 4),
     WideTile(16, 512, 8, 4),
     WideTile(32, 256, 2, 4),
     WideTile(32, 256, 4, 4),
@@ -62,7 +60,7 @@ def tiles(tokens: int, device: torch.device) -> Iterator[tuple[WideTile, bool]]:
     """Yield the tiles that are timed, and whether they read 8 bits: all that fit into shared memory."""
     in_use = (*TILES.values(), *SPREAD_TILES.values())
     for known, in_codes in (((*in_use, *OTHERS), False), ((*CODE_TILES, *CODE_OTHERS), True)):
-        for tile in dict.fromkeys(known):
+        for tile in known:
             if tile.loads(tokens, in_codes) <= shared_memory(device):
                 yield tile, in_codes
 

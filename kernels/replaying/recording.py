@@ -18,16 +18,19 @@ from typing import Any, NamedTuple
 import torch
 
 from ..launch import is_noting, listening
+from ..sizes import cdiv
 
 VARIABLE = "VLLM_MILO_REPLAY"
 """Set to 1, layers of experts are replayed."""
 ALIGNED = 256
-"""Bytes at whose multiples intermediates begin; torch's allocator has more, and kernels are compiled for 16."""
+"""Bytes at whose multiples intermediates begin; torch's allocator has more, and Triton asks for less."""
+ALIGNMENT = 16
+"""Bytes at whose multiples an address is aligned, to Triton."""
 MOST = 256
 """Recordings that are kept; the oldest goes first."""
 Inputs = Sequence["torch.Tensor | None"]
 Getter = Callable[[Sequence[Any]], Any]
-"""Takes an argument, or a tuple of some, out of a table."""
+"""Gives an argument, or a tuple of some, by a table of addresses."""
 
 
 @cache
@@ -45,51 +48,37 @@ class Launched(NamedTuple):
 
     Attributes:
         run: launches a compiled kernel on a grid; takes the arguments, addresses for tensors.
-        getters: of each argument, out of the recording's table.
+        getters: of each argument, by the recording's table.
     """
 
     run: Callable[..., None]
     getters: list[Getter]
 
 
-class Entry(NamedTuple):
-    """An argument that is no input and not the result.
-
-    Attributes:
-        moves: whether it is an intermediate, whose address differs from call to call.
-        value: its offset in the intermediates' memory, else the argument.
-    """
-
-    moves: bool
-    value: Any
-
-
 class Recording(NamedTuple):
     """The launches of a call that takes some tensors and returns one.
 
     Attributes:
-        launches: in order. The table that they take arguments of holds addresses of the inputs and the result, and
-            entries.
-        entries: the table's end.
-        size: of all intermediates together, bytes.
+        launches: in order. The table that they take arguments of holds addresses: the inputs', the result's, and those
+            of intermediates.
+        offsets: of intermediates, bytes from where their memory begins.
+        size: of that memory.
         shape: of the result.
         dtype: of the result.
     """
 
     launches: list[Launched]
-    entries: list[Entry]
+    offsets: list[int]
     size: int
     shape: torch.Size
     dtype: torch.dtype
 
-    def replay(self, inputs: Inputs, device: torch.device) -> torch.Tensor:
-        """Return the result for inputs of the sizes, types and alignments of the recorded ones."""
+    def replay(self, addresses: Sequence[int | None], device: torch.device) -> torch.Tensor:
+        """Return the result for inputs, by their addresses, of the recorded ones' sizes, types and alignments."""
         result = torch.empty(self.shape, dtype=self.dtype, device=device)
         memory = torch.empty(self.size, dtype=torch.uint8, device=device)
         start = memory.data_ptr()
-        table = [None if one is None else one.data_ptr() for one in inputs]
-        table.append(result.data_ptr())
-        table += [start + value if moves else value for moves, value in self.entries]
+        table = [*addresses, result.data_ptr(), *(start + offset for offset in self.offsets)]
         for run, getters in self.launches:
             run(*[get(table) for get in getters])
         return result
@@ -106,7 +95,7 @@ class Recorder:
         self._number = len(inputs)
         self._starts: dict[int, int] = {}
         self._size = 0
-        self._entries: list[Entry] = []
+        self._offsets: list[int] = []
         # tensors among them: while they live no other takes their memory
         self._made: list[tuple[Any, tuple[int, ...], Sequence[Any]]] = []
 
@@ -132,22 +121,21 @@ class Recorder:
             Launched(compiled[grid + (1,) * (3 - len(grid))], [self._getter(value, returned) for value in arguments])
             for compiled, grid, arguments in self._made
         ]
-        return Recording(launches, self._entries, self._size, result.shape, result.dtype)
+        return Recording(launches, self._offsets, self._size, result.shape, result.dtype)
 
     def _getter(self, value: Any, returned: int) -> Getter:
-        """Return what takes an argument out of the table, tuples whole."""
-        if not isinstance(value, tuple):
+        """Return what gives an argument, tuples whole."""
+        if isinstance(value, tuple):
+            getters = [self._getter(one, returned) for one in value]
+            return lambda table: tuple([get(table) for get in getters])
+        if isinstance(value, torch.Tensor) and value.data_ptr():
             return itemgetter(self._place(value, returned))
-        getters = [self._getter(one, returned) for one in value]
-        return lambda table: tuple([get(table) for get in getters])
+        constant = 0 if isinstance(value, torch.Tensor) else value  # a tensor without memory
+        return lambda _: constant
 
-    def _place(self, value: Any, returned: int) -> int:
-        """Return the place in the table of an argument that is no tuple."""
-        if not isinstance(value, torch.Tensor):
-            return self._enter(Entry(False, value))
+    def _place(self, value: torch.Tensor, returned: int) -> int:
+        """Return a tensor's place in the table."""
         address, storage = value.data_ptr(), value.untyped_storage()
-        if not address:  # no memory at all
-            return self._enter(Entry(False, 0))
         if address in self._inputs:
             return self._inputs[address]
         if address == returned:
@@ -157,12 +145,9 @@ class Recorder:
             raise UnrecordableError("a launch takes part of an input or of the result")
         if base not in self._starts:
             self._starts[base] = self._size
-            self._size += -(-storage.nbytes() // ALIGNED) * ALIGNED
-        return self._enter(Entry(True, self._starts[base] + address - base))
-
-    def _enter(self, entry: Entry) -> int:
-        self._entries.append(entry)
-        return self._number + len(self._entries)
+            self._size += cdiv(storage.nbytes(), ALIGNED) * ALIGNED
+        self._offsets.append(self._starts[base] + address - base)
+        return self._number + len(self._offsets)
 
 
 def _is_at(value: Any, address: int) -> bool:
@@ -188,9 +173,10 @@ def replayed(call: Callable[[], torch.Tensor], key: Hashable, inputs: Inputs, de
     """
     if is_noting():
         return call()
-    key = key, device, *(None if one is None else _alignment(one) for one in inputs)
+    addresses = [None if one is None else one.data_ptr() for one in inputs]
+    key = key, device, *map(_alignment, addresses)
     if (recording := _recordings.get(key)) is not None:
-        return recording.replay(inputs, device)
+        return recording.replay(addresses, device)
     if key in _recordings:
         return call()
     recorder = Recorder(inputs)
@@ -207,7 +193,8 @@ def replayed(call: Callable[[], torch.Tensor], key: Hashable, inputs: Inputs, de
     return result
 
 
-def _alignment(tensor: torch.Tensor) -> int:
-    """Return what Triton compiles a kernel for in an address, and 16 for no memory at all."""
-    address = tensor.data_ptr()
-    return address % 16 if address else 16
+def _alignment(address: int | None) -> int | None:
+    """Return what Triton compiles a kernel for in an address, and 16 for no memory at all; None without a tensor."""
+    if address is None:
+        return None
+    return address % ALIGNMENT if address else ALIGNMENT

@@ -165,13 +165,14 @@ def wide_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     tokens, (n, k) = rows.shape[0], weights[0].shape
-    read, scale = weights[0], None
-    if len(weights) > 1 and (tile or (coded := wide_tile(tokens, n, k, x.device, in_codes=True))):
-        tile = tile or coded
-        read, scale = weights[1:]
+    in_codes = len(weights) > 1
+    if in_codes and tile is None:
+        tile = wide_tile(tokens, n, k, x.device, in_codes=True)
+        in_codes = tile is not None
     tile = tile or wide_tile(tokens, n, k, x.device)
     if tokens == 0 or tile is None:
         return multiply_wide(x, weights[0], bias)
+    read, scale = weights[1:] if in_codes else (weights[0], None)
     mode = launch_mode(x.device, few_tokens=True)
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     launch(
