@@ -23,6 +23,7 @@ import torch
 
 from . import ops
 from .compiling.threads import Compiler, Share
+from .sizes import cdiv
 from .weights import LinearSpec, MoESpec, largest_rank
 
 logger = logging.getLogger("vllm.milo")
@@ -240,13 +241,14 @@ def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: boo
 
 def run_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: bool, device: torch.device) -> None:
     """Multiply as many tokens by weights in 16 bits as launch all kernels; the arguments are :func:`warm_up_wide`'s."""
+    from .serving.dense.codes import GROUP
     from .serving.dense.wide import MOST_IN_CODES, SPREAD_TILES, TILES, wide_linear
     from .stand_in import single
 
     weight = single((n, k), dtype, device)
     weights = [weight]
     if in_codes:
-        weights += [single((n, k), torch.uint8, device), single((n,), torch.float32, device)]
+        weights += [single((n, k), torch.uint8, device), single((cdiv(k, GROUP), n), torch.bfloat16, device)]
     for tokens in sorted({*TILES, *SPREAD_TILES, *MOST_IN_CODES.values()}):
         wide_linear(weight.new_empty(tokens, k), weights, weight.new_empty(n) if biased else None)
 

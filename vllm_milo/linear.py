@@ -121,7 +121,7 @@ class MiLoLinearMethod(LinearMethodBase):
         with load.spend(account.REPACKING):
             prepared = self._repack(layer)
         if self.place is not None and self.wide:
-            load.widen(self.prefix, self.place.size, self.place.in_codes)
+            load.widen(self.prefix, self.place.size, self.place.in_codes, self.place.dropped)
         with load.spend(account.WARMING_UP):
             wait(self.kernels)
             wait(self._warm_up(prepared, getattr(layer, "bias", None) is not None))

@@ -127,7 +127,7 @@ def resident_bits(held: Iterable[Held], dense_wide: bool = False) -> float:
         held: the matrices.
         dense_wide: whether those that are no routed expert's are in 16 bits and 8.
     """
-    size = weights = 0
+    size, weights = 0.0, 0
     for one in held:
         here = one.matrix.n * one.matrix.k
         weights += here

@@ -94,6 +94,18 @@ def test_codes_that_no_kernel_reads_or_that_are_far_off_are_not_kept(notes: dict
     assert notes[dense.NOTE] == {"close": 210, "far": 140}
     assert close.keep_codes(70, 0.03), "a layer that is loaded once more stays what it was"
     assert (far.keep_codes(70, 0.01), far.size) == (False, 140)
+    assert (close.dropped, far.dropped) == (0, 0.03)
+
+
+def test_the_log_says_which_layers_have_no_8_bits(caplog: pytest.LogCaptureFixture):
+    load = account.Load()
+    for layer, dropped in (("near", 0.0), ("far", 0.021), ("farther", 0.034)):
+        load.widen(layer, 2**30, not dropped, dropped)
+    with caplog.at_level(logging.INFO, "vllm.milo"):
+        load.report(kernels=0, compiling=0.0, peak=0.0)
+    assert "MiLo keeps 3 dense layers in 16 bits, 1 of these in 8 too, for few tokens: 3.00 GiB; " in caplog.text
+    assert "8 bits would put 2 of the dense layers off by up to 3.4 %" in caplog.text
+    assert "(far first)" in caplog.text
 
 
 def test_none_is_kept_where_graphs_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch):

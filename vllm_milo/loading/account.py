@@ -23,6 +23,7 @@ WIDE_LINE = (
     "MiLo keeps %d dense layers in 16 bits, %d of these in 8 too, for few tokens: %.2f GiB; "
     "VLLM_MILO_DENSE=3bit keeps none, =16bit none in 8"
 )
+DROPPED_LINE = "8 bits would put %d of the dense layers off by up to %.1f %%, so that they have none (%s first)"
 
 
 class Load:
@@ -33,7 +34,7 @@ class Load:
         self._pending: set[str] = set()
         self._ready = 0
         self._spent = {REPACKING: 0.0, WARMING_UP: 0.0}
-        self._widened: dict[str, tuple[int, bool]] = {}
+        self._widened: dict[str, tuple[int, bool, float]] = {}
 
     def make(self, layer: str) -> None:
         """Note a layer that has been made, by its name."""
@@ -53,9 +54,16 @@ class Load:
         finally:
             self._spent[what] += time.monotonic() - start
 
-    def widen(self, layer: str, size: int, in_codes: bool) -> None:
-        """Note a dense layer that is kept in 16 bits, its bytes, and whether it is in 8 bits too."""
-        self._widened[layer] = size, in_codes
+    def widen(self, layer: str, size: int, in_codes: bool, dropped: float) -> None:
+        """Note a dense layer that is kept in 16 bits.
+
+        Args:
+            layer: its name.
+            size: bytes that it takes.
+            in_codes: whether it is in 8 bits too.
+            dropped: how far these would have been off, where that is why it is not; else 0.
+        """
+        self._widened[layer] = size, in_codes, dropped
 
     def finish(self, layer: str) -> bool:
         """Note a layer that is ready; return whether it was the last of the model's.
@@ -95,8 +103,10 @@ class Load:
             peak,
         )
         if self._widened:
-            sizes, in_codes = zip(*self._widened.values(), strict=True)
+            sizes, in_codes, dropped = zip(*self._widened.values(), strict=True)
             logger.info(WIDE_LINE, len(sizes), sum(in_codes), sum(sizes) / 2**30)
+            if layers := [layer for layer, (*_, off) in self._widened.items() if off]:
+                logger.info(DROPPED_LINE, len(layers), 100 * max(dropped), layers[0])
 
 
 _current = Load()

@@ -50,10 +50,11 @@ class Place:
     Attributes:
         size: bytes that the layer takes.
         in_codes: whether it is kept in 8 bits too.
+        dropped: how far 8 bits that were dropped are off, relative to the weights; 0 where none were.
     """
 
     def __init__(self, layer: str, size: int, in_codes: bool, notes: dict[str, Any]) -> None:
-        self.size, self.in_codes = size, in_codes
+        self.size, self.in_codes, self.dropped = size, in_codes, 0.0
         self._layer, self._notes = layer, notes
         self._kept: bool | None = None
         self._settled = False
@@ -65,7 +66,7 @@ class Place:
         As for :meth:`keep`, a layer that is loaded once more stays what it was.
         """
         if not self._settled and error > MOST_ERROR:
-            self.in_codes = False
+            self.in_codes, self.dropped = False, error
             self.size -= weights
             self._notes[NOTE][self._layer] = self.size
         self._settled = True

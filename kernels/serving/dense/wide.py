@@ -1,6 +1,6 @@
 """A dense layer that is kept in 16 bits: few tokens by a kernel that only streams the weights, more by the library.
 
-Beside the 16 bits a layer may have the same weights in 8, with a scale an output (:mod:`.codes`). Few tokens read
+Beside the 16 bits a layer may have the same weights in 8, a scale for 128 of an output (:mod:`.codes`). Few tokens read
 those, since their time is that of the bytes; of more tokens it is not, and 16 bits are exact.
 
 With few tokens the product is a copy of the weights past the multiprocessors, and the library's kernels take up to 1.7
@@ -21,6 +21,7 @@ import triton.language as tl
 
 from ...launch import is_noting, launch, launch_mode, processors, shared_memory
 from ...sizes import cdiv, next_power_of_2
+from .codes import GROUP
 
 
 class WideTile(NamedTuple):
@@ -28,7 +29,8 @@ class WideTile(NamedTuple):
 
     Attributes:
         outputs: of a program.
-        step: values of K that a step of its loop takes, each warp its part of them.
+        step: values of K that a step of its loop takes, each warp its part of them: of weights in 8 bits no more than
+            share a scale.
         warps: of a program.
         stages: steps whose loads are in flight.
     """
@@ -51,7 +53,7 @@ TILES = {8: WideTile(16, 256, 2, 5), 16: WideTile(16, 128, 1, 6)}
 SPREAD_TILES = {32: WideTile(16, 512, 4, 4)}
 """Likewise where a multiprocessor has fewer than :data:`FEW_PROGRAMS`, and room for them: more warps share K."""
 FEW_PROGRAMS = 1.5
-CODE_TILES = (WideTile(16, 512, 4, 4), WideTile(32, 512, 4, 3))
+CODE_TILES = (WideTile(16, 512, 4, 4), WideTile(32, 512, 4, 3), WideTile(64, 256, 4, 4))
 """For weights in 8 bits: the first one of whose programs none waits for another to end."""
 MOST_IN_CODES = {0: 8, 4096: 16}
 """Tokens that read weights in 8 bits, by the least K: with more a short K does not pay for the sum over warps."""
@@ -108,26 +110,36 @@ def _fp16_of(codes, ASM: tl.constexpr):
     return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [codes], tl.float16, is_pure=True, pack=4)
 
 
+@triton.jit
+def _scale_of(scale_ptr, k, n, N, K, GROUP: tl.constexpr):
+    """Load the scales of outputs n at k, [parts, outputs] in fp32; zeros beyond either."""
+    scale = tl.load(scale_ptr + (k // GROUP) * N + n[None, :], mask=(n < N)[None, :] & (k < K), other=0)
+    return scale.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _wide_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, M, N, K,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PARTS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of up to BLOCK_M rows: x [M, K] · w [N, K]ᵀ + bias [N]; w in 8 bits are multiplied by scale [N].
+    """BLOCK_N outputs of up to BLOCK_M rows: x [M, K] · w [N, K]ᵀ + bias [N]; w in 8 bits have scale [K / GROUP, N].
 
     Its step in :mod:`..protocol` is ``WIDE``.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     # [PARTS, values of a part]: a part of each step for each warp
-    k = tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)[None, :]
+    first_k = tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS)
+    k = first_k + tl.arange(0, BLOCK_K // PARTS)[None, :]
     w_rows = w_ptr + n.to(tl.int64)[None, :, None] * K
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     x_rows = x_ptr + m[None, None, :] * K
     acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
+    if scale_ptr is not None:
+        scale = _scale_of(scale_ptr, first_k, n, N, K, GROUP)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         here = k < (BLOCK_K if EVEN_K else K - start)
         w = tl.load(
@@ -138,11 +150,13 @@ def _wide_kernel(
         )
         x = tl.load(x_rows + (start + k)[:, :, None], mask=(m < M)[None, None, :] & here[:, :, None], other=0)
         if scale_ptr is not None:
+            scale_ahead = _scale_of(scale_ptr, start + BLOCK_K + first_k, n, N, K, GROUP)
             w = _bf16_of(w, ASM) if x.dtype == tl.bfloat16 else _fp16_of(w, ASM)
-        acc = tl.dot(w, x, acc)
+            acc += tl.dot(w, x) * scale[:, :, None]
+            scale = scale_ahead
+        else:
+            acc = tl.dot(w, x, acc)
     acc = tl.sum(acc, 0)
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + n, mask=n < N, other=0)[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
     out = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
@@ -162,6 +176,9 @@ def wide_linear(
         weights: W [N, K] of the same dtype, contiguous; or that and W once more in 8 bits, by :func:`.codes.encode`.
         bias: [N] of the same dtype, or None.
         tile: forces the kernel, and how it runs; with weights in 8 bits it reads those.
+
+    Raises:
+        ValueError: a warp of the tile would take weights in 8 bits of more than one scale at once.
     """
     rows = x.reshape(-1, x.shape[-1])
     tokens, (n, k) = rows.shape[0], weights[0].shape
@@ -172,6 +189,8 @@ def wide_linear(
     tile = tile or wide_tile(tokens, n, k, x.device)
     if tokens == 0 or tile is None:
         return multiply_wide(x, weights[0], bias)
+    if in_codes and GROUP % (tile.step // tile.warps):
+        raise ValueError(f"{tile}: a warp's part of a step must divide the {GROUP} weights of a scale")
     read, scale = weights[1:] if in_codes else (weights[0], None)
     mode = launch_mode(x.device, few_tokens=True)
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
@@ -193,6 +212,7 @@ def wide_linear(
         BLOCK_K=tile.step,
         STAGES=tile.stages,
         PARTS=tile.warps,
+        GROUP=GROUP,
         ASM=mode.asm,
         PDL=mode.early,
         num_warps=tile.warps,
