@@ -57,6 +57,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_wide, 16, 4096, 4096)
         yield partial(run_wide, 1, 4096, 4096, in_codes=True)
         yield partial(run_wide, 16, 4096, 4096, in_codes=True)
+        yield partial(run_wide, 8, 14336, 4096, in_codes=True)
+        yield partial(run_wide, 16, 14336, 4096, in_codes=True)
         yield partial(run_converter, 64)
         yield partial(run_repack, 64, 3)
         return

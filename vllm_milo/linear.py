@@ -157,7 +157,7 @@ class MiLoLinearMethod(LinearMethodBase):
         if not place.in_codes:
             return [wide]
         codes, error = ops.encode_linear(wide)
-        return [wide, *codes] if place.keep_codes(wide.numel(), error) else [wide]
+        return [wide, *codes] if place.keep_codes(sum(part.nbytes for part in codes), error) else [wide]
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + (x·Vᵀ)·U + bias."""

@@ -38,16 +38,12 @@ OTHERS = (
 )
 """Tiles that are timed beside those in use."""
 CODE_OTHERS = (
-    WideTile(16, 512, 1, 5),
-    WideTile(16, 512, 2, 5),
     WideTile(16, 512, 4, 6),
-    WideTile(16, 1024, 4, 3),
     WideTile(16, 1024, 8, 3),
     WideTile(16, 1024, 8, 4),
     WideTile(32, 256, 2, 5),
     WideTile(32, 512, 4, 4),
     WideTile(32, 1024, 8, 3),
-    WideTile(64, 256, 4, 4),
 )
 """Likewise, on weights in 8 bits."""
 MAX_ERROR, MAX_CODES_ERROR = 0.01, 0.02

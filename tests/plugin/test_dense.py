@@ -13,6 +13,7 @@ from random_layers import random_linear, relative_error
 
 from vllm_milo import compat
 from vllm_milo.kernels import ops, reference
+from vllm_milo.kernels.serving.dense.codes import code_bytes
 from vllm_milo.kernels.weights import LinearWeights
 from vllm_milo.loading import account, dense
 
@@ -36,10 +37,10 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> dict:
 def test_layers_are_kept_while_they_are_few_of_the_devices_bytes(notes: dict):
     places = [dense.reserve(f"layer {i}", 7, 10, GPU, torch.bfloat16) for i in range(4)]
     assert [place is not None and place.in_codes for place in places] == [True, True, False, False]
-    small = dense.reserve("small", 5, 8, GPU, torch.bfloat16)
+    small = dense.reserve("small", 5, 4, GPU, torch.bfloat16)
     assert small is not None
     assert not small.in_codes, "there is room for 16 bits alone"
-    assert notes == {"other plugin's": 1, dense.NOTE: {"layer 0": 210, "layer 1": 210, "small": 80}}
+    assert notes == {"other plugin's": 1, dense.NOTE: {"layer 0": 224, "layer 1": 224, "small": 40}}
     assert json.loads(json.dumps(notes)) == notes
 
 
@@ -53,7 +54,7 @@ def test_none_is_kept_where_weights_fill_the_device(notes: dict, monkeypatch: py
     assert first.keep(GPU), "a layer that is loaded once more stays what it was"
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
     assert not second.keep(GPU)
-    assert notes[dense.NOTE] == {"first": 210}
+    assert notes[dense.NOTE] == {"first": 224}
 
 
 @pytest.mark.parametrize(
@@ -89,23 +90,23 @@ def test_codes_that_no_kernel_reads_or_that_are_far_off_are_not_kept(notes: dict
     close, far = (dense.reserve(name, 7, 10, GPU, torch.bfloat16) for name in ("close", "far"))
     assert close is not None
     assert far is not None
-    assert close.keep_codes(70, 0.01)
-    assert not far.keep_codes(70, 0.03)
-    assert notes[dense.NOTE] == {"close": 210, "far": 140}
-    assert close.keep_codes(70, 0.03), "a layer that is loaded once more stays what it was"
-    assert (far.keep_codes(70, 0.01), far.size) == (False, 140)
+    assert close.keep_codes(84, 0.01)
+    assert not far.keep_codes(84, 0.03)
+    assert notes[dense.NOTE] == {"close": 224, "far": 140}
+    assert close.keep_codes(84, 0.03), "a layer that is loaded once more stays what it was"
+    assert (far.keep_codes(84, 0.01), far.size) == (False, 140)
     assert (close.dropped, far.dropped) == (0, 0.03)
 
 
-def test_the_log_says_which_layers_have_no_8_bits(caplog: pytest.LogCaptureFixture):
+def test_the_log_says_how_many_layers_have_no_8_bits(caplog: pytest.LogCaptureFixture):
     load = account.Load()
     for layer, dropped in (("near", 0.0), ("far", 0.021), ("farther", 0.034)):
         load.widen(layer, 2**30, not dropped, dropped)
     with caplog.at_level(logging.INFO, "vllm.milo"):
         load.report(kernels=0, compiling=0.0, peak=0.0)
     assert "MiLo keeps 3 dense layers in 16 bits, 1 of these in 8 too, for few tokens: 3.00 GiB; " in caplog.text
-    assert "8 bits would put 2 of the dense layers off by up to 3.4 %" in caplog.text
-    assert "(far first)" in caplog.text
+    assert "2 of these are in 16 bits alone, since 8 would be off by up to 3.4 % of the weights' norm" in caplog.text
+    assert "the first is far" in caplog.text
 
 
 def test_none_is_kept_where_graphs_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch):
@@ -152,7 +153,8 @@ def test_a_layer_in_8_bits_too_is_read_in_them(far: bool, monkeypatch: pytest.Mo
     notes: dict = {}
     monkeypatch.setenv(dense.VARIABLE, dense.CODED)
     monkeypatch.setattr(dense, "MOST_ERROR", 0.0001 if far else 0.02)
-    monkeypatch.setattr(dense, "reserve", lambda name, n, k, device, dtype: dense.Place(name, 3 * n * k, True, notes))
+    sizes = 2 * 128 * K, 2 * 128 * K + code_bytes(128, K)
+    monkeypatch.setattr(dense, "reserve", lambda name, *_: dense.Place(name, sizes[1], True, notes))
     monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
     monkeypatch.setattr(account, "_current", account.Load())
     weights, spec = random_linear([128], [8], K, 64, 3)
@@ -164,7 +166,7 @@ def test_a_layer_in_8_bits_too_is_read_in_them(far: bool, monkeypatch: pytest.Mo
     layer.quant_method.process_weights_after_loading(layer)
     names = ["weight_packed"] + ([] if far else ["milo_1", "milo_2"])
     assert [name for name, _ in layer.named_parameters()] == names
-    assert list(notes[dense.NOTE].values()) == [(2 if far else 3) * 128 * K]
+    assert list(notes[dense.NOTE].values()) == [sizes[not far]]
     layer.weight_packed.data.fill_(float("nan"))
     x = torch.randn(3, K).half()
     found, exact = layer.quant_method.apply(layer, x), reference.linear(x.double(), weights, spec)

@@ -23,7 +23,9 @@ WIDE_LINE = (
     "MiLo keeps %d dense layers in 16 bits, %d of these in 8 too, for few tokens: %.2f GiB; "
     "VLLM_MILO_DENSE=3bit keeps none, =16bit none in 8"
 )
-DROPPED_LINE = "8 bits would put %d of the dense layers off by up to %.1f %%, so that they have none (%s first)"
+DROPPED_LINE = (
+    "%d of these are in 16 bits alone, since 8 would be off by up to %.1f %% of the weights' norm; the first is %s"
+)
 
 
 class Load:

@@ -18,7 +18,7 @@ import torch
 
 from vllm_milo import compat
 from vllm_milo.kernels import ops
-from vllm_milo.kernels.serving.dense.codes import MOST_ERROR
+from vllm_milo.kernels.serving.dense.codes import MOST_ERROR, code_bytes
 
 VARIABLE = "VLLM_MILO_DENSE"
 AUTO, PACKED, WIDE, CODED = "auto", "3bit", "16bit", "8bit"
@@ -60,14 +60,14 @@ class Place:
         self._settled = False
         notes.setdefault(NOTE, {})[layer] = size
 
-    def keep_codes(self, weights: int, error: float) -> bool:
-        """Return whether 8 bits that are off by so much are kept too, of so many weights; else the note has 16 alone.
+    def keep_codes(self, size: int, error: float) -> bool:
+        """Return whether 8 bits of so many bytes that are off by so much are kept too; else the note has 16 alone.
 
         As for :meth:`keep`, a layer that is loaded once more stays what it was.
         """
         if not self._settled and error > MOST_ERROR:
             self.in_codes, self.dropped = False, error
-            self.size -= weights
+            self.size -= size
             self._notes[NOTE][self._layer] = self.size
         self._settled = True
         return self.in_codes
@@ -89,7 +89,7 @@ def reserve(layer: str, outputs: int, inputs: int, device: torch.device, dtype: 
 
     Args:
         layer: its name.
-        outputs: of the layer on this process; their scales, when in 8 bits, are not counted.
+        outputs: of the layer on this process.
         inputs: likewise.
         device: of the layer.
         dtype: of the activations.
@@ -102,7 +102,7 @@ def reserve(layer: str, outputs: int, inputs: int, device: torch.device, dtype: 
         return None
     may_have_codes = by_triton and wanted != WIDE and ops.reads_codes(outputs, inputs, device)
     for in_codes in (True, False) if may_have_codes else (False,):
-        size = outputs * inputs * (dtype.itemsize + in_codes)
+        size = outputs * inputs * dtype.itemsize + in_codes * code_bytes(outputs, inputs)
         if wanted != AUTO or size + sum(notes.get(NOTE, {}).values()) <= SHARE * _total(device):
             return Place(layer, size, in_codes, notes)
     return None

@@ -26,6 +26,11 @@ ROWS = 1024
 """Outputs at a time, so that fp32 of a whole layer is never there."""
 
 
+def code_bytes(outputs: int, inputs: int) -> int:
+    """Return the bytes of what :func:`encode` makes of a layer."""
+    return outputs * inputs + 2 * cdiv(inputs, GROUP) * outputs
+
+
 def meanings(dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     """Return the number that each byte means, fp32 [256] in ascending order."""
     floats = torch.arange(256, dtype=torch.int16, device=device) | HIGH_BYTE[dtype] << 8

@@ -7,8 +7,9 @@ import torch
 from random_layers import random_linear, relative_error
 
 from vllm_milo.kernels import ops
+from vllm_milo.kernels.resident import WIDE_BYTES
 from vllm_milo.kernels.serving.dense import wide
-from vllm_milo.kernels.serving.dense.codes import GROUP, HIGH_BYTE, MOST_ERROR, encode, meanings
+from vllm_milo.kernels.serving.dense.codes import GROUP, HIGH_BYTE, MOST_ERROR, code_bytes, encode, meanings
 from vllm_milo.kernels.serving.dense.wide import CODE_TILES, SPREAD_TILES, TILES, WideTile, wide_linear, wide_tile
 from vllm_milo.kernels.weights import LinearWeights
 
@@ -78,9 +79,9 @@ def test_few_tokens_read_codes(tokens: int, n: int, k: int, biased: bool, dtype:
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [2, 16, 33])
-@pytest.mark.parametrize("tile", [*CODE_TILES[1:], WideTile(16, 128, 1, 3), WideTile(32, 128, 2, 4)])
+@pytest.mark.parametrize("tile", [*CODE_TILES, WideTile(16, 128, 1, 3), WideTile(32, 128, 2, 4)])
 def test_every_tile_of_codes(tile: WideTile, tokens: int, dtype: torch.dtype, kernel_device: str):
-    x, weight, bias = random_layer(tokens, 176, 416, dtype, kernel_device)
+    x, weight, bias = random_layer(tokens, 80, 2600, dtype, kernel_device)
     weights = [weight, *encode(weight)]
     expected = exact(x, decoded(weights, dtype), bias)
     assert relative_error(wide_linear(x, weights, bias, tile), expected) < TOLERANCE[dtype]
@@ -198,6 +199,13 @@ def test_a_layer_in_3_bits_is_encoded(case: tuple, dtype: torch.dtype, kernel_de
     exact_codes = relative_error(decoded([kept, *codes], dtype), kept)
     assert error == pytest.approx(exact_codes, rel=1e-3)
     assert relative_error(found, x.double() @ kept.double().T) < 3 * error + TOLERANCE[dtype]
+
+
+def test_bytes_are_counted():
+    for k in (256, 130):
+        weight = torch.randn(24, k).half()
+        assert sum(part.nbytes for part in encode(weight)) == code_bytes(24, k)
+    assert (weight.element_size() * 24 * 256 + code_bytes(24, 256)) == WIDE_BYTES * 24 * 256
 
 
 def test_outliers_cost_their_group_alone():

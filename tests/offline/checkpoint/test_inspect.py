@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from vllm_milo.checkpoint import TENSOR_NAMES
-from vllm_milo.kernels.resident import resident_bytes
+from vllm_milo.kernels.resident import WIDE_BYTES, resident_bytes
 from vllm_milo.names import split_expert_name
 from vllm_milo.offline.checkpoint.inspect import inspect_checkpoint
 from vllm_milo.offline.cli import main
@@ -37,7 +37,7 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert 1.05 < report["resident_bits_per_weight"] / report["bits_per_weight"] < 1.4
     experts = [matrix_shape(found) for name, found in modules.items() if split_expert_name(name)]
     dense = report["quantized_weights"] - sum(n * k for n, k in experts)
-    held = 3 * dense + sum(resident_bytes(n, k, 8, 64, 3) for n, k in experts)
+    held = WIDE_BYTES * dense + sum(resident_bytes(n, k, 8, 64, 3) for n, k in experts)
     assert report["resident_bits_dense_16bit"] == pytest.approx(8 * held / report["quantized_weights"])
     assert report["ranks"]["attention"] == {"matrices": 8, "mean": 16, "min": 16, "max": 16}
     assert report["ranks"]["routed_expert"]["mean"] == 8
