@@ -1,4 +1,4 @@
-"""The operators ``milo::linear``, ``milo::wide_linear`` and ``milo::fused_moe``: a backend is chosen at load time.
+"""The operators of namespace ``milo``, for dense layers and for routed experts: a backend is chosen at load time.
 
 Layers are prepared once for a backend (:func:`prepare_linear`, :func:`prepare_experts`), which may bring
 their tensors into a layout of its own; the operators then take the prepared tensors and the backend's name,
@@ -34,6 +34,12 @@ _library.define(
     "fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] w13, Tensor[] w2, "
     "int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, float limit, float alpha, "
     "float beta, str backend) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "routed_moe(Tensor x, Tensor logits, Tensor? padding, int top_k, bool renormalizes, Tensor? expert_map, "
+    "Tensor[] w13, Tensor[] w2, int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, "
+    "float limit, float alpha, float beta, str backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -189,6 +195,37 @@ def fused_moe(
     return torch.ops.milo.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, *spec, backend)
 
 
+def routed_moe(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    padding: torch.Tensor | None,
+    top_k: int,
+    renormalizes: bool,
+    expert_map: torch.Tensor | None,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    spec: MoESpec,
+    backend: str,
+) -> torch.Tensor:
+    """Return the weighted sum of the experts that a router's logits choose, [T, H] -> [T, H].
+
+    The experts are the largest of a softmax over the logits, the first of equals first (:func:`.reference.choose`).
+
+    Args:
+        x: activations.
+        logits: of the router, [T, global experts].
+        padding: bool [T], rows that are no token's and give 0; None if all are tokens.
+        top_k: experts of a token.
+        renormalizes: whether a token's weights sum to 1; else they are its softmax over all experts.
+        expert_map: as for :func:`fused_moe`, as are the arguments that follow.
+        w13: gate and up projections.
+        w2: down projections.
+        spec: of the layer.
+        backend: ``torch`` or ``triton``.
+    """
+    return torch.ops.milo.routed_moe(x, logits, padding, top_k, renormalizes, expert_map, w13, w2, *spec, backend)
+
+
 def _linear(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -252,6 +289,37 @@ def _fused_moe(
     return reference.fused_moe(x, topk_weights, topk_ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)
 
 
+def _routed_moe(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    padding: torch.Tensor | None,
+    top_k: int,
+    renormalizes: bool,
+    expert_map: torch.Tensor | None,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    factor_bits: int,
+    activation: str,
+    router_weight_on_input: bool,
+    max_ranks: list[int],
+    limit: float,
+    alpha: float,
+    beta: float,
+    backend: str,
+) -> torch.Tensor:
+    spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks, limit, alpha, beta)
+    if backend == "triton":
+        from .launch import device_of
+        from .replaying import experts, recording
+        from .serving import fused_moe as triton_moe
+
+        layer = experts if recording.is_wanted() else triton_moe
+        with device_of(x):
+            return layer.routed_moe(x, logits, padding, top_k, renormalizes, expert_map, w13, w2, spec)
+    weights, ids = reference.choose(logits, padding, top_k, renormalizes)
+    return reference.fused_moe(x, weights, ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)
+
+
 def _fused_moe_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -259,6 +327,8 @@ def _fused_moe_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("wide_linear", _wide_linear, "CompositeExplicitAutograd")
 _library.impl("fused_moe", _fused_moe, "CompositeExplicitAutograd")
+_library.impl("routed_moe", _routed_moe, "CompositeExplicitAutograd")
 torch.library.register_fake("milo::linear", _linear_fake, lib=_library)
 torch.library.register_fake("milo::wide_linear", _wide_linear_fake, lib=_library)
 torch.library.register_fake("milo::fused_moe", _fused_moe_fake, lib=_library)
+torch.library.register_fake("milo::routed_moe", _fused_moe_fake, lib=_library)

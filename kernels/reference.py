@@ -104,6 +104,26 @@ def fused_moe(
     return out.to(x.dtype)
 
 
+def choose(
+    logits: torch.Tensor, padding: torch.Tensor | None, top_k: int, renormalizes: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights fp32 [T, k] and ids int32 [T, k] of the experts of tokens, the first of equals first.
+
+    Args:
+        logits: of the router, [T, experts].
+        padding: bool [T], rows that are no token's, whose ids are -1 and weights 0; None if all are tokens.
+        top_k: experts of a token, k.
+        renormalizes: whether a token's weights sum to 1; else they are its softmax over all experts.
+    """
+    ids = logits.float().argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    weights = logits.float().softmax(1).gather(1, ids)
+    if renormalizes:
+        weights /= weights.sum(1, keepdim=True)
+    if padding is not None:
+        ids, weights = ids.masked_fill(padding[:, None], -1), weights.masked_fill(padding[:, None], 0)
+    return weights, ids.int()
+
+
 def activate(y: torch.Tensor, spec: MoESpec) -> torch.Tensor:
     """Return the hidden activations [.., I] of gate and up [.., 2I], or of up alone [.., I], in the dtype of ``y``."""
     if not spec.is_gated:

@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from itertools import product
 
 import torch
 
@@ -102,6 +103,7 @@ def warm_up_moe(
     top_k: int,
     dtype: torch.dtype,
     max_tokens: int,
+    renormalizes: bool | None = None,
 ) -> Waiting:
     """Begin to compile the kernels of routed experts for up to ``max_tokens`` tokens; see :func:`.ops.fused_moe`.
 
@@ -116,6 +118,7 @@ def warm_up_moe(
         top_k: experts of a token.
         dtype: of the activations.
         max_tokens: most tokens of a step.
+        renormalizes: of :func:`.ops.routed_moe`, where the layer is called by that; else None.
 
     Returns:
         What :func:`wait` waits for.
@@ -124,12 +127,19 @@ def warm_up_moe(
 
     def call(tokens: int) -> None:
         x = torch.zeros(tokens, hidden, dtype=dtype, device=device)
+        if renormalizes is not None:
+            rows = torch.zeros(tokens, dtype=torch.bool, device=device)
+            for kind, padding in product({dtype, torch.float32}, (None, rows)):
+                logits = torch.zeros(tokens, experts, dtype=kind, device=device)
+                routing = logits, padding, top_k, renormalizes, expert_map
+                ops.routed_moe(x, *routing, w13, w2, spec, backend)
+            return
         pairs = torch.arange(tokens * top_k, dtype=torch.int32, device=device).view(tokens, top_k)
         router = torch.full((tokens, top_k), 1 / top_k, dtype=torch.float32, device=device)
         ops.fused_moe(x, router, pairs % experts, expert_map, w13, w2, spec, backend)
 
     def make_key() -> Hashable:
-        return moe_key(w13, w2, expert_map, spec, top_k, dtype)
+        return moe_key(w13, w2, expert_map, spec, top_k, dtype), renormalizes, experts
 
     return _warm_up("experts", make_key, call, backend, device, max_tokens)
 

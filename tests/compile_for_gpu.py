@@ -19,7 +19,15 @@ from unittest import mock
 
 import torch
 import triton
-from meta_layers import run_converter, run_dense, run_experts, run_openai_experts, run_repack, run_wide
+from meta_layers import (
+    run_converter,
+    run_dense,
+    run_experts,
+    run_openai_experts,
+    run_repack,
+    run_routed_experts,
+    run_wide,
+)
 from protocol_in_ptx import pointer_names, violations
 from register_hazards import hazards, instructions
 from triton.runtime.jit import JITFunction
@@ -53,6 +61,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(mixtral, 64, ranks=[128, 64], tile=FAST)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
+        for tokens in (1, 16, 17):
+            yield partial(run_routed_experts, tokens)
         yield partial(run_wide, 1, 4096, 4096)
         yield partial(run_wide, 16, 4096, 4096)
         yield partial(run_wide, 1, 4096, 4096, in_codes=True)
@@ -73,6 +83,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
     for tokens in (1, 2000):
         yield partial(run_openai_experts, tokens)
     yield partial(run_openai_experts, 1, gated=False)
+    for tokens, kind in product((1, 16, 5000), (torch.bfloat16, torch.float32)):
+        yield partial(run_routed_experts, tokens, kind, padded=kind == torch.float32)
     for group in (32, 64, 128):
         yield partial(run_converter, group)
         yield partial(run_repack, group, 3)

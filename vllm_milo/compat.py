@@ -63,6 +63,17 @@ def select_experts(layer: Any, x: torch.Tensor, router_logits: torch.Tensor) -> 
     )
 
 
+def padding_rows(tokens: int) -> torch.Tensor | None:
+    """Return which rows of a step are no token's, bool [tokens], as vLLM's routers ask; None where it does not say."""
+    from vllm import envs
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not getattr(envs, "VLLM_MOE_SKIP_PADDING", False) or not is_forward_context_available():
+        return None
+    rows = getattr(get_forward_context(), "is_padding", None)
+    return None if rows is None else rows[:tokens]
+
+
 def loads_dummy_weights() -> bool:
     """Return whether the model under construction gets random weights (``--load-format dummy``)."""
     return get_current_vllm_config().load_config.load_format == "dummy"

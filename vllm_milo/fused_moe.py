@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from vllm_milo.loading.ahead import start_experts
 from vllm_milo.models.activations import read_activation
 from vllm_milo.models.local_experts import Gemm, LocalExperts
 from vllm_milo.models.parameters import ANY_FLOAT, Cut, FactorSlice, FillGuard, factor_dtype, require_split
+from vllm_milo.models.refused import refuse_adapters
+from vllm_milo.models.routers import plain_router
 from vllm_milo.names import EXPERT_PROJECTIONS
 
 _FACTOR_ORDER = (U, U_SCALE, V, V_SCALE)
@@ -59,6 +61,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
     def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str) -> None:
         # asked once: torch.compile traces reads of is_monolithic, and cannot trace a search for modules
         self._routes = compat.routes_inside_method()
+        self._renormalizes: bool | None = None
         super().__init__(moe)
         if compat.balances_experts():
             raise CheckpointError(
@@ -70,8 +73,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     @property
     def is_monolithic(self) -> bool:
-        """Whether the method routes too: only where vLLM's router cannot run on the CPU."""
-        return self._routes
+        """Whether the method routes too: where vLLM's router cannot run on the CPU, and where it chooses plainly."""
+        return self._routes or self._renormalizes is not None
 
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype, moe_parallel_config: Any
@@ -97,8 +100,10 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         Raises:
             CheckpointError: the layer has a feature, a size or a split that is not supported.
         """
+        self._renormalizes = plain_router(layer)
         self.activation = read_activation(layer, self.moe, self.prefix)
-        _refuse_adapters(self.moe, self.prefix)
+        if self.moe.is_lora_enabled:
+            refuse_adapters(self.prefix, compat.lora_targets())
         self.shard_of = _SHARD_OF if self.moe.is_act_and_mul else _UNGATED_SHARD_OF
         self.hidden, self.intermediate = hidden_size, intermediate_size_per_partition
         self.tp_rank, self.tp_size = layer.moe_config.tp_rank, layer.moe_config.tp_size
@@ -138,6 +143,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.max_tokens,
             getattr(layer, f"w13_{PACKED}").device,
             self.quantizes and not self.dummy,
+            self._renormalizes,
         )
         account.make(self.prefix)
 
@@ -180,7 +186,18 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         ops.find_tiles(*weights, self.spec, top_k, self.dtype, self.backend)
         wait(self.kernels)
         sizes = self.hidden, layer.global_num_experts, top_k
-        wait(warm_up_moe(*weights, layer.expert_map, self.spec, self.backend, *sizes, self.dtype, self.max_tokens))
+        wait(
+            warm_up_moe(
+                *weights,
+                layer.expert_map,
+                self.spec,
+                self.backend,
+                *sizes,
+                self.dtype,
+                self.max_tokens,
+                self._renormalizes,
+            )
+        )
 
     def apply(
         self,
@@ -241,6 +258,9 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         self, layer: Any, x: torch.Tensor, router_logits: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
         """Route, then :meth:`apply`; see :attr:`is_monolithic`."""
+        if self._renormalizes is not None:
+            routing = compat.padding_rows(x.shape[0]), self.moe.experts_per_token, self._renormalizes, layer.expert_map
+            return ops.routed_moe(x, router_logits, *routing, *self._weights(layer), self.spec, self.backend)
         topk_weights, topk_ids = compat.select_experts(layer, x, router_logits)
         return self.apply(layer, x, topk_weights, topk_ids)
 
@@ -373,21 +393,3 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         cut = FactorSlice(self.tp_rank * columns if is_cut else 0, columns)
         is_scale = tensor in (U_SCALE, V_SCALE)
         param.data[first:stop].copy_(cut.elements(self.format.compensator, loaded, is_scale))
-
-
-def _refuse_adapters(moe: FusedMoEConfig, prefix: str) -> None:
-    """Refuse LoRA that may change experts.
-
-    Raises:
-        CheckpointError: it may.
-    """
-    if moe.is_lora_enabled and _may_change_experts(compat.lora_targets()):
-        raise CheckpointError(
-            f"{prefix}: MiLo does not support LoRA on experts; where adapters have none there, name what they change, "
-            f"as in --lora-target-modules q_proj k_proj v_proj o_proj"
-        )
-
-
-def _may_change_experts(targets: Sequence[str] | None) -> bool:
-    """Return whether adapters of these targets, None for any, may change routed experts."""
-    return targets is None or any("experts" in target.split(".") for target in targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import torch
@@ -25,21 +25,50 @@ def fused_moe(
 ) -> torch.Tensor:
     """Return the routed experts' weighted sum, as :func:`..serving.fused_moe.fused_moe` with less work for the host."""
     call = partial(direct.fused_moe, x, topk_weights, topk_ids, expert_map, w13, w2, spec)
-    routed = (x, topk_weights, topk_ids)
+    return _replayed(call, (x, topk_weights, topk_ids, expert_map), (), w13, w2, spec)
+
+
+def routed_moe(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    padding: torch.Tensor | None,
+    top_k: int,
+    renormalizes: bool,
+    expert_map: torch.Tensor | None,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    spec: MoESpec,
+) -> torch.Tensor:
+    """Return what :func:`..serving.fused_moe.routed_moe` does, likewise."""
+    call = partial(direct.routed_moe, x, logits, padding, top_k, renormalizes, expert_map, w13, w2, spec)
+    return _replayed(call, (x, logits, padding, expert_map), (top_k, renormalizes), w13, w2, spec)
+
+
+def _replayed(
+    call: Callable[[], torch.Tensor],
+    routed: Sequence[torch.Tensor | None],
+    how: Hashable,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    spec: MoESpec,
+) -> torch.Tensor:
+    """Return what ``call`` does with tensors, of which x is the first, weights and further values."""
+    x = routed[0]
+    assert x is not None
     if (
         spec.router_weight_on_input
         or padded(x.shape[1]) != x.shape[1]
-        or not all(map(torch.Tensor.is_contiguous, routed))
+        or not all(one is None or one.is_contiguous() for one in routed)
     ):
         return call()  # what torch computes before or after the launches is in no recording
     key = (
-        *((one.shape, one.dtype) for one in routed),
-        None if expert_map is None else (expert_map.shape, expert_map.dtype),
+        *(None if one is None else (one.shape, one.dtype) for one in routed),
+        how,
         _sizes(w13),
         _sizes(w2),
         tuple(tuple(one) if isinstance(one, list) else one for one in spec),
     )
-    return replayed(call, key, (*routed, expert_map, *w13, *w2), x.device)
+    return replayed(call, key, (*routed, *w13, *w2), x.device)
 
 
 def _sizes(weights: list[torch.Tensor]) -> Hashable:

@@ -1,5 +1,6 @@
 """The routed experts of one layer on Triton. At decode seven launches, of which 2 and 5 run beside 3 and 6:
 
+0. choose: the experts of tokens, where the layer gets their router's logits, and 1 does not choose for few tokens
 1. prepare: sums of x, which every tile of the first GEMM needs whole, and x in the order of lanes, or x in fp16; sorts
    the pairs as well, and sets the counters of 2 and 5 to 0
 2. project: V13·x, which the epilogues of the first GEMM need
@@ -20,6 +21,7 @@ import torch
 from ..launch import launch_mode
 from ..weights import MoEShape, MoESpec
 from .activation import activate
+from .choose import FEW_TOKENS, Choice, choose
 from .dispatch import moe_configs
 from .gemm.config import GemmConfig
 from .gemm.launcher import gemm, gemm_gated
@@ -44,12 +46,14 @@ def fused_moe(
     w2: list[torch.Tensor],
     spec: MoESpec,
     configs: tuple[GemmConfig, GemmConfig] | None = None,
+    choice: Choice | None = None,
 ) -> torch.Tensor:
     """Return the routed experts' weighted sum; arguments as in :func:`..reference.fused_moe`.
 
     ``w13`` and ``w2`` are :class:`.layout.KernelWeights`. Every shape depends on the shapes of the arguments
     alone, and nothing waits for the host, so the launches can be captured in a CUDA graph. ``configs`` forces
-    the tiles of the two GEMMs, which must agree in block_m. The same input gives the same bits.
+    the tiles of the two GEMMs, which must agree in block_m; by a ``choice`` ids and weights are written first, see
+    :func:`.prepare.prepare`. The same input gives the same bits.
     """
     gate_up, down = KernelWeights(*w13), KernelWeights(*w2)
     tokens, top_k = topk_ids.shape
@@ -78,8 +82,9 @@ def fused_moe(
     dtype = x.dtype
     needs_sums, reads_lanes = first.needs_sums(gate_up.group_size), first.reads_lanes(gate_up.group_size)
     source, blocks, (planned13, planned2) = prepare(
-        x, routes, num_experts, first.block_m, gate_up.group_size, fast, needs_sums, reads_lanes, downs, mode
-    )
+        x, routes, num_experts, first.block_m, gate_up.group_size, fast, needs_sums, reads_lanes, downs, mode,
+        choice,
+    )  # fmt: skip
     down13 = project(source, gate_up, blocks, routes, pairs_per_row, spec.factor_bits, planned13, mode)
     common = (source._replace(down=down13), gate_up, blocks, routes, pairs_per_row, *formats[0], first, mode)
     if fast:
@@ -93,6 +98,30 @@ def fused_moe(
     y = gemm(source, down, blocks, routes, 1, *formats[1], second, mode, dtype, [down.columns])
     out = weighted_sum(y, down.bias, topk_weights.contiguous(), routes, not spec.router_weight_on_input, dtype, mode)
     return cut_outputs(out, [hidden_size])
+
+
+def routed_moe(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    padding: torch.Tensor | None,
+    top_k: int,
+    renormalizes: bool,
+    expert_map: torch.Tensor | None,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    spec: MoESpec,
+) -> torch.Tensor:
+    """Return the weighted sum of experts that the router's logits choose; arguments as in :func:`..ops.routed_moe`."""
+    tokens = x.shape[0]
+    if tokens == 0:
+        return torch.empty_like(x)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
+    choice = Choice(logits.contiguous(), None if padding is None else padding.view(torch.uint8), renormalizes, weights)
+    if tokens <= FEW_TOKENS and expert_map is None and not spec.router_weight_on_input:
+        return fused_moe(x, weights, ids, expert_map, w13, w2, spec, choice=choice)
+    choose(choice, Routes(ids, expert_map), launch_mode(x.device, few_tokens=ids.numel() <= FEW_PAIRS))
+    return fused_moe(x, weights, ids, expert_map, w13, w2, spec)
 
 
 def moe_shape(gate_up: KernelWeights, down: KernelWeights, spec: MoESpec, top_k: int) -> MoEShape:

@@ -1,6 +1,7 @@
 """What comes before the V·x of a GEMM's input, in one launch: the sort of the pairs, and what the GEMM wants of x.
 
-That is the sums of x over groups, with which zero points are taken off while tokens are few, and x in the order in
+Where few tokens come with their router's logits, the sort chooses their experts too (:mod:`.choose`). What the GEMM
+wants is the sums of x over groups, with which zero points are taken off while tokens are few, and x in the order in
 which the lanes of a warp take it where they are fewest; or x in fp16 where many tokens meet weights in fp16 (see
 :mod:`.gemm.dequant`). What makes the second GEMM's input makes them as well. The counters of all of a layer's V·x start
 here: each launch has its own, whichever stream or graph it runs in.
@@ -17,6 +18,7 @@ import triton.language as tl
 from ..launch import LaunchMode, launch
 from ..sizes import cdiv, next_power_of_2
 from .activation import power_of_two
+from .choose import FEW_TOKENS, Choice, choose_and_sort
 from .gemm.lanes import lane_order
 from .layout import UNIT
 from .projection.launcher import Planned, Projected, allocate_counters
@@ -82,12 +84,15 @@ def _zero(counters_ptr, program, num_counters, COUNTERS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_experts", "num_counters"])
 def _prepare_kernel(
     x_ptr, sums_ptr, lanes_ptr, half_ptr, row_scale_ptr, norm_ptr, ids_ptr, map_ptr, pairs_ptr, experts_ptr,
-    num_blocks_ptr, counters_ptr, K, num_pairs, num_rows, num_experts, num_counters,
+    num_blocks_ptr, counters_ptr, logits_ptr, padding_ptr, weights_ptr,
+    K, num_pairs, num_rows, num_experts, num_counters,
     SUM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, COUNTERS: tl.constexpr,
-    HAS_MAP: tl.constexpr, SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    HAS_MAP: tl.constexpr, SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr, CHOOSE_ROWS: tl.constexpr, RENORMALIZES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), zeros in the counters, and of x either
-    fp16 rows of up to HALF_ROW (if > 0) or sums, with rows in the order of lanes. The sort takes longest, and is first.
+    """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), by ids or by logits of CHOOSE_ROWS
+    rows (if > 0), zeros in the counters, and of x either fp16 rows of up to HALF_ROW (if > 0) or sums, with rows in the
+    order of lanes. The sort takes longest, and is first.
 
     Its step in :mod:`.protocol` is ``PREPARE``.
     """
@@ -98,6 +103,8 @@ def _prepare_kernel(
     sorts = 0
     if SORT_M > 0:
         sorts = num_experts
+    elif CHOOSE_ROWS > 0:
+        sorts = 1
     zeroes = tl.cdiv(num_counters, COUNTERS)
     if program >= sorts + zeroes:
         program -= sorts + zeroes
@@ -108,6 +115,11 @@ def _prepare_kernel(
             _store_sums(sums_ptr, lanes_ptr, x_ptr, program // units, program % units, K, num_rows, SUM, LANES, ROWS)
     elif program >= sorts:
         _zero(counters_ptr, program - sorts, num_counters, COUNTERS)
+    elif CHOOSE_ROWS > 0:
+        choose_and_sort(
+            logits_ptr, padding_ptr, ids_ptr, weights_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, program,
+            num_pairs // TOP_K, num_experts, TOP_K, SLOTS, CHOOSE_ROWS, RENORMALIZES, SORT_M, BINS,
+        )  # fmt: skip
     elif SORT_M > 0:
         sort_expert(
             ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, program,
@@ -140,6 +152,7 @@ def prepare(
     need_lanes: bool,
     downs: Sequence[DownShape],
     mode: LaunchMode,
+    choice: Choice | None = None,
 ) -> tuple[Projected, TokenBlocks, list[Planned]]:
     """Return the input of a GEMM, without V·x, the pairs in blocks, and the plan of every V·x of the layer.
 
@@ -157,6 +170,8 @@ def prepare(
         need_lanes: whether it wants the rows in the order of lanes, which it does with the sums alone.
         downs: every V·x of the layer.
         mode: how to launch.
+        choice: of up to :data:`.choose.FEW_TOKENS` tokens, by which the ids of the routes are written first, all of
+            whose experts are local; None if they are there.
 
     Returns:
         The input, its sums empty where not needed; the blocks; and for each of ``downs`` its plan with its counters,
@@ -180,13 +195,17 @@ def prepare(
         num_pairs, blocks = routes.num_pairs, allocate_blocks(routes, num_experts, block_m)
     sort = blocks.pairs is not None
     bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
+    if choice is not None:
+        bins = next_power_of_2(max(2, num_experts))
+    top_k = 1 if routes is None else routes.ids.shape[1]
     plans = [plan(down, blocks, routes is None, mode.early) for down in downs]
     buffer, planned = allocate_counters(plans, x.device)
     warps = _warps(chunk, half_row)
     block_rows = _block_rows(half_row, warps)
     parts = 1 if half else units if need_sums else 0
     row_programs = cdiv(rows, block_rows) * parts
-    programs = row_programs + (num_experts if sort else 0) + cdiv(buffer.numel(), COUNTERS)
+    sorts = num_experts if sort else int(choice is not None)
+    programs = row_programs + sorts + cdiv(buffer.numel(), COUNTERS)
     if programs == 0:
         return source, blocks, planned
     launch(
@@ -205,6 +224,9 @@ def prepare(
         blocks.experts,
         blocks.num_blocks,
         buffer,
+        None if choice is None else choice.logits,
+        None if choice is None else choice.padding,
+        None if choice is None else choice.weights,
         k,
         num_pairs,
         rows,
@@ -219,6 +241,10 @@ def prepare(
         SORT_M=block_m if sort else 0,
         BINS=bins,
         CHUNK=chunk,
+        TOP_K=top_k,
+        SLOTS=next_power_of_2(top_k),
+        CHOOSE_ROWS=0 if choice is None else 1 if rows == 1 else FEW_TOKENS,
+        RENORMALIZES=choice is not None and choice.renormalizes,
         PDL=mode.early,
         num_warps=warps,
     )

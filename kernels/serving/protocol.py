@@ -68,6 +68,7 @@ class Step(NamedTuple):
 AT_ONCE = "right after the wait"
 AFTER_LOOP = "after the loop over K, which is after the wait too"
 
+CHOOSE = Step("_choose_kernel", "the experts of tokens, and their weights", START, AT_ONCE)
 PREPARE = Step("_prepare_kernel", "x in other orders, its sums, the sorted pairs, zeros in counters", START, AT_ONCE)
 PROJECT = Step("project_kernel", "V·x, or its parts", START, AT_ONCE)
 GEMM = Step("gemm_kernel", "outputs, or their parts over K", LATE, AFTER_LOOP, needs=("down",))
@@ -78,10 +79,10 @@ SUM_SPLITS = Step("_sum_splits_kernel", "the result of a dense layer whose GEMM 
 WIDE = Step("_wide_kernel", "the result of a dense layer in 16 bits", START, AT_ONCE)
 EXPAND = Step("_expand_kernel", "weights in 16 bits", START, AT_ONCE)
 
-STEPS = (PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, WIDE, EXPAND)
-"""In the order of launches. A MoE layer goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``. A
-dense layer in 16 bits is ``WIDE`` alone. With very many tokens ``EXPAND`` comes alone before a library's GEMM: neither
-starts early, so each waits for all before."""
+STEPS = (CHOOSE, PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, WIDE, EXPAND)
+"""In the order of launches. A MoE layer of many tokens begins with ``CHOOSE`` where it has its router's logits. It goes
+from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``. A dense layer in 16 bits is ``WIDE`` alone. With
+very many tokens ``EXPAND`` comes alone before a library's GEMM: neither starts early, so each waits for all before."""
 
 
 def find_step(kernel: str, has_down: bool) -> Step:

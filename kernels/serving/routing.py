@@ -62,6 +62,34 @@ def local_expert(ids_ptr, map_ptr, pair, mask, HAS_MAP: tl.constexpr):
 
 
 @triton.jit
+def find_blocks(num_blocks_ptr, counts, expert, BLOCK_M: tl.constexpr, BINS: tl.constexpr):
+    """Return an expert's first block, and how many blocks and pairs it has, by all experts' pairs [BINS].
+
+    The program of expert 0 stores how many blocks there are.
+    """
+    bins = tl.arange(0, BINS)
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(bins < expert, blocks, 0))
+    own_blocks = tl.sum(tl.where(bins == expert, blocks, 0))
+    own_pairs = tl.sum(tl.where(bins == expert, counts, 0))
+    if expert == 0:
+        tl.store(num_blocks_ptr, tl.sum(blocks))
+    return first, own_blocks, own_pairs
+
+
+@triton.jit
+def end_blocks(
+    pairs_ptr, experts_ptr, expert, first, own_blocks, own_pairs, num_pairs, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Fill an expert's last block with pairs of nobody, and write whose its blocks are."""
+    pad = own_pairs + tl.arange(0, BLOCK_M)
+    tl.store(pairs_ptr + first * BLOCK_M + pad, num_pairs, mask=pad < own_blocks * BLOCK_M)
+    for start in range(0, own_blocks, 128):
+        block = start + tl.arange(0, 128)
+        tl.store(experts_ptr + first + block, expert, mask=block < own_blocks)
+
+
+@triton.jit
 def sort_expert(
     ids_ptr, map_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, expert, num_pairs, num_experts,
     HAS_MAP: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
@@ -71,7 +99,6 @@ def sort_expert(
     An expert's pairs stand in the order of (pair % CHUNK, pair // CHUNK): each place of a chunk counts its own, and all
     places are added up once.
     """
-    bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
     own = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_pairs, CHUNK):
@@ -79,23 +106,14 @@ def sort_expert(
         local = local_expert(ids_ptr, map_ptr, pair, pair < num_pairs, HAS_MAP)
         counts += tl.histogram(local, BINS, mask=local >= 0)
         own += (local == expert).to(tl.int32)
-    blocks = (counts + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(bins < expert, blocks, 0))
-    own_blocks = tl.sum(tl.where(bins == expert, blocks, 0))
-    own_pairs = tl.sum(tl.where(bins == expert, counts, 0))
-    if expert == 0:
-        tl.store(num_blocks_ptr, tl.sum(blocks))
+    first, own_blocks, own_pairs = find_blocks(num_blocks_ptr, counts, expert, BLOCK_M, BINS)
     place = first * BLOCK_M + tl.cumsum(own, 0) - own
     for start in range(0, num_pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
         mine = local_expert(ids_ptr, map_ptr, pair, pair < num_pairs, HAS_MAP) == expert
         tl.store(pairs_ptr + place, pair, mask=mine)
         place += mine.to(tl.int32)
-    pad = own_pairs + tl.arange(0, BLOCK_M)
-    tl.store(pairs_ptr + first * BLOCK_M + pad, num_pairs, mask=pad < own_blocks * BLOCK_M)
-    for start in range(0, own_blocks, 128):
-        block = start + tl.arange(0, 128)
-        tl.store(experts_ptr + first + block, expert, mask=block < own_blocks)
+    end_blocks(pairs_ptr, experts_ptr, expert, first, own_blocks, own_pairs, num_pairs, BLOCK_M)
 
 
 def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBlocks:

@@ -318,6 +318,30 @@ def test_what_torch_computes_is_not_recorded(log: Log, nothing_recorded: dict):
     assert nothing_recorded == {}
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_layers_that_choose_launch_what_they_would(tokens: int, padded: bool, log: Log, nothing_recorded: dict):
+    def inputs(layer: Layer) -> list[Any]:
+        padding = torch.zeros(tokens, dtype=torch.bool) if padded else None
+        x, logits = torch.randn(tokens, 256).bfloat16(), torch.randn(tokens, 4)
+        return [x, logits, padding, 2, True, None, *layer.weights, layer.spec]
+
+    first, second = Layer(0, "cpu"), Layer(1, "cpu")
+    experts.routed_moe(*inputs(first))
+    assert None not in nothing_recorded.values()
+    given = inputs(second)
+    again, log.launches, log.kept = Log(), [], []
+    direct.routed_moe(*given)
+    again.launches, log.launches = log.launches, []
+    again.kept = log.kept
+    assert experts.routed_moe(*given).shape == (tokens, 256)
+    assert len(nothing_recorded) == 1
+    assert ("_choose_kernel" in {name for name, *_ in log.launches}) == (tokens > 16)
+    same_but_for_intermediates(again, log, given)
+    experts.routed_moe(*given[:4], False, *given[5:])
+    assert len(nothing_recorded) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 5, 64, 300, 3000])
 def test_layers_give_what_they_would(tokens: int, nothing_recorded: dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from scripts import run_script
 from vllm_milo.kernels import ops, warm_up
 from vllm_milo.kernels.compiling.threads import Compiler, Share
 from vllm_milo.kernels.launch import Launch, LaunchMode, launch, noting
-from vllm_milo.kernels.serving import prepare
+from vllm_milo.kernels.serving import choose, prepare
 from vllm_milo.kernels.serving.gemm.kernel import gemm_kernel
 from vllm_milo.kernels.serving.projection.kernel import project_kernel
 from vllm_milo.kernels.stand_in import smallest_experts, stand_in
@@ -160,7 +161,7 @@ def test_router_weights_are_float32_as_in_serving(monkeypatch: pytest.MonkeyPatc
 
 def compiled() -> int:
     """Return how many kernels this process has compiled or read from disk."""
-    kernels = (gemm_kernel, project_kernel, prepare._prepare_kernel)
+    kernels = (gemm_kernel, project_kernel, prepare._prepare_kernel, choose._choose_kernel)
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 
@@ -181,7 +182,8 @@ def test_nothing_is_left_to_compile_for_a_dense_layer():
 
 
 @pytest.mark.gpu
-def test_nothing_is_left_to_compile_for_experts():
+@pytest.mark.parametrize("renormalizes", [None, True])
+def test_nothing_is_left_to_compile_for_experts(renormalizes: bool | None):
     ranks13, ranks2 = [[16, 16]] * 8, [[16]] * 8
     spec = moe_spec(ranks13, ranks2, 3, "silu", False)
     w13, w2 = (
@@ -190,10 +192,15 @@ def test_nothing_is_left_to_compile_for_experts():
     )
     common = (torch.bfloat16, w13[0].device)
     before_weights = stand_in(8, [512] * 2, 512, 64, 3, *common, True), stand_in(8, [512], 512, 64, 3, *common)
-    wait(warm_up_moe(*before_weights, None, spec, "triton", 512, 8, 2, torch.bfloat16, 512))
+    wait(warm_up_moe(*before_weights, None, spec, "triton", 512, 8, 2, torch.bfloat16, 512, renormalizes))
     before = compiled()
     for tokens in TOKENS:
         router, ids = (t.cuda() for t in random_routing(tokens, 2, 8))
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
-        ops.fused_moe(x, router, ids, None, w13, w2, spec, "triton")
+        if renormalizes is None:
+            ops.fused_moe(x, router, ids, None, w13, w2, spec, "triton")
+            continue
+        for kind, padding in product((torch.bfloat16, torch.float32), (None, ids[:, 0] > 4)):
+            logits = torch.randn(tokens, 8, device="cuda", dtype=kind)
+            ops.routed_moe(x, logits, padding, 2, renormalizes, None, w13, w2, spec, "triton")
     assert compiled() == before > 0

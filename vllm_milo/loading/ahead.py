@@ -71,6 +71,7 @@ def start_experts(
     max_tokens: int,
     device: torch.device,
     apart: bool,
+    renormalizes: bool | None,
 ) -> Waiting:
     """Begin to compile the kernels of a layer's experts; return what to wait for, nothing without a GPU.
 
@@ -85,6 +86,7 @@ def start_experts(
         max_tokens: most tokens of a step.
         device: of the layer.
         apart: whether other processes compile, as of :func:`_compiles`.
+        renormalizes: of :func:`.ops.routed_moe`, where the layer is called by that; else None.
     """
     if not _compiles("fused_moe", device, apart):
         return []
@@ -104,7 +106,8 @@ def start_experts(
         for number, group_size in zip((parts, 1), group_sizes, strict=True)
         for future in warm_up_repack(number, group_size, bits, dtype, device)
     ]
-    return repack + warm_up_moe(w13, w2, expert_map, spec, "triton", hidden, global_experts, top_k, dtype, max_tokens)
+    sizes_of_all = hidden, global_experts, top_k
+    return repack + warm_up_moe(w13, w2, expert_map, spec, "triton", *sizes_of_all, dtype, max_tokens, renormalizes)
 
 
 def _compiles(operator: str, device: torch.device, apart: bool) -> bool:

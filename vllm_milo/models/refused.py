@@ -1,8 +1,8 @@
-"""What models of vLLM do to weights while they load them that would make quantized ones wrong."""
+"""What vLLM does to weights, while it loads them or with adapters, that would make quantized ones wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vllm_milo.names import leaf_of
 from vllm_milo.values import CheckpointError
@@ -32,3 +32,20 @@ def refuse_permuted(parts: Iterable[str], architectures: Iterable[str]) -> None:
                 f"part them from their zero points and factors; convert the model with "
                 rf"--ignore 're:.*self_attn\.[qkv]_proj'"
             )
+
+
+def refuse_adapters(prefix: str, targets: Sequence[str] | None) -> None:
+    """Refuse LoRA that may change routed experts.
+
+    Args:
+        prefix: vLLM's name of a layer's experts.
+        targets: the modules that adapters may change; None for any.
+
+    Raises:
+        CheckpointError: it may.
+    """
+    if targets is None or any("experts" in target.split(".") for target in targets):
+        raise CheckpointError(
+            f"{prefix}: MiLo does not support LoRA on experts; where adapters have none there, name what they change, "
+            f"as in --lora-target-modules q_proj k_proj v_proj o_proj"
+        )

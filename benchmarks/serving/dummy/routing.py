@@ -69,6 +69,17 @@ def replacing(select: Callable[..., Any]) -> Callable[..., Any]:
     return choose
 
 
+def replacing_logits(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``prepare(router, router_logits)``, which layers that choose themselves call, with other logits."""
+    table = Table()
+
+    @wraps(prepare)
+    def replaced(router: Any, router_logits: torch.Tensor) -> Any:
+        return prepare(router, table.replace(router, router_logits))
+
+    return replaced
+
+
 def require_table(log: Path, otherwise: str) -> None:
     """Refuse a server whose routers did not choose by the table while it was started.
 
@@ -92,3 +103,5 @@ def route_alike() -> None:
     from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 
     setattr(FusedMoERouter, "select_experts", replacing(FusedMoERouter.select_experts))  # noqa: B010 (mypy)
+    if (prepare := getattr(FusedMoERouter, "prepare_monolithic_logits", None)) is not None:
+        setattr(FusedMoERouter, "prepare_monolithic_logits", replacing_logits(prepare))  # noqa: B010

@@ -1,0 +1,49 @@
+"""Routers whose part a layer of experts may take: those that choose the largest of a softmax, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
+
+VARIABLE = "VLLM_MILO_ROUTING"
+"""Set to 1, layers choose experts themselves where a plain softmax does; off until that has been timed on a GPU."""
+_OTHERS = ("use_grouped_topk", "custom_routing_function", "e_score_correction_bias", "hash_indices_table")
+"""Attributes of a layer that let more than logits decide."""
+_RENORMALIZES = {"Default": False, "Renormalize": True, "RenormalizeNaive": True}
+"""By vLLM's names of routing methods."""
+
+
+def plain_router(layer: Any) -> bool | None:
+    """Return whether the weights that a layer's router gives a token sum to 1, where it takes the largest of a softmax.
+
+    None where :data:`VARIABLE` does not ask for it, where the router does anything else, on other devices than NVIDIA's
+    GPUs, and where vLLM must see what is chosen: for adapters on experts, for groups of processes with tokens of their
+    own, and for those who ask which experts were chosen.
+
+    Args:
+        layer: vLLM's, while it is made.
+    """
+    if os.environ.get(VARIABLE) != "1" or not current_platform.is_cuda():
+        return None
+    softmax = getattr(layer, "scoring_func", None) == "softmax" and getattr(layer, "routed_scaling_factor", 1) == 1
+    others = (getattr(layer, name, None) for name in _OTHERS)
+    if not softmax or not all(other is None or other is False for other in others):
+        return None
+    if _is_watched(layer.moe_config):
+        return None
+    return _RENORMALIZES.get(getattr(getattr(layer.moe_config, "routing_method", None), "name", ""))
+
+
+def _is_watched(moe: Any) -> bool:
+    """Return whether vLLM must see what the routers of the model under construction choose."""
+    config = get_current_vllm_config()
+    asked = (config.model_config, getattr(config, "aux_output_config", None))
+    return bool(
+        moe.is_lora_enabled
+        or moe.moe_parallel_config.dp_size > 1
+        or getattr(moe, "require_decomposed_backend", False)
+        or any(getattr(part, "enable_return_routed_experts", False) for part in asked)
+    )
