@@ -3,7 +3,8 @@
 JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "engine": {LLM arguments}}; with
 "mend_router": true, on CPUs, vLLM's routers route as those of GPUs do, experts need no gate or may have Step-3.5's
 activation, and Ling-2.5's and Kimi's linear attention and Mamba-1 are there; with "lora": folder, an adapter is on;
-with "reload": true, weights are loaded once more after a first run.
+with "reload": true, weights are loaded once more after a first run; with "chooses": true, layers choose experts
+themselves, and a model whose layers do not has an error.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...], "logprobs": [...]}]}, the last those of what was generated,
 or {name: {"error": text}}. With "rounds": n, prompts are answered n times by one engine and without their own
 log-probabilities, which nothing could be taken from a cache for: {name: [[{"generated": [...], "logprobs": [...],
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,6 +90,8 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
     from vllm.lora.request import LoRARequest
 
     llm = LLM(model=folder, skip_tokenizer_init=True, **job["engine"])
+    if job.get("chooses") and not all(llm.apply_model(_which_choose)[0]):
+        raise ValueError("vLLM chooses experts")
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     if job.get("reload"):
         llm.generate([{"prompt_token_ids": prompts[0]}], use_tqdm=False)
@@ -108,6 +112,12 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
         }
         for ids, output in zip(prompts, outputs, strict=True)
     ]
+
+
+def _which_choose(model: torch.nn.Module) -> list[bool]:
+    """Return of each layer with experts whether it chooses among them itself; there must be some."""
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    return [method.is_monolithic for method in methods if hasattr(method, "is_monolithic")] or [False]
 
 
 def _answered(answer: Any) -> dict[str, Any]:
@@ -167,6 +177,11 @@ def main() -> None:
         cpu_delta_attention.mend()
         cpu_experts.allow_without_gate()
         cpu_experts.allow_step()
+    if job.get("chooses"):
+        from vllm_milo.models import routers
+
+        os.environ[routers.VARIABLE] = "1"
+        routers.current_platform = SimpleNamespace(is_cuda=lambda: True)
     for name, folder in job["models"].items():
         start = time.monotonic()
         try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import vllm_runner
 from safetensors.torch import save_file
-from tiny_models import compare, make_prompts
+from tiny_models import FAMILIES, compare, make_prompts
 from vllm_jobs import DEVICE, DTYPE, assert_matches, job
 
 from vllm_milo.offline.evaluation.model import load_model
@@ -52,6 +52,15 @@ def test_an_adapter_of_what_is_no_expert(checkpoints: dict[str, Path], tmp_path:
     assert sum(plain) > 20 * sum(differences)
     refused = vllm_runner.run(job({"qwen2_moe": folder}, **lora), tmp_path)["qwen2_moe"]["error"]
     assert "MiLo does not support LoRA on experts" in refused
+
+
+def test_layers_may_choose_experts_themselves(checkpoints: dict[str, Path], tmp_path: Path):
+    """As vLLM's routers do, which take the largest of a softmax in these models."""
+    names = (*FAMILIES, "bundled")
+    todo = job({name: checkpoints[name] for name in names}, quantization="milo", dtype=DTYPE)
+    found = vllm_runner.run(todo | {"chooses": True}, tmp_path)
+    for name in names:
+        assert_matches(name, checkpoints, found, DTYPE)
 
 
 def test_weights_may_be_loaded_once_more(checkpoints: dict[str, Path], tmp_path: Path):
