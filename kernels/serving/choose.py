@@ -19,9 +19,9 @@ from .routing import Routes, end_blocks, find_blocks
 FEW_TOKENS = 16
 """So many are chosen for where their pairs are sorted."""
 ROWS = 4
-"""Tokens of a program of the launch for more, one a warp."""
-LEAST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
-"""Below the keys of all logits, those of minus infinity and of NaN too."""
+"""Tokens of a program of the launch for more, one a warp: within a warp nothing waits for a barrier."""
+LEAST, NARROW_LEAST = tl.constexpr(-0x7FFFFFFFFFFFFFFF), tl.constexpr(-0x7FFFFFFF)
+"""Below the keys of all logits, those of minus infinity and of NaN too, in 64 bits and in 32."""
 
 
 class Choice(NamedTuple):
@@ -41,44 +41,61 @@ class Choice(NamedTuple):
 
 
 @triton.jit
-def _load_logits(logits_ptr, padding_ptr, row, num_rows, num_experts, BINS: tl.constexpr):
+def _load_logits(logits_ptr, padding_ptr, row, num_rows, EXPERTS: tl.constexpr, BINS: tl.constexpr):
     """Load the logits of rows, fp32 [rows, BINS], and whether rows are tokens; minus infinity beyond the experts."""
     bins = tl.arange(0, BINS)
     is_token = row < num_rows
     if padding_ptr is not None:
         is_token &= tl.load(padding_ptr + row, mask=is_token, other=1) == 0
-    place = logits_ptr + row[:, None].to(tl.int64) * num_experts + bins[None, :]
-    mask = is_token[:, None] & (bins < num_experts)[None, :]
+    place = logits_ptr + row[:, None].to(tl.int64) * EXPERTS + bins[None, :]
+    mask = is_token[:, None] & (bins < EXPERTS)[None, :]
     logits = tl.load(place, mask=mask, other=float("-inf")).to(tl.float32)
     # the sum makes zeros of both signs one
     return tl.where(is_token[:, None], logits, 0.0) + 0.0, is_token
 
 
 @triton.jit
-def _choose(logits, expert, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BINS: tl.constexpr):
+def _reorder(bits):
+    """The bits of floats as integers of the same order, and back; of positive and negative zero the second is less."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _choose(logits, expert, NARROW: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BINS: tl.constexpr):
     """Return ids and logits of the TOP_K largest of rows, [rows, SLOTS]; what was taken, [rows, BINS]; and the slot of
     ``expert`` in each row, or -1. Of equals the first is taken.
 
-    A key has the logit's order in its upper half, and in its lower one what makes the first of equals the largest.
+    A key has the logit's order in its upper bits, and in its lower ones what makes the first of equals the largest.
+    Logits that were of 16 bits (``NARROW``) are alike in their lowest 13 bits, but for the sign: there is room for both
+    in 32 bits.
     """
     bins = tl.arange(0, BINS)
     slots = tl.arange(0, SLOTS)
-    bits = logits.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    keys = (ordered << 32) | (BINS - 1 - bins).to(tl.int64)[None, :]
+    ordered = _reorder(logits.to(tl.int32, bitcast=True))
+    tl.static_assert(not NARROW or BINS <= 8192)
+    if NARROW:
+        least: tl.constexpr = NARROW_LEAST
+        keys = (ordered & ~(BINS - 1)) | (BINS - 1 - bins)[None, :]
+    else:
+        least: tl.constexpr = LEAST
+        keys = (ordered.to(tl.int64) << 32) | (BINS - 1 - bins).to(tl.int64)[None, :]
     ids = tl.zeros((logits.shape[0], SLOTS), tl.int32)
     values = tl.full((logits.shape[0], SLOTS), float("-inf"), tl.float32)
     own = tl.full((logits.shape[0],), -1, tl.int32)
     for slot in tl.static_range(TOP_K):
         best = tl.max(keys, 1)
-        index = BINS - 1 - (best & 0xFFFFFFFF).to(tl.int32)
-        order = (best >> 32).to(tl.int32)
-        value = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-        keys = tl.where(bins[None, :] == index[:, None], LEAST, keys)
+        if NARROW:
+            index = BINS - 1 - (best & (BINS - 1))
+            order = tl.where(best < 0, best | (BINS - 1), best & ~(BINS - 1))
+        else:
+            index = BINS - 1 - (best & 0xFFFFFFFF).to(tl.int32)
+            order = (best >> 32).to(tl.int32)
+        value = _reorder(order).to(tl.float32, bitcast=True)
+        keys = tl.where(bins[None, :] == index[:, None], least, keys)
         ids = tl.where((slots == slot)[None, :], index[:, None], ids)
         values = tl.where((slots == slot)[None, :], value[:, None], values)
         own = tl.where(index == expert, slot, own)
-    return ids, values, keys == LEAST, own
+    return ids, values, keys == least, own
 
 
 @triton.jit
@@ -100,18 +117,21 @@ def _store_choice(
 @triton.jit
 def choose_and_sort(
     logits_ptr, padding_ptr, ids_ptr, weights_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, expert,
-    num_rows, num_experts, TOP_K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, RENORMALIZES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BINS: tl.constexpr,
+    num_rows, TOP_K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, RENORMALIZES: tl.constexpr,
+    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Choose for up to ROWS tokens, and write the blocks of one expert (if BLOCK_M > 0), in the order of tokens."""
     row = tl.arange(0, ROWS)
-    logits, is_token = _load_logits(logits_ptr, padding_ptr, row, num_rows, num_experts, BINS)
-    ids, values, taken, own = _choose(logits, expert, TOP_K, SLOTS, BINS)
-    if expert == 0:
-        _store_choice(
-            ids_ptr, weights_ptr, row, is_token, num_rows, logits, ids, values, TOP_K, SLOTS, RENORMALIZES
-        )  # fmt: skip
-    if BLOCK_M > 0:
+    logits, is_token = _load_logits(logits_ptr, padding_ptr, row, num_rows, EXPERTS, BINS)
+    narrow: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ids, values, taken, own = _choose(logits, expert, narrow, TOP_K, SLOTS, BINS)
+    if BLOCK_M == 0:  # one program, without a branch
+        _store_choice(ids_ptr, weights_ptr, row, is_token, num_rows, logits, ids, values, TOP_K, SLOTS, RENORMALIZES)
+    else:
+        if expert == 0:
+            _store_choice(
+                ids_ptr, weights_ptr, row, is_token, num_rows, logits, ids, values, TOP_K, SLOTS, RENORMALIZES
+            )  # fmt: skip
         counts = tl.sum((taken & is_token[:, None]).to(tl.int32), 0)
         first, own_blocks, own_pairs = find_blocks(num_blocks_ptr, counts, expert, BLOCK_M, BINS)
         mine = (own >= 0) & is_token
@@ -122,9 +142,8 @@ def choose_and_sort(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _choose_kernel(
-    logits_ptr, padding_ptr, ids_ptr, weights_ptr, num_rows, num_experts,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, RENORMALIZES: tl.constexpr, BINS: tl.constexpr,
-    PDL: tl.constexpr,
+    logits_ptr, padding_ptr, ids_ptr, weights_ptr, num_rows, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, RENORMALIZES: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Choose for ROWS tokens.
 
@@ -134,8 +153,9 @@ def _choose_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    logits, is_token = _load_logits(logits_ptr, padding_ptr, row, num_rows, num_experts, BINS)
-    ids, values, _, _ = _choose(logits, 0, TOP_K, SLOTS, BINS)
+    logits, is_token = _load_logits(logits_ptr, padding_ptr, row, num_rows, EXPERTS, BINS)
+    narrow: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ids, values, _, _ = _choose(logits, 0, narrow, TOP_K, SLOTS, BINS)
     _store_choice(ids_ptr, weights_ptr, row, is_token, num_rows, logits, ids, values, TOP_K, SLOTS, RENORMALIZES)
 
 
@@ -152,11 +172,11 @@ def choose(choice: Choice, routes: Routes, mode: LaunchMode) -> None:
         routes.ids,
         choice.weights,
         tokens,
-        experts,
         TOP_K=top_k,
         SLOTS=next_power_of_2(top_k),
         ROWS=ROWS,
         RENORMALIZES=choice.renormalizes,
+        EXPERTS=experts,
         BINS=next_power_of_2(max(2, experts)),
         PDL=mode.early,
         num_warps=4,

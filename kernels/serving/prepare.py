@@ -18,7 +18,7 @@ import triton.language as tl
 from ..launch import LaunchMode, launch
 from ..sizes import cdiv, next_power_of_2
 from .activation import power_of_two
-from .choose import FEW_TOKENS, Choice, choose_and_sort
+from .choose import FEW_TOKENS, ROWS, Choice, choose_and_sort
 from .gemm.lanes import lane_order
 from .layout import UNIT
 from .projection.launcher import Planned, Projected, allocate_counters
@@ -88,7 +88,8 @@ def _prepare_kernel(
     K, num_pairs, num_rows, num_experts, num_counters,
     SUM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, HALF_ROW: tl.constexpr, COUNTERS: tl.constexpr,
     HAS_MAP: tl.constexpr, SORT_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr, CHOOSE_ROWS: tl.constexpr, RENORMALIZES: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, CHOOSE_ROWS: tl.constexpr, RENORMALIZES: tl.constexpr, EXPERTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Jobs that do not need each other: the sort into blocks of SORT_M (if > 0), by ids or by logits of CHOOSE_ROWS
     rows (if > 0), zeros in the counters, and of x either fp16 rows of up to HALF_ROW (if > 0) or sums, with rows in the
@@ -118,7 +119,7 @@ def _prepare_kernel(
     elif CHOOSE_ROWS > 0:
         choose_and_sort(
             logits_ptr, padding_ptr, ids_ptr, weights_ptr, pairs_ptr, experts_ptr, num_blocks_ptr, program,
-            num_pairs // TOP_K, num_experts, TOP_K, SLOTS, CHOOSE_ROWS, RENORMALIZES, SORT_M, BINS,
+            num_pairs // TOP_K, TOP_K, SLOTS, CHOOSE_ROWS, RENORMALIZES, SORT_M, EXPERTS, BINS,
         )  # fmt: skip
     elif SORT_M > 0:
         sort_expert(
@@ -243,8 +244,9 @@ def prepare(
         CHUNK=chunk,
         TOP_K=top_k,
         SLOTS=next_power_of_2(top_k),
-        CHOOSE_ROWS=0 if choice is None else 1 if rows == 1 else FEW_TOKENS,
+        CHOOSE_ROWS=0 if choice is None else ROWS if rows <= ROWS else FEW_TOKENS,
         RENORMALIZES=choice is not None and choice.renormalizes,
+        EXPERTS=0 if choice is None else num_experts,
         PDL=mode.early,
         num_warps=warps,
     )

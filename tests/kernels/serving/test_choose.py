@@ -25,7 +25,7 @@ def chosen(logits: torch.Tensor, top_k: int, renormalizes: bool, padding: torch.
 
 
 @pytest.mark.parametrize("renormalizes", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("experts", "top_k"), CASES)
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_the_largest_are_chosen(
@@ -40,19 +40,21 @@ def test_the_largest_are_chosen(
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_of_equals_the_first_is_chosen(kernel_device: str):
-    logits = torch.zeros(3, 9, device=kernel_device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_of_equals_the_first_is_chosen(dtype: torch.dtype, kernel_device: str):
+    logits = torch.zeros(3, 9, device=kernel_device, dtype=dtype)
     logits[0, 4] = -0.0
     logits[1, ::2] = 1
     logits[2] = float("-inf")
-    logits[2, 5] = -1e30
+    logits[2, 5] = -1e4
     ids, weights = chosen(logits, 3, True)
     assert ids.tolist() == [[0, 1, 2], [0, 2, 4], [5, 0, 1]]
     torch.testing.assert_close(weights, torch.tensor([[1 / 3] * 3, [1 / 3] * 3, [1, 0, 0]], device=kernel_device))
 
 
-def test_ids_are_experts_whatever_the_logits(kernel_device: str):
-    logits = torch.randn(2, 12, device=kernel_device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ids_are_experts_whatever_the_logits(dtype: torch.dtype, kernel_device: str):
+    logits = torch.randn(2, 12, device=kernel_device, dtype=dtype)
     logits[0] = float("nan")
     logits[1, 3] = -float("nan")
     ids, _ = chosen(logits, 4, True)
