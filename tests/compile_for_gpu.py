@@ -61,7 +61,7 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(mixtral, 64, ranks=[128, 64], tile=FAST)
         yield partial(run_openai_experts, 1)
         yield partial(run_openai_experts, 1, gated=False)
-        for tokens in (1, 16, 17):
+        for tokens in (1, 3, 16, 17):
             yield partial(run_routed_experts, tokens)
         yield partial(run_wide, 1, 4096, 4096)
         yield partial(run_wide, 16, 4096, 4096)
@@ -83,8 +83,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
     for tokens in (1, 2000):
         yield partial(run_openai_experts, tokens)
     yield partial(run_openai_experts, 1, gated=False)
-    for tokens, kind in product((1, 16, 5000), (torch.bfloat16, torch.float32)):
-        yield partial(run_routed_experts, tokens, kind, padded=kind == torch.float32)
+    for tokens, kind, experts in product((1, 3, 16, 5000), (torch.bfloat16, torch.float32), (60, 512)):
+        yield partial(run_routed_experts, tokens, kind, kind == torch.float32, experts)
     for group in (32, 64, 128):
         yield partial(run_converter, group)
         yield partial(run_repack, group, 3)

@@ -72,11 +72,13 @@ def run_experts(
     fused_moe.fused_moe(x, router, router.int(), None, w13, w2, spec, None if tile is None else (tile, tile))
 
 
-def run_routed_experts(tokens: int, kind: torch.dtype = torch.bfloat16, padded: bool = True) -> None:
-    """Launch a layer of Qwen3-30B-A3B that chooses experts by logits of a dtype."""
-    spec, w13, w2 = make_experts(128, 2048, 768)
+def run_routed_experts(
+    tokens: int, kind: torch.dtype = torch.bfloat16, padded: bool = True, experts: int = 128
+) -> None:
+    """Launch a layer like Qwen3-30B-A3B's that chooses experts by logits of a dtype."""
+    spec, w13, w2 = make_experts(experts, 2048, 768)
     x = torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta")
-    logits = torch.empty(tokens, 128, dtype=kind, device="meta")
+    logits = torch.empty(tokens, experts, dtype=kind, device="meta")
     padding = torch.empty(tokens, dtype=torch.bool, device="meta") if padded else None
     fused_moe.routed_moe(x, logits, padding, 8, True, None, w13, w2, spec)
 

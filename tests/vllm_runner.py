@@ -117,7 +117,7 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
 def _which_choose(model: torch.nn.Module) -> list[bool]:
     """Return of each layer with experts whether it chooses among them itself; there must be some."""
     methods = (getattr(module, "quant_method", None) for module in model.modules())
-    return [method.is_monolithic for method in methods if hasattr(method, "is_monolithic")] or [False]
+    return [method._renormalizes is not None for method in methods if hasattr(method, "_renormalizes")] or [False]
 
 
 def _answered(answer: Any) -> dict[str, Any]:

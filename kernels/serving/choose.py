@@ -1,7 +1,8 @@
 """Which experts tokens go to, by their router's logits: the largest of a softmax, where no bias and no group has a say.
 
 Few tokens are chosen for by the launch that sorts their pairs (:mod:`.prepare`), whose programs each do it for all of
-them: that takes less than a launch. More tokens have a launch of their own.
+them, which is to take less than a launch. More tokens, and more experts than a program's registers hold, have a launch
+of their own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from .routing import Routes, end_blocks, find_blocks
 
 FEW_TOKENS = 16
 """So many are chosen for where their pairs are sorted."""
+FEW_EXPERTS = {2: 256, 4: 128}
+"""Among so many, by the bytes of a logit."""
 ROWS = 4
-"""Tokens of a program of the launch for more, one a warp: within a warp nothing waits for a barrier."""
+"""Tokens of a program of the launch for more: one for each of its warps, in which nothing waits for a barrier."""
 LEAST, NARROW_LEAST = tl.constexpr(-0x7FFFFFFFFFFFFFFF), tl.constexpr(-0x7FFFFFFF)
-"""Below the keys of all logits, those of minus infinity and of NaN too, in 64 bits and in 32."""
+"""Below the keys of all logits, those of minus infinity too, in 64 bits and in 32."""
 
 
 class Choice(NamedTuple):
@@ -42,7 +45,10 @@ class Choice(NamedTuple):
 
 @triton.jit
 def _load_logits(logits_ptr, padding_ptr, row, num_rows, EXPERTS: tl.constexpr, BINS: tl.constexpr):
-    """Load the logits of rows, fp32 [rows, BINS], and whether rows are tokens; minus infinity beyond the experts."""
+    """Load the logits of rows, fp32 [rows, BINS], and whether rows are tokens.
+
+    Minus infinity stands beyond the experts, which come last of equals, and for NaN, whose order would be anything.
+    """
     bins = tl.arange(0, BINS)
     is_token = row < num_rows
     if padding_ptr is not None:
@@ -50,6 +56,7 @@ def _load_logits(logits_ptr, padding_ptr, row, num_rows, EXPERTS: tl.constexpr, 
     place = logits_ptr + row[:, None].to(tl.int64) * EXPERTS + bins[None, :]
     mask = is_token[:, None] & (bins < EXPERTS)[None, :]
     logits = tl.load(place, mask=mask, other=float("-inf")).to(tl.float32)
+    logits = tl.where(logits == logits, logits, float("-inf"))
     # the sum makes zeros of both signs one
     return tl.where(is_token[:, None], logits, 0.0) + 0.0, is_token
 
@@ -73,11 +80,10 @@ def _choose(logits, expert, NARROW: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl
     slots = tl.arange(0, SLOTS)
     ordered = _reorder(logits.to(tl.int32, bitcast=True))
     tl.static_assert(not NARROW or BINS <= 8192)
+    least: tl.constexpr = NARROW_LEAST if NARROW else LEAST
     if NARROW:
-        least: tl.constexpr = NARROW_LEAST
         keys = (ordered & ~(BINS - 1)) | (BINS - 1 - bins)[None, :]
     else:
-        least: tl.constexpr = LEAST
         keys = (ordered.to(tl.int64) << 32) | (BINS - 1 - bins).to(tl.int64)[None, :]
     ids = tl.zeros((logits.shape[0], SLOTS), tl.int32)
     values = tl.full((logits.shape[0], SLOTS), float("-inf"), tl.float32)

@@ -21,7 +21,7 @@ import torch
 from ..launch import launch_mode
 from ..weights import MoEShape, MoESpec
 from .activation import activate
-from .choose import FEW_TOKENS, Choice, choose
+from .choose import FEW_EXPERTS, FEW_TOKENS, Choice, choose
 from .dispatch import moe_configs
 from .gemm.config import GemmConfig
 from .gemm.launcher import gemm, gemm_gated
@@ -111,14 +111,23 @@ def routed_moe(
     w2: list[torch.Tensor],
     spec: MoESpec,
 ) -> torch.Tensor:
-    """Return the weighted sum of experts that the router's logits choose; arguments as in :func:`..ops.routed_moe`."""
+    """Return the weighted sum of experts that the router's logits choose; arguments as in :func:`..ops.routed_moe`.
+
+    Raises:
+        ValueError: logits or padding are not of these tokens and experts.
+    """
     tokens = x.shape[0]
+    experts = KernelWeights(*w13).packed.shape[0] if expert_map is None else expert_map.numel()
+    if logits.shape != (tokens, experts) or (padding is not None and padding.shape != (tokens,)):
+        given = list(logits.shape), None if padding is None else list(padding.shape)
+        raise ValueError(f"logits and padding are {given[0]} and {given[1]}, of {tokens} tokens and {experts} experts")
     if tokens == 0:
         return torch.empty_like(x)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
     choice = Choice(logits.contiguous(), None if padding is None else padding.view(torch.uint8), renormalizes, weights)
-    if tokens <= FEW_TOKENS and expert_map is None and not spec.router_weight_on_input:
+    few = tokens <= FEW_TOKENS and experts <= FEW_EXPERTS[logits.element_size()]
+    if few and expert_map is None and not spec.router_weight_on_input:
         return fused_moe(x, weights, ids, expert_map, w13, w2, spec, choice=choice)
     choose(choice, Routes(ids, expert_map), launch_mode(x.device, few_tokens=ids.numel() <= FEW_PAIRS))
     return fused_moe(x, weights, ids, expert_map, w13, w2, spec)

@@ -16,7 +16,8 @@ Rules
 
 What the GEMM reads before its wait
     All kernels wait first, but for a GEMM that adds compensators: it waits after its loop over K. Until then it reads
-    weights, which no launch writes, and what launches before V·x wrote: x in any order, its sums, the sorted pairs.
+    weights, which no launch writes, and what launches before V·x wrote: x in any order, its sums, the sorted pairs,
+    or a single token's ids.
     That is safe by rule 4. A program of the GEMM can run only once every program of V·x has waited, which is when all
     launches before V·x had ended and what they wrote was visible. This assumes that what was visible to the programs of
     V·x is visible to a grid that starts after it, as CUDA's memory model gives: it is performed at the scope of the
@@ -69,7 +70,12 @@ AT_ONCE = "right after the wait"
 AFTER_LOOP = "after the loop over K, which is after the wait too"
 
 CHOOSE = Step("_choose_kernel", "the experts of tokens, and their weights", START, AT_ONCE)
-PREPARE = Step("_prepare_kernel", "x in other orders, its sums, the sorted pairs, zeros in counters", START, AT_ONCE)
+PREPARE = Step(
+    "_prepare_kernel",
+    "x in other orders, its sums, the sorted pairs, zeros in counters; ids and weights that it chose",
+    START,
+    AT_ONCE,
+)
 PROJECT = Step("project_kernel", "V·x, or its parts", START, AT_ONCE)
 GEMM = Step("gemm_kernel", "outputs, or their parts over K", LATE, AFTER_LOOP, needs=("down",))
 GEMM_ALONE = Step("gemm_kernel", "likewise, without V·x before it", START, AFTER_LOOP)
@@ -80,9 +86,9 @@ WIDE = Step("_wide_kernel", "the result of a dense layer in 16 bits", START, AT_
 EXPAND = Step("_expand_kernel", "weights in 16 bits", START, AT_ONCE)
 
 STEPS = (CHOOSE, PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, WIDE, EXPAND)
-"""In the order of launches. A MoE layer of many tokens begins with ``CHOOSE`` where it has its router's logits. It goes
-from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``. A dense layer in 16 bits is ``WIDE`` alone. With
-very many tokens ``EXPAND`` comes alone before a library's GEMM: neither starts early, so each waits for all before."""
+"""In the order of launches. A MoE layer that has its router's logits begins with ``CHOOSE`` if not ``PREPARE`` does it,
+and goes from ``ACTIVATE`` (which a GEMM may do itself) back to ``PROJECT``. A dense layer in 16 bits is ``WIDE`` alone.
+With very many tokens ``EXPAND`` comes alone before a library's GEMM: neither starts early, so each waits for all."""
 
 
 def find_step(kernel: str, has_down: bool) -> Step:

@@ -358,6 +358,19 @@ def test_layers_give_what_they_would(tokens: int, nothing_recorded: dict):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+def test_layers_that_choose_give_what_they_would(tokens: int, nothing_recorded: dict):
+    for layer in [Layer(number, "cuda") for number in range(3)]:
+        x, logits = torch.randn(tokens, 256).bfloat16().cuda(), torch.randn(tokens, 4).cuda()
+        padding = torch.rand(tokens).cuda() < 0.3
+        given = [x, logits, padding, 2, True, None, *layer.weights, layer.spec]
+        expected = direct.routed_moe(*given)
+        torch.empty(64 << 20, dtype=torch.uint8, device="cuda").fill_(0xFF)
+        assert torch.equal(experts.routed_moe(*given), expected)
+    assert len(nothing_recorded) == 1
+
+
+@pytest.mark.gpu
 def test_a_graph_of_replayed_launches_follows_its_inputs():
     layers = [Layer(number, "cuda") for number in range(2)]
     first, second = (layer.inputs(20, torch.bfloat16, "cuda") for layer in layers)

@@ -50,7 +50,9 @@ def plain_layer(method: str = "RenormalizeNaive", moe: dict | None = None, **opt
         (plain_layer(routed_scaling_factor=2.5), None),
         (plain_layer(moe={"is_lora_enabled": True}), None),
         (plain_layer(moe={"moe_parallel_config": SimpleNamespace(dp_size=2)}), None),
+        (plain_layer(moe={"moe_parallel_config": SimpleNamespace(dp_size=1, pcp_size=2)}), None),
         (plain_layer(moe={"require_decomposed_backend": True}), None),
+        (plain_layer(use_grouped_topk=None), None),
         (plain_layer(moe={"routing_method": None}), None),
     ],
 )

@@ -55,7 +55,7 @@ def test_an_adapter_of_what_is_no_expert(checkpoints: dict[str, Path], tmp_path:
 
 
 def test_layers_may_choose_experts_themselves(checkpoints: dict[str, Path], tmp_path: Path):
-    """As vLLM's routers do, which take the largest of a softmax in these models."""
+    """As vLLM's routers do, which take the largest of a softmax in these models; on CPUs by the reference."""
     names = (*FAMILIES, "bundled")
     todo = job({name: checkpoints[name] for name in names}, quantization="milo", dtype=DTYPE)
     found = vllm_runner.run(todo | {"chooses": True}, tmp_path)

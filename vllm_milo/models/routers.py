@@ -30,7 +30,8 @@ def plain_router(layer: Any) -> bool | None:
         return None
     softmax = getattr(layer, "scoring_func", None) == "softmax" and getattr(layer, "routed_scaling_factor", 1) == 1
     others = (getattr(layer, name, None) for name in _OTHERS)
-    if not softmax or not all(other is None or other is False for other in others):
+    known = hasattr(layer, "custom_routing_function") and getattr(layer, "use_grouped_topk", None) is False
+    if not softmax or not known or not all(other is None or other is False for other in others):
         return None
     if _is_watched(layer.moe_config):
         return None
@@ -44,6 +45,7 @@ def _is_watched(moe: Any) -> bool:
     return bool(
         moe.is_lora_enabled
         or moe.moe_parallel_config.dp_size > 1
+        or getattr(moe.moe_parallel_config, "pcp_size", 1) > 1
         or getattr(moe, "require_decomposed_backend", False)
         or any(getattr(part, "enable_return_routed_experts", False) for part in asked)
     )

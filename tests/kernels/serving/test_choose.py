@@ -54,12 +54,17 @@ def test_of_equals_the_first_is_chosen(dtype: torch.dtype, kernel_device: str):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_ids_are_experts_whatever_the_logits(dtype: torch.dtype, kernel_device: str):
-    logits = torch.randn(2, 12, device=kernel_device, dtype=dtype)
+    logits = torch.randn(4, 12, device=kernel_device, dtype=dtype)
     logits[0] = float("nan")
-    logits[1, 3] = -float("nan")
+    logits[1, 3] = float("nan")
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    logits[2].view(bits).fill_(-1)  # NaN with a sign, which arithmetic need not keep
+    logits[3, :9].view(bits).fill_(-1)
     ids, _ = chosen(logits, 4, True)
     for row in ids.tolist():
         assert len({*row} & {*range(12)}) == 4
+    assert 3 not in ids[1]
+    assert {9, 10, 11} < {*ids[3].tolist()}
 
 
 def test_rows_of_nobody_go_nowhere(kernel_device: str):
@@ -72,17 +77,19 @@ def test_rows_of_nobody_go_nowhere(kernel_device: str):
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", ["none", "first", "some", "all"])
 @pytest.mark.parametrize("expert_map", [None, [2, -1, 0, 1, -1, 3]])
 @pytest.mark.parametrize("tokens", [1, 2, 7, FEW_TOKENS, FEW_TOKENS + 1, 40])
-def test_layers_choose_as_the_reference(tokens: int, expert_map: list | None, padded: bool, kernel_device: str):
+def test_layers_choose_as_the_reference(tokens: int, expert_map: list | None, padded: str, kernel_device: str):
     experts = 6 if expert_map is None else 4
     ranks = [[[8, 16]] * experts, [[8]] * experts]
     w13, w2 = random_experts(ranks[0], 128, 64, 64, 3), random_experts(ranks[1], 64, 64, 64, 3)
     spec = moe_spec(*ranks, 3)
     x = torch.randn(tokens, 64).half()
     logits = torch.randn(tokens, 6)
-    padding = torch.rand(tokens) < 0.4 if padded else None
+    padding = None if padded == "none" else torch.full((tokens,), padded == "all")
+    if padding is not None:
+        padding[0 if padded == "first" else tokens // 2 :: 3] = True
     local = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32)
     expected = ops.routed_moe(x, logits, padding, 2, True, local, w13.present, w2.present, spec, "torch")
     moved = [None if one is None else one.to(kernel_device) for one in (x, logits, padding, local)]
@@ -94,6 +101,21 @@ def test_layers_choose_as_the_reference(tokens: int, expert_map: list | None, pa
     if padding is not None:
         assert bool((found[padding.to(kernel_device)] == 0).all())
     assert relative_error(found.cpu(), expected.double()) < 2e-3
+
+
+def test_logits_of_other_experts_or_tokens_are_refused(kernel_device: str):
+    ranks = [[[8, 16]] * 4, [[8]] * 4]
+    w13, w2 = random_experts(ranks[0], 128, 64, 64, 3), random_experts(ranks[1], 64, 64, 64, 3)
+    spec = moe_spec(*ranks, 3)
+    weights = [
+        ops.prepare_experts(type(w)(*(t if t is None else t.to(kernel_device) for t in w)), spec, "triton")
+        for w in (w13, w2)
+    ]
+    x = torch.randn(3, 64, device=kernel_device).half()
+    for logits, padding in ((torch.randn(3, 5), None), (torch.randn(2, 4), None), (torch.randn(3, 4), torch.zeros(2))):
+        rows = None if padding is None else padding.bool().to(kernel_device)
+        with pytest.raises(ValueError, match="of 3 tokens and 4 experts"):
+            ops.routed_moe(x, logits.to(kernel_device), rows, 2, True, None, *weights, spec, "triton")
 
 
 def test_the_reference_chooses_as_torch():
