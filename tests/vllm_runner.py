@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -178,10 +177,11 @@ def main() -> None:
         cpu_experts.allow_without_gate()
         cpu_experts.allow_step()
     if job.get("chooses"):
+        from vllm_milo import compat
         from vllm_milo.models import routers
 
         os.environ[routers.VARIABLE] = "1"
-        routers.current_platform = SimpleNamespace(is_cuda=lambda: True)
+        compat.runs_on_nvidia = lambda: True
     for name, folder in job["models"].items():
         start = time.monotonic()
         try:

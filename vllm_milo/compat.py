@@ -63,6 +63,18 @@ def select_experts(layer: Any, x: torch.Tensor, router_logits: torch.Tensor) -> 
     )
 
 
+def runs_on_nvidia() -> bool:
+    """Return whether the device is a GPU of NVIDIA."""
+    return bool(current_platform.is_cuda())
+
+
+def returns_choices() -> bool:
+    """Return whether users are told which experts were chosen (``--enable-return-routed-experts``)."""
+    config = get_current_vllm_config()
+    parts = config.model_config, getattr(config, "aux_output_config", None)
+    return any(getattr(part, "enable_return_routed_experts", False) for part in parts)
+
+
 def padding_rows(tokens: int) -> torch.Tensor | None:
     """Return which rows of a step are no token's, bool [tokens], as vLLM's routers ask; None where it does not say."""
     from vllm import envs

@@ -142,8 +142,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.dtype,
             self.max_tokens,
             getattr(layer, f"w13_{PACKED}").device,
-            self.quantizes and not self.dummy,
             self._renormalizes,
+            self.quantizes and not self.dummy,
         )
         account.make(self.prefix)
 

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
     monkeypatch.setenv(routers.VARIABLE, "1")
 
 
@@ -70,7 +70,7 @@ def test_who_asks_for_what_was_chosen_gets_it(monkeypatch: pytest.MonkeyPatch):
 def test_vllm_chooses_unless_asked_and_on_cpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(routers.VARIABLE, "1")
     assert routers.plain_router(plain_layer()) is None
-    monkeypatch.setattr(routers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
     monkeypatch.delenv(routers.VARIABLE)
     assert routers.plain_router(plain_layer()) is None
 

@@ -70,8 +70,8 @@ def start_experts(
     dtype: torch.dtype,
     max_tokens: int,
     device: torch.device,
-    apart: bool,
     renormalizes: bool | None,
+    apart: bool,
 ) -> Waiting:
     """Begin to compile the kernels of a layer's experts; return what to wait for, nothing without a GPU.
 
@@ -85,8 +85,8 @@ def start_experts(
         dtype: of the activations, and of factors of 16 bits.
         max_tokens: most tokens of a step.
         device: of the layer.
-        apart: whether other processes compile, as of :func:`_compiles`.
         renormalizes: of :func:`.ops.routed_moe`, where the layer is called by that; else None.
+        apart: whether other processes compile, as of :func:`_compiles`.
     """
     if not _compiles("fused_moe", device, apart):
         return []

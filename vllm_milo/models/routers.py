@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm.config import get_current_vllm_config
-from vllm.platforms import current_platform
+from vllm_milo import compat
 
 VARIABLE = "VLLM_MILO_ROUTING"
 """Set to 1, layers choose experts themselves where a plain softmax does; off until that has been timed on a GPU."""
@@ -26,7 +25,7 @@ def plain_router(layer: Any) -> bool | None:
     Args:
         layer: vLLM's, while it is made.
     """
-    if os.environ.get(VARIABLE) != "1" or not current_platform.is_cuda():
+    if os.environ.get(VARIABLE) != "1" or not compat.runs_on_nvidia():
         return None
     softmax = getattr(layer, "scoring_func", None) == "softmax" and getattr(layer, "routed_scaling_factor", 1) == 1
     others = (getattr(layer, name, None) for name in _OTHERS)
@@ -40,12 +39,10 @@ def plain_router(layer: Any) -> bool | None:
 
 def _is_watched(moe: Any) -> bool:
     """Return whether vLLM must see what the routers of the model under construction choose."""
-    config = get_current_vllm_config()
-    asked = (config.model_config, getattr(config, "aux_output_config", None))
     return bool(
         moe.is_lora_enabled
         or moe.moe_parallel_config.dp_size > 1
         or getattr(moe.moe_parallel_config, "pcp_size", 1) > 1
         or getattr(moe, "require_decomposed_backend", False)
-        or any(getattr(part, "enable_return_routed_experts", False) for part in asked)
+        or compat.returns_choices()
     )
