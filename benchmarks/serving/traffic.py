@@ -28,6 +28,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,11 +182,15 @@ def ask(url: str, model: Path, load: Load, concurrency: int) -> dict[str, float]
     words += ["--random-output-len", str(load.output), "--num-prompts", str(wanted)]
     words += ["--max-concurrency", str(concurrency), "--ignore-eos", "--temperature", "0", "--num-warmups", "2"]
     # an answer of special tokens alone would come as one piece of text, at its end
-    words += ["--extra-body", '{"skip_special_tokens": false}', "--disable-tqdm"]
+    words += ["--extra-body", '{"skip_special_tokens": false}', "--disable-tqdm", "--save-detailed"]
     with watched() as stalled:
         result = bench_serve(words)
     if result["completed"] != wanted or result["total_output_tokens"] != wanted * load.output:
-        raise RuntimeError(f"{model.name}: {result['completed']} of {wanted} answers, {result['total_output_tokens']}")
+        errors = Counter(error.strip() for error in result.get("errors", ()) if error)
+        first = f"; the most frequent error: {errors.most_common(1)[0][0]}" if errors else ""
+        raise RuntimeError(
+            f"{model.name}: {result['completed']} of {wanted} answers, {result['total_output_tokens']} tokens{first}"
+        )
     return {figure: result[name] for figure, name in FIGURES.items()} | {STALLED: 1000 * max(stalled)}
 
 

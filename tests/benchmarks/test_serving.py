@@ -157,6 +157,14 @@ def test_first_tokens_are_the_median_of_many():
     assert traffic.FIRST.concurrency([1, 64, 256]) == [1, 64]
 
 
+def test_why_answers_are_missing_is_said(monkeypatch: pytest.MonkeyPatch):
+    found = {"completed": 13, "total_output_tokens": 26, "errors": ["", "other", "too long\n", "too long", None]}
+    monkeypatch.setattr(traffic, "bench_serve", lambda words: found)
+    message = "milo: 13 of 16 answers, 26 tokens; the most frequent error: too long$"
+    with pytest.raises(RuntimeError, match=message):
+        traffic.ask("http://nowhere", Path("milo"), traffic.Load(1024, 2), 1)
+
+
 def test_a_client_that_did_not_run_is_noticed_and_said():
     """By a call that holds Python's lock, as another process would hold the core."""
     with traffic.watched() as late:
