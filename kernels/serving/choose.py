@@ -139,7 +139,7 @@ def choose_and_sort(
                 ids_ptr, weights_ptr, row, is_token, num_rows, logits, ids, values, TOP_K, SLOTS, RENORMALIZES
             )  # fmt: skip
         counts = tl.sum((taken & is_token[:, None]).to(tl.int32), 0)
-        first, own_blocks, own_pairs = find_blocks(num_blocks_ptr, counts, expert, BLOCK_M, BINS)
+        first, own_blocks, own_pairs = find_blocks(num_blocks_ptr, tl.arange(0, BINS), counts, expert, BLOCK_M)
         mine = (own >= 0) & is_token
         place = first * BLOCK_M + tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(pairs_ptr + place, row * TOP_K + own, mask=mine)

@@ -62,12 +62,11 @@ def local_expert(ids_ptr, map_ptr, pair, mask, HAS_MAP: tl.constexpr):
 
 
 @triton.jit
-def find_blocks(num_blocks_ptr, counts, expert, BLOCK_M: tl.constexpr, BINS: tl.constexpr):
-    """Return an expert's first block, and how many blocks and pairs it has, by all experts' pairs [BINS].
+def find_blocks(num_blocks_ptr, bins, counts, expert, BLOCK_M: tl.constexpr):
+    """Return an expert's first block, and how many blocks and pairs it has, by all experts' numbers and pairs.
 
     The program of expert 0 stores how many blocks there are.
     """
-    bins = tl.arange(0, BINS)
     blocks = (counts + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(bins < expert, blocks, 0))
     own_blocks = tl.sum(tl.where(bins == expert, blocks, 0))
@@ -99,6 +98,7 @@ def sort_expert(
     An expert's pairs stand in the order of (pair % CHUNK, pair // CHUNK): each place of a chunk counts its own, and all
     places are added up once.
     """
+    bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
     own = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_pairs, CHUNK):
@@ -106,7 +106,7 @@ def sort_expert(
         local = local_expert(ids_ptr, map_ptr, pair, pair < num_pairs, HAS_MAP)
         counts += tl.histogram(local, BINS, mask=local >= 0)
         own += (local == expert).to(tl.int32)
-    first, own_blocks, own_pairs = find_blocks(num_blocks_ptr, counts, expert, BLOCK_M, BINS)
+    first, own_blocks, own_pairs = find_blocks(num_blocks_ptr, bins, counts, expert, BLOCK_M)
     place = first * BLOCK_M + tl.cumsum(own, 0) - own
     for start in range(0, num_pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
