@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -30,16 +32,19 @@ _library.define(
 _library.define(
     "wide_linear(Tensor x, Tensor[] weights, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,)
 )
+_MOE_FIELDS = (
+    "int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, "
+    "float limit, float alpha, float beta"
+)
+"""Of a :class:`.weights.MoESpec`, in order."""
 _library.define(
     "fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] w13, Tensor[] w2, "
-    "int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, float limit, float alpha, "
-    "float beta, str backend) -> Tensor",
+    f"{_MOE_FIELDS}, str backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _library.define(
     "routed_moe(Tensor x, Tensor logits, Tensor? padding, int top_k, bool renormalizes, Tensor? expert_map, "
-    "Tensor[] w13, Tensor[] w2, int factor_bits, str activation, bool router_weight_on_input, int[] max_ranks, "
-    "float limit, float alpha, float beta, str backend) -> Tensor",
+    f"Tensor[] w13, Tensor[] w2, {_MOE_FIELDS}, str backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -261,6 +266,14 @@ def _wide_linear_fake(x: torch.Tensor, weights: list[torch.Tensor], bias: torch.
     return x.new_empty(*x.shape[:-1], weights[0].shape[0])
 
 
+def _experts_on_triton() -> ModuleType:
+    """Return what has the layers of routed experts: those that are launched, or those whose launches are recorded."""
+    from .replaying import experts, recording
+    from .serving import fused_moe as direct
+
+    return experts if recording.is_wanted() else direct
+
+
 def _fused_moe(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -268,22 +281,14 @@ def _fused_moe(
     expert_map: torch.Tensor | None,
     w13: list[torch.Tensor],
     w2: list[torch.Tensor],
-    factor_bits: int,
-    activation: str,
-    router_weight_on_input: bool,
-    max_ranks: list[int],
-    limit: float,
-    alpha: float,
-    beta: float,
-    backend: str,
+    *fields_and_backend: Any,
 ) -> torch.Tensor:
-    spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks, limit, alpha, beta)
+    *fields, backend = fields_and_backend
+    spec = MoESpec(*fields)
     if backend == "triton":
         from .launch import device_of
-        from .replaying import experts, recording
-        from .serving import fused_moe as triton_moe
 
-        layer = experts if recording.is_wanted() else triton_moe
+        layer = _experts_on_triton()
         with device_of(x):
             return layer.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
     return reference.fused_moe(x, topk_weights, topk_ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)
@@ -298,26 +303,17 @@ def _routed_moe(
     expert_map: torch.Tensor | None,
     w13: list[torch.Tensor],
     w2: list[torch.Tensor],
-    factor_bits: int,
-    activation: str,
-    router_weight_on_input: bool,
-    max_ranks: list[int],
-    limit: float,
-    alpha: float,
-    beta: float,
-    backend: str,
+    *fields_and_backend: Any,
 ) -> torch.Tensor:
-    spec = MoESpec(factor_bits, activation, router_weight_on_input, max_ranks, limit, alpha, beta)
+    *fields, backend = fields_and_backend
     if backend == "triton":
         from .launch import device_of
-        from .replaying import experts, recording
-        from .serving import fused_moe as triton_moe
 
-        layer = experts if recording.is_wanted() else triton_moe
+        layer, routing = _experts_on_triton(), (logits, padding, top_k, renormalizes, expert_map)
         with device_of(x):
-            return layer.routed_moe(x, logits, padding, top_k, renormalizes, expert_map, w13, w2, spec)
+            return layer.routed_moe(x, *routing, w13, w2, MoESpec(*fields))
     weights, ids = reference.choose(logits, padding, top_k, renormalizes)
-    return reference.fused_moe(x, weights, ids, expert_map, ExpertWeights(*w13), ExpertWeights(*w2), spec)
+    return _fused_moe(x, weights, ids, expert_map, w13, w2, *fields_and_backend)
 
 
 def _fused_moe_fake(x: torch.Tensor, *_: object) -> torch.Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..launch import LaunchMode, launch
 from ..sizes import cdiv, next_power_of_2
-from .routing import Routes, end_blocks, find_blocks
+from .routing import Routes, count_bins, end_blocks, find_blocks
 
 FEW_TOKENS = 16
 """So many are chosen for where their pairs are sorted."""
@@ -131,13 +131,9 @@ def choose_and_sort(
     logits, is_token = _load_logits(logits_ptr, padding_ptr, row, num_rows, EXPERTS, BINS)
     narrow: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
     ids, values, taken, own = _choose(logits, expert, narrow, TOP_K, SLOTS, BINS)
-    if BLOCK_M == 0:  # one program, without a branch
+    if expert == 0:
         _store_choice(ids_ptr, weights_ptr, row, is_token, num_rows, logits, ids, values, TOP_K, SLOTS, RENORMALIZES)
-    else:
-        if expert == 0:
-            _store_choice(
-                ids_ptr, weights_ptr, row, is_token, num_rows, logits, ids, values, TOP_K, SLOTS, RENORMALIZES
-            )  # fmt: skip
+    if BLOCK_M > 0:
         counts = tl.sum((taken & is_token[:, None]).to(tl.int32), 0)
         first, own_blocks, own_pairs = find_blocks(num_blocks_ptr, tl.arange(0, BINS), counts, expert, BLOCK_M)
         mine = (own >= 0) & is_token
@@ -183,7 +179,7 @@ def choose(choice: Choice, routes: Routes, mode: LaunchMode) -> None:
         ROWS=ROWS,
         RENORMALIZES=choice.renormalizes,
         EXPERTS=experts,
-        BINS=next_power_of_2(max(2, experts)),
+        BINS=count_bins(experts),
         PDL=mode.early,
         num_warps=4,
     )

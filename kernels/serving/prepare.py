@@ -195,9 +195,7 @@ def prepare(
     else:
         num_pairs, blocks = routes.num_pairs, allocate_blocks(routes, num_experts, block_m)
     sort = blocks.pairs is not None
-    bins, chunk = sort_sizes(num_experts, num_pairs) if sort else (1, 1)
-    if choice is not None:
-        bins = next_power_of_2(max(2, num_experts))
+    bins, chunk = sort_sizes(num_experts, num_pairs) if sort or choice is not None else (1, 1)
     top_k = 1 if routes is None else routes.ids.shape[1]
     plans = [plan(down, blocks, routes is None, mode.early) for down in downs]
     buffer, planned = allocate_counters(plans, x.device)

@@ -132,4 +132,9 @@ def allocate_blocks(routes: Routes, num_experts: int, block_m: int) -> TokenBloc
 def sort_sizes(num_experts: int, num_pairs: int) -> tuple[int, int]:
     """Return BINS and CHUNK of :func:`sort_expert`."""
     chunk = next((size for size in (64, 512, 2048) if num_pairs <= size), 4096)
-    return next_power_of_2(max(2, num_experts)), chunk
+    return count_bins(num_experts), chunk
+
+
+def count_bins(num_experts: int) -> int:
+    """Return the power of two that holds all experts, of which a histogram needs two."""
+    return next_power_of_2(max(2, num_experts))

@@ -42,7 +42,7 @@ def test_the_converters_launches_are_guarded_each():
 
 
 def test_serving_launches_are_guarded_once_a_layer():
-    """All of them go through launch(), or a recording of it, below the two operators."""
+    """All of them go through launch(), or a recording of it, below the operators."""
     direct = [
         path.name
         for path in (ROOT / "kernels").rglob("*.py")
@@ -53,8 +53,9 @@ def test_serving_launches_are_guarded_once_a_layer():
     ]
     assert direct == ["launch.py"]
     tree = ast.parse((ROOT / "kernels" / "ops.py").read_text())
-    layers = guarded(tree, lambda func: ast.unparse(func) in ("triton_linear.linear", "layer.fused_moe"))
-    assert [inside for _, inside in layers] == [True, True]
+    calls = ("triton_linear.linear", "wide.wide_linear", "layer.fused_moe", "layer.routed_moe")
+    layers = guarded(tree, lambda func: ast.unparse(func) in calls)
+    assert [inside for _, inside in layers] == [True, True, True, True]
 
 
 def test_nothing_is_switched_without_need(monkeypatch: pytest.MonkeyPatch):

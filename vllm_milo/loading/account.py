@@ -105,10 +105,10 @@ class Load:
             peak,
         )
         if self._widened:
-            sizes, in_codes, dropped = zip(*self._widened.values(), strict=True)
+            sizes, in_codes, _ = zip(*self._widened.values(), strict=True)
             logger.info(WIDE_LINE, len(sizes), sum(in_codes), sum(sizes) / 2**30)
-            if layers := [layer for layer, (*_, off) in self._widened.items() if off]:
-                logger.info(DROPPED_LINE, len(layers), 100 * max(dropped), layers[0])
+            if dropped := {layer: off for layer, (*_, off) in self._widened.items() if off}:
+                logger.info(DROPPED_LINE, len(dropped), 100 * max(dropped.values()), next(iter(dropped)))
 
 
 _current = Load()

@@ -9,8 +9,8 @@ from vllm_milo import compat
 
 VARIABLE = "VLLM_MILO_ROUTING"
 """Set to 1, layers choose experts themselves where a plain softmax does; off until that has been timed on a GPU."""
-_OTHERS = ("use_grouped_topk", "custom_routing_function", "e_score_correction_bias", "hash_indices_table")
-"""Attributes of a layer that let more than logits decide."""
+_OTHERS = ("custom_routing_function", "e_score_correction_bias", "hash_indices_table")
+"""Attributes of a layer that let more than logits decide where they are not None."""
 _RENORMALIZES = {"Default": False, "Renormalize": True, "RenormalizeNaive": True}
 """By vLLM's names of routing methods."""
 
@@ -28,11 +28,10 @@ def plain_router(layer: Any) -> bool | None:
     if os.environ.get(VARIABLE) != "1" or not compat.runs_on_nvidia():
         return None
     softmax = getattr(layer, "scoring_func", None) == "softmax" and getattr(layer, "routed_scaling_factor", 1) == 1
-    others = (getattr(layer, name, None) for name in _OTHERS)
-    known = hasattr(layer, "custom_routing_function") and getattr(layer, "use_grouped_topk", None) is False
-    if not softmax or not known or not all(other is None or other is False for other in others):
-        return None
-    if _is_watched(layer.moe_config):
+    alone = all(getattr(layer, name, None) is None for name in _OTHERS)
+    # a version of vLLM without these attributes keeps what they say elsewhere
+    ungrouped = hasattr(layer, "custom_routing_function") and getattr(layer, "use_grouped_topk", None) is False
+    if not (softmax and alone and ungrouped) or _is_watched(layer.moe_config):
         return None
     return _RENORMALIZES.get(getattr(getattr(layer.moe_config, "routing_method", None), "name", ""))
 

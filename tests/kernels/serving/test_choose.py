@@ -10,6 +10,7 @@ from vllm_milo.kernels import ops, reference
 from vllm_milo.kernels.launch import LaunchMode
 from vllm_milo.kernels.serving.choose import FEW_TOKENS, Choice, choose
 from vllm_milo.kernels.serving.routing import Routes
+from vllm_milo.kernels.weights import ExpertWeights, MoESpec
 
 MODE = LaunchMode(asm=False, early=False)
 CASES = [(8, 2), (60, 4), (128, 8), (5, 1), (7, 7), (256, 10)]
@@ -76,27 +77,29 @@ def test_rows_of_nobody_go_nowhere(kernel_device: str):
     assert torch.equal(weights.sum(1) > 0, padding == 0)
 
 
+def random_layer(experts: int, device: str) -> tuple[MoESpec, list[ExpertWeights], list[list[torch.Tensor]]]:
+    """The spec of experts of 64 by 64, their weights, and these as Triton takes them on a device."""
+    ranks = [[[8, 16]] * experts, [[8]] * experts]
+    spec = moe_spec(*ranks, 3)
+    sources = [random_experts(ranks[0], 128, 64, 64, 3), random_experts(ranks[1], 64, 64, 64, 3)]
+    moved = [type(one)(*(None if t is None else t.to(device) for t in one)) for one in sources]
+    return spec, sources, [ops.prepare_experts(one, spec, "triton") for one in moved]
+
+
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("padded", ["none", "first", "some", "all"])
 @pytest.mark.parametrize("expert_map", [None, [2, -1, 0, 1, -1, 3]])
 @pytest.mark.parametrize("tokens", [1, 2, 7, FEW_TOKENS, FEW_TOKENS + 1, 40])
 def test_layers_choose_as_the_reference(tokens: int, expert_map: list | None, padded: str, kernel_device: str):
-    experts = 6 if expert_map is None else 4
-    ranks = [[[8, 16]] * experts, [[8]] * experts]
-    w13, w2 = random_experts(ranks[0], 128, 64, 64, 3), random_experts(ranks[1], 64, 64, 64, 3)
-    spec = moe_spec(*ranks, 3)
+    spec, sources, weights = random_layer(6 if expert_map is None else 4, kernel_device)
     x = torch.randn(tokens, 64).half()
     logits = torch.randn(tokens, 6)
     padding = None if padded == "none" else torch.full((tokens,), padded == "all")
     if padding is not None:
         padding[0 if padded == "first" else tokens // 2 :: 3] = True
     local = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32)
-    expected = ops.routed_moe(x, logits, padding, 2, True, local, w13.present, w2.present, spec, "torch")
+    expected = ops.routed_moe(x, logits, padding, 2, True, local, *(w.present for w in sources), spec, "torch")
     moved = [None if one is None else one.to(kernel_device) for one in (x, logits, padding, local)]
-    weights = [
-        ops.prepare_experts(type(w)(*(t if t is None else t.to(kernel_device) for t in w)), spec, "triton")
-        for w in (w13, w2)
-    ]
     found = ops.routed_moe(*moved[:3], 2, True, moved[3], *weights, spec, "triton")
     if padding is not None:
         assert bool((found[padding.to(kernel_device)] == 0).all())
@@ -104,13 +107,7 @@ def test_layers_choose_as_the_reference(tokens: int, expert_map: list | None, pa
 
 
 def test_logits_of_other_experts_or_tokens_are_refused(kernel_device: str):
-    ranks = [[[8, 16]] * 4, [[8]] * 4]
-    w13, w2 = random_experts(ranks[0], 128, 64, 64, 3), random_experts(ranks[1], 64, 64, 64, 3)
-    spec = moe_spec(*ranks, 3)
-    weights = [
-        ops.prepare_experts(type(w)(*(t if t is None else t.to(kernel_device) for t in w)), spec, "triton")
-        for w in (w13, w2)
-    ]
+    spec, _, weights = random_layer(4, kernel_device)
     x = torch.randn(3, 64, device=kernel_device).half()
     for logits, padding in ((torch.randn(3, 5), None), (torch.randn(2, 4), None), (torch.randn(3, 4), torch.zeros(2))):
         rows = None if padding is None else padding.bool().to(kernel_device)
