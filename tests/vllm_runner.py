@@ -4,7 +4,7 @@ JOB: {"models": {name: folder}, "prompts": {name: [[ids]]}, "max_tokens": n, "en
 "mend_router": true, on CPUs, vLLM's routers route as those of GPUs do, experts need no gate or may have Step-3.5's
 activation, and Ling-2.5's and Kimi's linear attention and Mamba-1 are there; with "lora": folder, an adapter is on;
 with "reload": true, weights are loaded once more after a first run; with "chooses": true, layers choose experts
-themselves, and a model whose layers do not has an error.
+themselves and gates are the plugin's, and a model whose layers do not, or whose gates are not, has an error.
 OUT: {name: [{"prompt_logprobs": [...], "generated": [...], "logprobs": [...]}]}, the last those of what was generated,
 or {name: {"error": text}}. With "rounds": n, prompts are answered n times by one engine and without their own
 log-probabilities, which nothing could be taken from a cache for: {name: [[{"generated": [...], "logprobs": [...],
@@ -90,7 +90,7 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
 
     llm = LLM(model=folder, skip_tokenizer_init=True, **job["engine"])
     if job.get("chooses") and not all(llm.apply_model(_which_choose)[0]):
-        raise ValueError("vLLM chooses experts")
+        raise ValueError("vLLM chooses experts, or multiplies by gates")
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     if job.get("reload"):
         llm.generate([{"prompt_token_ids": prompts[0]}], use_tqdm=False)
@@ -114,9 +114,11 @@ def _generate(folder: str, prompts: list[list[int]], job: dict[str, Any]) -> lis
 
 
 def _which_choose(model: torch.nn.Module) -> list[bool]:
-    """Return of each layer with experts whether it chooses among them itself; there must be some."""
-    methods = (getattr(module, "quant_method", None) for module in model.modules())
-    return [method._renormalizes is not None for method in methods if hasattr(method, "_renormalizes")] or [False]
+    """Return of each layer with experts whether it chooses among them itself, and whether as many gates are MiLo's."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    choose = [method._renormalizes is not None for method in methods if hasattr(method, "_renormalizes")]
+    gates = sum(type(method).__name__ == "GateMethod" for method in methods)
+    return [*choose, gates == len(choose) > 0]
 
 
 def _answered(answer: Any) -> dict[str, Any]:
@@ -178,10 +180,10 @@ def main() -> None:
         cpu_experts.allow_step()
     if job.get("chooses"):
         from vllm_milo import compat
-        from vllm_milo.models import routers
+        from vllm_milo.models import gates
 
-        os.environ[routers.VARIABLE] = "1"
         compat.runs_on_nvidia = lambda: True
+        gates._is_streamed = lambda weight: True
     for name, folder in job["models"].items():
         start = time.monotonic()
         try:

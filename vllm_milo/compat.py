@@ -232,6 +232,33 @@ def check_after_loading(check: Callable[..., None]) -> None:
         setattr(loader, _CHECK, check)
 
 
+def quantization() -> Any:
+    """Return the ``QuantizationConfig`` of the model under construction, or None."""
+    return get_current_vllm_config().quant_config
+
+
+def watch_gates(watch: Callable[[Any], None]) -> None:
+    """Let vLLM show ``watch`` each router's gate that it makes in this process from now on.
+
+    vLLM lets plugins put a layer of their own in the place of one of its. It shows nothing where another plugin has
+    done that for gates, or in a version whose gates are none of such layers.
+    """
+    try:
+        from vllm.model_executor.custom_op import op_registry_oot
+        from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+    except ImportError:
+        return
+    if GateLinear.__name__ in op_registry_oot or not hasattr(GateLinear, "register_oot"):
+        return
+
+    class WatchedGate(GateLinear):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            watch(self)
+
+    GateLinear.register_oot(WatchedGate)
+
+
 def loads_experts_itself(layer: Any) -> bool:
     """Return whether a model has a loader of its own for routed experts, which knows no quantized ones.
 

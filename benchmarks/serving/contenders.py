@@ -30,8 +30,8 @@ CONTENDERS = {
     "milo": Contender(shipped_format),
     "milo-3bit-dense": Contender(shipped_format, environment={"VLLM_MILO_DENSE": "3bit"}),
     "milo-16bit-dense": Contender(shipped_format, environment={"VLLM_MILO_DENSE": "16bit"}),
-    "milo-replayed": Contender(shipped_format, environment={"VLLM_MILO_REPLAY": "1"}),
-    "milo-routed": Contender(shipped_format, environment={"VLLM_MILO_ROUTING": "1"}),
+    "milo-launched": Contender(shipped_format, environment={"VLLM_MILO_REPLAY": "0"}),
+    "milo-given-routes": Contender(shipped_format, environment={"VLLM_MILO_ROUTING": "0"}),
     "milo-small": Contender(lambda name, layers: shipped_format(name, layers, "small")),
     "milo-s1": Contender(lambda name, layers: milo(MODELS[name], 1 / 8, 16)),
     "milo-s2": Contender(lambda name, layers: milo(MODELS[name], 1 / 4, 32)),
@@ -44,8 +44,8 @@ CONTENDERS = {
 }
 """``milo`` and ``milo-small`` are the bits, groups and ranks by role of the presets ``balanced`` and ``small``;
 ``milo-3bit-dense`` keeps attention in 3 bits, of which the first has as much in 16 bits, and in 8 for few tokens, as
-the device has room for; ``milo-16bit-dense`` has none in 8. ``milo-replayed`` records launches, and
-``milo-routed`` has layers choose experts.
+the device has room for; ``milo-16bit-dense`` has none in 8. ``milo-launched`` makes every launch anew where others are
+made once more as they were recorded, and ``milo-given-routes`` has vLLM's gates and routers.
 ``int4-g128`` is a GPTQ checkpoint by the kernels that vLLM chooses: for experts Marlin up to 0.26, and Humming on
 Hopper in 0.33, where ``marlin-int4-g128`` asks for Marlin. Its dense layers are vLLM's choice in both (Machete on
 Hopper)."""

@@ -21,7 +21,7 @@ from ..launch import is_noting, listening
 from ..sizes import cdiv
 
 VARIABLE = "VLLM_MILO_REPLAY"
-"""Set to 1, layers of experts are replayed."""
+"""Set to 0, layers of experts are not replayed."""
 ALIGNED = 256
 """Bytes at whose multiples intermediates begin; torch's allocator has more, and Triton asks for less."""
 ALIGNMENT = 16
@@ -35,8 +35,8 @@ Getter = Callable[[Sequence[Any]], Any]
 
 @cache
 def is_wanted() -> bool:
-    """Return whether the variable asks for replays: not by default, until they have been timed on a GPU."""
-    return os.environ.get(VARIABLE) == "1"
+    """Return whether layers are replayed, which :data:`VARIABLE` forbids."""
+    return os.environ.get(VARIABLE) != "0"
 
 
 class UnrecordableError(Exception):

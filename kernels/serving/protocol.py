@@ -82,7 +82,7 @@ GEMM_ALONE = Step("gemm_kernel", "likewise, without V·x before it", START, AFTE
 ACTIVATE = Step("_activation_kernel", "the second GEMM's input in two orders, its sums", START, AT_ONCE)
 WEIGHTED_SUM = Step("_weighted_sum_kernel", "the result of a MoE layer", START, AT_ONCE)
 SUM_SPLITS = Step("_sum_splits_kernel", "the result of a dense layer whose GEMM splits K", START, AT_ONCE)
-WIDE = Step("_wide_kernel", "the result of a dense layer in 16 bits", START, AT_ONCE)
+WIDE = Step("_wide_kernel", "the result of a dense layer in 16 bits, or a router's logits", START, AT_ONCE)
 EXPAND = Step("_expand_kernel", "weights in 16 bits", START, AT_ONCE)
 
 STEPS = (CHOOSE, PREPARE, PROJECT, GEMM, GEMM_ALONE, ACTIVATE, WEIGHTED_SUM, SUM_SPLITS, WIDE, EXPAND)

@@ -282,8 +282,10 @@ def test_sizes_and_types_have_recordings_of_their_own(log: Log, nothing_recorded
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_the_variable_asks_for_replays(wanted: bool, log: Log, nothing_recorded: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(recording.VARIABLE, "1" if wanted else "0")
+def test_the_variable_forbids_replays(wanted: bool, log: Log, nothing_recorded: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(recording.VARIABLE, raising=False)
+    if not wanted:
+        monkeypatch.setenv(recording.VARIABLE, "0")
     recording.is_wanted.cache_clear()
     ops.fused_moe(*Layer(0, "cpu").inputs(5, torch.float16, "cpu"), "triton")
     recording.is_wanted.cache_clear()

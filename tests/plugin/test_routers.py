@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
-    monkeypatch.setenv(routers.VARIABLE, "1")
 
 
 def plain_layer(method: str = "RenormalizeNaive", moe: dict | None = None, **options) -> SimpleNamespace:
@@ -67,11 +66,10 @@ def test_who_asks_for_what_was_chosen_gets_it(monkeypatch: pytest.MonkeyPatch):
     assert routers.plain_router(plain_layer()) is None
 
 
-def test_vllm_chooses_unless_asked_and_on_cpus(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(routers.VARIABLE, "1")
+def test_vllm_chooses_where_asked_and_on_cpus(monkeypatch: pytest.MonkeyPatch):
     assert routers.plain_router(plain_layer()) is None
     monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
-    monkeypatch.delenv(routers.VARIABLE)
+    monkeypatch.setenv(routers.VARIABLE, "0")
     assert routers.plain_router(plain_layer()) is None
 
 

@@ -60,6 +60,20 @@ def start_linear(
     return repack + warm_up_linear(weights, spec, "triton", k, dtype, max_tokens)
 
 
+def start_gate(weight: torch.Tensor, biased: bool, apart: bool) -> Waiting:
+    """Begin to compile what multiplies few tokens by a router's gate; return what to wait for, nothing without a GPU.
+
+    Args:
+        weight: of the gate, [experts, hidden size], not loaded yet.
+        biased: whether it has a bias.
+        apart: whether other processes compile, as of :func:`_compiles`.
+    """
+    if not _compiles("linear", weight.device, apart):
+        return []
+    n, k = weight.shape
+    return warm_up_wide(n, k, weight.dtype, biased, False, weight.device)
+
+
 def start_experts(
     spec: MoESpec,
     biased: bool,

@@ -8,24 +8,29 @@ from typing import Any
 from vllm_milo import compat
 
 VARIABLE = "VLLM_MILO_ROUTING"
-"""Set to 1, layers choose experts themselves where a plain softmax does; off until that has been timed on a GPU."""
+"""Set to 0, vLLM chooses experts, and multiplies by gates (:mod:`.gates`)."""
 _OTHERS = ("custom_routing_function", "e_score_correction_bias", "hash_indices_table")
 """Attributes of a layer that let more than logits decide where they are not None."""
 _RENORMALIZES = {"Default": False, "Renormalize": True, "RenormalizeNaive": True}
 """By vLLM's names of routing methods."""
 
 
+def is_wanted() -> bool:
+    """Return whether layers take part in choosing experts, which :data:`VARIABLE` forbids."""
+    return os.environ.get(VARIABLE) != "0"
+
+
 def plain_router(layer: Any) -> bool | None:
     """Return whether the weights that a layer's router gives a token sum to 1, where it takes the largest of a softmax.
 
-    None where :data:`VARIABLE` does not ask for it, where the router does anything else, on other devices than NVIDIA's
+    None where :data:`VARIABLE` forbids it, where the router does anything else, on other devices than NVIDIA's
     GPUs, and where vLLM must see what is chosen: for adapters on experts, for groups of processes with tokens of their
     own, and for those who ask which experts were chosen.
 
     Args:
         layer: vLLM's, while it is made.
     """
-    if os.environ.get(VARIABLE) != "1" or not compat.runs_on_nvidia():
+    if not is_wanted() or not compat.runs_on_nvidia():
         return None
     softmax = getattr(layer, "scoring_func", None) == "softmax" and getattr(layer, "routed_scaling_factor", 1) == 1
     alone = all(getattr(layer, name, None) is None for name in _OTHERS)

@@ -10,7 +10,15 @@ from vllm_milo.kernels import ops
 from vllm_milo.kernels.resident import WIDE_BYTES
 from vllm_milo.kernels.serving.dense import wide
 from vllm_milo.kernels.serving.dense.codes import GROUP, HIGH_BYTE, MOST_ERROR, code_bytes, encode, meanings
-from vllm_milo.kernels.serving.dense.wide import CODE_TILES, SPREAD_TILES, TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.serving.dense.wide import (
+    CODE_TILES,
+    FEWEST_TILES,
+    SPREAD_TILES,
+    TILES,
+    WideTile,
+    wide_linear,
+    wide_tile,
+)
 from vllm_milo.kernels.weights import LinearWeights
 
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
@@ -64,6 +72,16 @@ def of_weights(scale: torch.Tensor, k: int) -> torch.Tensor:
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(8, 4096), (60, 2048), (128, 352)])
+@pytest.mark.parametrize(("tokens", "tile"), [(1, 16), (16, 16), (17, 32), (32, 32)])
+def test_the_gate_of_a_router(tokens: int, tile: int, n: int, k: int, dtype: torch.dtype, kernel_device: str):
+    x, weight, _ = random_layer(tokens, n, k, dtype, kernel_device)
+    found = wide_linear(x, [weight], None, FEWEST_TILES[tile])
+    assert relative_error(found, exact(x, weight, None)) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("n", "k"), SIZES)
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
@@ -87,7 +105,8 @@ def test_every_tile_of_codes(tile: WideTile, tokens: int, dtype: torch.dtype, ke
     assert relative_error(wide_linear(x, weights, bias, tile), expected) < TOLERANCE[dtype]
 
 
-def test_few_tokens_read_codes_and_more_16_bits(kernel_device: str):
+def test_few_tokens_read_codes_and_more_16_bits(kernel_device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wide, "processors", lambda _: 2)
     x, weight, _ = random_layer(17, 64, 96, torch.float16, kernel_device)
     weights = [weight, *encode(weight)]
     for tokens, multiplied in ((8, decoded(weights, torch.float16)), (9, weight)):
@@ -148,6 +167,11 @@ def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: 
         (33, 2048, None),
         (16, 4096, TILES[16]),
         (17, 6144, None),
+        (1, 8, FEWEST_TILES[16]),
+        (16, 512, FEWEST_TILES[16]),
+        (17, 128, FEWEST_TILES[32]),
+        (33, 128, None),
+        (16, 768, SPREAD_TILES[32]),
     ],
 )
 def test_the_library_is_asked_where_it_is_quicker(
@@ -162,12 +186,13 @@ def test_the_library_is_asked_where_it_is_quicker(
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs", "ours"),
     [
-        (1, 2048, 4096, CODE_TILES[0]),
+        (1, 2048, 4096, None),
+        (1, 4096, 4096, CODE_TILES[0]),
         (16, 6144, 4096, CODE_TILES[0]),
         (8, 6144, 2048, CODE_TILES[0]),
         (9, 6144, 2048, None),
-        (8, 14336, 4096, CODE_TILES[1]),
-        (16, 14336, 4096, CODE_TILES[2]),
+        (8, 14336, 4096, CODE_TILES[0]),
+        (16, 14336, 4096, CODE_TILES[1]),
         (17, 6144, 4096, None),
         (1, 99999, 4096, None),
     ],

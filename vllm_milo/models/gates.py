@@ -1,0 +1,69 @@
+"""Routers' gates: vLLM's own in 16 bits, whose product of few tokens a kernel of ours takes.
+
+A gate has few outputs, so that a library's product is mostly its launch. Ours may start while the norm before it ends,
+and lets the sort of routes after it start as early (:mod:`vllm_milo.kernels.serving.protocol`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from vllm_milo import compat
+from vllm_milo.kernels import ops
+from vllm_milo.kernels.warm_up import wait
+from vllm_milo.loading import account
+from vllm_milo.loading.ahead import start_gate
+from vllm_milo.models import routers
+
+NOTE = "milo_gates"
+"""The key in vLLM's ``additional_config``, which tells compiled graphs apart: how many gates are ours."""
+
+
+class GateMethod(UnquantizedLinearMethod):
+    """vLLM's method of a gate, but for the product.
+
+    Args:
+        gate: the layer, whose weights are not loaded yet.
+        apart: whether other processes compile kernels, as of :func:`.ahead.start_gate`.
+    """
+
+    def __init__(self, gate: Any, apart: bool) -> None:
+        super().__init__()
+        self.backend = ops.choose_backend("linear", gate.weight.device.type)
+        self.kernels = start_gate(gate.weight, gate.bias is not None, apart)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Wait for the kernels. The weights stay as they are, where vLLM would order them for a library."""
+        with account.current().spend(account.WARMING_UP):
+            wait(self.kernels)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x·Wᵀ + bias, in the dtype of x."""
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        return ops.wide_linear(x, [weight], bias, self.backend)
+
+
+def take_gate(gate: Any, apart: bool) -> None:
+    """Give one of vLLM's gates :class:`GateMethod` where that is quicker, and vLLM has no method of its own for it.
+
+    Args:
+        gate: of the model under construction, just made.
+        apart: as of :class:`GateMethod`.
+    """
+    notes = compat.graph_notes()
+    if not routers.is_wanted() or notes is None or type(gate.quant_method) is not UnquantizedLinearMethod:
+        return
+    weight = gate.weight
+    if getattr(gate, "out_dtype", None) in (None, weight.dtype) and _is_streamed(weight):
+        gate.quant_method = GateMethod(gate, apart)
+        notes[NOTE] = notes.get(NOTE, 0) + 1
+
+
+def _is_streamed(weight: torch.Tensor) -> bool:
+    """Return whether few tokens are multiplied by such weights by a kernel of ours, which are in 16 bits."""
+    n, k = weight.shape
+    on_gpu = weight.device.type == "cuda" and weight.dtype.itemsize == 2
+    return on_gpu and ops.choose_backend("linear", "cuda") == "triton" and ops.streams(n, k, weight.device)
