@@ -19,7 +19,7 @@ CODE_BYTES = 3 / 8
 PAIR_BYTES = 4
 """Of an fp16 scale and a zero point, or of the two fp16 scales of a unit of V."""
 SCALE_BYTES = 2
-WIDE_BYTES = 3 + 2 / GROUP
+WIDE_BYTES = 3 + 4 / GROUP
 """Of a weight of a layer that a server keeps in 16 bits, compensators added, and for few tokens in 8, scales too."""
 _FACTOR_BYTES = {3: (1 / 2, CODE_BYTES), 8: (1.0, 1.0), 16: (2.0, 2.0)}
 """Of an element of U and of V, by how many bits it is stored with."""

@@ -258,7 +258,7 @@ def run_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: bool, d
     weight = single((n, k), dtype, device)
     weights = [weight]
     if in_codes:
-        weights += [single((n, k), torch.uint8, device), single((cdiv(k, GROUP), n), torch.bfloat16, device)]
+        weights += [single((n, k), torch.uint8, device), single((cdiv(k, GROUP), n), torch.float32, device)]
     for tokens in sorted({*TILES, *SPREAD_TILES, *MOST_IN_CODES.values()}):
         wide_linear(weight.new_empty(tokens, k), weights, weight.new_empty(n) if biased else None)
 

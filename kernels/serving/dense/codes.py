@@ -28,7 +28,7 @@ ROWS = 1024
 
 def code_bytes(outputs: int, inputs: int) -> int:
     """Return the bytes of what :func:`encode` makes of a layer."""
-    return outputs * inputs + 2 * cdiv(inputs, GROUP) * outputs
+    return outputs * inputs + 4 * cdiv(inputs, GROUP) * outputs
 
 
 def meanings(dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
@@ -38,7 +38,9 @@ def meanings(dtype: torch.dtype, device: torch.device | None = None) -> torch.Te
 
 
 def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (codes, scale): uint8 [N, K] and bf16 [K / GROUP, N]; a weight is about scale times what its byte means.
+    """Return (codes, scale): uint8 [N, K] and fp32 [K / GROUP, N]; a weight is about scale times what its byte means.
+
+    Scales have 32 bits because copies to shared memory that run ahead take no fewer at a time.
 
     Args:
         weight: [N, K], fp16 or bf16.
@@ -47,11 +49,11 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     known = meanings(weight.dtype, weight.device)
     between = (known[1:] + known[:-1]) / 2
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(cdiv(k, GROUP), n, dtype=torch.bfloat16, device=weight.device)
+    scale = torch.empty(cdiv(k, GROUP), n, dtype=torch.float32, device=weight.device)
     for start in range(0, n, ROWS):
         groups = _grouped(weight[start : start + ROWS])
-        step = _bf16_above(groups.abs().amax(2).clamp_(min=1e-30) / LARGEST[weight.dtype])
-        found = torch.bucketize(groups.div_(step.float()[:, :, None]), between, out_int32=True)
+        step = groups.abs().amax(2).clamp_(min=1e-30) / LARGEST[weight.dtype]
+        found = torch.bucketize(groups.div_(step[:, :, None]), between, out_int32=True)
         codes[start : start + ROWS] = found.flatten(1)[:, :k]
         scale[:, start : start + ROWS] = step.T
     return codes, scale
@@ -60,7 +62,7 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the weights that :func:`encode` made codes of, fp32 [N, K]; ``dtype`` is what it was given."""
     groups = _grouped(meanings(dtype, codes.device)[codes.int()])
-    return groups.mul_(scale.T.float()[:, :, None]).flatten(1)[:, : codes.shape[1]]
+    return groups.mul_(scale.T[:, :, None]).flatten(1)[:, : codes.shape[1]]
 
 
 def error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> float:
@@ -80,8 +82,3 @@ def _grouped(weight: torch.Tensor) -> torch.Tensor:
     groups = torch.zeros(n, cdiv(k, GROUP), GROUP, dtype=torch.float32, device=weight.device)
     groups.flatten(1)[:, :k] = weight
     return groups
-
-
-def _bf16_above(values: torch.Tensor) -> torch.Tensor:
-    """Return the least bf16 that is not below each value; they are fp32 and positive."""
-    return ((values.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()

@@ -43,7 +43,8 @@ class WideTile(NamedTuple):
     def loads(self, tokens: int, in_codes: bool) -> int:
         """Return the bytes of shared memory that are in flight, for so many tokens, on weights in 16 bits or in 8."""
         rows = max(LEAST_ROWS, next_power_of_2(tokens))
-        return (self.stages - 1) * self.step * (self.outputs * (1 if in_codes else 2) + rows * 2)
+        scales = 4 * self.outputs * self.warps if in_codes else 0
+        return (self.stages - 1) * (self.step * (self.outputs * (1 if in_codes else 2) + rows * 2) + scales)
 
 
 LEAST_ROWS = 8
@@ -118,8 +119,7 @@ def _fp16_of(codes, ASM: tl.constexpr):
 @triton.jit
 def _scale_of(scale_ptr, k, n, N, K, GROUP: tl.constexpr):
     """Load the scales of outputs n at k, [parts, outputs] in fp32; zeros beyond either."""
-    scale = tl.load(scale_ptr + (k // GROUP) * N + n[None, :], mask=(n < N)[None, :] & (k < K), other=0)
-    return scale.to(tl.float32)
+    return tl.load(scale_ptr + (k // GROUP) * N + n[None, :], mask=(n < N)[None, :] & (k < K), other=0)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -143,8 +143,6 @@ def _wide_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     x_rows = x_ptr + m[None, None, :] * K
     acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
-    if scale_ptr is not None:
-        scale = _scale_of(scale_ptr, first_k, n, N, K, GROUP)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         here = k < (BLOCK_K if EVEN_K else K - start)
         w = tl.load(
@@ -155,10 +153,9 @@ def _wide_kernel(
         )
         x = tl.load(x_rows + (start + k)[:, :, None], mask=(m < M)[None, None, :] & here[:, :, None], other=0)
         if scale_ptr is not None:
-            scale_ahead = _scale_of(scale_ptr, start + BLOCK_K + first_k, n, N, K, GROUP)
+            scale = _scale_of(scale_ptr, start + first_k, n, N, K, GROUP)
             w = _bf16_of(w, ASM) if x.dtype == tl.bfloat16 else _fp16_of(w, ASM)
             acc += tl.dot(w, x) * scale[:, :, None]
-            scale = scale_ahead
         else:
             acc = tl.dot(w, x, acc)
     acc = tl.sum(acc, 0)
