@@ -65,6 +65,8 @@ class Scheduling(LoadScopeScheduling):
             return path.name
         if f"{path.parent.name}/{path.name}" in SHARING_BY_NAME:
             return f"{path}{nodeid[nodeid.find('[') :]}" if "[" in nodeid else nodeid
+        if HAS_GPU and path.name.startswith("test_vllm_"):
+            return nodeid  # they start vLLM themselves, and a GPU has room for several
         return "plugin" if path.parent.name == "plugin" else nodeid  # one import of vLLM
 
 

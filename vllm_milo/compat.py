@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm import config as vllm_config
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -233,8 +234,16 @@ def check_after_loading(check: Callable[..., None]) -> None:
 
 
 def quantization() -> Any:
-    """Return the ``QuantizationConfig`` of the model under construction, or None."""
-    return get_current_vllm_config().quant_config
+    """Return the ``QuantizationConfig`` of the model under construction; None where there is none of either."""
+    current = getattr(vllm_config, "get_current_vllm_config_or_none", get_current_vllm_config)()
+    return getattr(current, "quant_config", None)
+
+
+def is_batch_invariant() -> bool:
+    """Return whether users ask that results do not depend on what else is in a batch (``VLLM_BATCH_INVARIANT=1``)."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
 
 
 def watch_gates(watch: Callable[[Any], None]) -> None:

@@ -27,7 +27,6 @@ from vllm_milo.models.checkpoint_names import (
     values_of_keys,
 )
 from vllm_milo.models.completeness import check_loaded
-from vllm_milo.models.gates import take_gate
 from vllm_milo.models.refused import refuse_permuted
 from vllm_milo.names import FUSED_LAYERS, ROUTERS, leaf_of, split_expert_name
 from vllm_milo.online.options import OnlineOptions
@@ -66,6 +65,11 @@ class MiLoConfig(QuantizationConfig):
         self._stored_modules: set[str] = set()
         self._diverted: dict[str, tuple[Any, MiLoMoEMethod]] = {}
         self._head_awaited = self._has_head = False
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the model is quantized while it is loaded."""
+        return self._gathering is not None
 
     def __repr__(self) -> str:
         fmt = self.format
@@ -188,9 +192,10 @@ class MiLoConfig(QuantizationConfig):
         from vllm_milo.fused_moe import MiLoMoEMethod
         from vllm_milo.head.method import MiLoHeadMethod
         from vllm_milo.linear import MiLoLinearMethod
+        from vllm_milo.models.gates import watch_gates
         from vllm_milo.models.nameless import NamelessLinearMethod
 
-        compat.watch_gates(_take_gate)
+        watch_gates()
         prefix = name_in_model(prefix, compat.architectures())
         if self.format.lm_head_bits != PLAIN_BITS:
             self._await_head()
@@ -300,13 +305,6 @@ def _refuse_fused_experts(folder: Path, tensors: Mapping[str, TensorEntry]) -> N
             f"{folder}: {fused}: this version of vLLM does not load fused unquantized experts; upgrade vLLM, or save "
             f"the original with transformers' save_pretrained, which stores each expert by itself, and convert that"
         )
-
-
-def _take_gate(gate: Any) -> None:
-    """Give a gate of the model under construction MiLo's product, if the model is MiLo's."""
-    quantization = compat.quantization()
-    if isinstance(quantization, MiLoConfig):
-        take_gate(gate, quantization._gathering is not None and not compat.loads_dummy_weights())
 
 
 def register_config(config_class: type[MiLoConfig]) -> None:

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 from vllm_milo import compat
 from vllm_milo.config import MiLoConfig
 from vllm_milo.kernels import ops
-from vllm_milo.models import gates, routers
+from vllm_milo.models import gates
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 NAME = "model.layers.0.mlp.gate"
@@ -28,7 +28,8 @@ def made_for(monkeypatch: pytest.MonkeyPatch) -> MiLoConfig:
     monkeypatch.setattr(get_current_vllm_config(), "quant_config", config)
     monkeypatch.setattr(get_current_vllm_config(), "additional_config", {})
     monkeypatch.setattr(gates, "_is_streamed", lambda weight: True)
-    monkeypatch.delenv(routers.VARIABLE, raising=False)
+    monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
+    monkeypatch.setenv(gates.VARIABLE, "1")
     config.get_quant_method(ReplicatedLinear(64, 64, quant_config=config, prefix=NAME), NAME)
     return config
 
@@ -64,8 +65,11 @@ def test_gates_are_taken_whether_or_not_a_model_asks_for_their_method(told: bool
 def test_the_product_is_the_operators(made_for: MiLoConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ops, "wide_linear", lambda x, weights, bias, backend: (x, weights, bias, backend))
     gate = make_gate(made_for)
-    x = torch.randn(2, 64)
+    x = torch.randn(32, 64)
     assert gate.quant_method.apply(gate, x) == (x, [gate.weight], None, "torch")
+    more = torch.randn(33, 64)
+    found = gate.quant_method.apply(gate, more)
+    torch.testing.assert_close(found, torch.nn.functional.linear(more, gate.weight))
 
 
 @pytest.mark.usefixtures("made_for")
@@ -74,10 +78,28 @@ def test_other_models_gates_are_vllms(monkeypatch: pytest.MonkeyPatch):
     assert type(make_gate(None).quant_method) is UnquantizedLinearMethod
 
 
-def test_gates_are_vllms_where_asked(made_for: MiLoConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(routers.VARIABLE, "0")
-    assert type(make_gate(made_for).quant_method) is UnquantizedLinearMethod
-    assert compat.graph_notes() == {}
+@pytest.mark.parametrize(("name", "found"), [("runs_on_nvidia", False), ("is_batch_invariant", True)])
+def test_gates_are_vllms_elsewhere(name: str, found: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(gates.VARIABLE, "1")
+    monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
+    monkeypatch.setattr(compat, name, lambda: found)
+    gates.watch_gates()
+    assert GateLinear.__name__ not in op_registry_oot
+
+
+def test_gates_are_vllms_unless_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
+    monkeypatch.delenv(gates.VARIABLE, raising=False)
+    gates.watch_gates()
+    assert GateLinear.__name__ not in op_registry_oot
+
+
+def test_vllm_says_whether_batches_may_show(monkeypatch: pytest.MonkeyPatch):
+    from vllm import envs
+
+    assert not compat.is_batch_invariant()
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    assert compat.is_batch_invariant()
 
 
 def test_gates_are_vllms_where_their_logits_are_of_more_bits(made_for: MiLoConfig):

@@ -28,3 +28,15 @@ def test_registering_twice_gives_vllm_the_method():
     register()
     register()
     assert get_quantization_config("milo").__name__ == "MiLoConfig"
+
+
+@pytest.mark.vllm
+def test_registering_needs_no_triton():
+    """vLLM registers plugins in every process, whatever it serves; its CPU builds may come without Triton."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import vllm_milo; vllm_milo.register()\n"
+        "print([name for name in sys.modules if name.startswith('vllm_milo.kernels')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,4 @@
-"""Routers' gates: vLLM's own in 16 bits, whose product of few tokens a kernel of ours takes.
+"""Routers' gates: vLLM's own in 16 bits, whose product of few tokens a kernel of ours takes where that is asked for.
 
 A gate has few outputs, so that a library's product is mostly its launch. Ours may start while the norm before it ends,
 and lets the sort of routes after it start as early (:mod:`vllm_milo.kernels.serving.protocol`).
@@ -6,18 +6,23 @@ and lets the sort of routes after it start as early (:mod:`vllm_milo.kernels.ser
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_milo import compat
+from vllm_milo.checkpoint import QUANT_METHOD
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.warm_up import wait
 from vllm_milo.loading import account
 from vllm_milo.loading.ahead import start_gate
-from vllm_milo.models import routers
 
+VARIABLE = "VLLM_MILO_GATES"
+"""Set to 1, gates are multiplied by our kernel; off until that has been timed on a GPU."""
+MOST = 32
+"""Tokens from which on the library is asked for certain."""
 NOTE = "milo_gates"
 """The key in vLLM's ``additional_config``, which tells compiled graphs apart: how many gates are ours."""
 
@@ -43,22 +48,30 @@ class GateMethod(UnquantizedLinearMethod):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + bias, in the dtype of x."""
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        if not torch.compiler.is_compiling() and x.shape[0] > MOST:  # the operator would cost the host as much again
+            return torch.nn.functional.linear(x, weight, bias)
         return ops.wide_linear(x, [weight], bias, self.backend)
 
 
-def take_gate(gate: Any, apart: bool) -> None:
+def watch_gates() -> None:
+    """Take the gates that vLLM makes in this process from now on, where :data:`VARIABLE` asks for it."""
+    if os.environ.get(VARIABLE) == "1" and compat.runs_on_nvidia() and not compat.is_batch_invariant():
+        compat.watch_gates(take_gate)
+
+
+def take_gate(gate: Any) -> None:
     """Give one of vLLM's gates :class:`GateMethod` where that is quicker, and vLLM has no method of its own for it.
 
     Args:
-        gate: of the model under construction, just made.
-        apart: as of :class:`GateMethod`.
+        gate: of the model under construction, just made; a model's that is not MiLo's stays as it is.
     """
-    notes = compat.graph_notes()
-    if not routers.is_wanted() or notes is None or type(gate.quant_method) is not UnquantizedLinearMethod:
+    quantization = compat.quantization()
+    if quantization is None or quantization.get_name() != QUANT_METHOD:
         return
-    weight = gate.weight
-    if getattr(gate, "out_dtype", None) in (None, weight.dtype) and _is_streamed(weight):
-        gate.quant_method = GateMethod(gate, apart)
+    notes, weight = compat.graph_notes(), gate.weight
+    rounded = getattr(gate, "out_dtype", None) in (None, weight.dtype)
+    if notes is not None and rounded and type(gate.quant_method) is UnquantizedLinearMethod and _is_streamed(weight):
+        gate.quant_method = GateMethod(gate, quantization.quantizes and not compat.loads_dummy_weights())
         notes[NOTE] = notes.get(NOTE, 0) + 1
 
 

@@ -8,16 +8,11 @@ from typing import Any
 from vllm_milo import compat
 
 VARIABLE = "VLLM_MILO_ROUTING"
-"""Set to 0, vLLM chooses experts, and multiplies by gates (:mod:`.gates`)."""
+"""Set to 0, vLLM chooses experts."""
 _OTHERS = ("custom_routing_function", "e_score_correction_bias", "hash_indices_table")
 """Attributes of a layer that let more than logits decide where they are not None."""
 _RENORMALIZES = {"Default": False, "Renormalize": True, "RenormalizeNaive": True}
 """By vLLM's names of routing methods."""
-
-
-def is_wanted() -> bool:
-    """Return whether layers take part in choosing experts, which :data:`VARIABLE` forbids."""
-    return os.environ.get(VARIABLE) != "0"
 
 
 def plain_router(layer: Any) -> bool | None:
@@ -30,7 +25,7 @@ def plain_router(layer: Any) -> bool | None:
     Args:
         layer: vLLM's, while it is made.
     """
-    if not is_wanted() or not compat.runs_on_nvidia():
+    if os.environ.get(VARIABLE) == "0" or not compat.runs_on_nvidia():
         return None
     softmax = getattr(layer, "scoring_func", None) == "softmax" and getattr(layer, "routed_scaling_factor", 1) == 1
     alone = all(getattr(layer, name, None) is None for name in _OTHERS)

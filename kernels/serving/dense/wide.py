@@ -54,7 +54,7 @@ TILES = {8: WideTile(16, 256, 2, 5), 16: WideTile(16, 128, 1, 6)}
 SPREAD_TILES = {32: WideTile(16, 512, 4, 4)}
 """Likewise where a multiprocessor has fewer than :data:`FEW_PROGRAMS`, and room for them: more warps share K."""
 FEW_PROGRAMS = 1.5
-FEWEST_TILES = {16: WideTile(16, 1024, 8, 4), 32: WideTile(16, 512, 4, 4)}
+FEWEST_TILES = {16: WideTile(16, 1024, 8, 4)}
 """Likewise where most multiprocessors have none: all that a program reads is in flight, or nearly so."""
 FEWEST_PROGRAMS = 0.25
 CODE_TILES = (WideTile(32, 512, 4, 3), WideTile(64, 256, 4, 4))
@@ -73,15 +73,18 @@ def wide_tile(tokens: int, outputs: int, inputs: int, device: torch.device, in_c
         return cdiv(outputs, tile.outputs) / processors(device)
 
     known: Iterable[WideTile]
+    room = shared_memory(device)
     spread = programs(SPREAD_TILES[32])
     if in_codes:
         # the time of few programs is not that of the bytes
         most = max(most for least, most in MOST_IN_CODES.items() if least <= inputs) if spread >= FEW_PROGRAMS else 0
         known = CODE_TILES if tokens <= most else ()
     else:
-        tiles = FEWEST_TILES if spread < FEWEST_PROGRAMS else SPREAD_TILES if spread < FEW_PROGRAMS else TILES
-        known = [tile for most, tile in tiles.items() if tokens <= most][:1]
-    room = shared_memory(device)
+        tables = [TILES] if spread >= FEW_PROGRAMS else [SPREAD_TILES]
+        if spread < FEWEST_PROGRAMS:
+            tables.insert(0, FEWEST_TILES)
+        enough = ([tile for most, tile in tiles.items() if tokens <= most] for tiles in tables)
+        known = [tiles[0] for tiles in enough if tiles]
     return next((tile for tile in known if programs(tile) <= room // tile.loads(tokens, in_codes)), None)
 
 

@@ -73,10 +73,10 @@ def of_weights(scale: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(8, 4096), (60, 2048), (128, 352)])
-@pytest.mark.parametrize(("tokens", "tile"), [(1, 16), (16, 16), (17, 32), (32, 32)])
-def test_the_gate_of_a_router(tokens: int, tile: int, n: int, k: int, dtype: torch.dtype, kernel_device: str):
+@pytest.mark.parametrize(("tokens", "tile"), [(1, FEWEST_TILES[16]), (16, FEWEST_TILES[16]), (32, SPREAD_TILES[32])])
+def test_the_gate_of_a_router(tokens: int, tile: WideTile, n: int, k: int, dtype: torch.dtype, kernel_device: str):
     x, weight, _ = random_layer(tokens, n, k, dtype, kernel_device)
-    found = wide_linear(x, [weight], None, FEWEST_TILES[tile])
+    found = wide_linear(x, [weight], None, tile)
     assert relative_error(found, exact(x, weight, None)) < TOLERANCE[dtype]
 
 
@@ -169,7 +169,7 @@ def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: 
         (17, 6144, None),
         (1, 8, FEWEST_TILES[16]),
         (16, 512, FEWEST_TILES[16]),
-        (17, 128, FEWEST_TILES[32]),
+        (17, 128, SPREAD_TILES[32]),
         (33, 128, None),
         (16, 768, SPREAD_TILES[32]),
     ],
@@ -258,6 +258,8 @@ def test_fewer_programs_fit_where_there_is_less_shared_memory(monkeypatch: pytes
     monkeypatch.setattr(wide, "shared_memory", lambda _: 99 * 1024)
     tiles = [wide_tile(1, 16 * 132 * programs, 4096, torch.device("cuda")) for programs in (2, 3)]
     assert tiles == [TILES[8], None]
+    gates = [wide_tile(tokens, 128, 2048, torch.device("cuda")) for tokens in (1, 16, 33)]
+    assert gates == [SPREAD_TILES[32], SPREAD_TILES[32], None]
 
 
 def test_the_operator_chooses(monkeypatch: pytest.MonkeyPatch, kernel_device: str):
