@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import linear, moe_layer, report, wide
+from benchmarks.kernels import gates, linear, moe_layer, report, wide
 from benchmarks.kernels.moe_contenders import Layer, MoEShape, contenders
 from benchmarks.kernels.report import format_report
 from benchmarks.kernels.timing import Ceilings, microseconds, roof
@@ -125,6 +125,25 @@ def test_dense_layers_in_16_bits_are_timed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(wide, "wide_linear", lambda *given, **named: right(*given, **named) * 1.05)
     with pytest.raises(ValueError, match=r"relative error 0\.05 against the library"):
         wide.main(["-o", str(tmp_path / "wide.json"), "--shapes", "tiny", "--tokens", "3", "--seconds", "0.001"])
+
+
+def test_gates_are_timed_with_the_layers_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(gates, "DTYPE", torch.float16)
+    monkeypatch.setattr(gates, "CALLS_IN_GRAPH", 2)
+    monkeypatch.setattr(gates, "OTHERS", ())
+    monkeypatch.setattr(gates, "TURNS", 1)
+    words = ["-o", str(tmp_path / "gates.json"), "--models", "tiny", "--tokens", "3", "--seconds", "0.001"]
+    gates.main(words)
+    (row,) = json.loads((tmp_path / "gates.json").read_text())["rows"]
+    assert (row["model"], row["tokens"]) == ("tiny", 3)
+    assert set(row["microseconds"]) >= {"library", *row["errors"]}
+    assert len(row["errors"]) == 2
+    assert all(len(turns) == 1 for turns in row["microseconds"].values())
+    assert "| tiny | 3 |" in capsys.readouterr().out
+    right = gates.by_tile
+    monkeypatch.setattr(gates, "by_tile", lambda *given, **named: right(*given, **named) * 1.05)
+    with pytest.raises(ValueError, match=r"relative error 0\.0[45]\d* of the logits against the library's"):
+        gates.main(words)
 
 
 def test_a_record_is_shown_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
