@@ -7,7 +7,7 @@ Sizes are padded, a code of U takes four bits, and a part with any rank holds wh
 
 from __future__ import annotations
 
-from .serving.dense.codes import GROUP
+from .serving.dense.codes import GROUP, SCALE_DTYPE
 from .sizes import cdiv
 from .weights import RANK_BLOCK
 from .weights import rank_blocks as rank_blocks  # part of what this module tells the converter
@@ -19,7 +19,7 @@ CODE_BYTES = 3 / 8
 PAIR_BYTES = 4
 """Of an fp16 scale and a zero point, or of the two fp16 scales of a unit of V."""
 SCALE_BYTES = 2
-WIDE_BYTES = 3 + 4 / GROUP
+WIDE_BYTES = 3 + SCALE_DTYPE.itemsize / GROUP
 """Of a weight of a layer that a server keeps in 16 bits, compensators added, and for few tokens in 8, scales too."""
 _FACTOR_BYTES = {3: (1 / 2, CODE_BYTES), 8: (1.0, 1.0), 16: (2.0, 2.0)}
 """Of an element of U and of V, by how many bits it is stored with."""

@@ -251,14 +251,14 @@ def warm_up_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: boo
 
 def run_wide(n: int, k: int, dtype: torch.dtype, biased: bool, in_codes: bool, device: torch.device) -> None:
     """Multiply as many tokens by weights in 16 bits as launch all kernels; the arguments are :func:`warm_up_wide`'s."""
-    from .serving.dense.codes import GROUP
+    from .serving.dense.codes import GROUP, SCALE_DTYPE
     from .serving.dense.wide import MOST_IN_CODES, SPREAD_TILES, TILES, wide_linear
     from .stand_in import single
 
     weight = single((n, k), dtype, device)
     weights = [weight]
     if in_codes:
-        weights += [single((n, k), torch.uint8, device), single((cdiv(k, GROUP), n), torch.float32, device)]
+        weights += [single((n, k), torch.uint8, device), single((cdiv(k, GROUP), n), SCALE_DTYPE, device)]
     for tokens in sorted({*TILES, *SPREAD_TILES, *MOST_IN_CODES.values()}):
         wide_linear(weight.new_empty(tokens, k), weights, weight.new_empty(n) if biased else None)
 

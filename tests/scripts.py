@@ -1,4 +1,4 @@
-"""Runs scripts of this folder with Triton as on a GPU: the interpreter compiles nothing."""
+"""Runs Python in other processes: code, and scripts of this folder with Triton as on a GPU, not interpreted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+
+
+def python(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
+    """Return what Python prints, by its arguments and further variables."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def run_script(name: str, *arguments: str, cache: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
 import subprocess
@@ -15,16 +14,9 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, of_folder
 from readme import PAGES, ROOT, readme_commands
+from scripts import python
 
 from vllm_milo.offline.cli import main as milo
-
-
-def python(*arguments: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_repository_root_does_not_pose_as_the_kernels_package():

@@ -12,19 +12,17 @@ compared with the library's.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.kernels.run import names, numbers
-from benchmarks.records import environment, markdown_table, write_json
+from benchmarks.kernels.run import point_parser, record_rows, relative_error
+from benchmarks.records import markdown_table
 from vllm_milo.kernels.launch import shared_memory
-from vllm_milo.kernels.serving.dense.wide import FEWEST_TILES, SPREAD_TILES, WideTile, wide_linear
+from vllm_milo.kernels.serving.dense.wide import FEWEST_TILES, SPREAD_TILES, WideTile, wide_linear, wide_tile
 from vllm_milo.kernels.serving.fused_moe import fused_moe, routed_moe
 from vllm_milo.kernels.tuning.layer import Layer
 from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
@@ -78,11 +76,9 @@ class Gated:
     """A layer of experts behind a norm and a gate, with inputs of so many tokens."""
 
     def __init__(self, layer: Layer, tokens: int) -> None:
-        torch.manual_seed(tokens)
         shape, device = layer.shape, layer.device
         self.layer, self.top_k = layer, shape.top_k
-        size = tokens, shape.hidden
-        self.inputs = [torch.randn(size, dtype=DTYPE, device=device) for _ in range(CALLS_IN_GRAPH)]
+        self.inputs = layer.inputs(tokens).x
         wide = [torch.randn(shape.experts, shape.hidden, device=device) for _ in range(CALLS_IN_GRAPH)]
         self.gates = [(weight * shape.hidden**-0.5).to(DTYPE) for weight in wide]
         self.gain = torch.ones(shape.hidden, dtype=DTYPE, device=device)
@@ -113,12 +109,11 @@ class Gated:
     def error(self, tile: WideTile) -> float:
         """Return how far the logits by a tile are from the library's, relative to those."""
         x = self.normed(0)
-        expected = torch.nn.functional.linear(x, self.gates[0]).float()
-        return float((by_tile(x, self.gates[0], tile).float() - expected).norm() / expected.norm())
+        return relative_error(by_tile(x, self.gates[0], tile), torch.nn.functional.linear(x, self.gates[0]))
 
 
 def measure(layer: Layer, tokens: int, seconds: float) -> dict[str, Any]:
-    """Return microseconds of a layer with its gate, by contender and turn, and the errors of tiles' logits.
+    """Return microseconds of a layer with its gate, by contender and turn, the tile in use, errors of tiles' logits.
 
     Raises:
         ValueError: logits by a tile are not the library's.
@@ -138,7 +133,9 @@ def measure(layer: Layer, tokens: int, seconds: float) -> dict[str, Any]:
         for label, call in contenders.items():
             timing, _ = time_calls([partial(call, index) for index in range(CALLS_IN_GRAPH)], layer.device, seconds)
             times[label].append(timing.median * 1e6)
-    return {"microseconds": times, "errors": errors}
+    shape = layer.shape
+    chosen = wide_tile(tokens, shape.experts, shape.hidden, layer.device)
+    return {"microseconds": times, "chosen": chosen, "errors": errors}
 
 
 def format_report(record: dict[str, Any]) -> str:
@@ -147,7 +144,8 @@ def format_report(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         means = {label: sum(turns) / len(turns) for label, turns in row["microseconds"].items()}
         ours = {label: means[label] for label in row["errors"]}
-        used, best = next(iter(ours)), min(ours, key=lambda label: ours[label])
+        used = "library" if row["chosen"] is None else str(tuple(row["chosen"]))
+        best = min(ours, key=lambda label: ours[label])
         texts = ["" if label not in means else f"{means[label]:.2f}" for label in ("router", "library", used)]
         rows.append([row["model"], str(row["tokens"]), *texts, f"{ours[best]:.2f} {best}"])
     return markdown_table(["model", "tokens", "vLLM's router", "library's gate", "our gate", "best tile"], rows)
@@ -155,21 +153,15 @@ def format_report(record: dict[str, Any]) -> str:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for; write JSON and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    usual = [name for name in MODELS if name != "tiny"]
-    parser.add_argument("--models", type=names(MODELS), default=usual, help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--tokens", type=numbers, default=[1, 4, 8, 16, 32])
-    parser.add_argument("--seconds", type=float, default=0.15, help="of one number")
-    arguments = parser.parse_args(words)
+    arguments = point_parser(__doc__, "--models", MODELS, 0.15).parse_args(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record: dict[str, Any] = {"benchmark": "gates", "environment": environment(device), "rows": []}
-    for name in arguments.models:
-        layer = Layer(MODELS[name], device, DTYPE)
-        for tokens in arguments.tokens:
-            row = measure(layer, tokens, arguments.seconds)
-            record["rows"].append({"model": name, "tokens": tokens} | row)
-            write_json(arguments.output, record)
+    layers = ((name, Layer(MODELS[name], device, DTYPE)) for name in arguments.models)
+    rows = (
+        {"model": name, "tokens": tokens} | measure(layer, tokens, arguments.seconds)
+        for name, layer in layers
+        for tokens in arguments.tokens
+    )
+    record = record_rows("gates", arguments.output, device, rows)
     print(format_report(record))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def measure_point(point: Point, ceilings: Ceilings, seconds: float, device: torc
     error = None
     if point.expected is not None:
         expected = point.expected()
-        error = float((outputs[0].float() - expected).norm() / expected.norm())
+        error = relative_error(outputs[0], expected)
         if not error < MAX_ERROR:
             raise ValueError(f"relative error {error:.3g} against float32, above {MAX_ERROR}")
     floor = roof(point.bytes, point.flops, ceilings)
@@ -161,6 +161,40 @@ def parser(description: str | None, shapes: Mapping[str, Any], contenders: Seque
     result.add_argument("--point-seconds", type=float, default=0.15, help="measuring time of one number")
     result.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return result
+
+
+def point_parser(
+    description: str | None, option: str, known: Mapping[str, Any], seconds: float
+) -> argparse.ArgumentParser:
+    """Return a parser of what the benchmarks of few tokens' tiles have: ``option`` names some of what is known.
+
+    Args:
+        description: of the benchmark.
+        option: as on the command line.
+        known: its choices; all but ``tiny`` are the default.
+        seconds: default of the measuring time of one number.
+    """
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("-o", "--output", type=Path, required=True)
+    usual = [name for name in known if name != "tiny"]
+    result.add_argument(option, type=names(known), default=usual, help=f"of {', '.join(known)}")
+    result.add_argument("--tokens", type=numbers, default=[1, 4, 8, 16, 32])
+    result.add_argument("--seconds", type=float, default=seconds, help="of one number")
+    return result
+
+
+def record_rows(benchmark: str, output: Path, device: torch.device, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of rows, which is written once more after each."""
+    record: dict[str, Any] = {"benchmark": benchmark, "environment": environment(device), "rows": []}
+    for row in rows:
+        record["rows"].append(row)
+        write_json(output, record)
+    return record
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over that of what is expected, both in float32."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def numbers(text: str) -> list[int]:

@@ -10,17 +10,15 @@ product's result is compared with the library's, which has 16 bits.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.kernels.linear import SHAPES as LAYERS
-from benchmarks.kernels.run import names, numbers
-from benchmarks.records import environment, markdown_table, write_json
+from benchmarks.kernels.run import point_parser, record_rows, relative_error
+from benchmarks.records import markdown_table
 from vllm_milo.kernels.launch import shared_memory
 from vllm_milo.kernels.serving.dense.codes import encode
 from vllm_milo.kernels.serving.dense.wide import CODE_TILES, SPREAD_TILES, TILES, WideTile, wide_linear, wide_tile
@@ -97,7 +95,7 @@ def measure(n: int, k: int, tokens: int, seconds: float, device: torch.device) -
     for tile, in_codes in tiles(tokens, device):
         read = slice(None if in_codes else 1)
         microseconds, found = timed(partial(_product, tile=tile, read=read))
-        error = float((found - expected).norm() / expected.norm())
+        error = relative_error(found, expected)
         if not error < (MAX_CODES_ERROR if in_codes else MAX_ERROR):
             raise ValueError(f"{tile}, in codes: {in_codes}: relative error {error:.3g} against the library")
         row["tiles"].append({"tile": tile, "in_codes": in_codes, "microseconds": microseconds - norm, "error": error})
@@ -120,20 +118,14 @@ def format_report(record: dict[str, Any]) -> str:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for; write JSON and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    usual = [name for name in SHAPES if name != "tiny"]
-    parser.add_argument("--shapes", type=names(SHAPES), default=usual, help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", type=numbers, default=[1, 4, 8, 16, 32])
-    parser.add_argument("--seconds", type=float, default=0.04, help="of one number")
-    arguments = parser.parse_args(words)
+    arguments = point_parser(__doc__, "--shapes", SHAPES, 0.04).parse_args(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record: dict[str, Any] = {"benchmark": "wide", "environment": environment(device), "rows": []}
-    for name in arguments.shapes:
-        for tokens in arguments.tokens:
-            row = measure(*SHAPES[name], tokens, arguments.seconds, device)
-            record["rows"].append({"shape": name, "tokens": tokens} | row)
-            write_json(arguments.output, record)
+    rows = (
+        {"shape": name, "tokens": tokens} | measure(*SHAPES[name], tokens, arguments.seconds, device)
+        for name in arguments.shapes
+        for tokens in arguments.tokens
+    )
+    record = record_rows("wide", arguments.output, device, rows)
     print(format_report(record))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib.metadata import entry_points
 
 import pytest
+from scripts import python
 
 
 def test_entry_point_is_found_and_imports_nothing():
@@ -15,8 +14,7 @@ def test_entry_point_is_found_and_imports_nothing():
         "(point,) = entry_points(group='vllm.general_plugins', name='milo')\n"
         "point.load(); print({'torch', 'transformers', 'triton', 'vllm'} & sys.modules.keys())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "set()"
+    assert python("-c", code).strip() == "set()"
 
 
 @pytest.mark.vllm
@@ -38,5 +36,4 @@ def test_registering_needs_no_triton():
         "import vllm_milo; vllm_milo.register()\n"
         "print([name for name in sys.modules if name.startswith('vllm_milo.kernels')])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert python("-c", code).splitlines()[-1] == "[]"

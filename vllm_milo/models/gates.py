@@ -15,14 +15,13 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_milo import compat
 from vllm_milo.checkpoint import QUANT_METHOD
 from vllm_milo.kernels import ops
+from vllm_milo.kernels.serving.dense.wide import MOST_TOKENS
 from vllm_milo.kernels.warm_up import wait
 from vllm_milo.loading import account
 from vllm_milo.loading.ahead import start_gate
 
 VARIABLE = "VLLM_MILO_GATES"
 """Set to 1, gates are multiplied by our kernel; off until that has been timed on a GPU."""
-MOST = 32
-"""Tokens from which on the library is asked for certain."""
 NOTE = "milo_gates"
 """The key in vLLM's ``additional_config``, which tells compiled graphs apart: how many gates are ours."""
 
@@ -48,7 +47,9 @@ class GateMethod(UnquantizedLinearMethod):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + bias, in the dtype of x."""
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        if not torch.compiler.is_compiling() and x.shape[0] > MOST:  # the operator would cost the host as much again
+        if (
+            not torch.compiler.is_compiling() and x.shape[0] > MOST_TOKENS
+        ):  # the operator would cost the host as much again
             return torch.nn.functional.linear(x, weight, bias)
         return ops.wide_linear(x, [weight], bias, self.backend)
 

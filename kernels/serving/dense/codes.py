@@ -20,6 +20,8 @@ MIDDLE = {torch.float16: 1152.0, torch.bfloat16: 320.0}
 LARGEST = {torch.float16: 127.0, torch.bfloat16: 190.0}
 GROUP = 128
 """Weights of an output, one after the other, that share a scale; the last of an output may be fewer."""
+SCALE_DTYPE = torch.float32
+"""Copies to shared memory that run ahead take no fewer bits at a time."""
 MOST_ERROR = 0.02
 """Where codes are further off, relative to all weights, a layer is better off without."""
 ROWS = 1024
@@ -28,7 +30,7 @@ ROWS = 1024
 
 def code_bytes(outputs: int, inputs: int) -> int:
     """Return the bytes of what :func:`encode` makes of a layer."""
-    return outputs * inputs + 4 * cdiv(inputs, GROUP) * outputs
+    return outputs * inputs + SCALE_DTYPE.itemsize * cdiv(inputs, GROUP) * outputs
 
 
 def meanings(dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
@@ -40,8 +42,6 @@ def meanings(dtype: torch.dtype, device: torch.device | None = None) -> torch.Te
 def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (codes, scale): uint8 [N, K] and fp32 [K / GROUP, N]; a weight is about scale times what its byte means.
 
-    Scales have 32 bits because copies to shared memory that run ahead take no fewer at a time.
-
     Args:
         weight: [N, K], fp16 or bf16.
     """
@@ -49,7 +49,7 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     known = meanings(weight.dtype, weight.device)
     between = (known[1:] + known[:-1]) / 2
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(cdiv(k, GROUP), n, dtype=torch.float32, device=weight.device)
+    scale = torch.empty(cdiv(k, GROUP), n, dtype=SCALE_DTYPE, device=weight.device)
     for start in range(0, n, ROWS):
         groups = _grouped(weight[start : start + ROWS])
         step = groups.abs().amax(2).clamp_(min=1e-30) / LARGEST[weight.dtype]

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...launch import is_noting, launch, launch_mode, processors, shared_memory
 from ...sizes import cdiv, next_power_of_2
-from .codes import GROUP
+from .codes import GROUP, SCALE_DTYPE
 
 
 class WideTile(NamedTuple):
@@ -43,7 +43,7 @@ class WideTile(NamedTuple):
     def loads(self, tokens: int, in_codes: bool) -> int:
         """Return the bytes of shared memory that are in flight, for so many tokens, on weights in 16 bits or in 8."""
         rows = max(LEAST_ROWS, next_power_of_2(tokens))
-        scales = 4 * self.outputs * self.warps if in_codes else 0
+        scales = SCALE_DTYPE.itemsize * self.outputs * self.warps if in_codes else 0
         return (self.stages - 1) * (self.step * (self.outputs * (1 if in_codes else 2) + rows * 2) + scales)
 
 
@@ -57,6 +57,8 @@ FEW_PROGRAMS = 1.5
 FEWEST_TILES = {16: WideTile(16, 1024, 8, 4)}
 """Likewise where most multiprocessors have none: all that a program reads is in flight, or nearly so."""
 FEWEST_PROGRAMS = 0.25
+MOST_TOKENS = max(*TILES, *SPREAD_TILES, *FEWEST_TILES)
+"""With more the library is quicker, whatever the layer."""
 CODE_TILES = (WideTile(32, 512, 4, 3), WideTile(64, 256, 4, 4))
 """For weights in 8 bits: the first one of whose programs none waits for another to end."""
 MOST_IN_CODES = {0: 8, 4096: 16}
@@ -119,12 +121,6 @@ def _fp16_of(codes, ASM: tl.constexpr):
     return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [codes], tl.float16, is_pure=True, pack=4)
 
 
-@triton.jit
-def _scale_of(scale_ptr, k, n, N, K, GROUP: tl.constexpr):
-    """Load the scales of outputs n at k, [parts, outputs] in fp32; zeros beyond either."""
-    return tl.load(scale_ptr + (k // GROUP) * N + n[None, :], mask=(n < N)[None, :] & (k < K), other=0)
-
-
 @triton.jit(do_not_specialize=["M"])
 def _wide_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, M, N, K,
@@ -156,7 +152,8 @@ def _wide_kernel(
         )
         x = tl.load(x_rows + (start + k)[:, :, None], mask=(m < M)[None, None, :] & here[:, :, None], other=0)
         if scale_ptr is not None:
-            scale = _scale_of(scale_ptr, start + first_k, n, N, K, GROUP)
+            part = start + first_k
+            scale = tl.load(scale_ptr + part // GROUP * N + n[None, :], mask=(n < N)[None, :] & (part < K), other=0)
             w = _bf16_of(w, ASM) if x.dtype == tl.bfloat16 else _fp16_of(w, ASM)
             acc += tl.dot(w, x) * scale[:, :, None]
         else:
