@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from quantized_sources import WAYS, write_both
 from safetensors.torch import load_file
 
 from vllm_milo.offline.cli import main
+from vllm_milo.offline.hub.shards import HubShards
 
 
 def cached_weights(tmp_path: Path) -> list[str]:
@@ -42,6 +45,25 @@ def watch(hub: HubServer, tmp_path: Path) -> list[int]:
     return seen
 
 
+def hold_for_downloads(monkeypatch: pytest.MonkeyPatch, seen: list[int]) -> None:
+    """Let no shard go before all downloads that were begun have reached the server.
+
+    A layer that takes less time than a request does would be deleted before the next one's is counted.
+    """
+    real = HubShards.used
+
+    def used(self: HubShards, layers: Iterable[str]) -> None:
+        begun.update(self._came)
+        end = time.monotonic() + 30
+        while len(seen) < len(begun):
+            assert time.monotonic() < end, f"{len(begun)} downloads were begun and {len(seen)} reached the server"
+            time.sleep(0.005)
+        real(self, layers)
+
+    begun: set[str] = set()
+    monkeypatch.setattr(HubShards, "used", used)
+
+
 @pytest.mark.parametrize(
     ("options", "most"),
     [
@@ -53,9 +75,12 @@ def watch(hub: HubServer, tmp_path: Path) -> list[int]:
     ],
     ids=["rtn", "hqq", "paper", "fast", "balanced"],
 )
-def test_the_same_bytes_from_few_shards(hub: HubServer, shards: list[str], options: list[str], most: int, tmp_path):
+def test_the_same_bytes_from_few_shards(
+    hub: HubServer, shards: list[str], options: list[str], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     whole = local(hub, tmp_path, *options)
     seen = watch(hub, tmp_path)
+    hold_for_downloads(monkeypatch, seen)
     assert stream(tmp_path, *options) == 0
     assert content(tmp_path / "out") == whole
     assert f"commit `{COMMIT}`" in whole["README.md"].decode()
