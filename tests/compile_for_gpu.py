@@ -68,6 +68,8 @@ def layers(capability: int, which: str) -> Iterator[Callable[[], None]]:
         yield partial(run_wide, 1, 8, 4096)
         yield partial(run_wide, 16, 128, 2048)
         yield partial(run_wide, 1, 4096, 4096, in_codes=True)
+        yield partial(run_wide, 1, 2048, 4096, in_codes=True)
+        yield partial(run_wide, 8, 6144, 4096, in_codes=True)
         yield partial(run_wide, 16, 4096, 4096, in_codes=True)
         yield partial(run_wide, 8, 14336, 4096, in_codes=True)
         yield partial(run_wide, 16, 14336, 4096, in_codes=True)

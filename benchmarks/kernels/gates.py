@@ -22,7 +22,7 @@ import torch
 from benchmarks.kernels.run import point_parser, record_rows, relative_error
 from benchmarks.records import markdown_table
 from vllm_milo.kernels.launch import shared_memory
-from vllm_milo.kernels.serving.dense.wide import FEWEST_TILES, SPREAD_TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.serving.dense.wide import SPREAD_TILES, WideTile, wide_linear, wide_tile
 from vllm_milo.kernels.serving.fused_moe import fused_moe, routed_moe
 from vllm_milo.kernels.tuning.layer import Layer
 from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
@@ -35,6 +35,7 @@ MODELS = {
 }
 """The experts of Qwen3-30B-A3B and of Mixtral-8x7B, with the default's groups and ranks."""
 OTHERS = (
+    WideTile(16, 1024, 8, 4),
     WideTile(16, 1024, 8, 3),
     WideTile(16, 512, 8, 4),
     WideTile(16, 2048, 8, 2),
@@ -56,7 +57,7 @@ def by_tile(x: torch.Tensor, weight: torch.Tensor, tile: WideTile) -> torch.Tens
 
 def tiles(tokens: int, device: torch.device) -> Iterator[WideTile]:
     """Yield the tiles that are timed: all that fit into shared memory."""
-    for tile in (*FEWEST_TILES.values(), *SPREAD_TILES.values(), *OTHERS):
+    for tile in (*SPREAD_TILES.values(), *OTHERS):
         if tile.loads(tokens, False) <= shared_memory(device):
             yield tile
 

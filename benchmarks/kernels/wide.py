@@ -21,7 +21,15 @@ from benchmarks.kernels.run import point_parser, record_rows, relative_error
 from benchmarks.records import markdown_table
 from vllm_milo.kernels.launch import shared_memory
 from vllm_milo.kernels.serving.dense.codes import encode
-from vllm_milo.kernels.serving.dense.wide import CODE_TILES, SPREAD_TILES, TILES, WideTile, wide_linear, wide_tile
+from vllm_milo.kernels.serving.dense.wide import (
+    CODE_TILES,
+    SPREAD_CODE_TILES,
+    SPREAD_TILES,
+    TILES,
+    WideTile,
+    wide_linear,
+    wide_tile,
+)
 from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
 
 SHAPES = {name: (sum(shape.widths), shape.k) for name, shape in LAYERS.items() if name != "tiny"}
@@ -36,11 +44,9 @@ OTHERS = (
 )
 """Tiles that are timed beside those in use."""
 CODE_OTHERS = (
-    WideTile(16, 512, 4, 6),
     WideTile(16, 1024, 8, 3),
     WideTile(16, 1024, 8, 4),
     WideTile(32, 256, 2, 5),
-    WideTile(32, 512, 4, 4),
     WideTile(32, 1024, 8, 3),
 )
 """Likewise, on weights in 8 bits."""
@@ -53,7 +59,8 @@ Product = Callable[[torch.Tensor, Weights], torch.Tensor]
 def tiles(tokens: int, device: torch.device) -> Iterator[tuple[WideTile, bool]]:
     """Yield the tiles that are timed, and whether they read 8 bits: all that fit into shared memory."""
     in_use = (*TILES.values(), *SPREAD_TILES.values())
-    for known, in_codes in (((*in_use, *OTHERS), False), ((*CODE_TILES, *CODE_OTHERS), True)):
+    in_codes_in_use = (*CODE_TILES, *SPREAD_CODE_TILES)
+    for known, in_codes in (((*in_use, *OTHERS), False), ((*in_codes_in_use, *CODE_OTHERS), True)):
         for tile in known:
             if tile.loads(tokens, in_codes) <= shared_memory(device):
                 yield tile, in_codes

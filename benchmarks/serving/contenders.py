@@ -32,7 +32,7 @@ CONTENDERS = {
     "milo-16bit-dense": Contender(shipped_format, environment={"VLLM_MILO_DENSE": "16bit"}),
     "milo-launched": Contender(shipped_format, environment={"VLLM_MILO_REPLAY": "0"}),
     "milo-given-routes": Contender(shipped_format, environment={"VLLM_MILO_ROUTING": "0"}),
-    "milo-gates": Contender(shipped_format, environment={"VLLM_MILO_GATES": "1"}),
+    "milo-given-gates": Contender(shipped_format, environment={"VLLM_MILO_GATES": "0"}),
     "milo-small": Contender(lambda name, layers: shipped_format(name, layers, "small")),
     "milo-s1": Contender(lambda name, layers: milo(MODELS[name], 1 / 8, 16)),
     "milo-s2": Contender(lambda name, layers: milo(MODELS[name], 1 / 4, 32)),
@@ -47,7 +47,7 @@ CONTENDERS = {
 ``milo-3bit-dense`` keeps attention in 3 bits, of which the first has as much in 16 bits, and in 8 for few tokens, as
 the device has room for; ``milo-16bit-dense`` has none in 8. ``milo-launched`` makes every launch anew where others are
 made once more as they were recorded, ``milo-given-routes`` has vLLM's routers, and
-``milo-gates`` multiplies by routers' gates itself.
+``milo-given-gates`` vLLM's products of their gates.
 ``int4-g128`` is a GPTQ checkpoint by the kernels that vLLM chooses: for experts Marlin up to 0.26, and Humming on
 Hopper in 0.33, where ``marlin-int4-g128`` asks for Marlin. Its dense layers are vLLM's choice in both (Machete on
 Hopper)."""

@@ -29,7 +29,7 @@ def made_for(monkeypatch: pytest.MonkeyPatch) -> MiLoConfig:
     monkeypatch.setattr(get_current_vllm_config(), "additional_config", {})
     monkeypatch.setattr(gates, "_is_streamed", lambda weight: True)
     monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
-    monkeypatch.setenv(gates.VARIABLE, "1")
+    monkeypatch.delenv(gates.VARIABLE, raising=False)
     config.get_quant_method(ReplicatedLinear(64, 64, quant_config=config, prefix=NAME), NAME)
     return config
 
@@ -80,18 +80,21 @@ def test_other_models_gates_are_vllms(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("name", "found"), [("runs_on_nvidia", False), ("is_batch_invariant", True)])
 def test_gates_are_vllms_elsewhere(name: str, found: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(gates.VARIABLE, "1")
+    monkeypatch.delenv(gates.VARIABLE, raising=False)
     monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
     monkeypatch.setattr(compat, name, lambda: found)
     gates.watch_gates()
     assert GateLinear.__name__ not in op_registry_oot
 
 
-def test_gates_are_vllms_unless_asked(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("value", "watched"), [(None, True), ("1", True), ("0", False)])
+def test_gates_are_vllms_where_that_is_asked(value: str | None, watched: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compat, "runs_on_nvidia", lambda: True)
     monkeypatch.delenv(gates.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(gates.VARIABLE, value)
     gates.watch_gates()
-    assert GateLinear.__name__ not in op_registry_oot
+    assert (GateLinear.__name__ in op_registry_oot) == watched
 
 
 def test_vllm_says_whether_batches_may_show(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Routers' gates: vLLM's own in 16 bits, whose product of few tokens a kernel of ours takes where that is asked for.
+"""Routers' gates: vLLM's own in 16 bits, whose product of few tokens a kernel of ours takes.
 
 A gate has few outputs, so that a library's product is mostly its launch. Ours may start while the norm before it ends,
 and lets the sort of routes after it start as early (:mod:`vllm_milo.kernels.serving.protocol`).
@@ -21,7 +21,7 @@ from vllm_milo.loading import account
 from vllm_milo.loading.ahead import start_gate
 
 VARIABLE = "VLLM_MILO_GATES"
-"""Set to 1, gates are multiplied by our kernel; off until that has been timed on a GPU."""
+"""Set to 0, gates are multiplied as vLLM does it."""
 NOTE = "milo_gates"
 """The key in vLLM's ``additional_config``, which tells compiled graphs apart: how many gates are ours."""
 
@@ -55,8 +55,8 @@ class GateMethod(UnquantizedLinearMethod):
 
 
 def watch_gates() -> None:
-    """Take the gates that vLLM makes in this process from now on, where :data:`VARIABLE` asks for it."""
-    if os.environ.get(VARIABLE) == "1" and compat.runs_on_nvidia() and not compat.is_batch_invariant():
+    """Take the gates that vLLM makes in this process from now on, unless :data:`VARIABLE` says no."""
+    if os.environ.get(VARIABLE) != "0" and compat.runs_on_nvidia() and not compat.is_batch_invariant():
         compat.watch_gates(take_gate)
 
 

@@ -12,7 +12,7 @@ blocks of both operands, and the library is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,13 +54,14 @@ TILES = {8: WideTile(16, 256, 2, 5), 16: WideTile(16, 128, 1, 6)}
 SPREAD_TILES = {32: WideTile(16, 512, 4, 4)}
 """Likewise where a multiprocessor has fewer than :data:`FEW_PROGRAMS`, and room for them: more warps share K."""
 FEW_PROGRAMS = 1.5
-FEWEST_TILES = {16: WideTile(16, 1024, 8, 4)}
-"""Likewise where most multiprocessors have none: all that a program reads is in flight, or nearly so."""
-FEWEST_PROGRAMS = 0.25
-MOST_TOKENS = max(*TILES, *SPREAD_TILES, *FEWEST_TILES)
+MOST_TOKENS = max(*TILES, *SPREAD_TILES)
 """With more the library is quicker, whatever the layer."""
 CODE_TILES = (WideTile(32, 512, 4, 3), WideTile(64, 256, 4, 4))
 """For weights in 8 bits: the first one of whose programs none waits for another to end."""
+SPREAD_CODE_TILES = (WideTile(16, 512, 4, 6), WideTile(32, 512, 4, 4))
+"""Likewise before those, of whose programs a multiprocessor has no more than one: each has more in flight."""
+FEWEST_IN_CODES = 0.5
+"""Layers with fewer programs of 16 outputs for a multiprocessor have no 8 bits: their time is not that of bytes."""
 MOST_IN_CODES = {0: 8, 4096: 16}
 """Tokens that read weights in 8 bits, by the least K: with more a short K does not pay for the sum over warps."""
 
@@ -74,19 +75,16 @@ def wide_tile(tokens: int, outputs: int, inputs: int, device: torch.device, in_c
     def programs(tile: WideTile) -> float:
         return cdiv(outputs, tile.outputs) / processors(device)
 
-    known: Iterable[WideTile]
+    known: list[WideTile]
     room = shared_memory(device)
     spread = programs(SPREAD_TILES[32])
     if in_codes:
-        # the time of few programs is not that of the bytes
-        most = max(most for least, most in MOST_IN_CODES.items() if least <= inputs) if spread >= FEW_PROGRAMS else 0
-        known = CODE_TILES if tokens <= most else ()
+        most = max(most for least, most in MOST_IN_CODES.items() if least <= inputs)
+        read = spread >= FEWEST_IN_CODES and tokens <= most
+        known = [*(tile for tile in SPREAD_CODE_TILES if programs(tile) <= 1), *CODE_TILES] if read else []
     else:
-        tables = [TILES] if spread >= FEW_PROGRAMS else [SPREAD_TILES]
-        if spread < FEWEST_PROGRAMS:
-            tables.insert(0, FEWEST_TILES)
-        enough = ([tile for most, tile in tiles.items() if tokens <= most] for tiles in tables)
-        known = [tiles[0] for tiles in enough if tiles]
+        tiles = TILES if spread >= FEW_PROGRAMS else SPREAD_TILES
+        known = [tile for most, tile in tiles.items() if tokens <= most][:1]
     return next((tile for tile in known if programs(tile) <= room // tile.loads(tokens, in_codes)), None)
 
 

@@ -7,12 +7,13 @@ import torch
 from random_layers import random_linear, relative_error
 
 from vllm_milo.kernels import ops
+from vllm_milo.kernels.launch import processors
 from vllm_milo.kernels.resident import WIDE_BYTES
 from vllm_milo.kernels.serving.dense import wide
 from vllm_milo.kernels.serving.dense.codes import GROUP, HIGH_BYTE, MOST_ERROR, code_bytes, encode, meanings
 from vllm_milo.kernels.serving.dense.wide import (
     CODE_TILES,
-    FEWEST_TILES,
+    SPREAD_CODE_TILES,
     SPREAD_TILES,
     TILES,
     WideTile,
@@ -73,10 +74,10 @@ def of_weights(scale: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(8, 4096), (60, 2048), (128, 352)])
-@pytest.mark.parametrize(("tokens", "tile"), [(1, FEWEST_TILES[16]), (16, FEWEST_TILES[16]), (32, SPREAD_TILES[32])])
-def test_the_gate_of_a_router(tokens: int, tile: WideTile, n: int, k: int, dtype: torch.dtype, kernel_device: str):
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+def test_the_gate_of_a_router(tokens: int, n: int, k: int, dtype: torch.dtype, kernel_device: str):
     x, weight, _ = random_layer(tokens, n, k, dtype, kernel_device)
-    found = wide_linear(x, [weight], None, tile)
+    found = wide_linear(x, [weight], None, SPREAD_TILES[32])
     assert relative_error(found, exact(x, weight, None)) < TOLERANCE[dtype]
 
 
@@ -97,7 +98,7 @@ def test_few_tokens_read_codes(tokens: int, n: int, k: int, biased: bool, dtype:
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [2, 16, 33])
-@pytest.mark.parametrize("tile", [*CODE_TILES, WideTile(16, 128, 1, 3), WideTile(32, 128, 2, 4)])
+@pytest.mark.parametrize("tile", [*CODE_TILES, *SPREAD_CODE_TILES, WideTile(16, 128, 1, 3), WideTile(32, 128, 2, 4)])
 def test_every_tile_of_codes(tile: WideTile, tokens: int, dtype: torch.dtype, kernel_device: str):
     x, weight, bias = random_layer(tokens, 80, 2600, dtype, kernel_device)
     weights = [weight, *encode(weight)]
@@ -167,8 +168,7 @@ def test_strided_and_empty_input_of_more_dimensions(tokens: int, kernel_device: 
         (33, 2048, None),
         (16, 4096, TILES[16]),
         (17, 6144, None),
-        (1, 8, FEWEST_TILES[16]),
-        (16, 512, FEWEST_TILES[16]),
+        (1, 8, SPREAD_TILES[32]),
         (17, 128, SPREAD_TILES[32]),
         (33, 128, None),
         (16, 768, SPREAD_TILES[32]),
@@ -186,8 +186,13 @@ def test_the_library_is_asked_where_it_is_quicker(
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs", "ours"),
     [
-        (1, 2048, 4096, None),
-        (1, 4096, 4096, CODE_TILES[0]),
+        (1, 128, 4096, None),
+        (1, 2048, 4096, SPREAD_CODE_TILES[0]),
+        (16, 2048, 4096, SPREAD_CODE_TILES[0]),
+        (8, 2048, 2048, SPREAD_CODE_TILES[0]),
+        (9, 2048, 2048, None),
+        (1, 4096, 4096, SPREAD_CODE_TILES[1]),
+        (16, 4096, 4096, SPREAD_CODE_TILES[1]),
         (16, 6144, 4096, CODE_TILES[0]),
         (8, 6144, 2048, CODE_TILES[0]),
         (9, 6144, 2048, None),
@@ -208,12 +213,20 @@ def test_codes_are_read_by_few_tokens(
 def test_a_layer_is_encoded_where_its_codes_are_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 99 * 1024)
-    assert [ops.reads_codes(n, 4096, torch.device("cuda")) for n in (4096, 16384)] == [True, False]
+    assert [ops.reads_codes(n, 4096, torch.device("cuda")) for n in (128, 2048, 4096, 16384)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [([96, 40], [8, 0], 96, 32, 16), ([128, 64], [16, 8], 256, 64, 3)])
-def test_a_layer_in_3_bits_is_encoded(case: tuple, dtype: torch.dtype, kernel_device: str):
+def test_a_layer_in_3_bits_is_encoded(
+    case: tuple, dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(wide, "processors", lambda _: 4)
     widths, ranks, k, group, bits = case
     weights, spec = random_linear(widths, ranks, k, group, bits)
     moved = LinearWeights(*(values.to(kernel_device) for values in weights))
@@ -276,7 +289,8 @@ def test_the_operator_chooses(monkeypatch: pytest.MonkeyPatch, kernel_device: st
 @pytest.mark.parametrize("in_codes", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 48, 100])
 def test_opcheck_and_graph(tokens: int, in_codes: bool):
-    x, weight, bias = random_layer(tokens, 192, 256, torch.bfloat16, "cuda")
+    outputs = 16 * processors(torch.device("cuda"))
+    x, weight, bias = random_layer(tokens, outputs, 256, torch.bfloat16, "cuda")
     weights = [weight, *(encode(weight) if in_codes else ())]
     torch.library.opcheck(torch.ops.milo.wide_linear.default, (x, weights, bias))
     graph = torch.cuda.CUDAGraph()
