@@ -122,7 +122,7 @@ def test_a_gpus_kernel_gets_what_it_takes(bits: int, group_size: int, monkeypatc
 
     from vllm_milo import compat
 
-    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False))
     monkeypatch.setattr(linear, "choose_mp_linear_kernel", lambda _: Kernel)
     head, tensors = make_head(bits, monkeypatch), make_tensors(bits)
     load(head, tensors)
@@ -146,7 +146,7 @@ def test_no_kernel_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch):
     def none(_: object) -> None:
         raise ValueError("Failed to find a kernel\n that can implement it")
 
-    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False))
     with monkeypatch.context() as patch:
         patch.setattr(linear, "choose_mp_linear_kernel", none)
         with pytest.raises(
