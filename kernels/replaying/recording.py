@@ -30,7 +30,7 @@ MOST = 256
 """Recordings that are kept; the oldest goes first."""
 Inputs = Sequence["torch.Tensor | None"]
 Getter = Callable[[Sequence[Any]], Any]
-"""Gives an argument, or a tuple of some, by a table of addresses."""
+"""Gives an argument, or a tuple of some, by a table of addresses and constants."""
 
 
 @cache
@@ -48,20 +48,21 @@ class Launched(NamedTuple):
 
     Attributes:
         run: launches a compiled kernel on a grid; takes the arguments, addresses for tensors.
-        getters: of each argument, by the recording's table.
+        arguments: gives all of them, by the recording's table.
     """
 
     run: Callable[..., None]
-    getters: list[Getter]
+    arguments: Getter
 
 
 class Recording(NamedTuple):
     """The launches of a call that takes some tensors and returns one.
 
     Attributes:
-        launches: in order. The table that they take arguments of holds addresses: the inputs', the result's, and those
-            of intermediates.
+        launches: in order. The table that they take arguments of holds addresses, the inputs', the result's, and those
+            of intermediates, and at its end the constants.
         offsets: of intermediates, bytes from where their memory begins.
+        constants: arguments that are no addresses, the last one first.
         size: of that memory.
         shape: of the result.
         dtype: of the result.
@@ -69,6 +70,7 @@ class Recording(NamedTuple):
 
     launches: list[Launched]
     offsets: list[int]
+    constants: list[Any]
     size: int
     shape: torch.Size
     dtype: torch.dtype
@@ -78,9 +80,9 @@ class Recording(NamedTuple):
         result = torch.empty(self.shape, dtype=self.dtype, device=device)
         memory = torch.empty(self.size, dtype=torch.uint8, device=device)
         start = memory.data_ptr()
-        table = [*addresses, result.data_ptr(), *(start + offset for offset in self.offsets)]
-        for run, getters in self.launches:
-            run(*[get(table) for get in getters])
+        table = [*addresses, result.data_ptr(), *[start + offset for offset in self.offsets], *self.constants]
+        for run, arguments in self.launches:
+            run(*arguments(table))
         return result
 
 
@@ -96,6 +98,7 @@ class Recorder:
         self._starts: dict[int, int] = {}
         self._size = 0
         self._offsets: list[int] = []
+        self._constants: list[Any] = []
         # tensors among them: while they live no other takes their memory
         self._made: list[tuple[Any, tuple[int, ...], Sequence[Any]]] = []
 
@@ -118,23 +121,31 @@ class Recorder:
         if returned in self._inputs or not any(_is_at(value, returned) for value in self._made[-1][2]):
             raise UnrecordableError("the last launch does not write the result")
         launches = [
-            Launched(compiled[grid + (1,) * (3 - len(grid))], [self._getter(value, returned) for value in arguments])
+            Launched(compiled[grid + (1,) * (3 - len(grid))], self._getter(arguments, returned))
             for compiled, grid, arguments in self._made
         ]
-        return Recording(launches, self._offsets, self._size, result.shape, result.dtype)
+        constants = self._constants[::-1]
+        return Recording(launches, self._offsets, constants, self._size, result.shape, result.dtype)
 
-    def _getter(self, value: Any, returned: int) -> Getter:
-        """Return what gives an argument, tuples whole."""
-        if isinstance(value, tuple):
-            getters = [self._getter(one, returned) for one in value]
-            return lambda table: tuple([get(table) for get in getters])
+    def _getter(self, values: Sequence[Any], returned: int) -> Getter:
+        """Return what gives values as a tuple, whose own tuples are whole."""
+        if len(values) > 1 and not any(isinstance(value, tuple) for value in values):
+            return itemgetter(*[self._place(value, returned) for value in values])  # no Python runs where it is called
+        getters = [
+            self._getter(value, returned) if isinstance(value, tuple) else itemgetter(self._place(value, returned))
+            for value in values
+        ]
+        return lambda table: tuple([get(table) for get in getters])
+
+    def _place(self, value: Any, returned: int) -> int:
+        """Return an argument's place in the table, a constant's from its end."""
         if isinstance(value, torch.Tensor) and value.data_ptr():
-            return itemgetter(self._place(value, returned))
-        constant = 0 if isinstance(value, torch.Tensor) else value  # a tensor without memory
-        return lambda _: constant
+            return self._address(value, returned)
+        self._constants.append(0 if isinstance(value, torch.Tensor) else value)  # a tensor without memory
+        return -len(self._constants)
 
-    def _place(self, value: torch.Tensor, returned: int) -> int:
-        """Return a tensor's place in the table."""
+    def _address(self, value: torch.Tensor, returned: int) -> int:
+        """Return the place of a tensor's address in the table."""
         address, storage = value.data_ptr(), value.untyped_storage()
         if address in self._inputs:
             return self._inputs[address]

@@ -180,8 +180,10 @@ def wide_linear(
     Raises:
         ValueError: a warp of the tile would take weights in 8 bits of more than one scale at once.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    tokens, (n, k) = rows.shape[0], weights[0].shape
+    n, k = weights[0].shape
+    tokens = x.numel() // k
+    if tile is None and tokens > MOST_TOKENS:  # at once: in no CUDA graph the host has no time to lose
+        return multiply_wide(x, weights[0], bias)
     in_codes = len(weights) > 1
     if in_codes and tile is None:
         tile = wide_tile(tokens, n, k, x.device, in_codes=True)
@@ -198,7 +200,7 @@ def wide_linear(
         _wide_kernel,
         (cdiv(n, tile.outputs),),
         mode,
-        rows.contiguous(),
+        x.reshape(-1, k).contiguous(),
         read,
         scale,
         bias,
