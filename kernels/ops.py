@@ -98,18 +98,18 @@ def expand_linear(weights: LinearWeights, spec: LinearSpec, dtype: torch.dtype, 
     return reference.expand_linear(weights, spec, dtype)
 
 
-def streams(outputs: int, inputs: int, device: torch.device) -> bool:
-    """Return whether :func:`wide_linear` multiplies few tokens on a GPU by a kernel of ours; only ``triton`` does."""
+def streams(outputs: int, inputs: int, device: torch.device, in_codes: bool = False) -> bool:
+    """Return whether :func:`wide_linear` multiplies few tokens on a GPU by a kernel of ours; only ``triton`` does.
+
+    Args:
+        outputs: of the layer.
+        inputs: likewise.
+        device: the GPU.
+        in_codes: whether the layer is there in 8 bits too, and these are meant.
+    """
     from .serving.dense.wide import wide_tile
 
-    return wide_tile(1, outputs, inputs, device) is not None
-
-
-def reads_codes(outputs: int, inputs: int, device: torch.device) -> bool:
-    """Return whether :func:`wide_linear` would read a layer in 8 bits on a GPU; only ``triton`` does."""
-    from .serving.dense.wide import wide_tile
-
-    return wide_tile(1, outputs, inputs, device, in_codes=True) is not None
+    return wide_tile(1, outputs, inputs, device, in_codes) is not None
 
 
 def encode_linear(wide: torch.Tensor) -> tuple[list[torch.Tensor], float]:

@@ -29,7 +29,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(compat, "graph_notes", lambda: notes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=TOTAL))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
-    monkeypatch.setattr(dense.ops, "reads_codes", lambda outputs, inputs, device: outputs < 10**6)
+    monkeypatch.setattr(dense.ops, "streams", lambda outputs, inputs, device, in_codes: in_codes and outputs < 10**6)
     monkeypatch.delenv(dense.VARIABLE, raising=False)
     return notes
 

@@ -100,7 +100,7 @@ def reserve(layer: str, outputs: int, inputs: int, device: torch.device, dtype: 
     by_triton = device.type == "cuda" and dtype.itemsize == 2 and ops.choose_backend("linear", "cuda") == "triton"
     if wanted == AUTO and not by_triton:
         return None
-    may_have_codes = by_triton and wanted != WIDE and ops.reads_codes(outputs, inputs, device)
+    may_have_codes = by_triton and wanted != WIDE and ops.streams(outputs, inputs, device, in_codes=True)
     for in_codes in (True, False) if may_have_codes else (False,):
         size = outputs * inputs * dtype.itemsize + in_codes * code_bytes(outputs, inputs)
         if wanted != AUTO or size + sum(notes.get(NOTE, {}).values()) <= SHARE * _total(device):

@@ -213,7 +213,7 @@ def test_codes_are_read_by_few_tokens(
 def test_a_layer_is_encoded_where_its_codes_are_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(wide, "processors", lambda _: 132)
     monkeypatch.setattr(wide, "shared_memory", lambda _: 99 * 1024)
-    assert [ops.reads_codes(n, 4096, torch.device("cuda")) for n in (128, 2048, 4096, 16384)] == [
+    assert [ops.streams(n, 4096, torch.device("cuda"), in_codes=True) for n in (128, 2048, 4096, 16384)] == [
         False,
         True,
         True,
