@@ -42,7 +42,7 @@ KNOWN = [
     {"layer": "qwen3 experts", "ranks": [8, 8, 8], "microseconds": [21.6]},
 ]
 """Times on an H200 that no time without compensators in the same run stands beside, so that nothing is fitted to them:
-of ``benchmarks/results/README.md`` (a dense layer of few rows) and ``docs/speed.md`` (a layer of experts)."""
+of ``benchmarks/results/README.md`` (a dense layer of few rows) and ``docs/speed-history.md`` (a layer of experts)."""
 
 
 class Row(NamedTuple):
@@ -159,7 +159,7 @@ def table_of(rows: Sequence[Row]) -> dict[str, Any]:
         "known": {
             "device": "NVIDIA H200",
             "fitted": False,
-            "source": "docs/speed.md, results/README.md",
+            "source": "docs/speed-history.md, results/README.md",
             "rows": KNOWN,
         },
     }
