@@ -251,9 +251,8 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     def _weights(self, layer: torch.nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return both GEMMs' tensors as the backend takes them."""
-        known: dict[str, Any] = (
-            layer._parameters
-        )  # by attributes they would take the host ten times as long, in each call
+        # in each call; by attributes of a module the host would take ten times as long
+        known: dict[str, Any] = layer._parameters
         w13, w2 = ([known[name] for name in self.names[gemm]] for gemm in ("w13", "w2"))
         return w13, w2
 

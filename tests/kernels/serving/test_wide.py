@@ -187,6 +187,9 @@ def test_the_library_is_asked_where_it_is_quicker(
     ("tokens", "outputs", "inputs", "ours"),
     [
         (1, 128, 4096, None),
+        (1, 2560, 4096, None),
+        (1, 3072, 4096, None),
+        (1, 3200, 4096, SPREAD_CODE_TILES[1]),
         (1, 2048, 4096, SPREAD_CODE_TILES[0]),
         (16, 2048, 4096, SPREAD_CODE_TILES[0]),
         (8, 2048, 2048, SPREAD_CODE_TILES[0]),
@@ -273,6 +276,17 @@ def test_fewer_programs_fit_where_there_is_less_shared_memory(monkeypatch: pytes
     assert tiles == [TILES[8], None]
     gates = [wide_tile(tokens, 128, 2048, torch.device("cuda")) for tokens in (1, 16, 33)]
     assert gates == [SPREAD_TILES[32], SPREAD_TILES[32], None]
+
+
+def test_more_tokens_than_any_tile_has_go_to_the_library_at_once(monkeypatch: pytest.MonkeyPatch, kernel_device: str):
+    x, weight, bias = random_layer(33, 64, 64, torch.float16, kernel_device)
+    asked, multiplied, real = [], [], wide.multiply_wide
+    monkeypatch.setattr(wide, "wide_tile", lambda *given, **_: asked.append(given[0]) or SPREAD_TILES[32])
+    monkeypatch.setattr(wide, "multiply_wide", lambda *given: multiplied.append(len(given[0])) or real(*given))
+    for tokens in (32, 33):
+        found = ops.wide_linear(x[:tokens], [weight], bias, "triton")
+        assert relative_error(found, exact(x[:tokens], weight, bias)) < TOLERANCE[torch.float16]
+    assert (asked, multiplied) == ([32], [33])
 
 
 def test_the_operator_chooses(monkeypatch: pytest.MonkeyPatch, kernel_device: str):
