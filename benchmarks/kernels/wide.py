@@ -34,6 +34,7 @@ from vllm_milo.kernels.tuning.timing import CALLS_IN_GRAPH, time_calls
 
 SHAPES = {name: (sum(shape.widths), shape.k) for name, shape in LAYERS.items() if name != "tiny"}
 SHAPES |= {"glm-qkv": (14336, 4096), "glm-o": (4096, 12288), "tiny": (96, 64)}
+SHAPES |= {"qwen3-qkv-of-2": (2560, 2048), "mixtral-qkv-of-2": (3072, 4096)}  # of two GPUs
 OTHERS = (
     WideTile(16, 256, 1, 5),
     WideTile(16, 512, 2, 3),
