@@ -10,10 +10,16 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def python(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
-    """Return what Python prints, by its arguments and further variables."""
+def python(*arguments: str, cwd: Path | None = None, timeout: float | None = None, **environment: str) -> str:
+    """Return what Python prints, by its arguments and further variables; it may take so many seconds."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -47,9 +47,8 @@ class GateMethod(UnquantizedLinearMethod):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + bias, in the dtype of x."""
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        if (
-            not torch.compiler.is_compiling() and x.shape[0] > MOST_TOKENS
-        ):  # the operator would cost the host as much again
+        # the operator asks the library then too, but would cost the host as much again
+        if not torch.compiler.is_compiling() and x.shape[0] > MOST_TOKENS:
             return torch.nn.functional.linear(x, weight, bias)
         return ops.wide_linear(x, [weight], bias, self.backend)
 
