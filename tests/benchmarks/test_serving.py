@@ -137,6 +137,14 @@ def test_words_are_tokens_there_and_back(tmp_path: Path):
     assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
 
 
+def test_a_prompt_of_long_words_is_not_taken_for_one_of_too_many_tokens(tmp_path: Path):
+    """As vLLM judges it: by characters, of its longest token for each token."""
+    write_tokenizer(tmp_path, 151936)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = tokenizer.decode(range(151936 - 1024, 151936))
+    assert len(prompt) <= 1024 * max(map(len, tokenizer.get_vocab()))
+
+
 def test_turns_become_medians_with_their_ends():
     def row(contender: str, turn: int, tpot: float) -> dict:
         about = {"contender": contender, "turn": turn, "load": [128, 128], "concurrency": 16}

@@ -61,8 +61,7 @@ CODE_TILES = (WideTile(32, 512, 4, 3), WideTile(64, 256, 4, 4))
 SPREAD_CODE_TILES = (WideTile(16, 512, 4, 6), WideTile(32, 512, 4, 4))
 """Likewise before those, of whose programs a multiprocessor has no more than one: each has more in flight."""
 FEWEST_IN_CODES = 0.5
-"""Layers with fewer programs of 16 outputs for a multiprocessor have no 8 bits: their time is not that of bytes. Those
-with more than one, and fewer than :data:`FEW_PROGRAMS`, have none either: no tile has been timed on them."""
+"""Layers with fewer programs of 16 outputs for a multiprocessor have no 8 bits: their time is not that of bytes."""
 MOST_IN_CODES = {0: 8, 4096: 16}
 """Tokens that read weights in 8 bits, by the least K: with more a short K does not pay for the sum over warps."""
 
@@ -81,7 +80,7 @@ def wide_tile(tokens: int, outputs: int, inputs: int, device: torch.device, in_c
     spread = programs(SPREAD_TILES[32])
     if in_codes:
         most = max(most for least, most in MOST_IN_CODES.items() if least <= inputs)
-        read = tokens <= most and (FEWEST_IN_CODES <= spread <= 1 or spread >= FEW_PROGRAMS)
+        read = spread >= FEWEST_IN_CODES and tokens <= most
         known = [*(tile for tile in SPREAD_CODE_TILES if programs(tile) <= 1), *CODE_TILES] if read else []
     else:
         tiles = TILES if spread >= FEW_PROGRAMS else SPREAD_TILES

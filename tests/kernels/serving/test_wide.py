@@ -187,9 +187,9 @@ def test_the_library_is_asked_where_it_is_quicker(
     ("tokens", "outputs", "inputs", "ours"),
     [
         (1, 128, 4096, None),
-        (1, 2560, 4096, None),
-        (1, 3072, 4096, None),
-        (1, 3200, 4096, SPREAD_CODE_TILES[1]),
+        (1, 2560, 2048, SPREAD_CODE_TILES[1]),
+        (9, 2560, 2048, None),
+        (16, 3072, 4096, SPREAD_CODE_TILES[1]),
         (1, 2048, 4096, SPREAD_CODE_TILES[0]),
         (16, 2048, 4096, SPREAD_CODE_TILES[0]),
         (8, 2048, 2048, SPREAD_CODE_TILES[0]),
