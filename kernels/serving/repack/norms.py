@@ -15,12 +15,12 @@ from .base import PLAIN
 from .units import load_codes
 
 ZERO_CODE = tl.constexpr(FACTOR_ZERO)
-COLUMNS = 64
+COLUMNS = 32
 
 
 @triton.jit
-def _load_factor(row_ptr, scale_ptr, columns, column, there, BITS: tl.constexpr):
-    """Load values of a factor, fp32. ``row_ptr`` and ``scale_ptr`` point to the rows, of ``columns`` values each."""
+def _load_factor(row_ptr, scale_ptr, column, there, BITS: tl.constexpr):
+    """Load values of a factor, fp32. ``row_ptr`` and ``scale_ptr`` point to its rows."""
     if BITS == 16:
         value = tl.load(row_ptr + column, mask=there, other=0.0).to(tl.float32)
     else:
@@ -50,29 +50,28 @@ def row_norms_kernel(
     u_row = 3 * width // 32 if BITS == 3 else width
     v_row = 3 * columns // 32 if BITS == 3 else columns
     sums = tl.zeros((ROWS,), tl.float32)
+    # columns come first, along which the lanes of a warp then lie: those of one row are side by side in memory
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        there = valid[:, None] & (column < columns)[None, :]
-        codes = load_codes(packed_ptr + row[:, None] * (3 * columns // 32), column[None, :], there)
-        group = row[:, None] * (columns // GROUP) + (column // GROUP)[None, :]
+        there = (column < columns)[:, None] & valid[None, :]
+        codes = load_codes(packed_ptr + row[None, :] * (3 * columns // 32), column[:, None], there)
+        group = (column // GROUP)[:, None] + row[None, :] * (columns // GROUP)
         zero = tl.load(zero_ptr + group, mask=there, other=0.0).to(tl.float32)
         weight = tl.load(scale_ptr + group, mask=there, other=0.0).to(tl.float32) * (codes.to(tl.float32) - zero)
         for block in range(first, stop, 16):
             rank = block + tl.arange(0, 16)
-            inside = rank < stop
-            rank = rank.to(tl.int64)
-            u_there = valid[:, None] & inside[None, :]
+            inside = (rank < stop)[None, :]
+            rank = rank.to(tl.int64)[None, :]
             u = _load_factor(
-                u_ptr + rank[None, :] * u_row, u_scale_ptr + rank[None, :] * (width // 64), width,
-                own_row[:, None], u_there, BITS,
+                u_ptr + rank * u_row, u_scale_ptr + rank * (width // 64), own_row[:, None],
+                valid[:, None] & inside, BITS,
             )  # fmt: skip
-            v_there = inside[:, None] & (column < columns)[None, :]
             v = _load_factor(
-                v_ptr + rank[:, None] * v_row, v_scale_ptr + rank[:, None] * (columns // 64), columns,
-                column[None, :], v_there, BITS,
+                v_ptr + rank * v_row, v_scale_ptr + rank * (columns // 64), column[:, None],
+                (column < columns)[:, None] & inside, BITS,
             )  # fmt: skip
-            weight += tl.dot(u, v, input_precision="ieee")
-        sums += tl.sum(weight * weight, 1)
+            weight += tl.dot(v, tl.trans(u), input_precision="ieee")
+        sums += tl.sum(weight * weight, 0)
     tl.store(out_ptr + program, tl.max(sums, 0))
 
 
@@ -102,5 +101,6 @@ def largest_row_norms(weights: ExpertWeights, factor_bits: int) -> torch.Tensor:
         ROWS=ROW_BLOCK,
         COLUMNS=COLUMNS,
         num_warps=4,
+        num_stages=1,  # more take the registers
     )
     return largest.amax(1).sqrt()
