@@ -57,16 +57,38 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def key(self) -> Hashable:
-        """Return what Triton compiles the kernel for: launches with equal keys share the machine code."""
+        """Return what launches that share machine code have in common: the kernel, and what it is compiled for."""
+        return self.kernel, *self.kinds()
+
+    def kinds(self) -> tuple[Hashable, ...]:
+        """Return what Triton compiles the kernel for, by the arguments and by the constants."""
         kinds = (
             _kind(value, parameter.do_not_specialize)
             for parameter, value in zip(self.kernel.params, self.arguments, strict=False)  # constants come after those
         )
-        return self.kernel, tuple(kinds), tuple(sorted(self.constants.items()))
+        return tuple(kinds), tuple(sorted(self.constants.items()))
 
     def compile(self) -> None:
         """Compile the kernel for the current device, and load it."""
         _ = self.kernel.warmup(*self.arguments, grid=(1,), **self.constants).run
+
+
+_keyed: set[int] = set()
+
+
+def work_out_key(function: Any) -> None:
+    """Have Triton work out the key of a kernel in its cache, after the keys of all that the kernel calls.
+
+    Triton 3.6 counts the constants of a called function to a kernel's key only where it knows the function's key, that
+    is, where something else that calls it came before: another process, whose kernels come in another order, would not
+    find the machine code.
+    """
+    if id(function) in _keyed or not hasattr(type(function), "cache_key"):
+        return
+    _keyed.add(id(function))
+    for name in function.fn.__code__.co_names:
+        work_out_key(function.fn.__globals__.get(name))
+    _ = function.cache_key
 
 
 def _kind(value: Any, any_number: bool) -> Hashable:
@@ -135,6 +157,7 @@ def launch(kernel: Any, grid: tuple[int, ...], mode: LaunchMode, *arguments: Any
         if (listener := _listener.get()) is not None:
             listener(compiled, grid, [*arguments, *[None] * (len(kernel.arg_names) - len(arguments))])
         return
+    work_out_key(kernel)
     made = Launch(kernel, [_without_memory(argument) for argument in arguments], constants)
     noted.setdefault(made.key(), made)
 

@@ -249,9 +249,11 @@ def _linear(
 ) -> torch.Tensor:
     spec = LinearSpec(widths, ranks, group_size, factor_bits)
     if backend == "triton":
+        from .compiling.underway import settle
         from .launch import device_of
         from .serving.dense import linear as triton_linear
 
+        settle()
         with device_of(x):
             return triton_linear.linear(x, weights, spec)
     return reference.linear(x, LinearWeights(*weights), spec)
@@ -262,9 +264,11 @@ def _linear_fake(x: torch.Tensor, weights: list[torch.Tensor], widths: list[int]
 
 
 def _wide_linear(x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+    from .compiling.underway import settle
     from .launch import device_of
     from .serving.dense import wide
 
+    settle()
     with device_of(x):
         return wide.wide_linear(x, weights, bias)
 
@@ -293,8 +297,10 @@ def _fused_moe(
     *fields, backend = fields_and_backend
     spec = MoESpec(*fields)
     if backend == "triton":
+        from .compiling.underway import settle
         from .launch import device_of
 
+        settle()
         layer = _experts_on_triton()
         with device_of(x):
             return layer.fused_moe(x, topk_weights, topk_ids, expert_map, w13, w2, spec)
@@ -314,8 +320,10 @@ def _routed_moe(
 ) -> torch.Tensor:
     *fields, backend = fields_and_backend
     if backend == "triton":
+        from .compiling.underway import settle
         from .launch import device_of
 
+        settle()
         layer, routing = _experts_on_triton(), (logits, padding, top_k, renormalizes, expert_map)
         with device_of(x):
             return layer.routed_moe(x, *routing, w13, w2, MoESpec(*fields))

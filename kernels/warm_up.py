@@ -2,9 +2,9 @@
 
 Triton compiles a kernel at its first use, and there are dozens, by number of tokens: otherwise the first requests, or
 the capture of CUDA graphs, would wait for one after the other. Here a layer is called for many numbers of tokens while
-launches are only noted, and what differs is compiled in threads (:mod:`.compiling`). A layer's weights need not be
+launches are only noted, and what differs is compiled beside it (:mod:`.compiling`). A layer's weights need not be
 there for that: tensors of their shapes do (:mod:`.stand_in`), so that compiling begins when a layer is made, and who
-loads it waits at the end.
+runs the first one waits for the rest (:mod:`.compiling.underway`).
 
 What is compiled is told apart twice. Layers of equal keys (:func:`linear_key`, :func:`moe_key`) launch the same
 kernels, and only the first is called: a key holds no ranks, but what kernels are compiled for of them. And of the noted
@@ -23,6 +23,7 @@ from itertools import product
 import torch
 
 from . import ops
+from .compiling import underway
 from .compiling.threads import Compiler, Share
 from .sizes import cdiv
 from .weights import LinearSpec, MoESpec, largest_rank
@@ -38,16 +39,15 @@ _noted: dict[Hashable, Waiting] = {}
 _compiler: Compiler | None = None
 
 
-def compiler(share: Share | None = None, apart: bool = False) -> Compiler:
-    """Return what compiles in this process, which the first call makes.
+def compiler(share: Share | None = None) -> Compiler:
+    """Return what compiles for this process, which the first call makes.
 
     Args:
         share: of this process among those of its host; None for all of the cores.
-        apart: have kernels compiled in other processes, beside work of minutes that Python's lock would slow down.
     """
     global _compiler
     if _compiler is None:
-        _compiler = Compiler(share or Share(), apart)
+        _compiler = Compiler(share or Share())
     return _compiler
 
 
@@ -126,11 +126,12 @@ def warm_up_moe(
     device = w13[0].device
 
     def call(tokens: int) -> None:
-        x = torch.zeros(tokens, hidden, dtype=dtype, device=device)
+        x = torch.empty(tokens, hidden, dtype=dtype, device=device)
         if renormalizes is not None:
-            rows = torch.zeros(tokens, dtype=torch.bool, device=device)
-            for kind, padding in product({dtype, torch.float32}, (None, rows)):
-                logits = torch.zeros(tokens, experts, dtype=kind, device=device)
+            rows = torch.empty(tokens, dtype=torch.bool, device=device)
+            kinds = product({dtype, torch.float32}, (None, rows))
+            for kind, padding in kinds if _tells_logits_apart(tokens, max_tokens) else [(dtype, None)]:
+                logits = torch.empty(tokens, experts, dtype=kind, device=device)
                 routing = logits, padding, top_k, renormalizes, expert_map
                 ops.routed_moe(x, *routing, w13, w2, spec, backend)
             return
@@ -142,6 +143,17 @@ def warm_up_moe(
         return moe_key(w13, w2, expert_map, spec, top_k, dtype), renormalizes, experts
 
     return _warm_up("experts", make_key, call, backend, device, max_tokens)
+
+
+def _tells_logits_apart(tokens: int, max_tokens: int) -> bool:
+    """Return whether so many tokens are noted with each kind of logits that a router may give.
+
+    Few tokens' logits are read by the kernel that sorts too, of which there are many. Those of more are read by one of
+    their own, the same for all numbers but for how it is launched, which the powers of two and the most tokens show.
+    """
+    from .serving.choose import FEW_TOKENS
+
+    return tokens <= FEW_TOKENS + 1 or tokens.bit_count() == 1 or tokens == min(max_tokens, MAX_TOKENS)
 
 
 def linear_key(weights: Sequence[torch.Tensor], spec: LinearSpec, k: int, dtype: torch.dtype) -> Hashable:
@@ -296,4 +308,5 @@ def _note(make_key: Callable[[], Hashable], what: str, note: Callable[[], None],
                 logger.warning(text, what)
         torch.cuda.empty_cache()
         _noted[place] = compiler().start(launches, device)
+        underway.add(_noted[place])
     return _noted[place]

@@ -63,7 +63,7 @@ def main() -> None:
     for patch in patches:
         patch.start()
     launches = note_layers()
-    for future in Compiler(Share(), apart=True).start(launches, torch.device("meta")):
+    for future in Compiler(Share()).start(launches, torch.device("meta")):
         future.result()
     left = sum(helper._process.poll() is None for helper in made)
     counts = {"loaded": found.count(True), "compiled": found.count(False), "helpers": len(made), "left": left}

@@ -16,12 +16,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from meta_layers import make_experts, meta_layer, run_dense, run_experts, run_wide
+from meta_layers import make_experts, meta_layer, run_dense, run_experts, run_routed_experts, run_wide
 
 from vllm_milo.kernels import warm_up
 from vllm_milo.kernels.compiling import threads
@@ -67,6 +68,28 @@ def note(run: Callable[[int], None], counts: Iterable[int]) -> dict[Any, Launch]
 def made() -> int:
     """Return how many kernels this process has compiled."""
     return sum(len(caches[0]) for kernel in KERNELS for caches in kernel.device_caches.values())
+
+
+def left_of_routed() -> int:
+    """Return how many kernels of experts that are chosen by logits of any kind are not compiled ahead."""
+    spec, w13, w2 = make_experts(128, 2048, 768)
+
+    def note_all(what: str, key: object, call: Callable[[int], None], *rest: Any) -> None:
+        for count in token_counts(rest[-1]):
+            call(count)
+
+    patches = mock.patch.object(warm_up, "_warm_up", note_all), mock.patch.object(warm_up.ops, "routed_moe", _routed)
+    with patches[0], patches[1], noting() as ahead:
+        warm_up.warm_up_moe(w13, w2, None, spec, "triton", 2048, 128, 8, torch.bfloat16, MOST, True)
+    left: set[Any] = set()
+    for kind, padded in product((torch.bfloat16, torch.float32), (False, True)):
+        run = partial(run_routed_experts, kind=kind, padded=padded)
+        left |= note(run, [*range(1, 40), *range(41, MOST, 37), MOST]).keys() - ahead.keys()
+    return len(left)
+
+
+def _routed(*arguments: Any) -> torch.Tensor:
+    return fused_moe.routed_moe(*arguments[:-1])  # but for the backend
 
 
 def ragged_experts() -> Iterator[tuple[Any, Callable[[int], None]]]:
@@ -127,6 +150,7 @@ def main() -> None:
                 warm_up.run_wide(n, k, torch.bfloat16, False, in_codes, torch.device("meta"))
             run = partial(run_wide, n=n, k=k, in_codes=in_codes)
             left[f"{name}, in codes: {in_codes}"] = len(note(run, range(1, 40)).keys() - launches.keys())
+    left["routed experts"] = left_of_routed()
     noted = note(LAYERS["small experts"], [1, 5])
     for one in noted.values():
         one.kernel.warmup(*one.arguments, grid=(1,), **one.constants)

@@ -66,11 +66,6 @@ class MiLoConfig(QuantizationConfig):
         self._diverted: dict[str, tuple[Any, MiLoMoEMethod]] = {}
         self._head_awaited = self._has_head = False
 
-    @property
-    def quantizes(self) -> bool:
-        """Whether the model is quantized while it is loaded."""
-        return self._gathering is not None
-
     def __repr__(self) -> str:
         fmt = self.format
         mixed = ", group_sizes=…" if fmt.groups else ""

@@ -55,9 +55,6 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         CheckpointError: experts are to move between processes.
     """
 
-    quantizes = False
-    """Whether the experts are quantized while they are loaded."""
-
     def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str) -> None:
         # asked once: torch.compile traces reads of is_monolithic, and cannot trace a search for modules
         self._routes = compat.routes_inside_method()
@@ -70,6 +67,7 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             )
         self.format = fmt
         self.prefix = prefix
+        self._projections: dict[str, str] = {}
 
     @property
     def is_monolithic(self) -> bool:
@@ -143,7 +141,6 @@ class MiLoMoEMethod(FusedMoEMethodBase):
             self.max_tokens,
             getattr(layer, f"w13_{PACKED}").device,
             self._renormalizes,
-            self.quantizes and not self.dummy,
         )
         account.make(self.prefix)
 
@@ -158,10 +155,11 @@ class MiLoMoEMethod(FusedMoEMethodBase):
         device = getattr(layer, f"w13_{PACKED}").device
         self.backend = ops.choose_backend("fused_moe", device.type)
         load = account.current()
+        with load.spend(account.WARMING_UP):
+            wait(self.kernels)
         with load.spend(account.REPACKING):
             self._repack(layer)
-        with load.spend(account.WARMING_UP):
-            self._finish_kernels(layer)
+        self._finish_kernels(layer)
         account.finish(self.prefix, device)
 
     def _repack(self, layer: Any) -> None:
@@ -181,23 +179,12 @@ class MiLoMoEMethod(FusedMoEMethodBase):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
     def _finish_kernels(self, layer: Any) -> None:
-        """Wait until the layer's kernels are compiled, also those that :func:`start_experts` did not foresee."""
+        """Look for tiles, and begin to compile what :func:`start_experts` did not foresee."""
         weights, top_k = self._weights(layer), self.moe.experts_per_token
         ops.find_tiles(*weights, self.spec, top_k, self.dtype, self.backend)
-        wait(self.kernels)
         sizes = self.hidden, layer.global_num_experts, top_k
-        wait(
-            warm_up_moe(
-                *weights,
-                layer.expert_map,
-                self.spec,
-                self.backend,
-                *sizes,
-                self.dtype,
-                self.max_tokens,
-                self._renormalizes,
-            )
-        )
+        expert_map, most = layer.expert_map, self.max_tokens
+        warm_up_moe(*weights, expert_map, self.spec, self.backend, *sizes, self.dtype, most, self._renormalizes)
 
     def apply(
         self,
@@ -283,6 +270,11 @@ class MiLoMoEMethod(FusedMoEMethodBase):
 
     def _projection(self, shard: str) -> str:
         """Return the checkpoint's name of a shard, by the rank table; w1 and gate_proj mean the same."""
+        if (known := self._projections.get(shard)) is None:
+            known = self._projections[shard] = self._find_projection(shard)
+        return known
+
+    def _find_projection(self, shard: str) -> str:
         roles = {EXPERT_PROJECTIONS[name]: name for name in self.format.ranks.projections_of(self.prefix)}
         role = next(role for role, known in self.shard_of.items() if known == shard)
         return roles.get(role, shard if self.moe.is_act_and_mul else f"{role}_proj")

@@ -53,9 +53,6 @@ class MiLoLinearMethod(LinearMethodBase):
         CheckpointError: the matrices differ in group size.
     """
 
-    quantizes = False
-    """Whether the layer is quantized while it is loaded."""
-
     def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str]) -> None:
         self.format = fmt
         self.prefix = prefix
@@ -97,10 +94,7 @@ class MiLoLinearMethod(LinearMethodBase):
         device = getattr(layer, PACKED).device
         self.place = dense.reserve(self.prefix, sum(widths), self.split.k, device, params_dtype)
         wide, in_codes = self.place is not None, self.place is not None and self.place.in_codes
-        apart = self.quantizes and not self.dummy
-        self.kernels = start_linear(
-            self.spec, self.split.k, params_dtype, self.max_tokens, device, wide, in_codes, apart
-        )
+        self.kernels = start_linear(self.spec, self.split.k, params_dtype, self.max_tokens, device, wide, in_codes)
         account.make(self.prefix)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -115,16 +109,13 @@ class MiLoLinearMethod(LinearMethodBase):
         self.backend = ops.choose_backend("linear", device.type)
         load = account.current()
         self.wide = self.place is not None and self.place.keep(device)
-        if self.place is not None and self.wide:
-            with load.spend(account.WARMING_UP):
-                wait(self.kernels)
+        with load.spend(account.WARMING_UP):
+            wait(self.kernels)
         with load.spend(account.REPACKING):
             prepared = self._repack(layer)
         if self.place is not None and self.wide:
             load.widen(self.prefix, self.place.size, self.place.in_codes, self.place.dropped)
-        with load.spend(account.WARMING_UP):
-            wait(self.kernels)
-            wait(self._warm_up(prepared, getattr(layer, "bias", None) is not None))
+        self._warm_up(prepared, getattr(layer, "bias", None) is not None)
         account.finish(self.prefix, device)
 
     def _warm_up(self, prepared: list[torch.Tensor], biased: bool) -> Waiting:

@@ -37,29 +37,35 @@ from benchmarks.serving.decode import ENVIRONMENT, SHOWN_LOG
 TOKENIZER = ROOT / "tests" / "assets" / "tiny-qwen2-moe"
 """Whose files a model in 16 bits gets; only its ids are used."""
 LINE = re.compile(
-    r"MiLo loaded (\d+) layers in ([\d.]+) s: reading ([\d.]+) s, repacking ([\d.]+) s, warming up ([\d.]+) s "
-    r"\((\d+) kernels, compiled meanwhile in ([\d.]+) s of threads\); at most ([\d.]+) GiB"
+    r"MiLo loaded (\d+) layers in ([\d.]+) s: reading ([\d.]+) s, repacking ([\d.]+) s, warming up ([\d.]+) s; "
+    r"at most ([\d.]+) GiB"
 )
+KERNELS = re.compile(
+    r"MiLo's kernels are ready: (\d+), which took ([\d.]+) s of threads; the first step waited ([\d.]+) s"
+)
+KERNEL_FIELDS = ("kernels", "compiling_threads", "first_step_waited")
+"""What the plugin says of kernels before the first step, in its order; nothing where none are compiled."""
 QUANTIZED = re.compile(
     r"MiLo quantized (\d+) matrices in (\d+) batches: ([\d.]+) s of solving, ([\d.]+) s of waiting for weights"
 )
 QUANTIZED_FIELDS = ("matrices", "batches", "solving", "waiting")
 """What the plugin's line on quantizing at load says, in its order."""
-FIELDS = ("layers", "load", "reading", "repacking", "warming_up", "kernels", "compiling_threads", "peak_gib")
-"""What the plugin's line says, in its order; seconds but for the first, the kernels and the peak."""
+FIELDS = ("layers", "load", "reading", "repacking", "warming_up", "peak_gib")
+"""What the plugin's line says, in its order; seconds but for the first and the peak."""
 
 
 def parts_of(log: str) -> dict[str, float]:
     """Return what the plugin logged of a load, by :data:`FIELDS`; the largest of each where several processes did.
 
-    And by :data:`QUANTIZED_FIELDS`, where it quantized.
+    And by :data:`KERNEL_FIELDS` and :data:`QUANTIZED_FIELDS`, where it compiled and quantized.
 
     Raises:
         SystemExit: there is no such line.
     """
     if not LINE.search(log):
         raise SystemExit(f"the plugin logged no load: is this a MiLo checkpoint?\n...{log[-SHOWN_LOG:]}")
-    return _largest(LINE, FIELDS, log) | _largest(QUANTIZED, QUANTIZED_FIELDS, log)
+    largest = (_largest(LINE, FIELDS, log), _largest(KERNELS, KERNEL_FIELDS, log))
+    return largest[0] | largest[1] | _largest(QUANTIZED, QUANTIZED_FIELDS, log)
 
 
 def _largest(line: re.Pattern[str], fields: Sequence[str], log: str) -> dict[str, float]:
@@ -102,11 +108,11 @@ def start(checkpoint: Path, arguments: argparse.Namespace, caches: Path) -> dict
 def format_report(record: dict[str, Any]) -> str:
     """Return the table."""
     header = ["start", "to the first token, s", "imports", "engine", "of it load", "reading", "repacking", "warming up"]
-    header += ["kernels", "peak, GiB"]
+    header += ["peak, GiB", "kernels", "first step waited"]
     rows = []
     for number, row in enumerate(record["rows"]):
         seconds = [row[key] for key in ("first_token", "imports", "engine", *FIELDS[1:5])]
-        last = [f"{row['kernels']:.0f}", f"{row['peak_gib']:.2f}"]
+        last = [f"{row['peak_gib']:.2f}", f"{row.get('kernels', 0):.0f}", f"{row.get('first_step_waited', 0):.2f}"]
         rows.append(["nothing cached" if number == 0 else "again", *(f"{value:.2f}" for value in seconds), *last])
         if "solving" in row:
             rows[-1] += [f"{row['solving']:.2f}"]

@@ -15,6 +15,7 @@ import triton
 
 from ..launch import Launch
 from .jobs import TargetDriver, job_of
+from .known import is_known
 
 logger = logging.getLogger("vllm.milo")
 
@@ -73,8 +74,8 @@ class Helper:
 class Helpers:
     """Processes that compile for threads, at most as many as threads ask at once.
 
-    They start when they are wanted, and end when nothing more is expected. Where one ended by itself no more are
-    started: what ended it, or let it not even start, would most likely end the next one too.
+    They start when something is new to this machine, and end when nothing more is expected. Where one ended by itself
+    no more are started: what ended it, or let it not even start, would most likely end the next one too.
     """
 
     def __init__(self) -> None:
@@ -89,12 +90,12 @@ class Helpers:
             self._expected += 1
 
     def compile(self, launch: Launch) -> None:
-        """Have a launch compiled for the current device, into Triton's cache on disk, if that can be.
+        """Have a launch compiled for the current device, into Triton's cache on disk, if it is not there and can be.
 
         Whatever prevents it is told at debug level, and left to who compiles the launch in this process.
         """
         try:
-            said = self._compile(launch)
+            said = None if is_known(launch) else self._compile(launch)
         except Exception as error:  # of any kind: this process can compile without help
             said = f"{type(error).__name__}: {error}"
         if said is not None:

@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ..launch import Launch
+from ..launch import Launch, work_out_key
 
 
 class Job(NamedTuple):
@@ -23,6 +23,7 @@ class Job(NamedTuple):
     def compile(self) -> None:
         """Compile the kernel for the target of :func:`use_target`; nothing is loaded."""
         kernel = getattr(importlib.import_module(self.module), self.name)
+        work_out_key(kernel)
         kernel.warmup(*self.arguments, grid=(1,), **self.constants)
 
 

@@ -13,6 +13,9 @@ import sys
 
 from .jobs import use_target
 
+NICE = 10
+"""How far this process stands back where cores are few: the one that reads weights goes first."""
+
 
 def main(capability: int) -> None:
     """Compile jobs for a compute capability until there are no more.
@@ -21,6 +24,7 @@ def main(capability: int) -> None:
     """
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a compiler prints must not come between replies
+    os.nice(NICE)
     use_target(capability)
     while True:
         try:

@@ -1,8 +1,8 @@
-"""Compiles kernels in threads beside other work, each distinct one once in a process.
+"""Compiles kernels beside other work, each distinct one once in a process.
 
-Of the 0.7 s that a kernel takes, its thread holds Python's lock for about 0.3 s; the rest is mostly ``ptxas``, a
-process of its own. Where other work is many small steps of Python for minutes, helpers compile (:mod:`.helpers`) and
-the threads only load what these made; to start them takes seconds, which shorter work would not get back.
+Of the 0.7 s that a kernel takes, a thread holds Python's lock for about 0.3 s. A model takes nearly a hundred, so that
+threads of the process that loads it would hold it up for half a minute: making its layers took 29 s where it takes 4.
+So helpers compile what is new (:mod:`.helpers`), and the threads only load what these made.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 
 from ..launch import Launch
 from .helpers import Helpers
+from .known import remember
 
-MOST_THREADS = 16
-MOST_HELPERS = 4
+MOST_HELPERS = 8
+"""Processes beside one that loads a model; each takes 0.3 GB of the host's memory for the seconds that it lives."""
 
 
 def usable_cores() -> int:
@@ -41,13 +42,9 @@ class Share(NamedTuple):
     rank: int = 0
     size: int = 1
 
-    def threads(self) -> int:
-        """Return how many threads this process compiles in: its part of the cores that it may use, at most 16."""
-        return max(1, min(MOST_THREADS, usable_cores() // self.size))
-
     def helpers(self) -> int:
-        """Return how many processes compile for this one: for a quarter of its part of the cores, at most 4."""
-        return max(1, min(MOST_HELPERS, usable_cores() // self.size // 4))
+        """Return how many processes compile for this one: for all of its part of the cores but one, at most 8."""
+        return max(1, min(MOST_HELPERS, usable_cores() // self.size - 1))
 
     def order(self, keys: Sequence[Hashable]) -> list[Hashable]:
         """Return all keys, those first that are this process's part."""
@@ -56,18 +53,16 @@ class Share(NamedTuple):
 
 
 class Compiler:
-    """Compiles launches in threads.
+    """Has launches compiled in other processes, in as many threads as there are of these.
 
     Args:
         share: of this process.
-        apart: have each compiled in another process, whose result the thread loads.
     """
 
-    def __init__(self, share: Share, apart: bool = False) -> None:
+    def __init__(self, share: Share) -> None:
         self.share = share
-        self._helpers = Helpers() if apart else None
-        threads = share.helpers() if apart else share.threads()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="milo-compile")
+        self._helpers = Helpers()
+        self._pool = ThreadPoolExecutor(share.helpers(), thread_name_prefix="milo-compile")
         self._started: dict[Hashable, Future[float]] = {}
 
     def start(self, launches: Mapping[Hashable, Launch], device: torch.device) -> list[Future[float]]:
@@ -78,31 +73,20 @@ class Compiler:
             device: of the kernels.
         """
         futures = []
-        for key in self.share.order(list(launches)):
+        # tiles of many tokens take longest, and are noted last
+        for key in self.share.order([*reversed(launches)]):
             place = device, key
             if place not in self._started:
-                if self._helpers is not None:
-                    self._helpers.expect()
+                self._helpers.expect()
                 self._started[place] = self._pool.submit(_compile, launches[key], device, self._helpers)
             futures.append(self._started[place])
         return futures
 
-    @property
-    def number(self) -> int:
-        """Kernels that were compiled, or are being, in this process."""
-        return len(self._started)
 
-    @property
-    def seconds(self) -> float:
-        """Seconds that threads have spent on those that are done, added up."""
-        done = [future for future in self._started.values() if future.done() and not future.cancelled()]
-        return sum(future.result() for future in done if future.exception() is None)
-
-
-def _compile(launch: Launch, device: torch.device, helpers: Helpers | None) -> float:
+def _compile(launch: Launch, device: torch.device, helpers: Helpers) -> float:
     start = time.monotonic()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread's own
-        if helpers is not None:
-            helpers.compile(launch)
+        helpers.compile(launch)
         launch.compile()
+        remember(launch)
     return time.monotonic() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,16 @@ import torch
 from benchmarks.serving import load
 from benchmarks.serving.checkpoints import write_checkpoint
 from vllm_milo.checkpoint import MiLoFormat
+from vllm_milo.kernels.compiling import underway
 from vllm_milo.loading import account
 from vllm_milo.validation import validate_checkpoint
+
+
+def done(seconds: float) -> Future[float]:
+    """Return what compiled a kernel in so many seconds."""
+    future: Future[float] = Future()
+    future.set_result(seconds)
+    return future
 
 
 @pytest.mark.parametrize(("name", "scale", "module"), [("mixtral", 16, "block_sparse_moe"), ("qwen3", 4, "mlp")])
@@ -39,7 +48,12 @@ def test_the_slowest_process_counts(caplog: pytest.LogCaptureFixture, monkeypatc
             account.make(layer)
         for layer in ("a", "b", "b"):
             account.finish(layer, torch.device("cpu"))
-    (line,) = caplog.messages
+        underway.add([done(1.5), done(2.0)])
+        underway.settle()
+        underway.settle()
+    line, kernels = caplog.messages
+    found = load.parts_of(kernels + line)
+    assert (found["kernels"], found["compiling_threads"]) == (2, 3.5)
     assert load.parts_of(line)["layers"] == 2
     other = line.replace("loaded 2", "loaded 3").replace("at most 0.00", "at most 1.50")
     found = load.parts_of(f"{other}\n{line}")

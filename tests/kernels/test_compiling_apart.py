@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +39,15 @@ def test_what_another_process_compiles_is_found_in_the_cache(tmp_path: Path):
     assert found["left"] == 0, "processes end with the last kernel"
 
 
+def test_what_is_known_needs_no_other_process(tmp_path: Path):
+    """With Triton as on a GPU; the machine code of one launch is lost, which is then compiled in this process."""
+    first = json.loads(run_script("compile_apart.py", cache=tmp_path))
+    shutil.rmtree(next(tmp_path.rglob("*.cubin")).parent)
+    found = json.loads(run_script("compile_apart.py", cache=tmp_path))
+    assert (first["helpers"], found["helpers"]) == (1, 0)
+    assert (found["loaded"], found["compiled"]) == (found["launches"] - 1, 1)
+
+
 class Work:
     """Launches of a fake kernel, and how often which process compiled one."""
 
@@ -50,7 +60,7 @@ class Work:
         return {number: Launch(fake_kernels.noting, words, {}) for number, words in enumerate(arguments)}
 
     def run(self, *elsewhere: str, compiler: Compiler | None = None) -> None:
-        wait((compiler or Compiler(Share(), apart=True)).start(self.launches(*elsewhere), CPU))
+        wait((compiler or Compiler(Share())).start(self.launches(*elsewhere), CPU))
 
     @property
     def lines(self) -> dict[int, list[str]]:
@@ -87,7 +97,7 @@ def test_each_launch_is_compiled_elsewhere_and_then_here(work: Work, capfd: pyte
 
 
 def test_processes_start_again_for_what_comes_later(work: Work):
-    compiler = Compiler(Share(), apart=True)
+    compiler = Compiler(Share())
     work.run("compile", compiler=compiler)
     wait(compiler.start({"later": work.launches("print")[0]}, CPU))
     assert (work.here, work.elsewhere) == (2, [1, 1])
@@ -115,7 +125,7 @@ def test_what_fails_everywhere_is_raised(work: Work):
 def test_what_cannot_be_sent_is_compiled_here(work: Work, caplog: pytest.LogCaptureFixture):
     launches = work.launches("compile", "compile")
     launches[0].constants["function"] = lambda: None
-    wait(Compiler(Share(), apart=True).start(launches, CPU))
+    wait(Compiler(Share()).start(launches, CPU))
     assert (work.here, work.elsewhere) == (2, [1])
     assert "pickle" in caplog.text
 
@@ -151,6 +161,25 @@ def test_the_others_compile_for_nvidias_gpus_alone(work: Work, monkeypatch: pyte
     assert (work.here, work.elsewhere) == (1, [])
 
 
+def test_compiling_does_without_notes(
+    work: Work,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+    caplog: pytest.LogCaptureFixture,
+):
+    """The kernel has a key; the cache can be written, or not."""
+    monkeypatch.setattr(fake_kernels.noting, "cache_key", "a key", raising=False)
+    monkeypatch.setattr(fake_kernels.noting, "params", [], raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/cache")
+    work.run("compile")
+    assert (work.here, work.elsewhere) == (1, [])
+    assert "NotADirectoryError" in caplog.text
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    for _ in range(2):
+        work.run("compile")
+    assert (work.here, work.elsewhere) == (3, [1]), "the second is known"
+
+
 _KILLED = """
 import os, pickle, signal, sys
 from vllm_milo.kernels.compiling.helpers import Helper
@@ -182,13 +211,12 @@ def test_the_end_of_its_input_ends_a_process():
     helper.end()
 
 
-def test_processes_take_a_quarter_of_the_cores(monkeypatch: pytest.MonkeyPatch):
-    for cores, expected in ((1, 1), (8, 2), (15, 3), (192, 4)):
+def test_processes_take_all_of_the_cores_but_one(monkeypatch: pytest.MonkeyPatch):
+    for cores, expected in ((1, 1), (2, 1), (8, 7), (192, 8)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert Share().helpers() == expected
-    assert [Share(0, size).helpers() for size in (8, 16, 64)] == [4, 3, 1]
-    assert Compiler(Share(0, 16), apart=True)._pool._max_workers == 3
-    assert Compiler(Share(0, 16))._pool._max_workers == 12
+    assert [Share(0, size).helpers() for size in (8, 24, 64)] == [8, 7, 2]
+    assert Compiler(Share(0, 24))._pool._max_workers == 7
 
 
 @pytest.mark.gpu
@@ -199,5 +227,5 @@ def test_a_gpu_loads_what_another_process_compiled(tmp_path: Path, monkeypatch: 
     arguments = [Pointer(torch.float32, 0), Pointer(torch.bfloat16, 0), 4096]
     constants = {"SPLIT_K": 2, "BLOCK": 64, "PDL": False, "num_warps": 2}  # as no layer has them
     launch = Launch(_sum_splits_kernel, arguments, constants)
-    wait(Compiler(Share(), apart=True).start({"one": launch}, torch.device("cuda", 0)))
+    wait(Compiler(Share()).start({"one": launch}, torch.device("cuda", 0)))
     assert found == [True]

@@ -103,7 +103,7 @@ def test_the_log_says_how_many_layers_have_no_8_bits(caplog: pytest.LogCaptureFi
     for layer, dropped in (("near", 0.0), ("far", 0.021), ("farther", 0.034)):
         load.widen(layer, 2**30, not dropped, dropped)
     with caplog.at_level(logging.INFO, "vllm.milo"):
-        load.report(kernels=0, compiling=0.0, peak=0.0)
+        load.report(peak=0.0)
     assert "MiLo keeps 3 dense layers in 16 bits, 1 of these in 8 too, for few tokens: 3.00 GiB; " in caplog.text
     assert "2 of these are in 16 bits alone, since 8 would be off by up to 3.4 % of the weights' norm" in caplog.text
     assert "the first is far" in caplog.text

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_milo.kernels.warm_up import compiler
-
 logger = logging.getLogger("vllm.milo")
 
 REPACKING, WARMING_UP = "repacking", "warming up"
 LINE = (
-    "MiLo loaded %d layers in %.2f s: reading %.2f s, repacking %.2f s, warming up %.2f s "
-    "(%d kernels, compiled meanwhile in %.2f s of threads); at most %.2f GiB on the device"
+    "MiLo loaded %d layers in %.2f s: reading %.2f s, repacking %.2f s, warming up %.2f s; "
+    "at most %.2f GiB on the device"
 )
 
 WIDE_LINE = (
@@ -82,28 +80,16 @@ class Load:
         """Return what the seconds went on: reading, repacking, warming up, and all since the first layer was made.
 
         Reading is from the last layer that was made to the last tensor that arrived, whatever lies between. Warming up
-        is what the load waited for kernels, which are compiled beside the reading.
+        is what it waited for the kernels that repack; those of layers are waited for by the first step.
         """
         now = time.monotonic()
         return {"reading": self._arrived - self._made, **self._spent, "in all": now - self._start}
 
-    def report(self, kernels: int, compiling: float, peak: float) -> None:
-        """Log the seconds.
-
-        Args:
-            kernels: that were compiled.
-            compiling: seconds of the threads that did it, added up.
-            peak: most GiB that were allocated on the device at once.
-        """
+    def report(self, peak: float) -> None:
+        """Log the seconds, and the most GiB that were allocated on the device at once."""
         spent = self.seconds()
-        logger.info(
-            LINE,
-            self._ready,
-            *(spent[part] for part in ("in all", "reading", REPACKING, WARMING_UP)),
-            kernels,
-            compiling,
-            peak,
-        )
+        parts = (spent[part] for part in ("in all", "reading", REPACKING, WARMING_UP))
+        logger.info(LINE, self._ready, *parts, peak)
         if self._widened:
             sizes, in_codes, _ = zip(*self._widened.values(), strict=True)
             logger.info(WIDE_LINE, len(sizes), sum(in_codes), sum(sizes) / 2**30)
@@ -142,5 +128,4 @@ def finish(layer: str, device: torch.device) -> None:
         with load.spend(REPACKING):  # which was launched, and may not be done
             torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) / 2**30
-    work = compiler()
-    load.report(work.number, work.seconds, peak)
+    load.report(peak)

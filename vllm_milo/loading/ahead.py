@@ -34,9 +34,8 @@ def start_linear(
     device: torch.device,
     wide: bool,
     in_codes: bool,
-    apart: bool,
 ) -> Waiting:
-    """Begin to compile a dense layer's kernels; return what to wait for, nothing without a GPU.
+    """Begin to compile a dense layer's kernels, if there is a GPU; return what bringing over its weights waits for.
 
     Args:
         spec: of the layer.
@@ -46,32 +45,31 @@ def start_linear(
         device: of the layer.
         wide: whether it is kept in 16 bits.
         in_codes: whether it is in 8 bits too.
-        apart: whether other processes compile, as of :func:`_compiles`.
     """
-    if not _compiles("linear", device, apart):
+    if not _compiles("linear", device):
         return []
     from vllm_milo.kernels.stand_in import stand_in
 
     weights = stand_in(1, spec.widths, k, spec.group_size, spec.factor_bits, dtype, device)
     repack = warm_up_repack(1, spec.group_size, spec.factor_bits, dtype, device)
     if wide:
-        multiply = warm_up_wide(sum(spec.widths), k, dtype, False, in_codes, device)
-        return repack + warm_up_expand(weights, spec, k, dtype) + multiply
-    return repack + warm_up_linear(weights, spec, "triton", k, dtype, max_tokens)
+        repack = repack + warm_up_expand(weights, spec, k, dtype)
+        warm_up_wide(sum(spec.widths), k, dtype, False, in_codes, device)
+    else:
+        warm_up_linear(weights, spec, "triton", k, dtype, max_tokens)
+    return repack
 
 
-def start_gate(weight: torch.Tensor, biased: bool, apart: bool) -> Waiting:
-    """Begin to compile what multiplies few tokens by a router's gate; return what to wait for, nothing without a GPU.
+def start_gate(weight: torch.Tensor, biased: bool) -> None:
+    """Begin to compile what multiplies few tokens by a router's gate, if there is a GPU.
 
     Args:
         weight: of the gate, [experts, hidden size], not loaded yet.
         biased: whether it has a bias.
-        apart: whether other processes compile, as of :func:`_compiles`.
     """
-    if not _compiles("linear", weight.device, apart):
-        return []
-    n, k = weight.shape
-    return warm_up_wide(n, k, weight.dtype, biased, False, weight.device)
+    if _compiles("linear", weight.device):
+        n, k = weight.shape
+        warm_up_wide(n, k, weight.dtype, biased, False, weight.device)
 
 
 def start_experts(
@@ -85,9 +83,8 @@ def start_experts(
     max_tokens: int,
     device: torch.device,
     renormalizes: bool | None,
-    apart: bool,
 ) -> Waiting:
-    """Begin to compile the kernels of a layer's experts; return what to wait for, nothing without a GPU.
+    """Begin to compile the kernels of a layer's experts, if there is a GPU; return what bringing them over waits for.
 
     Args:
         spec: of the layer.
@@ -100,9 +97,8 @@ def start_experts(
         max_tokens: most tokens of a step.
         device: of the layer.
         renormalizes: of :func:`.ops.routed_moe`, where the layer is called by that; else None.
-        apart: whether other processes compile, as of :func:`_compiles`.
     """
-    if not _compiles("fused_moe", device, apart):
+    if not _compiles("fused_moe", device):
         return []
     from vllm_milo.kernels.stand_in import stand_in
 
@@ -121,16 +117,13 @@ def start_experts(
         for future in warm_up_repack(number, group_size, bits, dtype, device)
     ]
     sizes_of_all = hidden, global_experts, top_k
-    return repack + warm_up_moe(w13, w2, expert_map, spec, "triton", *sizes_of_all, dtype, max_tokens, renormalizes)
+    warm_up_moe(w13, w2, expert_map, spec, "triton", *sizes_of_all, dtype, max_tokens, renormalizes)
+    return repack
 
 
-def _compiles(operator: str, device: torch.device, apart: bool) -> bool:
-    """Return whether kernels of a layer on this device are compiled; makes the compiler with its share of the cores.
-
-    What the first layer says of ``apart`` goes for the process: matrices are quantized meanwhile, which takes minutes
-    and Python's lock.
-    """
+def _compiles(operator: str, device: torch.device) -> bool:
+    """Return whether kernels of a layer on this device are compiled; makes the compiler with its share of the cores."""
     if device.type != "cuda" or ops.choose_backend(operator, device.type) != "triton":
         return False
-    compiler(Share(*compat.place_on_host()), apart)
+    compiler(Share(*compat.place_on_host()))
     return True

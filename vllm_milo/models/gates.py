@@ -16,8 +16,6 @@ from vllm_milo import compat
 from vllm_milo.checkpoint import QUANT_METHOD
 from vllm_milo.kernels import ops
 from vllm_milo.kernels.serving.dense.wide import MOST_TOKENS
-from vllm_milo.kernels.warm_up import wait
-from vllm_milo.loading import account
 from vllm_milo.loading.ahead import start_gate
 
 VARIABLE = "VLLM_MILO_GATES"
@@ -31,18 +29,15 @@ class GateMethod(UnquantizedLinearMethod):
 
     Args:
         gate: the layer, whose weights are not loaded yet.
-        apart: whether other processes compile kernels, as of :func:`.ahead.start_gate`.
     """
 
-    def __init__(self, gate: Any, apart: bool) -> None:
+    def __init__(self, gate: Any) -> None:
         super().__init__()
         self.backend = ops.choose_backend("linear", gate.weight.device.type)
-        self.kernels = start_gate(gate.weight, gate.bias is not None, apart)
+        start_gate(gate.weight, gate.bias is not None)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Wait for the kernels. The weights stay as they are, where vLLM would order them for a library."""
-        with account.current().spend(account.WARMING_UP):
-            wait(self.kernels)
+        """Leave the weights as they are, where vLLM would order them for a library."""
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x·Wᵀ + bias, in the dtype of x."""
@@ -71,7 +66,7 @@ def take_gate(gate: Any) -> None:
     notes, weight = compat.graph_notes(), gate.weight
     rounded = getattr(gate, "out_dtype", None) in (None, weight.dtype)
     if notes is not None and rounded and type(gate.quant_method) is UnquantizedLinearMethod and _is_streamed(weight):
-        gate.quant_method = GateMethod(gate, quantization.quantizes and not compat.loads_dummy_weights())
+        gate.quant_method = GateMethod(gate)
         notes[NOTE] = notes.get(NOTE, 0) + 1
 
 

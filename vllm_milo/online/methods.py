@@ -36,8 +36,6 @@ class OnlineLinearMethod(MiLoLinearMethod):
         gathering: of the model.
     """
 
-    quantizes = True
-
     def __init__(self, fmt: MiLoFormat, prefix: str, parts: list[str], gathering: Gathering) -> None:
         super().__init__(fmt, prefix, parts)
         self._gathering = gathering
@@ -83,8 +81,6 @@ class OnlineMoEMethod(MiLoMoEMethod):
         fmt, moe, prefix: as of a checkpoint's layer.
         gathering: of the model.
     """
-
-    quantizes = True
 
     def __init__(self, fmt: MiLoFormat, moe: FusedMoEConfig, prefix: str, gathering: Gathering) -> None:
         super().__init__(fmt, moe, prefix)
