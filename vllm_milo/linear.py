@@ -241,7 +241,12 @@ class MiLoLinearMethod(LinearMethodBase):
             cuts = [self.split.input_slice(param.tp_rank)]
             rows = offsets(self.ranks)
             target = param.data[rows[part] : rows[part + 1]]
-        target.copy_(torch.cat([cut.elements(compensator, loaded, is_scale) for cut in cuts], 1))
+        # one after another: putting them together first would take all of the host's threads, which may be busy
+        column = 0
+        for cut in cuts:
+            elements = cut.elements(compensator, loaded, is_scale)
+            target[:, column : column + elements.shape[1]].copy_(elements)
+            column += elements.shape[1]
 
     def _part(self, shard_id: Any) -> int:
         """Return which part a tensor is, by the partitions that vLLM means it for."""
