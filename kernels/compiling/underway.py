@@ -30,7 +30,8 @@ def settle() -> None:
     if not pending or is_noting():
         return
     start = time.monotonic()
-    futures = list(pending.values())
-    pending.clear()
-    seconds = [future.result() for future in futures]
+    try:
+        seconds = [future.result() for future in list(pending.values())]
+    finally:
+        pending.clear()  # not before: another thread may take a step too
     logger.info(LINE, len(seconds), sum(seconds), time.monotonic() - start)
